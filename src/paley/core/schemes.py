@@ -1,0 +1,89 @@
+"""Schemes: how each place where a tensor is quantized (a slot) is to be treated.
+
+Plain frozen dataclasses, checked once where they are made. Pydantic validates the same classes strictly when
+they come from a file (a plan, a recipe, a checkpoint's configuration).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from paley.core import grids
+from paley.core.errors import PaleyError
+from paley.core.transforms import Transform
+
+__all__ = ["ActivationScheme", "AttentionSlot", "LinearSlot", "WeightScheme"]
+
+_STRICT = {"extra": "forbid"}
+
+
+def _check_group_size(where: str, group_size: int | None) -> None:
+    if group_size is not None and group_size < 1:
+        raise PaleyError(f"{where}: group_size must be a positive integer or null, got {group_size}")
+
+
+@dataclass(frozen=True)
+class WeightScheme:
+    """grid: a name of `paley.core.grids`; group_size: input columns that share a scale (None: the whole row).
+
+    scale_search "absmax" lets the grid's end meet the largest weight; "mse" tries smaller scales and keeps
+    the one of least squared error.
+    """
+
+    __pydantic_config__: ClassVar = _STRICT
+
+    grid: str
+    group_size: int | None = None
+    method: Literal["nearest", "gptq"] = "gptq"
+    scale_search: Literal["absmax", "mse"] = "mse"
+
+    def __post_init__(self) -> None:
+        grids.load(self.grid)
+        _check_group_size("weight scheme", self.group_size)
+
+
+@dataclass(frozen=True)
+class ActivationScheme:
+    """A dynamic quantizer of the last dimension: one scale per token, or per token and group.
+
+    scale "absmax": scale = clip_ratio * max|x| / grid.peak (both ends * clip_ratio on an affine grid).
+    scale "rms": scale = clip_ratio * rms(x) * grid.gaussian_scale, so 1.0 is optimal for Gaussian entries.
+    """
+
+    __pydantic_config__: ClassVar = _STRICT
+
+    grid: str
+    scale: Literal["absmax", "rms"] = "absmax"
+    clip_ratio: float = 1.0
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        grid = grids.load(self.grid)
+        _check_group_size("activation scheme", self.group_size)
+        if not 0.0 < self.clip_ratio <= 4.0:
+            raise PaleyError(f"activation scheme: clip_ratio must be in (0, 4], got {self.clip_ratio}")
+        if grid.affine and self.scale == "rms":
+            raise PaleyError(f"activation scheme: grid {self.grid!r} has a zero point and needs scale 'absmax'")
+
+
+@dataclass(frozen=True)
+class LinearSlot:
+    """One linear layer: its weight, its input, and the rotation its input gets at run time before rounding."""
+
+    __pydantic_config__: ClassVar = _STRICT
+
+    weight: WeightScheme | None = None
+    input: ActivationScheme | None = None
+    transform: Transform | None = None
+
+
+@dataclass(frozen=True)
+class AttentionSlot:
+    """One attention layer's cache: keys (after RoPE and `transform`, which queries get too) and values."""
+
+    __pydantic_config__: ClassVar = _STRICT
+
+    keys: ActivationScheme | None = None
+    values: ActivationScheme | None = None
+    transform: Transform | None = None

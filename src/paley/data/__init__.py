@@ -1,0 +1,23 @@
+"""Text: where it comes from, and the blocks of token ids made of it, each set with one role."""
+
+from paley.data.blocks import (
+    Role,
+    TokenBlocks,
+    blocks_from_ids,
+    check_disjoint,
+    require,
+    role_part,
+    token_blocks,
+)
+from paley.data.texts import documents
+
+__all__ = [
+    "Role",
+    "TokenBlocks",
+    "blocks_from_ids",
+    "check_disjoint",
+    "documents",
+    "require",
+    "role_part",
+    "token_blocks",
+]

@@ -1,0 +1,109 @@
+"""Recipes from YAML or JSON files, and the settings that a command line adds to them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from paley.core.errors import PaleyError, nearest_name
+from paley.recipe.models import Recipe
+from paley.recipe.validation import key_path, known_keys, read_text, validate
+
+__all__ = ["apply_settings", "load_recipe", "unique_keys", "yaml_value"]
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice, where PyYAML would quietly take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = []
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", key_node.start_mark
+                )
+            seen.append(key)
+        return super().construct_mapping(node, deep)
+
+
+def yaml_value(text: str, where: str) -> Any:
+    """The plain data that a YAML text holds."""
+    try:
+        return yaml.load(text, _UniqueKeys)  # a SafeLoader
+    except (yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise PaleyError(f"{where}: is not valid YAML ({reason})") from None
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """json.loads's object_pairs_hook that refuses a key given twice."""
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise PaleyError(f"the key {next(n for n in names if names.count(n) > 1)!r} is given twice")
+    return data
+
+
+def load_json(path: Path, what: str) -> Any:
+    """The plain data that a JSON file holds."""
+    text = read_text(path, what)
+    try:
+        return json.loads(text, object_pairs_hook=unique_keys)
+    except json.JSONDecodeError as error:
+        raise PaleyError(
+            f"{path}: is not valid JSON (line {error.lineno}, column {error.colno}: {error.msg})"
+        ) from None
+    except (PaleyError, RecursionError) as error:
+        raise PaleyError(f"{path}: {error}") from None
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """A .yaml, .yml or .json file -> the recipe; errors name the file, the key, the value and its type."""
+    path = Path(path)
+    if path.suffix == ".json":
+        data = load_json(path, "recipe")
+    else:
+        data = yaml_value(read_text(path, "recipe"), str(path))
+    return validate(Recipe, data, str(path))
+
+
+def apply_settings(recipe: Recipe, settings: Iterable[str]) -> Recipe:
+    """recipe with settings such as 'search.sequences=8', 'inputs.clip_ratio=0.85' or 'weights=null' put in.
+
+    Values are YAML. All settings are put in before the result is checked, so their order does not matter
+    unless one holds another.
+    """
+    settings = list(settings)
+    data = recipe.model_dump(mode="json")
+    for setting in settings:
+        where = f"setting {setting!r}"
+        key, equals, text = setting.partition("=")
+        if not key.strip() or not equals:
+            raise PaleyError(f"{where}: expected KEY=VALUE, for example search.sequences=8")
+        _put(data, key.strip().split("."), yaml_value(text, where), where)
+    return validate(Recipe, data, f"settings {' '.join(settings)}") if settings else recipe
+
+
+def _put(data: dict[str, Any], keys: list[str], value: Any, where: str) -> None:
+    """data[k0][k1]... = value; the mappings on the way must exist, and the key be known there."""
+    node: Any = data
+    for depth, key in enumerate(keys):
+        known = known_keys(Recipe, keys[:depth])
+        if not isinstance(node, dict):
+            parent = key_path(keys[:depth])
+            got = "null" if node is None else type(node).__name__
+            raise PaleyError(f"{where}: {parent} is {got} and has no key {key!r}; set {parent} as a whole")
+        if key not in known:
+            path = key_path(keys[: depth + 1])
+            raise PaleyError(
+                f"{where}: unknown key {path}{nearest_name(key, known)}; known here: {', '.join(known)}"
+            )
+        if depth < len(keys) - 1:
+            node = node[key]
+        else:
+            node[key] = value

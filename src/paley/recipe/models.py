@@ -1,0 +1,183 @@
+"""The recipe's schema. A recipe says what is wanted; a plan (`paley.plan`) says what was decided."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
+
+from paley.core.errors import PaleyError, nearest_name
+from paley.core.schemes import ActivationScheme, AttentionSlot, LinearSlot, WeightScheme
+from paley.core.transforms import Transform
+from paley.recipe.validation import CORE_ERRORS
+
+__all__ = ["Calibration", "Override", "Recipe", "Search", "Test"]
+
+Weight = Annotated[WeightScheme, CORE_ERRORS] | None
+Activation = Annotated[ActivationScheme, CORE_ERRORS] | None
+Text = Annotated[str, Field(min_length=1)]
+Positive = Annotated[int, Field(ge=1)]
+SeqLen = Annotated[int, Field(ge=2)]
+Expansion = Annotated[int, Field(ge=0)] | Literal["auto"]
+S = TypeVar("S", LinearSlot, AttentionSlot)
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Calibration(_Frozen):
+    """Text for GPTQ's Hessians: source as in `paley.data.documents`, or `self`."""
+
+    source: Text = "pydoc"
+    sequences: Positive = 128
+    seq_len: SeqLen = 512
+
+
+class Search(_Frozen):
+    """The search for clip ratios; source None: the calibration's source, a disjoint part of it."""
+
+    method: Literal["none", "gbs"] = "gbs"
+    schedule: Literal["paley", "paper"] = "paley"
+    slots: Literal["shared", "per_projection"] = "shared"
+    start: Literal["from_fp", "from_low_bit"] = "from_fp"
+    objective: Literal["kl", "perplexity"] = "kl"
+    source: Text | None = None
+    sequences: Positive = 16
+    seq_len: SeqLen = 512
+    iterations: Positive = 5
+
+
+class Test(_Frozen):
+    """The text that scores are reported on; source None: the calibration's source, a disjoint part of it."""
+
+    __test__: ClassVar[bool] = False  # not a pytest class
+
+    source: Text | None = None
+    sequences: Positive = 64
+    seq_len: SeqLen = 512
+
+
+class Override(_Frozen):
+    """Other schemes for the modules whose name fits `pattern` (fnmatch, case-sensitive).
+
+    weight and input speak to linear layers, keys and values to attentions. A field that is not given changes
+    nothing; one given as null leaves that tensor unquantized; keep leaves the whole module unquantized.
+    """
+
+    pattern: Text
+    weight: Weight = None
+    input: Activation = None
+    keys: Activation = None
+    values: Activation = None
+    keep: bool = False
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> Self:
+        schemes = self._schemes()
+        if self.keep and schemes:
+            raise ValueError(f"keep leaves {self.pattern!r} unquantized and excludes {', '.join(schemes)}")
+        if not self.keep and not schemes:
+            raise ValueError(
+                f"changes nothing for {self.pattern!r}: give weight, input, keys, values, or keep: true"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _only_given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        given = self._schemes()
+        return {k: v for k, v in handler(self).items() if k == "pattern" or k in given or (k == "keep" and v)}
+
+    def _schemes(self) -> dict[str, Any]:
+        """The scheme fields that were given, null ones too."""
+        names = ("weight", "input", "keys", "values")
+        return {name: getattr(self, name) for name in names if name in self.model_fields_set}
+
+    def apply(self, name: str, slot: S) -> S:
+        """slot of the module `name` -> slot with what this override changes."""
+        if not fnmatch.fnmatchcase(name, self.pattern):
+            return slot
+        names = ("weight", "input") if isinstance(slot, LinearSlot) else ("keys", "values")
+        given = dict.fromkeys(names) if self.keep else self._schemes()
+        fields = {n: given.get(n, getattr(slot, n)) for n in names}
+        return type(slot)(**fields, transform=slot.transform)
+
+
+class Recipe(_Frozen):
+    """How to quantize a model; null schemes leave those tensors unquantized.
+
+    compensate: GPTQ aims at the outputs its own inputs give (plain), or at the original outputs given
+    quantized inputs (quantized_inputs: GPTAQ, arXiv:2504.02692). expand and expand_mlp: dimensions that the
+    residual stream and the MLP gain.
+    """
+
+    weights: Weight = None
+    inputs: Activation = None
+    keys: Activation = None
+    values: Activation = None
+    rotate: bool = True
+    expand: Expansion = 0
+    expand_mlp: Expansion = 0
+    compensate: Literal["plain", "quantized_inputs"] = "quantized_inputs"
+    calibration: Calibration = Calibration()
+    search: Search = Search()
+    test: Test = Test()
+    overrides: tuple[Override, ...] = ()
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _expansion_rotates(self) -> Self:
+        if not self.rotate and (self.expand or self.expand_mlp):
+            raise ValueError(
+                "expand and expand_mlp need rotate: true; dimensions of zeros alone change nothing"
+            )
+        return self
+
+    def linear_slot(self, name: str, transform: Transform | None = None) -> LinearSlot:
+        """The slot of the linear layer `name`: the recipe's schemes, then each fitting override in order."""
+        slot = LinearSlot(self.weights, self.inputs, transform)
+        for override in self.overrides:
+            slot = override.apply(name, slot)
+        return slot
+
+    def attention_slot(self, name: str, transform: Transform | None = None) -> AttentionSlot:
+        """The slot of the attention `name`: the recipe's schemes, then each fitting override in order."""
+        slot = AttentionSlot(self.keys, self.values, transform)
+        for override in self.overrides:
+            slot = override.apply(name, slot)
+        return slot
+
+    def check_overrides(self, linears: Iterable[str], attentions: Iterable[str]) -> None:
+        """Raises where an override's pattern fits no module that it could change."""
+        linears, attentions = list(linears), list(attentions)
+        for override in self.overrides:
+            given = override._schemes()
+            candidates = [n for n in linears if override.keep or given.keys() & {"weight", "input"}]
+            candidates += [n for n in attentions if override.keep or given.keys() & {"keys", "values"}]
+            if not any(fnmatch.fnmatchcase(name, override.pattern) for name in candidates):
+                raise PaleyError(
+                    f"override {override.pattern!r} with {', '.join(given) or 'keep'} fits none of the "
+                    f"{len(candidates)} modules it could change{nearest_name(override.pattern, candidates)}"
+                )
+
+    def hash(self) -> str:
+        """sha256 of the recipe's canonical JSON."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """A file that `load_recipe` reads back to an equal recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

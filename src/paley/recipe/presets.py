@@ -1,0 +1,74 @@
+"""Presets: a method is a packaged YAML file whose grids leave the bits open; `w3a3kv3` fills them in."""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+from importlib.resources.abc import Traversable
+from typing import Any
+
+from paley.core.errors import PaleyError, nearest_name
+from paley.core.grids import MAX_BITS, MIN_BITS
+from paley.recipe.loading import yaml_value
+from paley.recipe.models import Recipe
+from paley.recipe.validation import validate
+
+__all__ = ["preset", "preset_methods"]
+
+GRAMMAR = "[METHOD-]W<bits>[G<group size>]A<bits>[KV<bits>], for example w3a3kv3, w4g64a16 or quarot-w4a4kv4"
+NAME = re.compile(
+    r"(?:(?P<method>.+)-)?w(?P<w>\d{1,4})(?:g(?P<group>\d{1,6}))?a(?P<a>\d{1,4})(?:kv(?P<kv>\d{1,4}))?"
+)
+DEFAULT_METHOD = "gbs"
+UNQUANTIZED = 16
+
+
+def _files() -> dict[str, Traversable]:
+    folder = resources.files("paley").joinpath("presets")
+    return {f.name.removesuffix(".yaml"): f for f in folder.iterdir() if f.name.endswith(".yaml")}
+
+
+def preset_methods() -> list[str]:
+    """The methods that a preset's name may begin with."""
+    return sorted(_files())
+
+
+def preset(name: str) -> Recipe:
+    """A name such as 'w3a3kv3', 'w4g64a16' or 'quarot-w4a4kv4' -> its recipe; 16 bits: left unquantized."""
+    match = NAME.fullmatch(name.strip().lower())
+    if match is None:
+        raise PaleyError(f"preset {name!r}: expected {GRAMMAR}; methods: {', '.join(preset_methods())}")
+    method = match["method"] or DEFAULT_METHOD
+    files = _files()
+    if method not in files:
+        known = ", ".join(sorted(files))
+        raise PaleyError(
+            f"preset {name!r}: unknown method {method!r}{nearest_name(method, files)}; known: {known}"
+        )
+    bits = {part: int(match[part] or UNQUANTIZED) for part in ("w", "a", "kv")}
+    for part, value in bits.items():
+        if not (MIN_BITS <= value <= MAX_BITS or value == UNQUANTIZED):
+            raise PaleyError(
+                f"preset {name!r}: {part.upper()}{value} has no grid; bits are {MIN_BITS} to {MAX_BITS}, "
+                f"or {UNQUANTIZED} for unquantized"
+            )
+    data = yaml_value(files[method].read_text(encoding="utf-8"), f"preset {method}")
+    return validate(Recipe, _fill(data, bits, match["group"], name), f"preset {name!r}")
+
+
+def _fill(data: dict[str, Any], bits: dict[str, int], group: str | None, name: str) -> dict[str, Any]:
+    """A method's data with its open bits filled in, and null where a tensor stays unquantized."""
+    for key, part in (("weights", "w"), ("inputs", "a"), ("keys", "kv"), ("values", "kv")):
+        if bits[part] == UNQUANTIZED:
+            data[key] = None
+        else:
+            data[key]["grid"] = data[key]["grid"].format(**bits)
+    if group is not None:
+        if data["weights"] is None:
+            raise PaleyError(
+                f"preset {name!r}: G{group} is the group size of weights that W16 leaves unquantized"
+            )
+        data["weights"]["group_size"] = int(group)
+    if bits["a"] == bits["kv"] == UNQUANTIZED:
+        data["search"]["method"] = "none"  # no activation slot has a clip ratio to search
+    return data

@@ -1,0 +1,314 @@
+"""Recipes survive their file formats, presets say what they are known for, and each mistake is named."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from paley.core.errors import PaleyError
+from paley.core.schemes import ActivationScheme, AttentionSlot, LinearSlot, WeightScheme
+from paley.core.transforms import Transform
+from paley.recipe import (
+    Override,
+    Recipe,
+    Search,
+    apply_settings,
+    load_recipe,
+    preset,
+    preset_methods,
+)
+
+
+def full_recipe() -> Recipe:
+    """A recipe with nothing left at its default."""
+    return Recipe(
+        weights=WeightScheme("int3", 64, "nearest", "absmax"),
+        inputs=ActivationScheme("gauss3", "rms", 1.1, 32),
+        keys=ActivationScheme("uint4", clip_ratio=0.1 + 0.2),
+        values=ActivationScheme("odd2", clip_ratio=1e-7),
+        expand="auto",
+        expand_mlp=128,
+        compensate="plain",
+        search=Search(method="gbs", source="naïve.txt", iterations=4),
+        overrides=(
+            Override(pattern="*.down_proj", weight=WeightScheme("int4"), input=None),
+            Override(pattern="model.layers.0.*", keep=True),
+            Override(pattern="*.self_attn", values=None),
+        ),
+        dtype="bfloat16",
+        seed=7,
+    )
+
+
+@pytest.mark.parametrize("recipe", [Recipe(), full_recipe(), preset("w3a3kv3")])
+@pytest.mark.parametrize("suffix", ["yaml", "json"])
+def test_files_give_the_same_recipe_back(tmp_path, recipe, suffix):
+    path = tmp_path / f"recipe.{suffix}"
+    path.write_text(recipe.to_yaml() if suffix == "yaml" else recipe.model_dump_json(), encoding="utf-8")
+    again = load_recipe(path)
+    assert again == recipe
+    assert again.hash() == recipe.hash()
+    assert again.to_yaml() == recipe.to_yaml()
+
+
+def test_hash_sees_what_was_given():
+    recipe = full_recipe()
+    assert recipe.model_copy(update={"seed": 8}).hash() != recipe.hash()
+    # The same values, given and null in one, left out in the other.
+    given, other = Override(pattern="*", weight=None), Override(pattern="*", input=None)
+    assert Recipe(overrides=(given,)).hash() != Recipe(overrides=(other,)).hash()
+
+
+def test_recipes_are_frozen():
+    with pytest.raises(ValidationError, match="frozen"):
+        Recipe().seed = 3  # pyright: ignore
+    assert hash(full_recipe()) == hash(full_recipe())
+
+
+# Presets
+
+
+def test_packaged_methods():
+    assert preset_methods() == ["gbs", "quarot", "quarot-clipped", "rtn"]
+
+
+@pytest.mark.parametrize("method", ["gbs", "quarot", "quarot-clipped", "rtn"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_every_method_loads_at_every_width(method, bits):
+    recipe = preset(f"{method}-w{bits}a{bits}kv{bits}")
+    for scheme in (recipe.weights, recipe.inputs, recipe.keys, recipe.values):
+        assert scheme is not None
+        assert scheme.grid.endswith(str(bits))
+
+
+def test_the_facts_of_rtn():
+    recipe = preset("rtn-w4a4kv4")
+    assert recipe.weights == WeightScheme("int4", None, "nearest", "absmax")
+    assert recipe.inputs == recipe.keys == recipe.values == ActivationScheme("int4", "absmax", 1.0)
+    assert (recipe.rotate, recipe.search.method, recipe.compensate) == (False, "none", "plain")
+
+
+def test_the_facts_of_quarot():
+    recipe = preset("quarot-w3a3kv3")
+    assert recipe.weights == WeightScheme("int3", None, "gptq", "mse")
+    assert recipe.inputs == recipe.keys == recipe.values == ActivationScheme("int3", "absmax", 1.0)
+    assert (recipe.rotate, recipe.search.method, recipe.compensate) == (True, "none", "plain")
+
+
+def test_quarot_clipped_is_quarot_but_for_its_activations():
+    clipped = preset("quarot-clipped-w3a3kv3")
+    assert clipped.inputs == ActivationScheme("int3", clip_ratio=0.9)
+    assert clipped.keys == clipped.values == ActivationScheme("uint3", clip_ratio=0.95)
+    plain = preset("quarot-w3a3kv3")
+    same = {"inputs": plain.inputs, "keys": plain.keys, "values": plain.values}
+    assert clipped.model_copy(update=same) == plain
+
+
+def test_the_facts_of_gbs():
+    recipe = preset("gbs-w3a4kv2")
+    assert recipe == preset("W3A4KV2")
+    assert recipe.weights is not None
+    assert (recipe.weights.grid, recipe.weights.method) == ("int3", "gptq")
+    assert recipe.inputs is not None
+    assert recipe.inputs.grid == "odd4"
+    assert recipe.keys == recipe.values
+    assert recipe.keys is not None
+    assert recipe.keys.grid == "uint2"
+    assert (recipe.rotate, recipe.search.method) == (True, "gbs")
+
+
+def test_sixteen_bits_leave_unquantized():
+    recipe = preset("W4g64A16")
+    assert recipe.weights == WeightScheme("int4", group_size=64)
+    assert recipe.inputs is recipe.keys is recipe.values is None
+    assert recipe.search.method == "none"
+    half = preset("w16a8")
+    assert half.weights is None
+    assert half.inputs is not None
+    assert half.search.method == "gbs"
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("w9a4", r"W9 has no grid; bits are 2 to 8, or 16 for unquantized"),
+        ("w1a4", r"W1 has no grid"),
+        ("w4a4kv12", r"KV12 has no grid"),
+        ("w4", r"preset 'w4': expected \[METHOD-\]W<bits>"),
+        ("w4a4 kv4", r"expected \[METHOD-\]W<bits>"),
+        (
+            "quaro-w4a4",
+            r"unknown method 'quaro'; did you mean 'quarot'\?; known: gbs, quarot, quarot-clipped, rtn",
+        ),
+        ("../gbs-w4a4", r"unknown method '\.\./gbs'"),
+        ("w4g0a4", r"group_size must be a positive integer"),
+        ("w16g64a4", r"G64 is .*W16"),
+    ],
+)
+def test_bad_preset_names(name, complaint):
+    with pytest.raises(PaleyError, match=complaint):
+        preset(name)
+
+
+# Files
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "expected a mapping of keys to values, got null"),
+        ("- 1", "expected a mapping of keys to values, got list"),
+        ("rotte: true", "rotte: unknown key; did you mean 'rotate'"),
+        ("inputs: {grid: int4, clip: 1.0}", r"inputs\.clip: unknown key; did you mean 'clip_ratio'"),
+        ("search: {sequence: 8}", r"search\.sequence: unknown key; did you mean 'sequences'"),
+        ("rotate: 1", r"rotate: should be a valid boolean \(got 1, integer\)"),
+        ("search: {sequences: '8'}", r"search\.sequences: should be a valid integer \(got \"8\", text\)"),
+        (
+            "search: {sequences: 0}",
+            r"search\.sequences: should be greater than or equal to 1 \(got 0, integer\)",
+        ),
+        ("search: {method: gsb}", r"search\.method: should be 'none' or 'gbs' \(got \"gsb\", text\)"),
+        ("expand: big", r"expand: should be a valid integer or should be 'auto' \(got \"big\", text\)"),
+        ("expand: -1", r"expand: should be greater than or equal to 0"),
+        ("weights: int4", r"weights: should be an object \(got \"int4\", text\)"),
+        ("weights: {grid: int40}", r"weights: grid 'int40': bits must be between 2 and 8"),
+        ("weights: {group_size: 64}", r"weights\.grid: is required and missing"),
+        ("inputs: {grid: uint4, scale: rms}", "inputs: .*'uint4' has a zero point"),
+        ("inputs: {grid: int4, clip_ratio: .nan}", r"inputs: .*clip_ratio must be in \(0, 4\]"),
+        ("rotate: false\nexpand: 64", "need rotate: true"),
+        ("overrides: {pattern: a}", "overrides: should be a valid array"),
+        ("overrides: [{pattern: a}]", r"overrides\[0\]: changes nothing for 'a'"),
+        (
+            "overrides: [{pattern: a, keep: true, weight: null}]",
+            r"overrides\[0\]: keep leaves 'a' .*excludes weight",
+        ),
+        (
+            "overrides: [{patern: a, keep: true}]",
+            r"overrides\[0\]\.patern: unknown key; did you mean 'pattern'",
+        ),
+        ("seed: 1\nseed: 2", "the key 'seed' is given twice"),
+        ("seed: [", "is not valid YAML"),
+        ("seed: 2020-01-01", "not plain data .*date"),
+        ("seed: !!python/object/apply:os.getcwd []", "is not valid YAML .*python/object"),
+        ("calibration: {source: ''}", r"calibration\.source: .*at least 1 character"),
+        ("test: {seq_len: 1}", r"test\.seq_len: should be greater than or equal to 2"),
+    ],
+)
+def test_bad_recipes(tmp_path, text, complaint):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(PaleyError, match=rf"bad\.yaml: .*{complaint}"):
+        load_recipe(path)
+
+
+def test_bad_json_recipes(tmp_path):
+    path = tmp_path / "bad.json"
+    for text, complaint in (
+        ('{"seed": 1,}', r"bad\.json: is not valid JSON \(line 1, column 1"),
+        ('{"seed": 1, "seed": 1}', r"bad\.json: the key 'seed' is given twice"),
+        ("[" * 100_000, r"bad\.json: "),
+    ):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(PaleyError, match=complaint):
+            load_recipe(path)
+
+
+def test_unreadable_recipes(tmp_path):
+    with pytest.raises(PaleyError, match=r"none\.yaml: no such recipe"):
+        load_recipe(tmp_path / "none.yaml")
+    with pytest.raises(PaleyError, match="cannot be read as a recipe"):
+        load_recipe(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"seed: \xe9")
+    with pytest.raises(PaleyError, match=r"latin\.yaml: is not UTF-8 text \(byte 6\)"):
+        load_recipe(tmp_path / "latin.yaml")
+
+
+# Settings
+
+
+def test_settings():
+    base = preset("w3a3kv3")
+    assert apply_settings(base, []) is base
+    changed = apply_settings(
+        base,
+        [
+            "search.sequences=8",
+            "inputs.clip_ratio=0.85",
+            "weights=null",
+            "search.method=none",
+            "test.source=a=b.txt",
+            "overrides=[{pattern: '*.o_proj', keep: true}]",
+        ],
+    )
+    assert changed.search.sequences == 8
+    assert changed.inputs == ActivationScheme("odd3", clip_ratio=0.85)
+    assert changed.weights is None
+    assert changed.search.method == "none"
+    assert changed.test.source == "a=b.txt"
+    assert changed.overrides == (Override(pattern="*.o_proj", keep=True),)
+    assert changed.keys == base.keys
+    assert base == preset("w3a3kv3")
+    # Only together are these two a recipe.
+    wide = apply_settings(base, ["expand=64"])
+    assert not apply_settings(wide, ["rotate=false", "expand=0"]).rotate
+
+
+@pytest.mark.parametrize(
+    ("setting", "complaint"),
+    [
+        ("serch.method=none", "unknown key serch; did you mean 'search'"),
+        ("search.methd=none", r"unknown key search\.methd; did you mean 'method'"),
+        ("inputs.clip=1.0", r"unknown key inputs\.clip; did you mean 'clip_ratio'"),
+        ("search.sequences=many", r"search\.sequences: should be a valid integer \(got \"many\", text\)"),
+        ("inputs.clip_ratio=7", r"inputs: .*clip_ratio must be in \(0, 4\], got 7"),
+        ("keys.grid=int4", r"keys is null and has no key 'grid'; set keys as a whole"),
+        ("seed.x=4", "seed is int and has no key 'x'"),
+        ("overrides.0=4", "overrides is list"),
+        ("seed", "expected KEY=VALUE"),
+        ("=3", "expected KEY=VALUE"),
+        ("seed=[", "setting 'seed=\\[': is not valid YAML"),
+    ],
+)
+def test_bad_settings(setting, complaint):
+    with pytest.raises(PaleyError, match=complaint):
+        apply_settings(preset("w4a4"), [setting])
+
+
+# Slots
+
+
+def test_overrides_change_what_they_name_in_order():
+    recipe = Recipe(
+        weights=WeightScheme("int4"),
+        inputs=ActivationScheme("int4"),
+        keys=ActivationScheme("int3"),
+        values=ActivationScheme("int3"),
+        overrides=(
+            Override(pattern="*.down_proj", input=None),
+            Override(pattern="m.0.*", weight=WeightScheme("int8"), values=None),
+            Override(pattern="m.1.*", keep=True),
+        ),
+    )
+    turn = Transform(8, 8, 8)
+    assert recipe.linear_slot("m.5.up_proj") == LinearSlot(recipe.weights, recipe.inputs)
+    assert recipe.linear_slot("m.5.down_proj", turn) == LinearSlot(recipe.weights, None, turn)
+    assert recipe.linear_slot("m.0.down_proj", turn) == LinearSlot(WeightScheme("int8"), None, turn)
+    assert recipe.linear_slot("m.1.down_proj", turn) == LinearSlot(None, None, turn)
+    assert recipe.attention_slot("m.0.attn", turn) == AttentionSlot(recipe.keys, None, turn)
+    assert recipe.attention_slot("m.1.attn") == AttentionSlot(None, None)
+    recipe.check_overrides(["m.0.down_proj", "m.1.down_proj"], ["m.0.attn"])
+    with pytest.raises(PaleyError, match=r"override 'm\.1\.\*' with keep fits none of the 2 modules"):
+        recipe.check_overrides(["m.0.down_proj"], ["m.0.attn"])
+    with pytest.raises(
+        PaleyError, match=r"override '\*\.down_proj' with input .*did you mean 'm\.0\.down_pro'"
+    ):
+        recipe.check_overrides(["m.0.down_pro"], ["m.0.down_proj"])
+
+
+def test_yaml_is_plain():
+    assert yaml.safe_load(full_recipe().to_yaml())["overrides"][1] == {
+        "pattern": "model.layers.0.*",
+        "keep": True,
+    }
+    assert "naïve.txt" in full_recipe().to_yaml()
