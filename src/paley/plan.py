@@ -56,12 +56,16 @@ AttentionSlots = Annotated[dict[str, Annotated[AttentionSlot, CORE_ERRORS]], Aft
 
 @dataclass(frozen=True)
 class Rotation:
-    """The model's transforms: residual (R1), head (R2 and R3, of head_dim), mlp (R4); None: not applied."""
+    """The model's transforms: residual (R1), head (R2 and R3, of head_dim), output (o_proj's input), mlp (R4).
+
+    None: not applied. output and mlp act at run time, before the input is rounded.
+    """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     residual: Transform | None = None
     head: Transform | None = None
+    output: Transform | None = None
     mlp: Transform | None = None
 
 

@@ -28,7 +28,7 @@ class WeightScheme:
     """grid: a name of `paley.core.grids`; group_size: input columns that share a scale (None: the whole row).
 
     scale_search "absmax" lets the grid's end meet the largest weight; "mse" tries smaller scales and keeps
-    the one of least squared error.
+    the one of least error. sweeps: rounds of scale refit and coordinate descent after GPTQ.
     """
 
     __pydantic_config__: ClassVar = _STRICT
@@ -37,10 +37,13 @@ class WeightScheme:
     group_size: int | None = None
     method: Literal["nearest", "gptq"] = "gptq"
     scale_search: Literal["absmax", "mse"] = "mse"
+    sweeps: int = 4
 
     def __post_init__(self) -> None:
         grids.load(self.grid)
         _check_group_size("weight scheme", self.group_size)
+        if not 0 <= self.sweeps <= 100:
+            raise PaleyError(f"weight scheme: sweeps must be between 0 and 100, got {self.sweeps}")
 
 
 @dataclass(frozen=True)

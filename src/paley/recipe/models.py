@@ -118,9 +118,10 @@ class Override(_Frozen):
 class Recipe(_Frozen):
     """How to quantize a model; null schemes leave those tensors unquantized.
 
-    compensate: GPTQ aims at the outputs its own inputs give (plain), or at the original outputs given
-    quantized inputs (quantized_inputs: GPTAQ, arXiv:2504.02692). expand and expand_mlp: dimensions that the
-    residual stream and the MLP gain.
+    compensate: GPTQ aims at the outputs its own inputs give (plain), at the original outputs given quantized
+    inputs (quantized_inputs: GPTAQ, arXiv:2504.02692), or at the original residual stream (residual_stream).
+    rotate_output: also rotate what o_proj reads, over all heads, at run time. expand and expand_mlp: dimensions
+    that the residual stream and down_proj's input gain.
     """
 
     weights: Weight = None
@@ -128,9 +129,10 @@ class Recipe(_Frozen):
     keys: Activation = None
     values: Activation = None
     rotate: bool = True
+    rotate_output: bool = True
     expand: Expansion = 0
     expand_mlp: Expansion = 0
-    compensate: Literal["plain", "quantized_inputs"] = "quantized_inputs"
+    compensate: Literal["plain", "quantized_inputs", "residual_stream"] = "residual_stream"
     calibration: Calibration = Calibration()
     search: Search = Search()
     test: Test = Test()

@@ -1,0 +1,30 @@
+# `make demo` is all a newcomer needs: every target sets .venv up first, once.
+
+PY := .venv/bin/python
+READY := .venv/.ready
+
+.PHONY: setup demo test lint types clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints-cpu.txt scripts/setup.sh
+	@bash scripts/setup.sh
+	@touch $@
+
+demo: $(READY)
+	@$(PY) examples/demo.py
+
+test: $(READY)
+	@$(PY) -m pytest
+
+lint: $(READY)
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+
+# Without the variable pyright asks the registry for a newer release at every run.
+types: $(READY)
+	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(PY) -m pyright
+
+clean:
+	rm -rf .venv build demo-out .pytest_cache .ruff_cache src/paley.egg-info
+	find src tests benchmarks examples scripts -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# Makes .venv with Paley (editable) and its development tools: `make setup`.
+# Safe to interrupt and to run again. PYTHON=/path/to/python picks the interpreter.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+venv=.venv/bin/python
+log=.venv/setup.log
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
+
+say() { printf 'setup: %s\n' "$*"; }
+
+fail() {
+    printf 'setup: %s\n' "$*" >&2
+    exit 1
+}
+
+recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11}; do
+        if recent "$candidate"; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    fail "needs Python 3.11 or later, which ${PYTHON:-python3} is not ($("${PYTHON:-python3}" --version 2>&1 || true));" \
+        "install one, or name it: make setup PYTHON=/path/to/python3.12"
+}
+
+# install STEP ARGUMENTS...: one printed line, pip's own words only in the log.
+install() {
+    local step=$1 start=$SECONDS
+    shift
+    printf 'setup: %s ... ' "$step"
+    if "$venv" -m pip install "$@" >"$log" 2>&1; then
+        printf '%d s\n' $((SECONDS - start))
+    else
+        printf 'failed\n'
+        return 1
+    fi
+}
+
+show_log_and_fail() {
+    tail -n 15 "$log" >&2
+    fail "pip failed (all it said: $log); put that right and run make setup again"
+}
+
+trap 'printf "\n"; fail "interrupted; make setup goes on from here"' INT
+
+if ! { recent "$venv" && "$venv" -m pip --version >/dev/null 2>&1; }; then
+    python=$(find_python)
+    say "virtual environment .venv with $("$python" --version) ($python)"
+    "$python" -m venv --clear .venv || fail "python -m venv failed; on Debian and Ubuntu: apt install python3-venv"
+fi
+
+# A GPU means that the default build is the right one; a torch that works is left alone.
+if ! nvidia-smi -L >/dev/null 2>&1 && ! "$venv" -c 'import torch; torch.ones(1)' >/dev/null 2>&1; then
+    pin=$(grep '^torch' constraints-cpu.txt)
+    if ! install "no NVIDIA GPU: $pin" "$pin"; then
+        # Replaced only where other releases exist, not where a broken connection ("none") kept this one away.
+        grep -qE 'from versions: [^n)]|ResolutionImpossible' "$log" || show_log_and_fail
+        say "$pin cannot be had for this Python and machine: taking the newest torch instead (may be large)"
+    fi
+fi
+install "paley and its development tools" -e ".[dev]" || show_log_and_fail

@@ -1,0 +1,207 @@
+"""Results as tables on stdout."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from paley.core.schemes import ActivationScheme, WeightScheme
+from paley.plan import Plan
+from paley.recipe import Recipe
+from paley.theory import PeakPoint
+
+__all__ = [
+    "Cost",
+    "Row",
+    "clip",
+    "emit",
+    "eval_table",
+    "line",
+    "outcome_table",
+    "peaks_table",
+    "plan_table",
+    "presets_table",
+    "scheme",
+    "scored_on",
+    "scores",
+    "show",
+    "size",
+    "table",
+]
+
+Row = Sequence[str]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a verb took of the machine."""
+
+    seconds: float
+    peak_memory_bytes: int
+
+    def rows(self) -> list[Row]:
+        return [("seconds", "", f"{self.seconds:.1f}"), ("peak memory", "", size(self.peak_memory_bytes))]
+
+
+def table(header: Row, rows: Iterable[Row], *, left: int = 1) -> Table:
+    """Rows under a header (of empty strings: none shown); all but the first `left` columns to the right."""
+    made = Table(box=box.SIMPLE_HEAD, show_header=any(header), pad_edge=False)
+    for index, name in enumerate(header):
+        made.add_column(name, justify="left" if index < left else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def show(made: Table) -> None:
+    """On a terminal as wide as it is; elsewhere as wide as the table."""
+    console = Console(width=None if sys.stdout.isatty() else 400, highlight=False, markup=False)
+    console.print(made)
+
+
+def line(text: str = "") -> None:
+    """A line of stdout, never wrapped: paths and commands in it can be copied."""
+    print(text)
+
+
+def emit(found: dict[str, Any]) -> None:
+    """One JSON object on stdout."""
+    line(json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def scores(measured: dict[str, Any]) -> list[Row]:
+    """The fields of an EvalResult -> rows of (what, original, quantized)."""
+    m = measured
+    here = with_error(float(m["perplexity"]), m["perplexity_stderr"], ".4f")
+    if m["reference_nll"] is None:
+        return [("perplexity", "", here)]
+    original = math.exp(m["reference_nll"]) if m["reference_nll"] < 700 else math.inf
+    agreement = with_error(100 * m["top1_agreement"], _percent(m["top1_stderr"]), ".2f")
+    return [
+        ("perplexity", f"{original:.4f}", here),
+        ("loss gained, nats per token", "", with_error(float(m["gap"]), m["gap_stderr"], "+.4f")),
+        ("KL divergence, nats per token", "", with_error(float(m["kl"]), m["kl_stderr"], ".4f")),
+        ("same most likely token", "", f"{agreement} %"),
+    ]
+
+
+def with_error(value: float, stderr: float | None, form: str) -> str:
+    """'12.3456 ± 0.0123', or the value alone where there is no standard error."""
+    shown = f"{value:{form}}"
+    return shown if stderr is None else f"{shown} ± {stderr:{form.replace('+', '')}}"
+
+
+def _percent(value: float | None) -> float | None:
+    return None if value is None else 100 * value
+
+
+def size(count: float) -> str:
+    """Bytes as a person reads them: '1.5 GiB'."""
+    if count < 1024:
+        return f"{count:.0f} bytes"
+    units = ["KiB", "MiB", "GiB", "TiB"]
+    power = min(int(math.log2(count)) // 10, len(units))
+    return f"{count / 1024**power:.1f} {units[power - 1]}"
+
+
+def scheme(made: WeightScheme | ActivationScheme | None) -> str:
+    """'int3 gptq/64': grid, method, group size; '16 bits' where nothing is quantized."""
+    if made is None:
+        return "16 bits"
+    method = f" {made.method}" if isinstance(made, WeightScheme) else ""
+    return f"{made.grid}{method}" + (f" /{made.group_size}" if made.group_size else "")
+
+
+def clip(made: ActivationScheme | None) -> str:
+    """The clip ratio; with what it is a part of, where that is not the largest value."""
+    if made is None:
+        return ""
+    return f"{made.clip_ratio:.3f}" + ("" if made.scale == "absmax" else f" {made.scale}")
+
+
+def plan_table(plan: Plan) -> Table:
+    """What a plan does, summed up."""
+    recipe, rotation = plan.recipe, plan.rotation
+    rows: list[Row] = [
+        ("weights", scheme(recipe.weights)),
+        ("linear inputs", scheme(recipe.inputs)),
+        ("keys, values", f"{scheme(recipe.keys)}, {scheme(recipe.values)}"),
+    ]
+    for name, transform in asdict(rotation).items() if rotation is not None else ():
+        if transform is not None:
+            narrow, wide = transform["in_dim"], transform["out_dim"]
+            widened = f"{narrow} → {wide}, " if wide > narrow else ""
+            rows.append((f"rotation: {name}", f"{widened}Hadamard blocks of {transform['order']}"))
+    quantized = sum(slot.weight is not None for slot in plan.linears.values())
+    rows.append(("linear layers", f"{quantized} of {len(plan.linears)} quantized"))
+    found = [s.clip_ratio for s in _activations(plan)]
+    if found:
+        rows.append(("clip ratios", f"{min(found):.3f} to {max(found):.3f} in {len(found)} places"))
+    rows.append(("trials of the search", str(len(plan.trace))))
+    if plan.predicted_loss is not None:
+        rows.append((f"{recipe.search.objective} on the search text", f"{plan.predicted_loss:.4f}"))
+    return table(("", ""), rows, left=2)
+
+
+def _activations(plan: Plan) -> list[ActivationScheme]:
+    found = [slot.input for slot in plan.linears.values()]
+    for slot in plan.attentions.values():
+        found += [slot.keys, slot.values]
+    return [made for made in found if made is not None]
+
+
+def presets_table(recipes: dict[str, Recipe]) -> Table:
+    """Name -> recipe, a row each."""
+    rows = []
+    for name, r in recipes.items():
+        inputs, caches = f"{scheme(r.inputs)} {clip(r.inputs)}", f"{scheme(r.keys)} {clip(r.keys)}"
+        rows.append((name, scheme(r.weights), inputs, caches, "yes" if r.rotate else "no", r.search.method))
+    return table(("preset", "weights", "inputs, clip", "KV cache, clip", "rotated", "search"), rows, left=6)
+
+
+def peaks_table(points: Sequence[PeakPoint]) -> Table:
+    """Figure 3 in numbers."""
+    header = ("dimension", "random, measured", "theory", "Hadamard, measured", "theory")
+    columns = ((p.random, p.random_predicted, p.hadamard, p.hadamard_predicted) for p in points)
+    rows = [(str(p.dim), *(f"{v:.2f}" for v in values)) for p, values in zip(points, columns, strict=True)]
+    return table(header, rows, left=0)
+
+
+def outcome_table(results: dict[str, Any], kv16: int, cost: Cost) -> Table:
+    """results.json of a run -> original and quantized side by side; kv16: the original's KV bytes a token."""
+    measured, bits = results["evaluation"], results["bits_per_weight"]
+    ratio = results["original_bytes"] / results["bytes"]
+    rows = [
+        *scores(measured),
+        ("bits per weight, all tensors", f"{bits * ratio:.3f}", f"{bits:.3f}"),
+        ("bytes on disk", f"{results['original_bytes']:,}", f"{results['bytes']:,}"),
+        ("KV cache, bytes per token", f"{kv16:,}", f"{measured['kv_cache_bytes_per_token']:,.0f}"),
+        *cost.rows(),
+    ]
+    return table(("", "original", "quantized"), rows)
+
+
+def eval_table(measured: dict[str, Any], cost: Cost) -> Table:
+    """The fields of an EvalResult, beside the original where it was measured."""
+    rows = [
+        *scores(measured),
+        ("KV cache, bytes per token", "", f"{measured['kv_cache_bytes_per_token']:,.0f}"),
+        *cost.rows(),
+    ]
+    if measured["reference_nll"] is None:
+        return table(("", ""), [(what, here) for what, _, here in rows])
+    return table(("", "original", "this model"), rows)
+
+
+def scored_on(measured: dict[str, Any]) -> str:
+    """The text behind the scores of an EvalResult's fields."""
+    tokens, sequences = measured["tokens"], measured["sequences"]
+    return f"scored on {tokens:,} tokens in {sequences} sequences of {measured['source']}"

@@ -1,0 +1,118 @@
+"""The verbs that make something of an original model: quantize, plan."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import paley
+from paley.cli import display, options
+from paley.cli.app import app
+from paley.cli.process import STOPPED, peak_memory, say, shell, typed
+from paley.cli.progress import watching
+from paley.cli.work import Wish, check_device, kv_bytes_at_16_bits
+from paley.core.errors import PaleyError
+from paley.pipeline.run_directory import RunDirectory
+
+__all__ = ["plan_verb", "quantize_verb"]
+
+
+@app.command("quantize")
+def quantize_verb(
+    ctx: typer.Context,
+    model: options.Model,
+    output: options.NewFolder,
+    preset: options.Preset = None,
+    recipe: options.RecipeFile = None,
+    plan: options.PlanFile = None,
+    settings: options.Settings = None,
+    expand: options.Expand = None,
+    seed: options.Seed = None,
+    calibration: options.Calibration = None,
+    test: options.Test = None,
+    device: options.Device = "cpu",
+    resume: options.Resume = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+) -> None:
+    """Quantize a model: decide a plan, execute it, save, read back, and compare with the original.
+
+    Say what to do by a preset, a recipe or a plan. The new folder appears when all of it is finished and
+    verified; until then the work lies in OUT.run, and a stopped run goes on with --resume.
+
+    Example: `paley quantize ./llama --preset w4a4kv4 --output llama-w4`
+    """
+    start = time.monotonic()
+    chosen = Wish(preset, recipe, plan, tuple(settings or ()), calibration, test, expand, seed).chosen()
+    decided = isinstance(chosen, paley.Plan)
+    try:
+        with watching() as monitor:
+            outcome = paley.quantize(
+                model,
+                None if decided else chosen,
+                plan=chosen if decided else None,
+                output=output,
+                resume=resume,
+                overwrite=overwrite,
+                device=check_device(device),
+                monitor=monitor,
+            )
+    except KeyboardInterrupt:
+        say(_how_to_resume(ctx, output))
+        raise typer.Exit(STOPPED) from None
+    cost = display.Cost(time.monotonic() - start, peak_memory())
+    if as_json:
+        display.emit({"output": str(outcome.output), **asdict(cost), "results": outcome.results})
+        return
+    display.show(display.outcome_table(outcome.results, kv_bytes_at_16_bits(outcome.output), cost))
+    display.line(display.scored_on(outcome.results["evaluation"]))
+    display.line(f"written to {outcome.output}; each layer: {shell('inspect', str(outcome.output))}")
+    display.line(f"next: {shell('generate', str(outcome.output), 'Once upon a time')}")
+
+
+def _how_to_resume(ctx: typer.Context, output: Path) -> str:
+    run = RunDirectory(output, "").path
+    if not run.exists():
+        return "stopped; nothing was begun"
+    args = typed(ctx)
+    command = shell(*args, *([] if "--resume" in args else ["--resume"]))
+    return f"stopped; what is finished is kept in {run}. Go on with:\n  {command}"
+
+
+@app.command("plan")
+def plan_verb(
+    model: options.Model,
+    output: Annotated[Path, typer.Option("--output", help="The plan's file.")] = Path("plan.json"),
+    preset: options.Preset = None,
+    recipe: options.RecipeFile = None,
+    settings: options.Settings = None,
+    expand: options.Expand = None,
+    seed: options.Seed = None,
+    calibration: options.Calibration = None,
+    test: options.Test = None,
+    device: options.Device = "cpu",
+    overwrite: options.Overwrite = False,
+) -> None:
+    """Decide only: search what to do to each layer, and write it to a JSON file.
+
+    A plan has a line for each layer. Read it, change it, compare it with another, and execute it with
+    `paley quantize MODEL --plan FILE`: the same plan on the same model gives the same bytes.
+
+    Example: `paley plan ./llama --preset w3a3kv3 --output plan.json`
+    """
+    if output.exists() and not overwrite:
+        raise PaleyError(f"{output}: exists already; choose another --output, or replace it with --overwrite")
+    if not output.absolute().parent.is_dir():
+        raise PaleyError(f"{output}: there is no folder {output.parent}; make it first")
+    chosen = Wish(preset, recipe, None, tuple(settings or ()), calibration, test, expand, seed).chosen()
+    assert isinstance(chosen, paley.Recipe)
+    with watching() as monitor:
+        made = paley.make_plan(model, chosen, device=check_device(device), monitor=monitor)
+    made.save(output)
+    display.show(display.plan_table(made))
+    display.line(f"written to {output}")
+    display.line(f"next: {shell('quantize', model, '--plan', str(output), '--output', 'OUT')}")

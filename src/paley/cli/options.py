@@ -1,0 +1,93 @@
+"""The arguments and options of the verbs, each with its help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = [
+    "Against",
+    "AnyModel",
+    "Calibration",
+    "Data",
+    "Device",
+    "Draw",
+    "DrawSeed",
+    "Expand",
+    "Folder",
+    "Json",
+    "MaxNewTokens",
+    "Model",
+    "NewFolder",
+    "Overwrite",
+    "PlanFile",
+    "Preset",
+    "Prompt",
+    "RecipeFile",
+    "Resume",
+    "Seed",
+    "SeqLen",
+    "Sequences",
+    "Settings",
+    "Temperature",
+    "Test",
+]
+
+_HOW, _TEXT = "What to do", "Texts"
+_SOURCES = "a file, pydoc, hub:DATASET[:CONFIG][:SPLIT]"
+
+
+def _argument(metavar: str, text: str):
+    return typer.Argument(metavar=metavar, help=text, show_default=False)
+
+
+def _option(name: str, text: str, metavar: str | None = None, panel: str | None = None, **limits: float):
+    return typer.Option(name, metavar=metavar, help=text, rich_help_panel=panel, **limits)  # type: ignore[arg-type]
+
+
+Model = Annotated[str, _argument("MODEL", "The original model: a folder, or a Hub name (owner/name).")]
+AnyModel = Annotated[str, _argument("OUT", "A quantized folder, or any model.")]
+Folder = Annotated[Path, _argument("OUT", "A folder that `paley quantize` wrote.")]
+Prompt = Annotated[str, _argument("PROMPT", "The text to continue.")]
+
+Preset = Annotated[str | None, _option("--preset", "A packaged recipe; see `paley presets`.", "NAME", _HOW)]
+RecipeFile = Annotated[Path | None, _option("--recipe", "Your own recipe, YAML or JSON.", "FILE", _HOW)]
+PlanFile = Annotated[Path | None, _option("--plan", "What `paley plan` decided.", "FILE", _HOW)]
+Settings = Annotated[
+    list[str] | None,
+    _option(
+        "--set", "Changes to the recipe: search.sequences=8 inputs.clip_ratio=0.9", "KEY=VALUE ...", _HOW
+    ),
+]
+Expand = Annotated[
+    str | None, _option("--expand", "Dimensions that the residual stream gains.", "N|auto", _HOW)
+]
+Seed = Annotated[int | None, _option("--seed", "Draws rotations and calibration text.", panel=_HOW)]
+Calibration = Annotated[
+    str | None,
+    _option("--calibration", f"Text to calibrate on: {_SOURCES}, or self (sampled).", "SOURCE", _TEXT),
+]
+Test = Annotated[
+    str | None,
+    _option("--test", "Text to score on; without it, a part of the calibration's.", "SOURCE", _TEXT),
+]
+
+NewFolder = Annotated[Path, typer.Option("--output", help="The new folder.", show_default=False)]
+Draw = Annotated[Path | None, _option("--output", "Also draw it: .png, .svg or .pdf.", "FILE")]
+Device = Annotated[str, _option("--device", "cpu or cuda.")]
+Resume = Annotated[bool, _option("--resume", "Go on with a run that was stopped.")]
+Overwrite = Annotated[bool, _option("--overwrite", "Replace what is there already.")]
+Json = Annotated[bool, _option("--json", "Print one JSON object and nothing else.")]
+
+Against = Annotated[
+    str | None, _option("--against", "The original, for KL divergence and agreement.", "MODEL")
+]
+Data = Annotated[str | None, _option("--data", f"Text: {_SOURCES}.", "SOURCE")]
+Sequences = Annotated[int | None, _option("--sequences", "How many sequences.", min=1)]
+SeqLen = Annotated[int | None, _option("--seq-len", "Tokens of each.", min=2)]
+
+MaxNewTokens = Annotated[int, _option("--max-new-tokens", "Stop after so many.", min=1)]
+Temperature = Annotated[float, _option("--temperature", "0: the most likely token each time.", min=0)]
+DrawSeed = Annotated[int, _option("--seed", "Draws the tokens at temperatures above 0.")]

@@ -1,0 +1,123 @@
+"""Progress on stderr: a live display on a terminal, sparse lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
+from rich.text import Text
+
+from paley.cli.display import size
+from paley.cli.process import peak_memory, say
+from paley.pipeline import Monitor
+
+__all__ = ["LineMonitor", "watching"]
+
+_EVERY = 10.0  # seconds between lines where there is no terminal
+
+
+@contextmanager
+def watching() -> Iterator[Monitor]:
+    """A monitor that draws on stderr until the block ends."""
+    if not sys.stderr.isatty():
+        yield LineMonitor()
+        return
+    with _Display(Console(stderr=True)) as display:
+        yield _LiveMonitor(display)
+        display.close_stage()
+
+
+class LineMonitor(Monitor):
+    """A line when a stage begins, then at most one every ten seconds."""
+
+    def __init__(self, write: Callable[[str], None] = say, clock: Callable[[], float] = time.monotonic):
+        self._write, self._clock, self._start = write, clock, clock()
+        self._said = 0.0
+        self._stage, self._total, self._done = "", 0, 0
+
+    def stage(self, name: str, total: int) -> None:
+        self._stage, self._total, self._done = name, total, 0
+        self._line(name)
+
+    def step(self, detail: str = "") -> None:
+        self._done += 1
+        if self._clock() - self._said >= _EVERY:
+            self._line(f"{self._stage} {self._done}/{self._total}  {detail}".rstrip())
+
+    def note(self, text: str) -> None:
+        self._line(text)
+
+    def _line(self, text: str) -> None:
+        self._said = self._clock()
+        self._write(f"{self._said - self._start:6.0f} s  {text}")
+
+
+class _Clock(ProgressColumn):
+    """Time spent on a finished stage; count and time left of one at work."""
+
+    def render(self, task: Task) -> Text:
+        spent = _minutes(task.elapsed)
+        if task.total is None or task.finished:
+            return Text(spent, "progress.elapsed")
+        left = _minutes(task.time_remaining) if task.time_remaining is not None else "?"
+        return Text(f"{task.completed:.0f}/{task.total:.0f}, {left} left", "progress.remaining")
+
+
+class _Display(Progress):
+    """One line a stage; below, the peak memory and what the last step said."""
+
+    def __init__(self, console: Console):
+        columns = (
+            SpinnerColumn(finished_text="✓"),
+            TextColumn("{task.description}"),
+            BarColumn(24),
+            _Clock(),
+        )
+        self.detail = ""
+        self._current: TaskID | None = None
+        # Minutes of history: a layer takes seconds, and rich would forget the layer before last.
+        super().__init__(*columns, console=console, refresh_per_second=4, speed_estimate_period=600)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        below = f"  peak memory {size(peak_memory())}  {self.detail}"
+        yield Text(below, "dim", overflow="ellipsis", no_wrap=True)
+
+    def open_stage(self, name: str, total: int) -> None:
+        self.close_stage()
+        self.detail = ""
+        self._current = self.add_task(name, total=total if total > 1 else None)  # one step: no bar to fill
+
+    def close_stage(self) -> None:
+        if self._current is not None:
+            self.update(self._current, total=1, completed=1)
+            self._current = None
+
+    def advance_stage(self, detail: str) -> None:
+        self.detail = detail
+        if self._current is not None:
+            self.advance(self._current)
+
+
+class _LiveMonitor(Monitor):
+    def __init__(self, display: _Display):
+        self._display = display
+
+    def stage(self, name: str, total: int) -> None:
+        self._display.open_stage(name, total)
+
+    def step(self, detail: str = "") -> None:
+        self._display.advance_stage(detail)
+
+    def note(self, text: str) -> None:
+        self._display.console.print(text, markup=False)
+
+
+def _minutes(seconds: float | None) -> str:
+    whole = round(seconds or 0)
+    hours, rest = divmod(whole, 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"

@@ -1,0 +1,187 @@
+"""Perplexity on test blocks and, against the original model, the KL divergence and agreement of predictions.
+
+A quantized KV cache is really used: the text goes through it in chunks, so that keys and values are read back
+from their codes. One long forward through transformers' QuantizedCache reads none, and reports no loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from paley.core.errors import PaleyError
+from paley.core.metrics import kl_divergence
+from paley.data import TokenBlocks, require
+from paley.eval.reference import Reference
+from paley.eval.scoring import CHUNK, check, check_finite, token_nll
+from paley.model.adapter import Adapter
+from paley.model.kv_cache import PackedKVCache
+
+__all__ = ["EvalResult", "evaluate"]
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """nll, gap and kl in nats a token; tokens counts predictions.
+
+    Each stderr is over the sequences' means, of one run and paired for gap; None where there is one sequence.
+    kl is KL(original || quantized). What compares with the original is None without a reference.
+    """
+
+    source: str
+    sha256: str
+    sequences: int
+    tokens: int
+    nll: float
+    nll_stderr: float | None
+    perplexity: float
+    perplexity_stderr: float | None
+    kv_cache_bytes_per_token: float
+    reference_nll: float | None = None
+    gap: float | None = None
+    gap_stderr: float | None = None
+    kl: float | None = None
+    kl_stderr: float | None = None
+    top1_agreement: float | None = None
+    top1_stderr: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; what is infinite becomes 'inf', as in plans."""
+        values = asdict(self)
+        infinite = {k: str(v) for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)}
+        return values | infinite
+
+
+@torch.no_grad()
+def evaluate(
+    model: PreTrainedModel,
+    blocks: TokenBlocks,
+    reference: Reference | None = None,
+    *,
+    chunk: int = CHUNK,
+    batch: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> EvalResult:
+    """Position t predicts token t + 1 of each block; blocks must have role test.
+
+    With quantized keys or values, `chunk` tokens at a time pass through a fresh PackedKVCache per batch; else
+    there is one forward per batch. Logits are made for batch * chunk tokens at a time. progress gets
+    (sequences done, of how many).
+    """
+    require(blocks, "test")
+    check(model, blocks, batch, chunk)
+    if reference is not None:
+        reference = _fitting(reference, model, blocks)
+    cached = _has_quantized_cache(model)
+    columns: list[Tensor] = []
+    bytes_per_token = 0.0
+    for at in range(0, len(blocks.ids), batch):
+        sequences = slice(at, min(at + batch, len(blocks.ids)))
+        ids = blocks.ids[sequences].to(model.device)
+        cache = PackedKVCache(model) if cached else None
+        scores = _score(model, ids, cache, chunk, reference, sequences)
+        check_finite(scores[0], at, blocks.source)
+        columns.append(scores.double().mean(-1).cpu())
+        if cache is not None:
+            bytes_per_token = cache.nbytes / ids[:, :-1].numel()
+        if progress is not None:
+            progress(sequences.stop, len(blocks.ids))
+    if not cached:
+        bytes_per_token = _plain_bytes_per_token(model, blocks.ids[:1, :8].to(model.device))
+    return _summary(blocks, torch.cat(columns, 1), reference, bytes_per_token)
+
+
+def _score(
+    model: PreTrainedModel,
+    ids: Tensor,
+    cache: PackedKVCache | None,
+    chunk: int,
+    reference: Reference | None,
+    sequences: slice,
+) -> Tensor:
+    """ids [batch, seq_len] -> [1 or 3, batch, seq_len - 1]: nll and, with a reference, KL and agreement."""
+    head = Adapter(model).part("head")
+    columns, start = [], 0
+    for hidden, targets in zip(_hidden(model, ids, cache, chunk), ids[:, 1:].split(chunk, 1), strict=True):
+        logits = head(hidden)
+        column = [token_nll(logits, targets)]
+        if reference is not None:
+            original = reference.logits(sequences, slice(start, start + targets.shape[1]))
+            column += [kl_divergence(original, logits), (original.argmax(-1) == logits.argmax(-1)).float()]
+        columns.append(torch.stack(column))
+        start += targets.shape[1]
+    return torch.cat(columns, -1)
+
+
+def _hidden(model: PreTrainedModel, ids: Tensor, cache: PackedKVCache | None, chunk: int) -> Iterator[Tensor]:
+    """Hidden states after the last norm [batch, chunk, hidden]; the last token's are left out."""
+    if cache is None:  # the last token is read all the same: what Reference.of ran then agrees to the bit
+        yield from model.base_model(ids, use_cache=False).last_hidden_state[:, :-1].split(chunk, 1)
+        return
+    for piece in ids[:, :-1].split(chunk, 1):
+        yield model.base_model(piece, past_key_values=cache, use_cache=True).last_hidden_state
+
+
+def _has_quantized_cache(model: PreTrainedModel) -> bool:
+    slots = [slot for m in model.modules() if (slot := getattr(m, "kv_slot", None)) is not None]
+    return any(slot.keys is not None or slot.values is not None for slot in slots)
+
+
+def _plain_bytes_per_token(model: PreTrainedModel, ids: Tensor) -> float:
+    """ids [1, n] -> what one token's keys and values take in a cache that keeps them as they come."""
+    cache = PackedKVCache(model)
+    model.base_model(ids, past_key_values=cache, use_cache=True)
+    return cache.nbytes / ids.numel()
+
+
+def _fitting(reference: Reference, model: PreTrainedModel, blocks: TokenBlocks) -> Reference:
+    """reference with its head on the model's device; raises where its ids or vocabulary are others."""
+    reference.check(blocks)
+    vocabulary = cast(int, Adapter(model).part("head").out_features)
+    if reference.head.shape[0] != vocabulary:
+        raise PaleyError(
+            f"reference for {reference.source}: its model's vocabulary has {reference.head.shape[0]} tokens, "
+            f"this model's {vocabulary}; compare with the model that this one was made from"
+        )
+    return reference.to(model.device)
+
+
+def _summary(blocks: TokenBlocks, means: Tensor, reference: Reference | None, kv_bytes: float) -> EvalResult:
+    """means float64 [1 or 3, sequences] of each sequence -> the result."""
+    nll, nll_stderr = _mean_and_stderr(means[0])
+    perplexity = math.exp(nll) if nll < 700 else math.inf
+    # Delta method: d exp(nll) = exp(nll) d nll.
+    perplexity_stderr = None if nll_stderr is None or perplexity == math.inf else perplexity * nll_stderr
+    compared: dict[str, float | None] = {}
+    if reference is not None:
+        original = reference.nll.double().mean(1)
+        compared["reference_nll"] = float(original.mean())
+        for name, column in (("gap", means[0] - original), ("kl", means[1]), ("top1", means[2])):
+            mean, compared[f"{name}_stderr"] = _mean_and_stderr(column)
+            compared["top1_agreement" if name == "top1" else name] = mean
+    return EvalResult(
+        source=blocks.source,
+        sha256=blocks.sha256,
+        sequences=means.shape[1],
+        tokens=blocks.ids[:, 1:].numel(),
+        nll=nll,
+        nll_stderr=nll_stderr,
+        perplexity=perplexity,
+        perplexity_stderr=perplexity_stderr,
+        kv_cache_bytes_per_token=kv_bytes,
+        **compared,
+    )
+
+
+def _mean_and_stderr(values: Tensor) -> tuple[float, float | None]:
+    """values [n] -> mean, and its standard error from n - 1 degrees of freedom (None for n = 1)."""
+    mean = float(values.mean())
+    if len(values) < 2 or not math.isfinite(mean):
+        return mean, None
+    return mean, float(values.std(correction=1)) / math.sqrt(len(values))

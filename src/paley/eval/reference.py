@@ -1,0 +1,121 @@
+"""What evaluating needs of the original model, which so need not stay in memory beside the quantized one."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from paley.core.errors import PaleyError
+from paley.data import TokenBlocks
+from paley.eval.scoring import CHUNK, check, check_finite, token_nll
+from paley.model.adapter import Adapter
+
+__all__ = ["Reference"]
+
+FORMAT = {"format": "paley-reference", "version": "1"}
+MADE_AGAIN = "make it again with Reference.of"
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """hidden float32 [sequences, seq_len, hidden] after the last norm, nll float32 [sequences, seq_len - 1].
+
+    head [vocab, hidden] is lm_head's weight in the model's own dtype, so that `logits` are the very ones that
+    the model computed; sha256 is that of the token ids. All on the CPU, but for head after `to`.
+    """
+
+    hidden: Tensor
+    head: Tensor
+    nll: Tensor
+    source: str
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if self.hidden.ndim != 3 or self.head.ndim != 2 or self.hidden.shape[2] != self.head.shape[1]:
+            raise PaleyError(
+                f"reference for {self.source}: needs hidden [sequences, seq_len, n] and head [vocab, n], got "
+                f"{list(self.hidden.shape)} and {list(self.head.shape)}; {MADE_AGAIN}"
+            )
+        sequences, seq_len, _ = self.hidden.shape
+        if self.nll.shape != (sequences, seq_len - 1) or not self.nll.isfinite().all():
+            raise PaleyError(
+                f"reference for {self.source}: needs finite nll {[sequences, seq_len - 1]}, got "
+                f"{list(self.nll.shape)}; {MADE_AGAIN}"
+            )
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: PreTrainedModel, blocks: TokenBlocks, batch: int = 8) -> Reference:
+        """Runs the unquantized `model` over `blocks` of any role, `batch` sequences at a time."""
+        check(model, blocks, batch, CHUNK)
+        head = Adapter(model).part("head")
+        if not isinstance(head, nn.Linear) or head.bias is not None:
+            raise PaleyError(
+                f"reference: the model's lm_head is a {head}, expected a Linear without bias; "
+                "give the unquantized model"
+            )
+        sequences, seq_len = blocks.ids.shape
+        hidden = torch.empty(sequences, seq_len, head.in_features, dtype=torch.float32)
+        nll = torch.empty(sequences, seq_len - 1, dtype=torch.float32)
+        for at in range(0, sequences, batch):
+            ids = blocks.ids[at : at + batch].to(model.device)
+            last = model.base_model(ids, use_cache=False).last_hidden_state
+            hidden[at : at + batch] = last
+            pairs = zip(last[:, :-1].split(CHUNK, 1), ids[:, 1:].split(CHUNK, 1), strict=True)
+            nll[at : at + batch] = torch.cat([token_nll(head(h), targets) for h, targets in pairs], 1)
+            check_finite(nll[at : at + batch], at, blocks.source)
+        weight = head.weight.detach().to("cpu", copy=True).contiguous()
+        return cls(hidden, weight, nll, blocks.source, blocks.sha256)
+
+    def logits(self, sequences: slice, positions: slice = slice(None)) -> Tensor:
+        """-> logits [sequences, positions, vocab] in the model's dtype, on head's device."""
+        return nn.functional.linear(self.hidden[sequences, positions].to(self.head), self.head)
+
+    def to(self, device: torch.device | str) -> Reference:
+        """With head on `device`, where `logits` will then be; hidden states stay and come in slices."""
+        return replace(self, head=self.head.to(device))
+
+    def check(self, blocks: TokenBlocks, where: str = "reference") -> None:
+        """Raises where this is the reference for other token ids."""
+        if self.sha256 != blocks.sha256 or self.hidden.shape[:2] != blocks.ids.shape:
+            raise PaleyError(
+                f"{where}: made for token ids {list(self.hidden.shape[:2])} of {self.source} (sha256 "
+                f"{self.sha256[:12]}), not for {list(blocks.ids.shape)} of {blocks.source} (sha256 "
+                f"{blocks.sha256[:12]}); {MADE_AGAIN} for these"
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file, first under another name: a killed run leaves none, or a whole one."""
+        path = Path(path)
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        tensors = {"hidden": self.hidden, "head": self.head.cpu(), "nll": self.nll}
+        try:
+            save_file(tensors, unfinished, FORMAT | {"source": self.source, "sha256": self.sha256})
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path, blocks: TokenBlocks | None = None) -> Reference:
+        """Reads what `save` wrote. Errors: a foreign or damaged file, one for other token ids."""
+        try:
+            with safe_open(path, framework="pt") as opened:
+                metadata = opened.metadata() or {}
+                if not (FORMAT.items() <= metadata.items() and {"source", "sha256"} <= metadata.keys()):
+                    raise PaleyError(f"{path}: is no reference of this version of Paley; {MADE_AGAIN}")
+                hidden, head, nll = (opened.get_tensor(name) for name in ("hidden", "head", "nll"))
+        except (OSError, SafetensorError) as error:
+            raise PaleyError(f"{path}: cannot be read as a reference ({error}); {MADE_AGAIN}") from error
+        if hidden.dtype != torch.float32 or nll.dtype != torch.float32 or not head.is_floating_point():
+            raise PaleyError(f"{path}: holds {hidden.dtype}, {head.dtype}, {nll.dtype}; {MADE_AGAIN}")
+        reference = cls(hidden, head, nll, metadata["source"], metadata["sha256"])
+        if blocks is not None:
+            reference.check(blocks, str(path))
+        return reference

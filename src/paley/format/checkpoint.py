@@ -1,0 +1,200 @@
+"""Checkpoint folders: any Hugging Face model in safetensors, checked when opened, read tensor by tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paley.core.errors import PaleyError, nearest_name
+from paley.format.files import read_json, write_atomic, write_json
+from paley.format.header import TensorInfo, as_bytes, read_header
+from paley.format.writer import INDEX, SINGLE, ShardWriter, write_tensors
+
+__all__ = ["Checkpoint", "ShardWriter", "read_tensors", "write_atomic", "write_json", "write_tensors"]
+
+# Keys of config.json that change nothing: tensors say themselves what dtype they have.
+VOLATILE = {"transformers_version", "_name_or_path", "torch_dtype", "dtype"}
+_CHUNK = 2**24  # elements looked at together
+_SHARD = re.compile(r"[^/\\:\0]+\.safetensors")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+class Checkpoint:
+    """`config`: config.json; `infos`: name -> dtype, shape and place of each tensor, sorted by name."""
+
+    def __init__(self, folder: Path, config: dict[str, Any], infos: dict[str, TensorInfo]):
+        self.folder, self.config = folder, config
+        self.infos = dict(sorted(infos.items()))
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Checkpoint:
+        """Reads and checks config.json, the index and every header; PaleyError names the file at fault."""
+        folder = Path(folder)
+        if not folder.is_dir():
+            what = "is a file" if folder.exists() else "no such folder"
+            raise PaleyError(f"{folder}: {what}; give the folder of a Hugging Face checkpoint")
+        if not (folder / "config.json").is_file():
+            raise PaleyError(f"{folder}: no config.json here; give the folder of a Hugging Face checkpoint")
+        return cls(folder, read_json(folder / "config.json"), _find_tensors(folder))
+
+    @property
+    def names(self) -> list[str]:
+        """All tensors, sorted."""
+        return list(self.infos)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stored tensors."""
+        return sum(info.nbytes for info in self.infos.values())
+
+    def info(self, name: str) -> TensorInfo:
+        """Dtype, shape and place of a tensor; PaleyError for a name that is not there."""
+        if name not in self.infos:
+            raise PaleyError(f"{self.folder}: no tensor {name!r}{nearest_name(name, self.infos)}")
+        return self.infos[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.info(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.info(name).dtype
+
+    def tensor(self, name: str) -> Tensor:
+        """Reads a tensor into memory of its own."""
+        return self.info(name).read()
+
+    __getitem__ = tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.infos
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.infos)
+
+    def __len__(self) -> int:
+        return len(self.infos)
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor), by name, one in memory at a time."""
+        for name in self.infos:
+            yield name, self.tensor(name)
+
+    def check_finite(self, progress: Callable[[str], None] = lambda name: None) -> None:
+        """PaleyError names the first tensor with a NaN or infinity; `progress` hears of each in its turn."""
+        for name, info in self.infos.items():
+            progress(name)
+            if not info.dtype.is_floating_point:
+                continue
+            bad = first_not_finite(info.read())
+            if bad is not None:
+                index, value = bad
+                raise PaleyError(
+                    f"{info.file}: {name} holds {value} at {list(index)}; the checkpoint is damaged, "
+                    "get a sound copy of it"
+                )
+
+    def fingerprint(self) -> str:
+        """sha256 in hex of what the model computes: tensors and config, however they are cut into files."""
+        digest = hashlib.sha256(_canonical(_lasting(self.config)))
+        for name, tensor in self.items():
+            digest.update(_canonical([name, str(tensor.dtype), list(tensor.shape)]))
+            digest.update(as_bytes(tensor))
+        return digest.hexdigest()
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """All tensors of one safetensors file, checked before use; PaleyError where it is damaged."""
+    return {name: info.read() for name, info in read_header(Path(path)).items()}
+
+
+def first_not_finite(tensor: Tensor) -> tuple[tuple[int, ...], float] | None:
+    """(index, value) of the first NaN or infinity in a float tensor."""
+    start = 0
+    for part in tensor.reshape(-1).split(_CHUNK):
+        part = part.float() if part.dtype.itemsize == 1 else part  # isfinite knows no float8
+        finite = part.isfinite()
+        if not finite.all():
+            offset = int(finite.logical_not().int().argmax())
+            index = torch.unravel_index(torch.tensor(start + offset), tensor.shape)
+            return tuple(int(i) for i in index), float(part[offset])
+        start += len(part)
+    return None
+
+
+def _lasting(config: Any) -> Any:
+    """config without its volatile keys, at every depth."""
+    if isinstance(config, dict):
+        return {key: _lasting(value) for key, value in config.items() if key not in VOLATILE}
+    return [_lasting(value) for value in config] if isinstance(config, list) else config
+
+
+def _canonical(obj: Any) -> bytes:
+    return json.dumps(obj, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+
+
+def _find_tensors(folder: Path) -> dict[str, TensorInfo]:
+    """Every tensor of the folder, from model.safetensors or from the shards that the index names."""
+    single, index = folder / SINGLE, folder / INDEX
+    if single.is_file() and index.is_file():
+        raise PaleyError(f"{folder}: holds both {SINGLE} and {INDEX}; remove the one that is out of date")
+    if single.is_file():
+        return read_header(single)
+    if not index.is_file():
+        raise PaleyError(f"{folder}: {_why_no_weights(folder)}")
+    shards: dict[str, list[str]] = {}
+    for name, file in _weight_map(index).items():
+        shards.setdefault(file, []).append(name)
+    infos: dict[str, TensorInfo] = {}
+    for file, names in shards.items():
+        infos |= _read_shard(folder / file, set(names))
+    return infos
+
+
+def _read_shard(file: Path, promised: set[str]) -> dict[str, TensorInfo]:
+    """The tensors of a shard, which are those that the index promises, no less and no more."""
+    if not file.is_file():
+        raise PaleyError(f"{file}: is missing, though {INDEX} names it; copy or download it")
+    infos = read_header(file)
+    if missing := sorted(promised - infos.keys()):
+        hint = nearest_name(missing[0], infos)
+        raise PaleyError(f"{file}: tensor {missing[0]!r} is missing, though {INDEX} promises it{hint}")
+    if extra := sorted(infos.keys() - promised):
+        raise PaleyError(
+            f"{file}: tensor {extra[0]!r} is not in {INDEX} for this file; "
+            "load and save the model with transformers to make a new index"
+        )
+    return infos
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name right in the folder."""
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise PaleyError(f"{index}: must have a 'weight_map' of tensors to files; copy or download it again")
+    for name, file in found.items():
+        if not isinstance(file, str) or not _SHARD.fullmatch(file):
+            raise PaleyError(
+                f"{index}: {name!r} is said to be in {file!r}; "
+                "only safetensors files of the same folder are opened"
+            )
+    return found
+
+
+def _why_no_weights(folder: Path) -> str:
+    if any(folder.glob("model-*-of-*.safetensors")):
+        return f"holds shards, but no {INDEX}: the copying or writing was cut short; do it again"
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickles:
+        return (
+            f"the weights are pickled ({pickles[0]}), and opening a pickle can run any code; if you trust "
+            "them, convert them to safetensors with transformers: "
+            "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+        )
+    return f"no {SINGLE} and no {INDEX} here; give the folder of a Hugging Face checkpoint"

@@ -1,0 +1,88 @@
+"""The section "quantization_config" of a quantized checkpoint's config.json."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from paley.core.errors import PaleyError, nearest_name
+from paley.core.schemes import ActivationScheme, AttentionSlot, LinearSlot, WeightScheme
+from paley.core.transforms import Transform
+
+__all__ = ["FORMAT_VERSION", "QUANT_METHOD", "QuantizationConfig"]
+
+FORMAT_VERSION = 1
+QUANT_METHOD = "paley"
+
+
+def _core_errors(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    """The schemes of `paley.core` check themselves; through this pydantic knows at which key."""
+    try:
+        return handler(value)
+    except PaleyError as error:
+        raise PydanticCustomError("paley", "{reason}", {"reason": str(error)}) from None
+
+
+_CHECKED = WrapValidator(_core_errors)
+
+
+class QuantizationConfig(BaseModel):
+    """Keys of the two maps are module names, as in the transformers model; from a file by `from_dict`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    quant_method: Literal["paley"] = QUANT_METHOD
+    format_version: Literal[1] = FORMAT_VERSION
+    linears: dict[str, Annotated[LinearSlot, _CHECKED]]
+    attentions: dict[str, Annotated[AttentionSlot, _CHECKED]]
+
+    @classmethod
+    def from_dict(cls, data: object, where: str = "quantization_config") -> Self:
+        """Plain data from a file, its types taken strictly; PaleyError names each key that is wrong."""
+        if not isinstance(data, dict):
+            raise PaleyError(f"{where}: must be a JSON object, got {type(data).__name__}")
+        method, version = data.get("quant_method"), data.get("format_version")
+        if method != QUANT_METHOD:
+            raise PaleyError(f"{where}: quant_method must be {QUANT_METHOD!r}, got {method!r}")
+        if type(version) is not int or version != FORMAT_VERSION:
+            raise PaleyError(
+                f"{where}: format_version must be {FORMAT_VERSION}, got {version!r}; install the paley that "
+                "wrote this checkpoint, or quantize the model again"
+            )
+        try:
+            return cls.model_validate_json(json.dumps(data), strict=True)
+        except ValidationError as error:
+            reasons = "; ".join(_reason(detail) for detail in error.errors(include_url=False))
+            raise PaleyError(f"{where}: {reasons}") from None
+        except (TypeError, ValueError, RecursionError) as error:
+            raise PaleyError(f"{where}: is not plain JSON data ({error})") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for config.json."""
+        return self.model_dump(mode="json")
+
+
+# What stands under (map, module), and under (map, module, place).
+_CLASSES: dict[str | int, type] = {
+    "linears": LinearSlot, "attentions": AttentionSlot, "transform": Transform,
+    "weight": WeightScheme, "input": ActivationScheme, "keys": ActivationScheme, "values": ActivationScheme,
+}  # fmt: skip
+
+
+def _reason(detail: ErrorDetails) -> str:
+    """linears['model.layers.0.mlp.up_proj'].weight.grid: what is wrong there."""
+    loc, kind = list(detail["loc"]), detail["type"]
+    path = "".join(f"[{part!r}]" if depth == 1 else f".{part}" for depth, part in enumerate(loc))[1:]
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = list(QuantizationConfig.model_fields)
+        if len(loc) > 1:
+            known = [field.name for field in fields(_CLASSES[loc[0] if len(loc) == 3 else loc[2]])]
+        return f"{path}: unknown key{nearest_name(str(loc[-1]), known)}; known here: {', '.join(known)}"
+    if kind in ("missing", "missing_argument"):
+        return f"{path}: is required and missing"
+    reason = detail["msg"].removeprefix("Input ")
+    return f"{path}: {reason}" if kind == "paley" else f"{path}: {reason}, got {detail['input']!r}"

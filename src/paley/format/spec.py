@@ -1,0 +1,146 @@
+"""What a quantized checkpoint says and holds: docs/format.md in code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from paley.core import grids, packing
+from paley.core.errors import PaleyError
+from paley.core.rounding import Quantized
+from paley.core.schemes import LinearSlot, WeightScheme
+from paley.format.checkpoint import Checkpoint
+from paley.format.config import FORMAT_VERSION, QUANT_METHOD, QuantizationConfig
+
+__all__ = [
+    "BIAS", "CODES", "FORMAT_VERSION", "QUANT_METHOD", "SCALES", "WEIGHT", "ZEROS", "QuantizationConfig",
+    "bits_per_weight", "decode_linear", "encode_linear", "expected_tensors", "stored_bytes",
+]  # fmt: skip
+
+CODES, SCALES, ZEROS = ".codes", ".scales", ".zeros"  # suffixes of a quantized linear's name
+WEIGHT, BIAS = ".weight", ".bias"
+SCALE_DTYPE = torch.float16
+
+Expected = dict[str, tuple[torch.dtype | None, tuple[int, ...]]]
+
+
+class Tensors(Protocol):
+    """What tensors are read from: a dict, or a Checkpoint."""
+
+    def __contains__(self, name: object, /) -> bool: ...
+    def __getitem__(self, name: str, /) -> Tensor: ...
+
+
+def expected_tensors(name: str, slot: LinearSlot, in_features: int, out_features: int) -> Expected:
+    """Name -> (dtype, shape) of what stores the weight [out_features, in_features]; dtype None: any floats.
+
+    in_features is the stored width: slot.transform.out_dim where there is a transform. A bias is not listed.
+    """
+    if slot.transform is not None and slot.transform.out_dim != in_features:
+        raise PaleyError(
+            f"{name}: in_features={in_features}, but its transform ends at out_dim={slot.transform.out_dim}"
+        )
+    if slot.weight is None:
+        return {name + WEIGHT: (None, (out_features, in_features))}
+    size = slot.weight.group_size or in_features
+    if in_features < 1 or in_features % size:
+        raise PaleyError(
+            f"{name}: in_features={in_features} is no multiple of group_size={size}; use a divisor or expand"
+        )
+    grid = grids.load(slot.weight.grid)
+    width = packing.packed_width(in_features, _bits(grid))
+    groups = (out_features, in_features // size)
+    found: Expected = {
+        name + CODES: (torch.uint8, (out_features, width)),
+        name + SCALES: (SCALE_DTYPE, groups),
+    }
+    if grid.affine:
+        found[name + ZEROS] = (torch.uint8, groups)
+    return found
+
+
+def encode_linear(name: str, q: Quantized) -> dict[str, Tensor]:
+    """codes [out, in], scales and zeros [out, groups] -> NAME.codes, NAME.scales and NAME.zeros as stored.
+
+    PaleyError for what would not come back: scales that float16 lacks, zeros outside of the grid.
+    """
+    shapes = tuple(q.codes.shape), tuple(q.scales.shape)
+    if [len(shape) for shape in shapes] != [2, 2] or not shapes[1][1] or shapes[0][1] % shapes[1][1]:
+        raise PaleyError(f"{name}: codes must be [out, in] and scales [out, groups], got {shapes}")
+    scales = q.scales.to(SCALE_DTYPE)
+    if not torch.equal(scales.to(q.scales.dtype), q.scales):  # also where there is a NaN
+        raise PaleyError(f"{name}: scales are not float16 values; round them with rounding.storable first")
+    grid = grids.load(q.grid)
+    found = {name + CODES: packing.pack(q.codes, _bits(grid)), name + SCALES: scales}
+    if q.zeros is not None:
+        found[name + ZEROS] = q.zeros
+    out_features, in_features = shapes[0]
+    slot = LinearSlot(WeightScheme(q.grid, q.group_size))
+    _check_form(name, found, expected_tensors(name, slot, in_features, out_features))
+    _check_values(name, found, in_features, grid)
+    return found
+
+
+def decode_linear(name: str, tensors: Tensors, slot: LinearSlot, in_features: int) -> Quantized:
+    """NAME.codes and the rest, as stored -> codes [out, in_features], scales and zeros [out, groups].
+
+    PaleyError for a tensor that is missing or too many, of the wrong dtype or shape, or damaged.
+    """
+    if slot.weight is None:
+        raise PaleyError(f"{name}: its slot leaves the weight unquantized; read {name + WEIGHT} itself")
+    if name + WEIGHT in tensors:
+        raise PaleyError(f"{name}: is stored quantized, and as {name + WEIGHT} too; one of them is stale")
+    found = {name + part: tensors[name + part] for part in (CODES, SCALES, ZEROS) if name + part in tensors}
+    codes = found.get(name + CODES)
+    out_features = codes.shape[0] if codes is not None and codes.dim() else 0
+    _check_form(name, found, expected_tensors(name, slot, in_features, out_features))
+    grid = grids.load(slot.weight.grid)
+    _check_values(name, found, in_features, grid)
+    unpacked = packing.unpack(found[name + CODES], _bits(grid), in_features)
+    return Quantized(unpacked, found[name + SCALES], found.get(name + ZEROS), grid.name)
+
+
+def stored_bytes(source: str | Path | Iterable[Tensor]) -> int:
+    """Bytes of every tensor of a checkpoint folder, or of those given: codes, scales, zeros, all the rest."""
+    if isinstance(source, str | Path):
+        return Checkpoint.open(source).nbytes
+    return sum(tensor.nbytes for tensor in source)
+
+
+def bits_per_weight(source: str | Path | Iterable[Tensor], weights: int) -> float:
+    """Stored bits for each of the original model's `weights` values."""
+    if weights < 1:
+        raise PaleyError(f"bits_per_weight: the number of weights must be positive, got {weights}")
+    return 8 * stored_bytes(source) / weights
+
+
+def _check_form(name: str, found: Mapping[str, Tensor], wanted: Expected) -> None:
+    """These tensors and no others, of these dtypes and shapes."""
+    for tensor, (dtype, shape) in wanted.items():
+        if tensor not in found:
+            raise PaleyError(f"{tensor}: is missing")
+        got = found[tensor]
+        if got.dtype != dtype or tuple(got.shape) != shape:
+            raise PaleyError(f"{tensor}: must be {dtype} {shape}, got {got.dtype} {tuple(got.shape)}")
+    if extra := sorted(found.keys() - wanted.keys()):
+        raise PaleyError(f"{extra[0]}: is there, but the grid of {name} has no zero points")
+
+
+def _check_values(name: str, found: Mapping[str, Tensor], in_features: int, grid: grids.Grid) -> None:
+    """Scales are positive and finite, zeros are codes of the grid, and the bits that fill a row are 0."""
+    codes, scales, zeros = found[name + CODES], found[name + SCALES], found.get(name + ZEROS)
+    if not bool(((scales > 0) & scales.isfinite()).all()):
+        raise PaleyError(f"{name + SCALES}: must be positive and finite, and are not; the file is damaged")
+    if zeros is not None and zeros.numel() and int(zeros.max()) > grid.peak:
+        raise PaleyError(f"{name + ZEROS}: holds {int(zeros.max())}, beyond the last code of {grid.name}")
+    used = in_features * _bits(grid) % 8
+    if used and codes.numel() and int(codes[:, -1].max()) >> used:
+        raise PaleyError(f"{name + CODES}: the bits after a row's last code must be 0; the file is damaged")
+
+
+def _bits(grid: grids.Grid) -> int:
+    return int(grid.bits)

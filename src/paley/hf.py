@@ -1,0 +1,207 @@
+"""The transformers plugin: after `register()`, AutoModelForCausalLM loads quantized checkpoints of ours.
+
+Without it transformers only warns about the unknown method and returns a model with random weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from paley.core.errors import PaleyError, nearest_name
+from paley.core.schemes import LinearSlot
+from paley.format.checkpoint import Checkpoint
+from paley.format.header import TensorInfo, read_header
+from paley.format.spec import QUANT_METHOD, QuantizationConfig, expected_tensors
+from paley.model import attention
+from paley.model.linear import QuantLinear
+
+__all__ = ["PaleyConfig", "PaleyQuantizer", "load", "register"]
+
+
+class PaleyConfig(QuantizationConfigMixin):
+    """What config.json says under "quantization_config"; `spec` holds it checked."""
+
+    quant_method = QUANT_METHOD  # type: ignore[assignment]
+
+    def __init__(self, **fields: Any):
+        self.spec = QuantizationConfig.from_dict(fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.spec.to_dict()
+
+    def __iter__(self) -> Generator[tuple[str, Any], None, None]:
+        yield from self.to_dict().items()
+
+
+class PaleyQuantizer(HfQuantizer):
+    """Puts packed layers and KV slots into the empty model, and refuses files that do not fill it exactly."""
+
+    quantization_config: PaleyConfig
+
+    def __init__(self, quantization_config: PaleyConfig, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        if not self.pre_quantized:
+            raise PaleyError(
+                "PaleyConfig loads quantized checkpoints only; quantize the model first (`paley quantize`)"
+            )
+
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        asked = config._attn_implementation
+        if self.quantization_config.spec.attentions and asked not in (None, "sdpa", attention.NAME):
+            raise PaleyError(
+                f"attn_implementation={asked!r} would not round keys and values as this checkpoint "
+                f"wants: leave it out, or use {attention.NAME!r}"
+            )
+        return config
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        spec = self.quantization_config.spec
+        linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        for name, slot in spec.linears.items():
+            if name not in linears:
+                hint = nearest_name(name, linears)
+                raise PaleyError(
+                    f"config.json quantizes {name!r}, which is no linear layer of this model{hint}"
+                )
+            _replace_linear_(model, name, linears[name], slot)
+        if spec.attentions:
+            attention.attach_slots(model, spec.attentions)
+        if not checkpoint_files:
+            raise PaleyError(
+                "a Paley model is loaded from its safetensors files; a state_dict alone is not supported"
+            )
+        _check_files(model, checkpoint_files)
+
+    def is_serializable(self) -> bool:  # type: ignore[override]
+        return True
+
+    @property
+    def is_trainable(self) -> bool:  # type: ignore[override]
+        return False
+
+
+def register() -> None:
+    """Makes quant_method and attn_implementation "paley" known to transformers, once."""
+    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(QUANT_METHOD)(PaleyConfig)
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(QUANT_METHOD)(PaleyQuantizer)
+    attention.register()
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    dense: bool = False,
+) -> PreTrainedModel:
+    """The model in the quantized checkpoint folder `path`; codes and scales keep their types.
+
+    dense: keep each weight unpacked too (faster, and as large as an unquantized model). Errors: not a Paley
+    folder; tensors that are missing, too many, or of the wrong shape or type.
+    """
+    register()
+    folder = Path(path)
+    section = Checkpoint.open(folder).config.get("quantization_config")
+    method = section.get("quant_method") if isinstance(section, dict) else None
+    if method != QUANT_METHOD:
+        what = f"quantized by {method!r}" if method else "not quantized"
+        raise PaleyError(f"{folder}: this model is {what}, no Paley checkpoint; use transformers itself")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
+    )
+    model.to(device)  # type: ignore[arg-type]
+    if dense:
+        for module in model.modules():
+            if isinstance(module, QuantLinear):
+                module.materialize_(dtype)
+    return model
+
+
+def _replace_linear_(model: PreTrainedModel, name: str, linear: nn.Linear, slot: LinearSlot) -> None:
+    """Puts a QuantLinear in place of `linear`, the module called `name`, on its device."""
+    stored_width = linear.in_features
+    if slot.transform is not None:
+        if slot.transform.in_dim != linear.in_features:
+            raise PaleyError(
+                f"{name}: transform.in_dim={slot.transform.in_dim}, but the layer reads {linear.in_features}"
+            )
+        stored_width = slot.transform.out_dim
+    tied = model.all_tied_weights_keys
+    if slot.weight is not None and f"{name}.weight" in {*tied.keys(), *tied.values()}:
+        raise PaleyError(
+            f"{name}: its weight is tied to another; set tie_word_embeddings to false in config.json"
+        )
+    quantized = QuantLinear(
+        stored_width,
+        linear.out_features,
+        bias=linear.bias is not None,
+        slot=slot,
+        dtype=linear.weight.dtype,
+        device=linear.weight.device,
+        name=name,
+    )
+    model.set_submodule(name, quantized)
+
+
+def _check_files(model: PreTrainedModel, files: Iterable[str]) -> None:
+    """Compares the names, shapes and types in the files' headers with what the model needs.
+
+    transformers itself fills what is missing with random numbers and mentions it in a log.
+    """
+    needed, found, folder = model.state_dict(), dict[str, TensorInfo](), Path()
+    for file in map(Path, files):
+        if file.suffix != ".safetensors":
+            raise PaleyError(f"{file}: Paley checkpoints are safetensors files; other weights are not opened")
+        folder = file.parent
+        found |= read_header(file)
+    tied = model.all_tied_weights_keys
+    partners = {**tied, **{source: target for target, source in tied.items()}}
+    missing = [n for n in needed if n not in found and partners.get(n) not in found]
+    if missing:
+        raise PaleyError(f"{folder}: {_count(missing)} missing from the files; copy the whole folder again")
+    unexpected = [n for n in found if n not in needed]
+    if unexpected:
+        hint = nearest_name(unexpected[0], needed)
+        raise PaleyError(f"{folder}: {_count(unexpected)} in the files, but not in the model{hint}")
+    exact = _exact_dtypes(model)
+    for name, info in found.items():
+        shape, dtype = tuple(needed[name].shape), exact.get(name)
+        if info.shape != shape:
+            raise PaleyError(f"{info.file}: {name} has shape {info.shape}, must have {shape}")
+        if info.dtype != dtype if dtype else info.dtype.is_floating_point != needed[name].is_floating_point():
+            raise PaleyError(f"{info.file}: {name} is {info.dtype}, must be {dtype or 'a float type'}")
+
+
+def _exact_dtypes(model: PreTrainedModel) -> dict[str, torch.dtype | None]:
+    """Of each packed layer's tensors, which no cast may touch; None where any float type will do."""
+    return {
+        full: dtype
+        for name, module in model.named_modules()
+        if isinstance(module, QuantLinear)
+        for full, (dtype, _) in expected_tensors(
+            name, module.slot, module.in_features, module.out_features
+        ).items()
+    }
+
+
+def _count(names: list[str]) -> str:
+    more = f" and {len(names) - 1} more tensors are" if len(names) > 1 else " is"
+    return f"tensor {names[0]!r}{more}"

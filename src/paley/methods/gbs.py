@@ -1,0 +1,95 @@
+"""Gradual binary search: one clip ratio after the other, each judged by the whole model's loss.
+
+arXiv:2504.13989, algorithm 1. The model is behind two callables, so the search itself takes milliseconds to test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from paley.core.errors import PaleyError
+
+__all__ = ["Outcome", "bracket_search", "gradual_search", "local_search"]
+
+Score = Callable[[float], float]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where a slot's search ended: the clip ratio and the loss there (lower is better)."""
+
+    clip_ratio: float
+    loss: float
+
+
+def bracket_search(score: Score, iterations: int = 10) -> Outcome:
+    """The paper's schedule on (0, 1]: halves left and right of the best point in turn."""
+    low, best, high = 0.0, 0.5, 1.0
+    best_loss = score(best)
+    for iteration in range(iterations):
+        if high - low <= 1e-3:
+            break
+        x = (low + best) / 2 if iteration % 2 == 0 else (best + high) / 2
+        loss = score(x)
+        if loss < best_loss:
+            if x < best:
+                high = best
+            else:
+                low = best
+            best, best_loss = x, loss
+        elif x < best:
+            low = x
+        else:
+            high = x
+    return Outcome(best, best_loss)
+
+
+def local_search(score: Score, starts: Sequence[float], iterations: int = 5, step: float = 0.1) -> Outcome:
+    """Ours: the best of the given starts, then its neighbours at a step that halves when both are worse.
+
+    The result is never worse than any start. `iterations` counts trials after the starts.
+    """
+    losses = {start: score(start) for start in dict.fromkeys(starts)}
+    best = min(losses, key=lambda x: losses[x])
+    trials, upward = 0, False
+    failures = 0
+    while trials < iterations:
+        x = round(best + (step if upward else -step), 4)
+        if x > 0 and x not in losses:
+            losses[x] = score(x)
+            trials += 1
+        if x > 0 and losses[x] < losses[best]:
+            best, failures = x, 0
+            continue
+        upward = not upward
+        failures += 1
+        if failures == 2:
+            step, failures = step / 2, 0
+            if step < 0.01:
+                break
+    return Outcome(best, losses[best])
+
+
+def gradual_search(
+    slots: Sequence[str],
+    evaluate: Callable[[str, float], float],
+    settle: Callable[[str, Outcome], None],
+    search: Callable[[str, Score], Outcome],
+) -> dict[str, Outcome]:
+    """Visits `slots` in order: searches each with those before it settled, then settles it.
+
+    evaluate(slot, clip_ratio) is the model's loss with that slot at its target bits and clip ratio.
+    """
+    outcomes: dict[str, Outcome] = {}
+    for slot in slots:
+
+        def score(clip_ratio: float, slot: str = slot) -> float:
+            loss = evaluate(slot, clip_ratio)
+            if loss != loss:
+                raise PaleyError(f"{slot}: the loss at clip_ratio={clip_ratio} is NaN; check the model's weights")
+            return loss
+
+        outcomes[slot] = search(slot, score)
+        settle(slot, outcomes[slot])
+    return outcomes

@@ -1,0 +1,180 @@
+"""Quantizes a model's weights block by block, each block calibrated on what the quantized ones before it give.
+
+Beside the block at work a copy of the original runs, on the original's inputs, so that GPTQ can aim at the
+original outputs. Memory: that copy, and the hidden states of the calibration tokens twice.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from paley.core.errors import PaleyError
+from paley.core.metrics import rel_error
+from paley.core.rounding import Quantized
+from paley.core.schemes import AttentionSlot, LinearSlot
+from paley.methods.gptq import InputStatistics, quantize_gptq
+from paley.methods.nearest import quantize_nearest
+from paley.model.adapter import RESIDUAL_WRITERS, SHARED_INPUTS, Adapter, Block
+from paley.model.attention import attach_slots
+from paley.model.capture import BlockRunner, capture_inputs
+from paley.model.linear import QuantLinear, SharedInput
+
+__all__ = ["LayerReport", "BlockQuantizer", "set_attention_", "set_input_", "wrap_"]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One quantized linear: ||W - Ŵ||² / ||W||² against the rotated weight, and its codes."""
+
+    name: str
+    rel_error: float
+    quantized: Quantized
+
+
+def wrap_(adapter: Adapter, linears: dict[str, LinearSlot], attentions: dict[str, AttentionSlot]) -> None:
+    """Puts a QuantLinear with its run-time transform in place of every linear; nothing is rounded yet."""
+    attach_slots(adapter.model, attentions)
+    for block in adapter.blocks:
+        set_attention_(block, None)
+        for _, roles in SHARED_INPUTS:
+            shared = SharedInput()
+            for role in roles:
+                path = block.path(role)
+                linear, slot = block.part(role), linears[path]
+                if not isinstance(linear, nn.Linear):
+                    raise PaleyError(f"{path}: is a {type(linear).__name__}, expected a linear layer")
+                made = QuantLinear.from_linear(linear, LinearSlot(transform=slot.transform), None)
+                made.shared_input = shared
+                adapter.model.set_submodule(path, made)
+
+
+def set_input_(linear: nn.Module, slot: LinearSlot | None) -> None:
+    """Makes a linear round its input as `slot` says, or not at all; its weight and transform stay."""
+    assert isinstance(linear, QuantLinear)
+    linear.slot = replace(linear.slot, input=None if slot is None else slot.input)
+
+
+def set_attention_(block: Block, slot: AttentionSlot | None) -> None:
+    block.part("attention").kv_slot = slot  # type: ignore[assignment]
+
+
+class BlockQuantizer:
+    """Walks the blocks in order; `quantize(i)` or, where a block's codes exist already, `restore(i, ...)`.
+
+    ids [sequences, seq_len]: the calibration tokens; None where no weight needs any. compensate: as in Recipe.
+    """
+
+    def __init__(
+        self,
+        runner: BlockRunner,
+        ids: Tensor | None,
+        linears: dict[str, LinearSlot],
+        attentions: dict[str, AttentionSlot],
+        *,
+        compensate: str,
+    ):
+        self.runner, self.linears, self.attentions, self.compensate = runner, linears, attentions, compensate
+        self.hidden = runner.embed(ids) if ids is not None else None
+        self.original = self.hidden.clone() if self.hidden is not None else None
+
+    @torch.no_grad()
+    def quantize(self, index: int, on_layer: Callable[[LayerReport], None] = lambda _: None) -> list[LayerReport]:
+        """Quantizes block `index` in place -> a report for each of its quantized linears."""
+        block = self.runner.adapter.blocks[index]
+        reference = copy.deepcopy(block.module)
+        self._activate(block)
+        reports = []
+        for roles in self._same_inputs(block):
+            statistics = self._statistics(block, reference, roles[0]) if self.hidden is not None else None
+            for role in roles:
+                report = self._quantize_linear(block.path(role), statistics)
+                on_layer(report)
+                reports.append(report)
+        self._advance(index, reference)
+        return reports
+
+    @torch.no_grad()
+    def restore(
+        self, index: int, quantized: dict[str, Quantized], on_layer: Callable[[LayerReport], None] = lambda _: None
+    ) -> list[LayerReport]:
+        """Puts known codes into block `index` and moves on to the next: the same outcome as `quantize`."""
+        block = self.runner.adapter.blocks[index]
+        reference = copy.deepcopy(block.module)
+        self._activate(block)
+        reports = [self._replace(path, q) for path, q in quantized.items()]
+        for report in reports:
+            on_layer(report)
+        self._advance(index, reference)
+        return reports
+
+    def _same_inputs(self, block: Block) -> Iterator[tuple[str, ...]]:
+        """Roles whose weights are quantized, grouped by what they read: the same tensor, rounded alike."""
+        for _, roles in SHARED_INPUTS:
+            quantized = [role for role in roles if self.linears[block.path(role)].weight is not None]
+            for scheme in dict.fromkeys(self.linears[block.path(role)].input for role in quantized):
+                yield tuple(r for r in quantized if self.linears[block.path(r)].input == scheme)
+
+    def _activate(self, block: Block) -> None:
+        set_attention_(block, self.attentions.get(block.path("attention")))
+        for role, path in block.linears():
+            set_input_(block.part(role), self.linears[path])
+
+    def _advance(self, index: int, reference: nn.Module) -> None:
+        if self.hidden is not None and self.original is not None:
+            self.original = self.runner.run(reference, index, self.original, out=self.original)
+            self.hidden = self.runner.block(index, self.hidden, out=self.hidden)
+
+    def _statistics(self, block: Block, reference: nn.Module, role: str) -> InputStatistics:
+        """Second moments of what the linear `role` of the block reads, against the same place of the original."""
+        assert self.hidden is not None and self.original is not None
+        norm = RESIDUAL_WRITERS.get(role) if self.compensate == "residual_stream" else None
+        statistics = InputStatistics()
+
+        def run(module: nn.Module, hidden: Tensor) -> tuple[QuantLinear, Tensor, Tensor | None]:
+            linear, seen = module.get_submodule(getattr(block.architecture, role)), {}
+            assert isinstance(linear, QuantLinear)
+            watched: dict[str, nn.Module] = {"input": linear}
+            if norm is not None:
+                watched["stream"] = module.get_submodule(getattr(block.architecture, norm))
+            with capture_inputs(watched, seen.__setitem__):
+                self.runner.until(linear, module, block.index, hidden)
+            return linear, linear.round_input(seen["input"]), seen.get("stream")
+
+        batches = zip(*(h.split(self.runner.batch) for h in (self.hidden, self.original)), strict=True)
+        for hidden, original in batches:
+            _, x, stream = run(block.module, hidden)
+            linear, x_original, stream_original = run(reference, original)
+            if stream is None or stream_original is None:
+                statistics.add(x, x_original)
+                continue
+            # The next norm divides each token by its size: an error counts relative to it. Without this the few
+            # tokens with massive activations would decide everything.
+            after = stream_original + nn.functional.linear(x_original, linear.dequantize())
+            weight = after.square().mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()
+            statistics.add(x * weight, x_original * weight, (stream_original - stream) * weight)
+        return statistics
+
+    def _quantize_linear(self, path: str, statistics: InputStatistics | None) -> LayerReport:
+        linear, scheme = self.runner.adapter.model.get_submodule(path), self.linears[path].weight
+        assert isinstance(linear, QuantLinear) and scheme is not None
+        weight = linear.dequantize()
+        if scheme.method == "nearest":
+            q = quantize_nearest(weight, scheme, where=path)
+        else:
+            assert statistics is not None
+            q = quantize_gptq(weight, statistics, scheme, compensate=self.compensate != "plain", where=path)
+        return self._replace(path, q)
+
+    def _replace(self, path: str, q: Quantized) -> LayerReport:
+        linear = self.runner.adapter.model.get_submodule(path)
+        assert isinstance(linear, QuantLinear)
+        made = QuantLinear.from_linear(linear, self.linears[path], q)
+        made.shared_input = linear.shared_input
+        made.materialize_()
+        self.runner.adapter.model.set_submodule(path, made)
+        return LayerReport(path, rel_error(linear.dequantize(), q.dequantize()), q)

@@ -1,0 +1,92 @@
+"""Opens the model to be quantized: a folder or a Hub name, checked before anything is computed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from paley.core.errors import PaleyError
+from paley.format.checkpoint import Checkpoint
+from paley.model.adapter import architecture
+
+__all__ = ["Source", "open_source", "resolve"]
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checked checkpoint folder of a supported architecture; `fingerprint` names its contents."""
+
+    path: Path
+    checkpoint: Checkpoint
+    fingerprint: str
+    config: Any
+
+    def load(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
+        """The model in eval mode; raises where the files and the config disagree."""
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                self.path, config=self.config, dtype=dtype, use_safetensors=True, local_files_only=True,
+                trust_remote_code=False, output_loading_info=True, attn_implementation="sdpa",
+            )  # fmt: skip
+        except (RuntimeError, ValueError) as error:
+            raise PaleyError(f"{self.path}: transformers cannot load this checkpoint: {error}") from error
+        for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if names := sorted(str(name) for name in info[what]):
+                raise PaleyError(
+                    f"{self.path}: config.json and the weights disagree: {what.replace('_keys', '')} "
+                    f"{len(names)} tensors, the first is {names[0]}; use the config.json these weights came with"
+                )
+        model.requires_grad_(False)
+        return model.eval().to(device)  # type: ignore[arg-type]
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        try:
+            return AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise PaleyError(f"{self.path}: no tokenizer can be loaded here: {error}") from error
+
+
+def open_source(model: str | Path, on_tensor: Callable[[int, int], None] = lambda done, total: None) -> Source:
+    """Checks the folder or Hub name `model`: architecture, files, and that every weight is finite."""
+    path = resolve(model)
+    checkpoint = Checkpoint.open(path)
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise PaleyError(f"{path}/config.json: transformers does not understand it: {error}") from error
+    architecture(config.model_type)
+    if getattr(config, "quantization_config", None) is not None:
+        raise PaleyError(f"{path}: is quantized already; give the original, full-precision checkpoint")
+    checkpoint.check_finite()
+    return Source(path, checkpoint, checkpoint.fingerprint(), config)
+
+
+def resolve(model: str | Path) -> Path:
+    """A local folder as it is; a Hub name `owner/name` downloaded, or taken from the local cache."""
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise PaleyError(f"{path}: is a file; give the folder of a Hugging Face checkpoint")
+    if not _HUB_NAME.fullmatch(str(model)):
+        raise PaleyError(f"{model}: no such folder, and no Hub name (owner/name) either")
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=_FILES))
+    except LocalEntryNotFoundError as error:
+        raise PaleyError(
+            f"{model}: no such folder here, it is not in the local Hub cache, and the Hub cannot be reached; "
+            "download it on a machine with network and give its folder"
+        ) from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise PaleyError(f"{model}: no such folder here, and the Hub does not give it: {error}") from error

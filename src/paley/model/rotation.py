@@ -1,0 +1,92 @@
+"""Which rotations a recipe asks of a model (R1 to R4 and expansion), and their application to its weights."""
+
+from __future__ import annotations
+
+from paley.core import grids, hadamard
+from paley.core.errors import PaleyError
+from paley.core.transforms import Transform
+from paley.model import fold
+from paley.model.adapter import Adapter
+from paley.plan import Rotation
+from paley.recipe import Recipe
+
+__all__ = ["decide_rotation", "rotate_"]
+
+_GRANULARITIES = (64, 32, 16, 8, 4)
+
+
+def decide_rotation(recipe: Recipe, adapter: Adapter) -> Rotation | None:
+    """The transforms for this model; None where the recipe does not rotate. Errors name the way out."""
+    if not recipe.rotate:
+        return None
+    hidden, seed = adapter.hidden_size, recipe.seed
+    wide = hidden + (_auto_expansion(recipe, hidden) if recipe.expand == "auto" else recipe.expand)
+    _check_order("hidden size", wide, "expand")
+    mlp = adapter.intermediate_size
+    wide_mlp = _reachable(mlp) if recipe.expand_mlp == "auto" else mlp + recipe.expand_mlp
+    _check_order("MLP width", wide_mlp, "expand_mlp")
+    return Rotation(
+        residual=Transform(hidden, wide, wide, seed),
+        head=_in_blocks(adapter.head_dim, seed + 1),
+        output=_in_blocks(adapter.num_heads * adapter.head_dim, seed + 3) if recipe.rotate_output else None,
+        mlp=Transform(mlp, wide_mlp, wide_mlp, seed + 2),
+    )
+
+
+def rotate_(adapter: Adapter, rotation: Rotation | None) -> None:
+    """Unties, folds the norms and applies R1, R2 and the weights' side of what rotates at run time."""
+    fold.untie_(adapter)
+    fold.fold_norms_(adapter)
+    if rotation is None:
+        return
+    if rotation.residual is not None:
+        fold.rotate_residual_(adapter, rotation.residual)
+    for block in adapter.blocks:
+        if rotation.head is not None:
+            fold.rotate_values_(block, rotation.head)
+        for role, transform in (("o", rotation.output), ("down", rotation.mlp)):
+            if transform is not None:
+                fold.rotate_input_(block.part(role), transform)
+
+
+def _auto_expansion(recipe: Recipe, hidden: int) -> int:
+    """Extra columns: the cheapest Hadamard order that still takes fewer bits than one more bit per value.
+
+    Lemma 4.1 of arXiv:2504.13989 with b = b' + 1: (n + d) b' <= n (b' + 1). Widths are multiples of 64 where
+    one fits, and among them the smallest dense factor wins, then the smallest width.
+    """
+    bits = [grids.load(s.grid).bits for s in (recipe.weights, recipe.inputs) if s is not None]
+    limit = hidden + int(hidden / max(bits)) if bits else hidden
+    for step in _GRANULARITIES:
+        widths = [n for n in range(hidden // step * step + step, limit + 1, step) if _exists(n)]
+        if widths:
+            return min(widths, key=lambda n: (hadamard.factor(n)[0], n)) - hidden
+    raise PaleyError(
+        f"expand=auto: no Hadamard order between hidden size {hidden} and the limit of {limit}; "
+        "give a number with --expand"
+    )
+
+
+def _exists(n: int) -> bool:
+    try:
+        hadamard.factor(n)
+    except PaleyError:
+        return False
+    return True
+
+
+def _in_blocks(width: int, seed: int) -> Transform:
+    """The largest Hadamard order that divides `width`, which nothing can widen; 1 leaves it as it is."""
+    order = max(n for n in range(1, width + 1) if width % n == 0 and _exists(n))
+    return Transform(width, width, order, seed)
+
+
+def _reachable(width: int) -> int:
+    return width if _exists(width) else hadamard.nearest_orders(width)[1]
+
+
+def _check_order(what: str, width: int, key: str) -> None:
+    try:
+        hadamard.factor(width)
+    except PaleyError as error:
+        raise PaleyError(f"{what} {width}: {error}; set {key} to a number that reaches one, or to auto") from None

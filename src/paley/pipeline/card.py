@@ -1,0 +1,78 @@
+"""The model card of a quantized checkpoint."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from paley.plan import Plan
+
+__all__ = ["model_card"]
+
+_CARD = """\
+---
+library_name: transformers
+tags: [paley, quantized]
+---
+
+# A {model_type} model quantized by Paley
+
+| | |
+|---|---|
+| weights | {weights} |
+| linear inputs | {inputs} |
+| keys, values | {keys}, {values} |
+| rotation | {rotation} |
+| bits per weight, every stored byte counted | {bits:.3f} |
+| size | {size:,} bytes (original {original_size:,}) |
+| perplexity | {perplexity:.4f} ± {perplexity_stderr:.4f} (original {reference:.4f}) |
+| KL divergence to the original | {kl:.4f} ± {kl_stderr:.4f} nats per token |
+| same most likely token | {top1:.2%} |
+
+Measured on {tokens:,} tokens of `{source}`, through the quantized KV cache in chunks; on a text of another domain the
+figures differ. `results.json` has every figure, `plan.json` every decision.
+
+```python
+import paley                                   # registers the format with transformers
+model = paley.load("THIS FOLDER")              # or AutoModelForCausalLM.from_pretrained("THIS FOLDER")
+```
+
+Without `import paley` transformers does not know this format: it only warns, and returns random weights.
+"""
+
+
+def model_card(results: dict[str, Any], plan: Plan) -> str:
+    """results: as in results.json."""
+    recipe, measured = plan.recipe, results["evaluation"]
+    residual = plan.rotation.residual if plan.rotation else None
+    rotation = "none"
+    if residual is not None:
+        rotation = f"Hadamard of order {residual.order}"
+        if residual.out_dim > residual.in_dim:
+            rotation += f", residual stream widened from {residual.in_dim}"
+    return _CARD.format(
+        model_type=results["model_type"],
+        weights=_scheme(recipe.weights),
+        inputs=_scheme(recipe.inputs),
+        keys=_scheme(recipe.keys),
+        values=_scheme(recipe.values),
+        rotation=rotation,
+        bits=results["bits_per_weight"],
+        size=results["bytes"],
+        original_size=results["original_bytes"],
+        perplexity=measured["perplexity"],
+        perplexity_stderr=measured["perplexity_stderr"] or math.nan,
+        reference=math.exp(measured["reference_nll"]),
+        kl=measured["kl"],
+        kl_stderr=measured["kl_stderr"] or math.nan,
+        top1=measured["top1_agreement"],
+        tokens=measured["tokens"],
+        source=measured["source"],
+    )
+
+
+def _scheme(scheme: Any) -> str:
+    if scheme is None:
+        return "16 bits"
+    group = f", groups of {scheme.group_size}" if scheme.group_size else ""
+    return f"{scheme.grid}{group}"

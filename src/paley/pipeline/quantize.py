@@ -1,0 +1,143 @@
+"""`paley.quantize`: from a checkpoint and a recipe, or a plan, to a verified and evaluated quantized folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paley.core.errors import PaleyError
+from paley.eval.perplexity import evaluate
+from paley.eval.reference import Reference
+from paley.format import spec
+from paley.format.files import write_atomic, write_json
+from paley.model.loading import Source, open_source
+from paley.pipeline.accounting import parameter_count, quantized_bits, untouched
+from paley.pipeline.card import model_card
+from paley.pipeline.monitor import Monitor
+from paley.pipeline.run_directory import RESULTS, RunDirectory, open_run
+from paley.pipeline.saving import first_logits, save_checkpoint, verify
+from paley.pipeline.stages import decide, execute, storage_dtype
+from paley.pipeline.texts import Texts, gather
+from paley.plan import Plan
+from paley.recipe import Recipe
+
+__all__ = ["Outcome", "make_plan", "quantize"]
+
+EVAL_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where the quantized model is, what was decided, and what was measured (also in results.json)."""
+
+    output: Path
+    plan: Plan
+    results: dict[str, Any]
+
+
+def quantize(
+    model: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    output: str | Path,
+    plan: Plan | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str = "cpu",
+    monitor: Monitor | None = None,
+) -> Outcome:
+    """Quantizes the checkpoint folder or Hub name `model` into the new folder `output`.
+
+    Give a recipe, or a plan made for this model. A run that was stopped goes on with resume=True. Errors:
+    PaleyError, with nothing written to `output`.
+    """
+    monitor, output = monitor or Monitor(), Path(output)
+    if (recipe is None) == (plan is None):
+        raise PaleyError("quantize: give either a recipe or a plan")
+    wanted = plan.recipe if plan is not None else recipe
+    assert wanted is not None
+    monitor.stage("checking the checkpoint", 1)
+    source = open_source(model)
+    if plan is not None:
+        plan.check_fingerprint(source.fingerprint)
+    key = _key(source, plan.to_json() if plan is not None else wanted.hash())
+    with open_run(output, key, resume=resume, overwrite=overwrite) as run:
+        if not run.finished and not (run.checkpoint / RESULTS).exists():
+            _make(source, wanted, plan, run, monitor, device)
+        run.publish()
+    return Outcome(output, Plan.load(output / "plan.json"), json.loads((output / RESULTS).read_text()))
+
+
+def make_plan(
+    model: str | Path, recipe: Recipe, *, device: str = "cpu", monitor: Monitor | None = None
+) -> Plan:
+    """Decides only: the plan that `quantize` with this recipe would execute."""
+    source = open_source(model)
+    texts = gather(recipe, source.tokenizer())
+    return decide(source, recipe, texts, None, monitor or Monitor(), device)
+
+
+def _make(
+    source: Source, recipe: Recipe, plan: Plan | None, run: RunDirectory, monitor: Monitor, device: str
+) -> None:
+    texts = gather(recipe, source.tokenizer())
+    reference = _reference(source, texts, run, monitor, device)
+    plan = plan or _plan(source, recipe, texts, run, monitor, device)
+    model, reports = execute(source, plan, texts, run, monitor, device)
+    monitor.stage("saving and reading back", 1)
+    dtype = storage_dtype(recipe, source)
+    save_checkpoint(run.checkpoint, model, plan, source, dtype)
+    expected = first_logits(model, texts.test)
+    del model  # never two copies
+    reloaded = verify(run.checkpoint, expected, texts.test, device)
+    monitor.step()
+    batches = -(-len(texts.test.ids) // EVAL_BATCH)
+    monitor.stage("evaluating through the quantized cache", batches)
+    measured = evaluate(
+        reloaded, texts.test, reference, batch=EVAL_BATCH, progress=lambda done, total: monitor.step()
+    )
+    size = spec.stored_bytes(run.checkpoint)
+    original = spec.stored_bytes(source.path)
+    weights = parameter_count(source)
+    plan = plan.model_copy(update={"bits_per_weight": size * 8 / weights})
+    plan.save(run.checkpoint / "plan.json")
+    results = {
+        "run": run.key,
+        "model_type": source.config.model_type,
+        "fingerprint": source.fingerprint,
+        "parameters": weights,
+        "bits_per_weight": size * 8 / weights,
+        "bits_per_quantized_weight": quantized_bits(reports),
+        "bytes": size,
+        "original_bytes": original,
+        "untouched": untouched(reloaded),
+        "evaluation": measured.to_dict(),
+        "layers": {r.name: {"rel_error": r.rel_error} for r in reports},
+    }
+    write_atomic(run.checkpoint / "README.md", model_card(results, plan))
+    write_json(run.checkpoint / RESULTS, results)
+
+
+def _reference(source: Source, texts: Texts, run: RunDirectory, monitor: Monitor, device: str) -> Reference:
+    file = run.path / "reference.safetensors"
+    if not file.exists():
+        monitor.stage("measuring the original", 1)
+        Reference.of(source.load(device=device), texts.test).save(file)
+        monitor.step()
+    return Reference.load(file, texts.test)
+
+
+def _plan(
+    source: Source, recipe: Recipe, texts: Texts, run: RunDirectory, monitor: Monitor, device: str
+) -> Plan:
+    file = run.path / "plan.json"
+    if not file.exists():
+        decide(source, recipe, texts, run, monitor, device).save(file)
+    return Plan.load(file)
+
+
+def _key(source: Source, wanted: str) -> str:
+    return hashlib.sha256(f"{source.fingerprint} {wanted}".encode()).hexdigest()

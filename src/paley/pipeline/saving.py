@@ -1,0 +1,75 @@
+"""Writes the quantized checkpoint folder, and proves that reading it back gives the model that was in memory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from paley import hf
+from paley.core.errors import PaleyError
+from paley.core.metrics import kl_divergence
+from paley.data import TokenBlocks
+from paley.format import spec
+from paley.format.files import write_json
+from paley.format.writer import ShardWriter
+from paley.model.loading import Source
+from paley.model.linear import QuantLinear
+from paley.plan import Plan
+
+__all__ = ["first_logits", "save_checkpoint", "verify"]
+
+# Carried over as they are; everything else in a source folder is weights, or not the model's.
+_COPIED = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+def save_checkpoint(folder: Path, model: PreTrainedModel, plan: Plan, source: Source, dtype: torch.dtype) -> None:
+    """Weights, config.json, tokenizer files and plan.json into a new folder; unquantized floats as `dtype`."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    writer = ShardWriter(folder)
+    packed = {
+        f"{name}.{buffer}"
+        for name, module in model.named_modules()
+        if isinstance(module, QuantLinear)
+        for buffer, _ in module.named_buffers()
+    }
+    for name, tensor in model.state_dict().items():
+        writer.add(name, tensor if name in packed else tensor.to(dtype))
+    writer.close()
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    config["quantization_config"] = spec.QuantizationConfig(
+        linears=plan.linears, attentions=plan.attentions
+    ).model_dump(mode="json")
+    write_json(folder / "config.json", config)
+    for name in _COPIED:
+        if (source.path / name).is_file():
+            shutil.copyfile(source.path / name, folder / name)
+    plan.save(folder / "plan.json")
+
+
+@torch.no_grad()
+def first_logits(model: PreTrainedModel, blocks: TokenBlocks, count: int = 2) -> Tensor:
+    """Logits [count, seq_len, vocab] of the first blocks, on the CPU: the model's fingerprint in numbers."""
+    ids = blocks.ids[:count].to(model.device)
+    return torch.cat([model(row[None], use_cache=False).logits.float().cpu() for row in ids])
+
+
+def verify(folder: Path, expected: Tensor, blocks: TokenBlocks, device: str) -> PreTrainedModel:
+    """Loads the folder -> the model; raises unless its KL divergence to `expected` logits is exactly 0."""
+    model = hf.load(folder, device=device, dense=True)
+    divergence = float(kl_divergence(expected, first_logits(model, blocks, len(expected))).abs().max())
+    if divergence != 0.0:
+        raise PaleyError(
+            f"{folder}: the saved model differs from the one in memory (KL {divergence:.3g}, must be 0); "
+            "nothing was published; please report this"
+        )
+    return model

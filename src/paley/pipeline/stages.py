@@ -1,0 +1,170 @@
+"""Decide a plan for a model, and execute one. Searches only decide; quantizing only executes."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from paley.core.errors import PaleyError
+from paley.core.schemes import AttentionSlot, LinearSlot
+from paley.format import spec
+from paley.format.checkpoint import read_tensors
+from paley.format.writer import write_tensors
+from paley.model.adapter import Adapter
+from paley.model.calibrate import BlockQuantizer, LayerReport, wrap_
+from paley.model.capture import BlockRunner
+from paley.model.linear import QuantLinear
+from paley.model.loading import Source
+from paley.model.rotation import decide_rotation, rotate_
+from paley.model.search import ClipSearch
+from paley.pipeline.monitor import Monitor
+from paley.pipeline.run_directory import RunDirectory
+from paley.pipeline.texts import Texts
+from paley.plan import Plan, Rotation
+from paley.recipe import Recipe
+
+__all__ = ["decide", "execute", "storage_dtype"]
+
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def decide(
+    source: Source, recipe: Recipe, texts: Texts, run: RunDirectory | None, monitor: Monitor, device: str
+) -> Plan:
+    """What to do to each slot of the model: the recipe's schemes, with clip ratios searched where it says so.
+
+    The search sees weights quantized under the recipe's own clip ratios; executing the plan calibrates them
+    anew under the found ones.
+    """
+    adapter = Adapter(source.load(device=device))
+    rotation = decide_rotation(recipe, adapter)
+    linears, attentions = _slots(recipe, adapter, rotation)
+    plan = Plan(
+        fingerprint=source.fingerprint, model_type=source.config.model_type, recipe=recipe, rotation=rotation,
+        linears=linears, attentions=attentions,
+    )  # fmt: skip
+    if recipe.search.method == "none":
+        return plan
+    assert texts.search is not None
+    ids = texts.search.ids.to(device)
+    runner = BlockRunner(adapter)
+    _prepare_(source, adapter, plan)
+    reference = runner.suffix(0, runner.embed(ids))
+    _quantize_blocks(runner, plan, texts, run, "draft", monitor)
+    search = ClipSearch(runner, ids, reference, linears, attentions, recipe.search)
+    monitor.stage("searching clip ratios", len(search.slots))
+    trace = list(run.trials()) if run else []
+    slot_losses: dict[str, float] = {}
+
+    def on_trial(trial):
+        trace.append(trial)
+        if run:
+            run.add_trial(trial)
+
+    def on_slot(name, outcome):
+        slot_losses[name] = outcome.loss
+        monitor.step(f"{name}  clip {outcome.clip_ratio:.3f}  {recipe.search.objective} {outcome.loss:.4f}")
+
+    search.run(trace.copy(), on_trial, on_slot)
+    return plan.model_copy(
+        update={
+            "linears": search.linears,
+            "attentions": search.attentions,
+            "trace": tuple(trace),
+            "predicted_loss": list(slot_losses.values())[-1] if slot_losses else None,
+        }
+    )
+
+
+def execute(
+    source: Source, plan: Plan, texts: Texts, run: RunDirectory | None, monitor: Monitor, device: str
+) -> tuple[PreTrainedModel, list[LayerReport]]:
+    """-> the quantized model, ready to run or to save, and a report for each quantized layer."""
+    plan.check_fingerprint(source.fingerprint)
+    adapter = Adapter(source.load(device=device))
+    _prepare_(source, adapter, plan)
+    reports = _quantize_blocks(BlockRunner(adapter), plan, texts, run, "final", monitor)
+    return adapter.model, reports
+
+
+def storage_dtype(recipe: Recipe, source: Source) -> torch.dtype:
+    """The type of tensors that stay unquantized: the checkpoint's own 16-bit type, or float16."""
+    if recipe.dtype != "auto":
+        return _DTYPES[recipe.dtype]
+    own = getattr(source.config, "dtype", None)
+    return own if own in (torch.float16, torch.bfloat16) else torch.float16
+
+
+def _slots(
+    recipe: Recipe, adapter: Adapter, rotation: Rotation | None
+) -> tuple[dict[str, LinearSlot], dict[str, AttentionSlot]]:
+    rotation = rotation or Rotation()
+    linears, attentions = {}, {}
+    for block in adapter.blocks:
+        for role, path in block.linears():
+            online = {"o": rotation.output, "down": rotation.mlp}.get(role)
+            linears[path] = recipe.linear_slot(path, online)
+        path = block.path("attention")
+        attentions[path] = recipe.attention_slot(path, rotation.head)
+    recipe.check_overrides(linears, attentions)
+    return linears, attentions
+
+
+def _prepare_(source: Source, adapter: Adapter, plan: Plan) -> None:
+    """Rotates the model, rounds what stays unquantized to its storage type, and wraps the linears."""
+    rotate_(adapter, plan.rotation)
+    dtype = storage_dtype(plan.recipe, source)
+    quantized = {f"{name}.weight" for name, slot in plan.linears.items() if slot.weight is not None}
+    for name, parameter in adapter.model.named_parameters():
+        if name in quantized:
+            continue
+        stored = parameter.data.to(dtype)
+        if not stored.isfinite().all():
+            raise PaleyError(
+                f"{name}: its largest value {float(parameter.abs().max()):.3g} does not fit {dtype}; "
+                "set dtype=float32 or dtype=bfloat16"
+            )
+        parameter.data = stored.to(parameter.dtype)
+    wrap_(adapter, plan.linears, plan.attentions)
+
+
+def _quantize_blocks(
+    runner: BlockRunner, plan: Plan, texts: Texts, run: RunDirectory | None, stage: str, monitor: Monitor
+) -> list[LayerReport]:
+    """Every block in turn; one that the run directory holds already is taken from there."""
+    calibration = texts.calibration.ids.to(runner.adapter.model.device) if texts.calibration is not None else None
+    quantizer = BlockQuantizer(
+        runner, calibration, plan.linears, plan.attentions,
+        compensate=plan.recipe.compensate,
+    )  # fmt: skip
+    count = sum(slot.weight is not None for slot in plan.linears.values())
+    monitor.stage("quantizing weights" if stage == "final" else "quantizing weights for the search", count)
+    reports: list[LayerReport] = []
+
+    def show(report: LayerReport) -> None:
+        monitor.step(f"{report.name}  rel_error {report.rel_error:.4f}")
+
+    for block in runner.adapter.blocks:
+        file = run.block_file(stage, block.index) if run else None
+        if file is not None and file.exists():
+            reports += quantizer.restore(block.index, _read_block(file, plan, runner.adapter, block), show)
+            continue
+        done = quantizer.quantize(block.index, show)
+        if file is not None:
+            tensors = {}
+            for report in done:
+                tensors |= spec.encode_linear(report.name, report.quantized)
+            write_tensors(file, tensors)
+        reports += done
+    return reports
+
+
+def _read_block(file, plan: Plan, adapter: Adapter, block):
+    tensors = read_tensors(file)
+    found = {}
+    for _, path in block.linears():
+        slot, linear = plan.linears[path], adapter.model.get_submodule(path)
+        if slot.weight is not None:
+            assert isinstance(linear, QuantLinear)
+            found[path] = spec.decode_linear(path, tensors, slot, linear.in_features)
+    return found

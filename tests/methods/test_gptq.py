@@ -1,0 +1,97 @@
+import pytest
+import torch
+
+from paley.core.schemes import WeightScheme
+from paley.methods.gptq import InputStatistics, quantize_gptq
+from paley.methods.nearest import quantize_nearest
+
+GRIDS = ["int3", "uint3", "odd3", "gauss3", "int2", "gauss4", "int8"]
+
+
+def problem(seed=0, out=24, n=32, tokens=400, noise=0.0):
+    g = torch.Generator().manual_seed(seed)
+    mix = torch.randn(n, n, generator=g) / n**0.5
+    reference = torch.randn(tokens, n, generator=g) @ mix
+    inputs = reference + noise * torch.randn(tokens, n, generator=g)
+    return torch.randn(out, n, generator=g), inputs, reference
+
+
+def statistics(inputs, reference):
+    s = InputStatistics()
+    for x, r in zip(inputs.split(100), reference.split(100), strict=True):
+        s.add(x, r)
+    return s
+
+
+def loss(weight, q, inputs, reference):
+    return float((reference @ weight.T - inputs @ q.dequantize().T).square().sum())
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("group_size", [None, 8])
+def test_output_error_is_below_nearest(grid, group_size):
+    weight, inputs, reference = problem()
+    scheme = WeightScheme(grid, group_size)
+    nearest = loss(weight, quantize_nearest(weight, scheme), inputs, reference)
+    gptq = loss(weight, quantize_gptq(weight, statistics(inputs, reference), scheme), inputs, reference)
+    assert gptq < 0.8 * nearest
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_white_inputs_give_the_nearest_codes(grid):
+    weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
+    white = InputStatistics()
+    white.add(torch.eye(16) * 10, torch.eye(16) * 10)
+    scheme = WeightScheme(grid, sweeps=0)
+    q = quantize_gptq(weight, white, scheme)
+    assert torch.equal(q.codes, quantize_nearest(weight, scheme).codes)
+
+
+def test_each_sweep_lowers_the_error():
+    weight, inputs, reference = problem(noise=0.3)
+    s = statistics(inputs, reference)
+    losses = [
+        loss(weight, quantize_gptq(weight, s, WeightScheme("int3", sweeps=k), damp=1e-6), inputs, reference)
+        for k in range(5)
+    ]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[1] < losses[0]
+
+
+def test_compensation_aims_at_the_original_outputs():
+    weight, inputs, reference = problem(noise=0.5)
+    s, scheme = statistics(inputs, reference), WeightScheme("int4")
+    plain = loss(weight, quantize_gptq(weight, s, scheme, compensate=False), inputs, reference)
+    aware = loss(weight, quantize_gptq(weight, s, scheme), inputs, reference)
+    assert aware < 0.9 * plain
+
+
+def test_lag_is_made_up_for():
+    weight, inputs, reference = problem()
+    mix = torch.randn(24, 32, generator=torch.Generator().manual_seed(5)) * 0.3
+    lag = inputs @ mix.T  # what the stream lacks is a function of the inputs: all of it can be made up for
+    s = InputStatistics()
+    s.add(inputs, reference, lag)
+    q = quantize_gptq(weight, s, WeightScheme("int8"))
+    blind = quantize_gptq(weight, statistics(inputs, reference), WeightScheme("int8"))
+    assert loss(weight + mix, q, inputs, reference) < 0.01 * loss(weight + mix, blind, inputs, reference)
+
+
+def test_weights_on_the_grid_are_kept():
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randint(-4, 4, (6, 16), generator=g).float() * 0.5
+    weight[:, 0] = 1.5  # max|w| = 3 steps or 4: absmax must meet the grid
+    weight.clamp_(-1.5, 1.5)
+    scheme = WeightScheme("int3", scale_search="absmax")
+    _, inputs, _ = problem(n=16)
+    for q in (quantize_nearest(weight, scheme), quantize_gptq(weight, statistics(inputs, inputs), scheme)):
+        assert torch.equal(q.dequantize(), weight)
+
+
+def test_dead_inputs_and_zero_rows():
+    weight, inputs, reference = problem()
+    inputs[:, 5], reference[:, 5] = 0, 0
+    weight[3] = 0
+    q = quantize_gptq(weight, statistics(inputs, reference), WeightScheme("int3"))
+    assert q.dequantize().isfinite().all()
+    assert (q.dequantize()[3] == 0).all()

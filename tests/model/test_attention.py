@@ -1,0 +1,238 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from paley.core import rounding
+from paley.core.errors import PaleyError
+from paley.core.schemes import ActivationScheme, AttentionSlot
+from paley.core.transforms import Transform
+from paley.model.attention import attach_slots, attention, register
+from paley.model.kv_cache import PackedKVCache
+
+NAMES = ["llama", "mistral", "mistral-full", "qwen2", "qwen3"]
+VOCAB = 61
+
+
+def tiny(name: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+    """A random 2-layer model with grouped heads and weights large enough that attention matters."""
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.3,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    torch.manual_seed(0)
+    model = {
+        "llama": lambda: LlamaForCausalLM(LlamaConfig(**sizes)),
+        "mistral": lambda: MistralForCausalLM(MistralConfig(**sizes, head_dim=8, sliding_window=6)),
+        "mistral-full": lambda: MistralForCausalLM(MistralConfig(**sizes, head_dim=16, sliding_window=None)),
+        "qwen2": lambda: Qwen2ForCausalLM(
+            Qwen2Config(**sizes, use_sliding_window=True, sliding_window=5, max_window_layers=1)
+        ),
+        "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=24)),
+    }[name]()
+    return model.to(dtype).eval()
+
+
+def head_dim(model: PreTrainedModel) -> int:
+    return model.model.layers[0].self_attn.head_dim
+
+
+def slot_for(model: PreTrainedModel, keys: str = "uint3", values: str = "int4") -> AttentionSlot:
+    n = head_dim(model)
+    return AttentionSlot(
+        ActivationScheme(keys, clip_ratio=0.95),
+        ActivationScheme(values, group_size=n // 2),
+        Transform(n, n, n, seed=7),
+    )
+
+
+def attach(model: PreTrainedModel, slot: AttentionSlot) -> PreTrainedModel:
+    attach_slots(model, {f"model.layers.{i}.self_attn": slot for i in range(2)})
+    return model
+
+
+def some_ids(batch: int, tokens: int) -> torch.Tensor:
+    return torch.randint(2, VOCAB, (batch, tokens), generator=torch.Generator().manual_seed(5))
+
+
+@torch.no_grad()
+def in_chunks(model: PreTrainedModel, ids: torch.Tensor, size: int) -> torch.Tensor:
+    cache = PackedKVCache(model)
+    return torch.cat([model(chunk, past_key_values=cache).logits for chunk in ids.split(size, 1)], 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_one_long_forward_is_the_forward_in_chunks_and_token_by_token(name):
+    model = tiny(name)
+    ids = some_ids(2, 23)
+    exact = model(ids, use_cache=False).logits
+    attach(model, slot_for(model))
+    long = model(ids, use_cache=False).logits
+    assert (long - exact).abs().max() > 0.1  # quantized indeed
+    foreign = model(ids, use_cache=True).logits  # transformers' own DynamicCache, which holds plain tensors
+    for other in (foreign, in_chunks(model, ids, 23), in_chunks(model, ids, 5), in_chunks(model, ids, 1)):
+        torch.testing.assert_close(other, long, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(("keys", "values"), [("int2", None), (None, "odd2"), ("gauss3", "gauss3")])
+@torch.no_grad()
+def test_keys_and_values_may_differ_or_stay(keys, values):
+    model = tiny("llama", torch.float32)
+    make = lambda grid: None if grid is None else ActivationScheme(grid)  # noqa: E731
+    attach(model, AttentionSlot(make(keys), make(values), Transform(8, 8, 8)))
+    ids = some_ids(1, 17)
+    torch.testing.assert_close(
+        in_chunks(model, ids, 4), model(ids, use_cache=False).logits, rtol=0, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_without_schemes_nothing_changes_by_a_bit(name):
+    model = tiny(name, torch.float32)
+    ids = some_ids(2, 11)
+    exact = model(ids, use_cache=False).logits
+    n = head_dim(model)
+    for slots in ({}, {"model.layers.1.self_attn": AttentionSlot(transform=Transform(n, n, n))}):
+        attach_slots(model, slots)
+        assert model.config._attn_implementation == "paley"
+        assert torch.equal(model(ids, use_cache=False).logits, exact)
+    assert torch.equal(in_chunks(model, ids, 11), exact)
+
+
+@pytest.mark.parametrize("width", [8, 12])
+@torch.no_grad()
+def test_attention_by_hand(width):
+    """softmax(q . T'round(T k) / sqrt(d)) round(v), with the heads repeated, written out."""
+    scheme_k, scheme_v = ActivationScheme("int3"), ActivationScheme("uint2", group_size=4)
+    transform = Transform(8, width, 4, seed=2)
+    module = nn.Module()
+    module.num_key_value_groups, module.is_causal, module.training = 2, True, False
+    module.kv_slot = AttentionSlot(scheme_k, scheme_v, transform)
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 6, 8, generator=g, dtype=torch.float64) for heads in (4, 2, 2))
+    got, _ = attention(module, q, k, v, None, scaling=1 / math.sqrt(8))
+
+    k_hat = transform.adjoint(rounding.round_trip(transform.apply(k), scheme_k, torch.float16))
+    v_hat = rounding.round_trip(v, scheme_v, torch.float16)
+    scores = q @ k_hat.repeat_interleave(2, 1).mT / math.sqrt(8)
+    scores = scores.masked_fill(torch.ones(6, 6, dtype=torch.bool).triu(1), -torch.inf)
+    want = (scores.softmax(-1) @ v_hat.repeat_interleave(2, 1)).transpose(1, 2)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+def generate(model: PreTrainedModel, ids: torch.Tensor, *, packed: bool, **options) -> torch.Tensor:
+    cache = {"past_key_values": PackedKVCache(model)} if packed else {}
+    torch.manual_seed(3)
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 14, "do_sample": False, **options}
+    return model.generate(ids, **cache, **options)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
+def test_greedy_generation_is_that_of_the_default_cache(name):
+    model = attach(tiny(name), slot_for(tiny(name)))
+    ids = some_ids(2, 9)
+    assert torch.equal(generate(model, ids, packed=True), generate(model, ids, packed=False))
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True, "num_return_sequences": 3}]
+)
+def test_beams_and_samples_are_those_of_the_default_cache(options):
+    model = attach(tiny("llama"), slot_for(tiny("llama")))
+    ids = some_ids(2, 7)
+    packed = generate(model, ids, packed=True, **options)
+    assert torch.equal(packed, generate(model, ids, packed=False, **options))
+    assert len(packed) == 2 * options["num_return_sequences"]
+
+
+def test_a_cache_goes_on_after_a_crop():
+    model = attach(tiny("llama"), slot_for(tiny("llama")))
+    ids = some_ids(1, 12)
+    cache = PackedKVCache(model)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        cache.crop(-4)
+        again = model(ids[:, 8:], past_key_values=cache).logits
+        torch.testing.assert_close(again, model(ids, use_cache=False).logits[:, 8:], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_left_padding_changes_no_row(name):
+    model = attach(tiny(name), slot_for(tiny(name)))
+    long, short = some_ids(1, 10), some_ids(1, 6)
+    batch = torch.cat([long, torch.cat([torch.zeros(1, 4, dtype=torch.long), short], 1)])
+    mask = (batch != 0).long()
+    together = generate(model, batch, packed=True, attention_mask=mask)
+    assert torch.equal(together, generate(model, batch, packed=False, attention_mask=mask))
+    assert torch.equal(together[:1], generate(model, long, packed=True))
+    assert torch.equal(together[1:, 4:], generate(model, short, packed=True))
+
+
+def test_attaching_again_replaces_all_slots():
+    model = attach(tiny("llama"), slot_for(tiny("llama")))
+    attach_slots(model, {"model.layers.1.self_attn": AttentionSlot()})
+    assert model.model.layers[0].self_attn.kv_slot is None
+    assert model.model.layers[1].self_attn.kv_slot == AttentionSlot()
+    register()
+    register()
+
+
+def test_slots_that_fit_nothing_are_refused():
+    model = tiny("llama")
+    scheme = ActivationScheme("int4", group_size=3)
+    for name, slot, message in [
+        (
+            "model.layers.0.self_atn",
+            AttentionSlot(),
+            r"no attention module .* did you mean 'model.layers.0.self_attn'",
+        ),
+        ("model.layers.0.mlp", AttentionSlot(), "no attention module"),
+        (
+            "model.layers.0.self_attn",
+            AttentionSlot(transform=Transform(16, 16, 16)),
+            "in_dim=16, but head_dim=8",
+        ),
+        ("model.layers.0.self_attn", AttentionSlot(keys=scheme), "keys of width 8 .* group_size=3"),
+        ("model.layers.0.self_attn", AttentionSlot(values=scheme), "values of width 8 .* group_size=3"),
+    ]:
+        with pytest.raises(PaleyError, match=message):
+            attach_slots(model, {name: slot})
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_model_whose_attention_cannot_be_replaced_is_refused(monkeypatch):
+    model = tiny("llama")
+    monkeypatch.setattr(type(model), "_can_set_attn_implementation", classmethod(lambda cls: False))
+    monkeypatch.setattr(type(model.model), "_can_set_attn_implementation", classmethod(lambda cls: False))
+    with pytest.raises(PaleyError, match="does not let its attention be replaced"):
+        attach(model, AttentionSlot(ActivationScheme("int4")))
+
+
+def test_a_cache_made_for_other_slots_is_refused():
+    model = attach(tiny("llama"), slot_for(tiny("llama")))
+    cache = PackedKVCache(model)
+    attach(model, slot_for(model, keys="uint4"))
+    with torch.no_grad(), pytest.raises(PaleyError, match="build a new PackedKVCache"):
+        model(some_ids(1, 3), past_key_values=cache)

@@ -1,0 +1,169 @@
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from paley.core import rounding
+from paley.core.errors import PaleyError
+from paley.core.schemes import ActivationScheme, AttentionSlot
+from paley.core.transforms import Transform
+from paley.model.attention import attach_slots
+from paley.model.kv_cache import PackedKV, PackedKVCache, PackedKVLayer, pack_kv
+
+HEAD_DIM = 16
+R3 = Transform(HEAD_DIM, HEAD_DIM, HEAD_DIM)
+SLOT = AttentionSlot(ActivationScheme("int3", clip_ratio=0.9), ActivationScheme("uint4", group_size=8), R3)
+
+
+def rand(tokens: int, seed: int = 0, batch: int = 2, heads: int = 3) -> torch.Tensor:
+    return torch.randn(batch, heads, tokens, HEAD_DIM, generator=torch.Generator().manual_seed(seed))
+
+
+def read(layer: PackedKVLayer, batch: int = 2) -> tuple[torch.Tensor, ...]:
+    """Everything in the layer, through an update that adds nothing."""
+    keys, values = layer.update(rand(0, batch=batch), rand(0, batch=batch))
+    return tuple(x.dequantize() if isinstance(x, PackedKV) else x for x in (keys, values))
+
+
+@pytest.mark.parametrize(
+    ("grid", "group_size"), [("int3", None), ("uint2", 4), ("gauss3", 8), ("odd4", None)]
+)
+@pytest.mark.parametrize("transform", [None, R3, Transform(HEAD_DIM, 24, 12, seed=1)])
+def test_packed_values_are_the_round_trip_bit_for_bit(grid, group_size, transform):
+    scheme, x = ActivationScheme(grid, group_size=group_size), rand(5)
+    packed = pack_kv(x, scheme, transform)
+    rotated = x if transform is None else transform.apply(x)
+    assert torch.equal(packed.dequantize(), rounding.round_trip(rotated, scheme, torch.float16))
+    assert packed.shape == rotated.shape
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_bytes_are_what_the_bits_say(bits):
+    layer = PackedKVLayer(
+        AttentionSlot(ActivationScheme(f"int{bits}"), ActivationScheme(f"uint{bits}", group_size=4))
+    )
+    keys, values = layer.update(rand(7), rand(7))
+    vectors, codes = 2 * 3 * 7, HEAD_DIM * bits // 8
+    assert keys.nbytes == vectors * (codes + 2)
+    assert values.nbytes == vectors * (codes + 4 * (2 + 1))
+    assert layer.nbytes == keys.nbytes + values.nbytes
+
+
+def test_bytes_of_a_whole_cache():
+    model = tiny()
+    attach_slots(model, {"model.layers.1.self_attn": SLOT})
+    cache = PackedKVCache(model)
+    with torch.no_grad():
+        model(torch.arange(2 * 9).view(2, 9), past_key_values=cache)
+    vectors = 2 * 2 * 9  # batch, kv heads, tokens
+    plain = vectors * HEAD_DIM * 4 * 2
+    packed = vectors * ((6 + 2) + (8 + 2 * (2 + 1)))
+    assert cache.nbytes == plain + packed
+    assert [layer.nbytes for layer in cache.layers] == [plain, packed]
+    assert cache.get_seq_length() == 9
+
+
+@pytest.mark.parametrize("slot", [SLOT, AttentionSlot(), AttentionSlot(values=ActivationScheme("gauss2"))])
+def test_pieces_add_up_and_room_stays_small(slot):
+    k, v = rand(300, 1), rand(300, 2)
+    whole, pieces = PackedKVLayer(slot), PackedKVLayer(slot)
+    whole.update(k, v)
+    at = 0
+    for size in [1, 1, 61, 1, 1, 100, 0, 135]:
+        before = pieces.get_seq_length()
+        assert pieces.get_mask_sizes(size) == (before + size, 0)
+        pieces.update(k[:, :, at : at + size], v[:, :, at : at + size])
+        at += size
+        assert pieces.get_seq_length() == before + size
+        assert (
+            pieces.allocated_nbytes
+            <= pieces.nbytes * (1 + 1 / 8) + pieces.nbytes / pieces.get_seq_length() * 64
+        )
+    for a, b in zip(read(whole), read(pieces), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_growth_is_amortised():
+    layer, moves, last = PackedKVLayer(SLOT), 0, None
+    for _ in range(1000):
+        keys, _ = layer.update(rand(1), rand(1))
+        moves += last is not None and keys.codes.data_ptr() != last
+        last = keys.codes.data_ptr()
+    assert moves < 20
+
+
+def test_an_unquantized_side_is_exact():
+    k, v = rand(4, 1), rand(4, 2)
+    keys, values = PackedKVLayer(AttentionSlot(values=ActivationScheme("int2"), transform=R3)).update(k, v)
+    assert torch.equal(keys, k)
+    assert isinstance(values, PackedKV)
+
+
+def test_crop_reorder_repeat_select_reset():
+    k, v = rand(70, 1), rand(70, 2)
+    layer = PackedKVLayer(SLOT)
+    layer.update(k, v)
+    all_k, all_v = read(layer)
+
+    layer.crop(-5)
+    layer.crop(0)
+    assert layer.get_seq_length() == 65
+    layer.update(k[:, :, 65:], v[:, :, 65:])
+    assert torch.equal(read(layer)[0], all_k)
+    layer.crop(60)
+    assert torch.equal(read(layer)[1], all_v[:, :, :60])
+    layer.crop(-100)
+    assert layer.get_seq_length() == 0
+
+    layer.reset()
+    assert not layer.is_initialized
+    assert layer.nbytes == 0
+    layer.update(k, v)
+    layer.reorder_cache(torch.tensor([1, 0]))
+    assert torch.equal(read(layer)[0], all_k[[1, 0]])
+    layer.batch_repeat_interleave(2)
+    assert torch.equal(read(layer, 4)[1], all_v[[1, 1, 0, 0]])
+    layer.batch_select_indices(torch.tensor([2, 1, 2]))
+    assert torch.equal(read(layer, 3)[0], all_k[[0, 1, 0]])
+    assert layer.get_max_length() == -1
+
+
+def test_reset_allows_another_batch_size():
+    layer = PackedKVLayer(SLOT)
+    layer.update(rand(3), rand(3))
+    layer.reset()
+    assert layer.update(rand(2, batch=5), rand(2, batch=5))[0].shape == (5, 3, 2, HEAD_DIM)
+
+
+def test_no_gradient_enters_the_cache():
+    k = rand(3).requires_grad_()
+    for slot in (SLOT, AttentionSlot()):
+        keys, _ = PackedKVLayer(slot).update(k, k)
+        assert not any(t.requires_grad for t in (keys.parts() if isinstance(keys, PackedKV) else [keys]))
+
+
+def test_models_with_other_layers_are_refused():
+    model = tiny()
+    model.config.layer_types = ["full_attention", "linear_attention"]
+    with pytest.raises(PaleyError, match="llama has layers of type linear_attention"):
+        PackedKVCache(model)
+
+
+def test_two_modules_for_one_layer_are_refused():
+    model = tiny()
+    attach_slots(model, {f"model.layers.{i}.self_attn": SLOT for i in range(2)})
+    model.model.layers[1].self_attn.layer_idx = 0
+    with pytest.raises(PaleyError, match=r"model\.layers\.1\.self_attn claims cache layer 0"):
+        PackedKVCache(model)
+
+
+def tiny() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=64,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return LlamaForCausalLM(config).eval()

@@ -1,0 +1,175 @@
+import pytest
+import torch
+from torch import nn
+
+from paley.core import rounding
+from paley.core.errors import PaleyError
+from paley.core.rounding import Quantized
+from paley.core.schemes import ActivationScheme, LinearSlot, WeightScheme
+from paley.core.transforms import Transform
+from paley.model.linear import QuantLinear
+
+
+def quantized(weight: torch.Tensor, grid: str, group_size: int | None = None) -> Quantized:
+    return rounding.quantize_dynamic(weight, ActivationScheme(grid, group_size=group_size))
+
+
+def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def linear(in_features: int, out_features: int, *, bias: bool = True) -> nn.Linear:
+    made = nn.Linear(in_features, out_features, bias=bias)
+    with torch.no_grad():
+        made.weight.copy_(rand(out_features, in_features))
+        if bias:
+            made.bias.copy_(rand(out_features, seed=1))
+    return made
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("grid", "group_size", "inputs"),
+    [
+        ("int3", 12, "uint4"),
+        ("uint4", None, "int8"),
+        ("gauss3", 6, "odd3"),
+        ("odd2", None, None),
+        ("int8", 4, "gauss4"),
+    ],
+)
+@torch.no_grad()
+def test_forward_is_rounded_input_times_dequantized_weight(grid, group_size, inputs, bias):
+    source = linear(36, 7, bias=bias)
+    q = quantized(source.weight, grid, group_size)
+    scheme = ActivationScheme(inputs, clip_ratio=0.9) if inputs else None
+    layer = QuantLinear.from_linear(source, LinearSlot(WeightScheme(grid, group_size), scheme), q)
+    x = rand(2, 5, 36, seed=2)
+    rounded = rounding.round_trip(x, scheme) if scheme else x
+    assert torch.equal(layer(x), nn.functional.linear(rounded, q.dequantize(), source.bias))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_stored_as_the_checkpoint_says(bits):
+    in_features, groups = 20, 5
+    slot = LinearSlot(WeightScheme(f"uint{bits}", 4))
+    layer = QuantLinear(in_features, 3, bias=True, slot=slot, dtype=torch.bfloat16)
+    stored = {name: (tuple(t.shape), t.dtype) for name, t in layer.state_dict().items()}
+    assert stored == {
+        "codes": ((3, -(-in_features * bits // 8)), torch.uint8),
+        "scales": ((3, groups), torch.float16),
+        "zeros": ((3, groups), torch.uint8),
+        "bias": ((3,), torch.bfloat16),
+    }
+    symmetric = QuantLinear(in_features, 3, bias=False, slot=LinearSlot(WeightScheme(f"int{bits}")))
+    assert set(symmetric.state_dict()) == {"codes", "scales"}
+
+
+def test_codes_survive_packing():
+    source = linear(29, 11)
+    q = quantized(source.weight.detach(), "uint3")
+    layer = QuantLinear.from_linear(source, LinearSlot(WeightScheme("uint3")), q)
+    assert torch.equal(layer.dequantize(), q.dequantize())
+    fresh = QuantLinear(29, 11, bias=True, slot=layer.slot)
+    fresh.load_state_dict(layer.state_dict())
+    assert torch.equal(fresh.dequantize(), q.dequantize())
+
+
+@torch.no_grad()
+def test_a_slot_without_schemes_is_the_layer_itself():
+    source = linear(12, 5)
+    layer = QuantLinear.from_linear(source, LinearSlot(), None)
+    assert set(layer.state_dict()) == {"weight", "bias"}
+    x = rand(4, 12)
+    assert torch.equal(layer(x), source(x))
+
+
+@torch.no_grad()
+def test_the_transform_widens_the_input_and_cancels():
+    source = linear(24, 6).double()
+    transform = Transform(24, 32, 16, seed=3)
+    folded = nn.Linear(32, 6).double()
+    folded.weight.copy_(transform.apply(source.weight))
+    folded.bias.copy_(source.bias)
+    layer = QuantLinear.from_linear(folded, LinearSlot(transform=transform), None)
+    x = rand(3, 24, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), source(x), rtol=0, atol=1e-12)
+    scheme = ActivationScheme("int4")
+    layer = QuantLinear.from_linear(folded, LinearSlot(input=scheme, transform=transform), None)
+    torch.testing.assert_close(
+        layer(x), folded(rounding.round_trip(transform.apply(x), scheme)), rtol=0, atol=1e-12
+    )
+
+
+@torch.no_grad()
+def test_the_dense_weight_changes_no_bit_and_is_not_saved():
+    source = linear(16, 4).bfloat16()
+    slot = LinearSlot(WeightScheme("int4", 8))
+    layer = QuantLinear.from_linear(source, slot, quantized(source.weight, "int4", 8))
+    x = rand(3, 16, dtype=torch.bfloat16)
+    packed = layer(x)
+    layer.materialize_(torch.bfloat16)
+    assert layer.dense is not None
+    assert torch.equal(layer(x), packed)
+    assert "dense" not in layer.state_dict()
+    layer.release_()
+    assert layer.dense is None
+    layer.materialize_()
+    other = quantized(-source.weight, "int4", 8)
+    layer.set_quantized_(other)
+    assert torch.equal(layer.dequantize(), other.dequantize())
+    assert layer.dense is None
+
+
+def test_casting_the_module_leaves_scales_alone():
+    source = linear(16, 4)
+    layer = QuantLinear.from_linear(
+        source, LinearSlot(WeightScheme("int4")), quantized(source.weight.detach(), "int4")
+    )
+    before = layer.scales.clone()
+    layer.materialize_()
+    layer.to(torch.bfloat16).to(torch.float32)
+    assert layer.scales.dtype == torch.float16
+    assert torch.equal(layer.scales, before)
+    assert layer.bias.dtype == torch.float32
+    assert torch.equal(layer.dense, layer.dequantize())
+    assert layer.to("meta").scales.is_meta
+
+
+def test_bad_slots_are_refused_when_made():
+    with pytest.raises(PaleyError, match=r"in_features=20 .* group_size=8"):
+        QuantLinear(20, 3, bias=False, slot=LinearSlot(WeightScheme("int4", 8)))
+    with pytest.raises(PaleyError, match=r"in_features=20 is not a multiple of the input's group_size=8"):
+        QuantLinear(20, 3, bias=False, slot=LinearSlot(input=ActivationScheme("int4", group_size=8)))
+    with pytest.raises(PaleyError, match=r"in_features=20, but its transform ends at out_dim=32"):
+        QuantLinear(20, 3, bias=False, slot=LinearSlot(transform=Transform(20, 32, 16)))
+
+
+def test_bad_codes_are_refused():
+    source = linear(16, 4)
+    slot = LinearSlot(WeightScheme("int4", 8))
+    good = quantized(source.weight.detach(), "int4", 8)
+    with pytest.raises(PaleyError, match="wants codes of 'int4', but none came"):
+        QuantLinear.from_linear(source, slot, None)
+    with pytest.raises(PaleyError, match="but codes came"):
+        QuantLinear.from_linear(source, LinearSlot(), good)
+    layer = QuantLinear.from_linear(source, slot, good)
+    for bad, message in [
+        (Quantized(good.codes, good.scales, None, "int3"), "wants codes of 'int4', got 'int3'"),
+        (
+            Quantized(good.codes[:, :8], good.scales, None, "int4"),
+            r"codes must have shape \(4, 16\), got \(4, 8\)",
+        ),
+        (
+            Quantized(good.codes, good.scales[:, :1], None, "int4"),
+            r"scales: must have shape \(4, 2\), got \(4, 1\)",
+        ),
+        (
+            Quantized(good.codes, good.scales, good.codes, "int4"),
+            "zeros: is there, but the grid",
+        ),
+        (Quantized(good.codes, good.scales.float() + 1e-5, None, "int4"), "scales are not float16 values"),
+    ]:
+        with pytest.raises(PaleyError, match=message):
+            layer.set_quantized_(bad)
+    assert torch.equal(layer.dequantize(), good.dequantize())

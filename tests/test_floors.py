@@ -1,0 +1,193 @@
+"""The house's floors: no import goes up, core needs torch alone, and no file is unpickled.
+
+The picture is in docs/architecture.md. Imports inside functions and for types alone count as well.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).resolve().parents[1] / "src"
+
+# A unit is a folder or a file right under src/paley; "__init__" is the public door.
+FLOORS = {
+    "core": 1,
+    **dict.fromkeys(("recipe", "plan", "data", "methods", "format", "kernels", "report", "theory"), 2),
+    **dict.fromkeys(("model", "runtime"), 3),
+    "eval": 4,
+    **dict.fromkeys(("pipeline", "hf", "export"), 5),
+    **dict.fromkeys(("cli", "serve", "__init__"), 6),
+}
+
+# Units of one floor do not know each other, but for these: (who, whom): why.
+EXCEPTIONS = {
+    ("plan", "recipe"): "a plan holds the recipe that it decides for",
+    ("cli", "__init__"): "the command line is a guest of the public door",
+    ("serve", "__init__"): "the server is a guest of the public door",
+    ("pipeline", "hf"): "what was saved is reloaded the way a user loads it",
+}
+
+CORE_MAY_IMPORT = sys.stdlib_module_names | {"torch"}
+PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve"}
+UNPICKLING = {"torch.load", "torch.serialization.load", "torch.jit.load"}
+
+
+def unit_of(module: str) -> str:
+    """'paley.core.grids' -> 'core'; 'paley' -> '__init__'."""
+    return [*module.split("."), "__init__"][1]
+
+
+def files(source: Path) -> Iterator[tuple[str, ast.Module]]:
+    """(dotted module name, syntax tree) of each file of the package below `source`."""
+    for path in sorted((source / "paley").rglob("*.py")):
+        parts = path.relative_to(source).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        yield name, ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """(line, full name of the module or object) of each import, also by importlib with a literal name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            yield from ((node.lineno, str(a.value)) for a in node.args[:1] if isinstance(a, ast.Constant))
+
+
+def target_unit(imported: str) -> str:
+    """The unit behind 'paley.core.grids.load', 'paley.plan', or a name of the public door, 'paley.load'."""
+    parts = imported.split(".")
+    return parts[1] if len(parts) > 2 or parts[-1] in FLOORS else "__init__"
+
+
+def broken_floors(source: Path) -> list[str]:
+    """One line for each import that the floors forbid."""
+    found = []
+    for module, tree in files(source):
+        unit = unit_of(module)
+        if unit not in FLOORS:
+            found.append(f"{module}: {unit!r} is on no floor; give it one in FLOORS")
+            continue
+        for line, imported in imports(tree):
+            where = f"{module}:{line}: imports {imported}"
+            if imported.startswith("."):
+                found.append(f"{where}, relative; write the whole name")
+            elif imported.partition(".")[0] == "paley":
+                other = target_unit(imported)
+                here, there = FLOORS[unit], FLOORS.get(other)
+                if there is None:
+                    found.append(f"{where}, which is on no floor")
+                elif there > here:
+                    found.append(f"{where}, from floor {here} up to floor {there}")
+                elif there == here and other != unit and (unit, other) not in EXCEPTIONS:
+                    found.append(f"{where}, across floor {here}; move what both need down")
+            elif unit == "core" and imported.partition(".")[0] not in CORE_MAY_IMPORT:
+                found.append(f"{where}, but core needs torch alone")
+    return found
+
+
+def unpickling(source: Path) -> list[str]:
+    """One line for each place that imports pickle or something built on it, or loads a file through it."""
+    found = []
+    for module, tree in files(source):
+        for line, imported in imports(tree):
+            if imported.partition(".")[0] in PICKLES or imported in UNPICKLING:
+                found.append(f"{module}:{line}: imports {imported}")
+        nodes = list(ast.walk(tree))
+        short = {a.asname: a.name for n in nodes if isinstance(n, ast.Import) for a in n.names if a.asname}
+        for node in nodes:
+            if isinstance(node, ast.Attribute):
+                first, _, rest = ast.unparse(node).partition(".")
+                if f"{short.get(first, first)}.{rest}" in UNPICKLING:
+                    found.append(f"{module}:{node.lineno}: uses {ast.unparse(node)}")
+    return found
+
+
+def test_imports_go_down_only():
+    assert list(files(SOURCE)), f"no source below {SOURCE}"
+    assert broken_floors(SOURCE) == []
+
+
+def test_nothing_is_unpickled():
+    assert unpickling(SOURCE) == []
+
+
+def plant(source: Path, text: dict[str, str]) -> Path:
+    for name, code in text.items():
+        path = source / "paley" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(code, encoding="utf-8")
+    return source
+
+
+@pytest.mark.parametrize(
+    ("file", "code", "complaint"),
+    [
+        ("core/a.py", "from paley.model import fold", "from floor 1 up to floor 3"),
+        ("core/a.py", "import numpy as np", "core needs torch alone"),
+        ("core/a.py", "from paley import quantize", "from floor 1 up to floor 6"),
+        (
+            "core/a.py",
+            "def f():\n    import paley.hf",
+            "core.a:2: imports paley.hf, from floor 1 up to floor 5",
+        ),
+        ("model/a.py", "import importlib\nimportlib.import_module('paley.eval.perplexity')", "up to floor 4"),
+        ("model/a.py", "if TYPE_CHECKING:\n    from paley.pipeline import Run", "up to floor 5"),
+        ("model/a.py", "from . import fold", "relative"),
+        ("format/spec.py", "from paley.recipe import Recipe", "across floor 2"),
+        ("recipe/models.py", "from paley.plan import Plan", "across floor 2"),
+        ("data/texts.py", "from paley import theory", "across floor 2"),
+        ("eval/a.py", "from paley.attic import f", "on no floor"),
+        ("attic.py", "", "'attic' is on no floor"),
+    ],
+)
+def test_a_planted_violation_is_found(tmp_path, file, code, complaint):
+    (found,) = broken_floors(plant(tmp_path, {file: code}))
+    assert complaint in found
+
+
+def test_what_the_floors_allow_passes(tmp_path):
+    allowed = {
+        "core/a.py": "import torch\nfrom importlib import resources\nfrom paley.core import grids",
+        "plan.py": "from paley.recipe.models import Recipe\nfrom paley.core.errors import PaleyError",
+        "model/fold.py": "import transformers\nfrom paley.model.adapter import Block\nfrom paley import plan",
+        "__init__.py": "from paley.pipeline import quantize",
+        "cli.py": "import paley\nfrom paley import pipeline",
+    }
+    assert broken_floors(plant(tmp_path, allowed)) == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "import joblib",
+        "import torch\nx = torch.load('f')",
+        "import torch as t\nx = t.load('f')",
+        "from torch import load",
+        "import torch\nload = torch.jit.load",
+    ],
+)
+def test_planted_unpickling_is_found(tmp_path, code):
+    assert len(unpickling(plant(tmp_path, {"core/a.py": code}))) == 1
+
+
+def test_importing_paley_leaves_the_extras_alone():
+    """matplotlib and datasets are extras, and slow to import: nobody who does not use them pays for them."""
+    door = SOURCE / "paley" / "__init__.py"
+    if not (door.is_file() and door.read_text(encoding="utf-8").strip()):
+        pytest.skip("paley/__init__.py has nothing in it yet")
+    code = "import sys, paley; print(*sorted({'matplotlib', 'datasets'} & sys.modules.keys()))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=SOURCE)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
