@@ -13,7 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from paley.core.errors import PaleyError
-from paley.format.checkpoint import Checkpoint, ShardWriter, read_tensors, write_json, write_tensors
+from paley.format.checkpoint import (
+    Checkpoint,
+    ShardWriter,
+    first_not_finite,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 from paley.format.header import DTYPES
 
 CONFIG = {"model_type": "llama", "hidden_size": 8, "text_config": {"dtype": "float16", "rope_theta": 1e4}}
@@ -173,6 +180,16 @@ def test_the_first_that_is_not_finite_is_named(tmp_path, monkeypatch, dtype, val
     folder = write(tmp_path, TENSORS | {"model.layers.1.w": bad.to(dtype), "model.layers.2.w": bad})
     with pytest.raises(PaleyError, match=rf"model.safetensors: model.layers.1.w holds {value} at \[2, 3\]"):
         Checkpoint.open(folder).check_finite()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_no_place_hides_what_is_not_finite(dtype):
+    for place in range(150):
+        for value in (float("nan"), float("inf"), float("-inf")):
+            tensor = torch.ones(150, dtype=dtype)
+            tensor[place] = value
+            index, found = first_not_finite(tensor) or ((-1,), 0.0)
+            assert (index, str(found)) == ((place,), str(value))
 
 
 # --- damaged folders --------------------------------------------------------------------------------------

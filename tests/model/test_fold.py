@@ -1,17 +1,17 @@
 """Every architecture's contract: folding, rotating and widening leave float64 logits as they were."""
 
-import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from paley.core.errors import PaleyError
+from paley.core.schemes import AttentionSlot, LinearSlot
 from paley.core.transforms import Transform
 from paley.model.adapter import ARCHITECTURES, Adapter
 from paley.model.calibrate import wrap_
 from paley.model.rotation import decide_rotation, rotate_
-from paley.core.schemes import AttentionSlot, LinearSlot
 from paley.recipe import Recipe, preset
 
 SIZES = {
@@ -24,6 +24,24 @@ CONFIGS = {
     "qwen2": lambda **k: Qwen2Config(**SIZES, **k),
     "qwen3": lambda **k: Qwen3Config(**SIZES, head_dim=16, **k),
 }
+
+
+class ExactNorm(torch.nn.Module):
+    """RMSNorm that stays in float64; transformers' own goes through float32 and would hide small errors."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.weight, self.variance_epsilon = norm.weight, norm.variance_epsilon
+
+    def forward(self, x):
+        return self.weight * x * (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
+
+
+def exact(model):
+    for name, module in list(model.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):
+            model.set_submodule(name, ExactNorm(module))
+    return model
 
 
 def random_model(kind, **settings):
@@ -49,13 +67,14 @@ def test_every_architecture_is_covered():
 @pytest.mark.parametrize("expand", [0, 12, 16])
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_logits_are_unchanged(kind, expand, kv_heads, tied):
-    model = random_model(kind, num_key_value_heads=kv_heads, tie_word_embeddings=tied)
+    model = exact(random_model(kind, num_key_value_heads=kv_heads, tie_word_embeddings=tied))
     before = logits(model)
     adapter = Adapter(model)
     recipe = preset("w3a3kv3").model_copy(update={"expand": expand, "expand_mlp": 8})
     rotation = decide_rotation(recipe, adapter)
     rotate_(adapter, rotation)
-    linears = {p: LinearSlot(transform=rotation.mlp if r == "down" else None) for b in adapter.blocks for r, p in b.linears()}
+    online = {"o": rotation.output, "down": rotation.mlp}
+    linears = {p: LinearSlot(transform=online.get(r)) for b in adapter.blocks for r, p in b.linears()}
     attentions = {b.path("attention"): AttentionSlot(transform=rotation.head) for b in adapter.blocks}
     wrap_(adapter, linears, attentions)
     assert model.config.hidden_size == 48 + expand
@@ -66,17 +85,11 @@ def test_logits_are_unchanged(kind, expand, kv_heads, tied):
 def test_offline_rotation_saves_as_an_ordinary_checkpoint(kind, tmp_path):
     model = random_model(kind, num_key_value_heads=2, tie_word_embeddings=True)
     before = logits(model)
-    rotation = decide_rotation(preset("w4a16").model_copy(update={"expand": 12}), Adapter(model))
-    rotate_(Adapter(model), copy.replace(rotation, mlp=None) if hasattr(copy, "replace") else _without_mlp(rotation))
+    recipe = Recipe(expand=12, rotate_output=False)
+    rotate_(Adapter(model), replace(decide_rotation(recipe, Adapter(model)), mlp=None))
     model.save_pretrained(tmp_path)
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
-    torch.testing.assert_close(logits(reloaded), before, rtol=1e-9, atol=1e-9)
-
-
-def _without_mlp(rotation):
-    from dataclasses import replace
-
-    return replace(rotation, mlp=None)
+    assert (logits(reloaded) - before).abs().max() < 1e-5 * before.abs().max()  # float32 norms
 
 
 def test_the_rotated_weights_really_differ():
@@ -88,7 +101,7 @@ def test_the_rotated_weights_really_differ():
 
 
 def test_no_rotation_folds_the_norms_only():
-    model = random_model("llama", num_key_value_heads=2)
+    model = exact(random_model("llama", num_key_value_heads=2))
     before = logits(model)
     rotate_(Adapter(model), decide_rotation(Recipe(rotate=False), Adapter(model)))
     assert all(bool((n == 1).all()) for k, n in model.named_parameters() if "norm" in k)

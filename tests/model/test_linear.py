@@ -7,7 +7,7 @@ from paley.core.errors import PaleyError
 from paley.core.rounding import Quantized
 from paley.core.schemes import ActivationScheme, LinearSlot, WeightScheme
 from paley.core.transforms import Transform
-from paley.model.linear import QuantLinear
+from paley.model.linear import QuantLinear, SharedInput
 
 
 def quantized(weight: torch.Tensor, grid: str, group_size: int | None = None) -> Quantized:
@@ -134,6 +134,28 @@ def test_casting_the_module_leaves_scales_alone():
     assert layer.bias.dtype == torch.float32
     assert torch.equal(layer.dense, layer.dequantize())
     assert layer.to("meta").scales.is_meta
+
+
+@torch.no_grad()
+def test_a_shared_input_is_rounded_once_and_again_when_it_changes(monkeypatch):
+    calls = []
+    plain = rounding.round_trip
+    monkeypatch.setattr(rounding, "round_trip", lambda x, scheme: calls.append(0) or plain(x, scheme))
+    shared, x = SharedInput(), rand(3, 8)
+    fine, coarse = ActivationScheme("int8"), ActivationScheme("int2")
+    for scheme, rounded in [(fine, 1), (fine, 1), (coarse, 2), (coarse, 2), (fine, 3)]:
+        assert torch.equal(shared.round(x, scheme), plain(x, scheme))
+        assert len(calls) == rounded
+    x.mul_(3)
+    assert torch.equal(shared.round(x, fine), plain(x, fine))
+    equal = x.clone()
+    shared.round(equal, fine)
+    assert len(calls) == 5
+    layers = [QuantLinear.from_linear(linear(8, 4), LinearSlot(input=coarse), None) for _ in range(2)]
+    for layer in layers:
+        layer.shared_input = shared
+        assert torch.equal(layer(x), nn.functional.linear(plain(x, coarse), layer.weight, layer.bias))
+    assert len(calls) == 6
 
 
 def test_bad_slots_are_refused_when_made():

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from paley.core.schemes import ActivationScheme, WeightScheme
+from paley.pipeline import Outcome
 from paley.plan import Plan
 from paley.recipe import Recipe
 from paley.theory import PeakPoint
@@ -175,15 +176,22 @@ def peaks_table(points: Sequence[PeakPoint]) -> Table:
     return table(header, rows, left=0)
 
 
-def outcome_table(results: dict[str, Any], kv16: int, cost: Cost) -> Table:
-    """results.json of a run -> original and quantized side by side; kv16: the original's KV bytes a token."""
+def outcome_table(outcome: Outcome, kv16: int, cost: Cost) -> Table:
+    """A run's original and quantized model side by side; kv16: bytes of a token in a 16-bit KV cache."""
+    results, recipe = outcome.results, outcome.plan.recipe
     measured, bits = results["evaluation"], results["bits_per_weight"]
     ratio = results["original_bytes"] / results["bytes"]
+    # An unquantized cache was measured in float32, which nobody serves.
+    plain = recipe.keys is None and recipe.values is None
     rows = [
         *scores(measured),
         ("bits per weight, all tensors", f"{bits * ratio:.3f}", f"{bits:.3f}"),
         ("bytes on disk", f"{results['original_bytes']:,}", f"{results['bytes']:,}"),
-        ("KV cache, bytes per token", f"{kv16:,}", f"{measured['kv_cache_bytes_per_token']:,.0f}"),
+        (
+            "KV cache, bytes per token",
+            f"{kv16:,}",
+            f"{kv16 if plain else measured['kv_cache_bytes_per_token']:,.0f}",
+        ),
         *cost.rows(),
     ]
     return table(("", "original", "quantized"), rows)

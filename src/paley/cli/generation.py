@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from paley import PackedKVCache
 from paley.core.errors import PaleyError
+from paley.model.kv_cache import PackedKVCache
 
 __all__ = ["Generated", "generate"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +73,7 @@ class Inspection:
 
     def nbytes(self, name: str) -> int:
         """Stored bytes of a linear's weight."""
-        return sum(self.checkpoint.info(n).nbytes for n in self._stored(name) or [f"{name}.{WEIGHT}"])
+        return sum(self.checkpoint.info(n).nbytes for n in self._stored(name) or [name + WEIGHT])
 
     def untouched(self) -> dict[str, int]:
         """Name -> bytes of each tensor that no quantizer took; vectors are summed up as one entry."""
@@ -86,7 +85,7 @@ class Inspection:
         return found
 
     def _stored(self, name: str) -> list[str]:
-        return [n for part in (CODES, SCALES, ZEROS) if (n := f"{name}.{part}") in self.checkpoint]
+        return [n for part in (CODES, SCALES, ZEROS) if (n := name + part) in self.checkpoint]
 
     def _linear_rows(self) -> list[Row]:
         rows = []
@@ -106,8 +105,5 @@ class Inspection:
         if results:
             rows.append(("bytes of the original", f"{results['original_bytes']:,}"))
             rows.append(("bits per weight, every byte counted", f"{results['bits_per_weight']:.3f}"))
-            errors = [e for name in self.config.linears if (e := self.rel_error(name)) is not None]
-            if errors:
-                rows.append(("mean rel_error", f"{math.fsum(errors) / len(errors):.4f}"))
             rows += [(what, here) for what, _, here in scores(results["evaluation"])]
         return rows

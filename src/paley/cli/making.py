@@ -68,7 +68,7 @@ def quantize_verb(
     if as_json:
         display.emit({"output": str(outcome.output), **asdict(cost), "results": outcome.results})
         return
-    display.show(display.outcome_table(outcome.results, kv_bytes_at_16_bits(outcome.output), cost))
+    display.show(display.outcome_table(outcome, kv_bytes_at_16_bits(outcome.output), cost))
     display.line(display.scored_on(outcome.results["evaluation"]))
     display.line(f"written to {outcome.output}; each layer: {shell('inspect', str(outcome.output))}")
     display.line(f"next: {shell('generate', str(outcome.output), 'Once upon a time')}")

@@ -25,7 +25,7 @@ __all__ = ["Verbs", "peak_memory", "quiet", "say", "shell", "spread_settings", "
 STOPPED = 130  # 128 + SIGINT, as shells have it
 _SETTING = re.compile(r"[a-z_][a-z_.]*=")
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
-_NO_SPACE = re.compile(r"code: (28|122)\b")  # the same two, as safetensors' errors spell them
+_NO_SPACE = re.compile(r"os error (28|122)\b")  # the same two, as the errors of safetensors spell them
 _ALLOCATION = re.compile(r"DefaultCPUAllocator|can't allocate memory")
 
 

@@ -63,8 +63,8 @@ class _Clock(ProgressColumn):
         spent = _minutes(task.elapsed)
         if task.total is None or task.finished:
             return Text(spent, "progress.elapsed")
-        left = _minutes(task.time_remaining) if task.time_remaining is not None else "?"
-        return Text(f"{task.completed:.0f}/{task.total:.0f}, {left} left", "progress.remaining")
+        left = "" if task.time_remaining is None else f", {_minutes(task.time_remaining)} left"
+        return Text(f"{task.completed:.0f}/{task.total:.0f}{left}", "progress.remaining")
 
 
 class _Display(Progress):
@@ -95,6 +95,7 @@ class _Display(Progress):
     def close_stage(self) -> None:
         if self._current is not None:
             self.update(self._current, total=1, completed=1)
+            self.stop_task(self._current)  # its clock
             self._current = None
 
     def advance_stage(self, detail: str) -> None:

@@ -35,7 +35,7 @@ def eval_verb(
     """Measure perplexity through the quantized cache and, against the original, what was lost.
 
     Without --data the text is what the model's plan set apart for testing, or for other models the test part
-    of Python's own documentation. Text that the plan calibrated on is never scored.
+    of Python's own documentation. Of a text that the plan was tuned on, only the part kept apart is scored.
 
     Example: `paley eval llama-w4 --against ./llama --data book.txt`
     """

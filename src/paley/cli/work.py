@@ -17,7 +17,6 @@ from paley.eval.reference import Reference
 from paley.format.spec import QUANT_METHOD
 from paley.model.loading import open_source, resolve
 from paley.pipeline import Monitor
-from paley.pipeline.texts import gather
 from paley.plan import Plan
 from paley.recipe import Recipe, Test, apply_settings, load_recipe, preset, preset_methods
 
@@ -30,6 +29,9 @@ __all__ = [
     "load_tokenizer",
     "scored_text",
 ]
+
+# Settings that errors about a text name, as `paley eval` calls them.
+_AS_OPTIONS = {"test.sequences": "--sequences", "test.seq_len": "--seq-len", "test.source": "--data"}
 
 
 @dataclass(frozen=True)
@@ -125,17 +127,41 @@ def scored_text(
 ) -> TokenBlocks:
     """The text to score `model` on: `data`, or what its plan was reported on, or pydoc's test part.
 
-    Where there is a plan, text that it calibrated or searched on is left out of `data`.
+    A source that the plan calibrated or searched on gives its test part, as `quantize` itself has it.
     """
     plan_file = resolve(model) / "plan.json"
     recipe = Plan.load(plan_file).recipe if plan_file.is_file() else None
     test = recipe.test if recipe is not None else Test()
-    asked = {"source": data, "sequences": sequences, "seq_len": seq_len}
-    test = test.model_copy(update={key: value for key, value in asked.items() if value is not None})
-    if recipe is not None:
-        return gather(recipe.model_copy(update={"test": test}), tokenizer).test
-    count, length, whole = test.sequences, test.seq_len, data is not None
-    return token_blocks(data or "pydoc", tokenizer, role="test", count=count, seq_len=length, whole=whole)
+    tuned_on = ["pydoc"] if recipe is None else _tuned_on(recipe)
+    source = data or test.source or (recipe.calibration.source if recipe is not None else "pydoc")
+    try:
+        return token_blocks(
+            source,
+            tokenizer,
+            role="test",
+            count=sequences or test.sequences,
+            seq_len=seq_len or test.seq_len,
+            whole=not any(_same(source, other) for other in tuned_on),
+        )
+    except PaleyError as error:
+        message = str(error)
+        for setting, option in _AS_OPTIONS.items():
+            message = message.replace(setting, option)
+        raise PaleyError(message) from error
+
+
+def _tuned_on(recipe: Recipe) -> list[str]:
+    """The sources of the roles calibration and search, as `pipeline.texts.gather` cuts them."""
+    searched = recipe.search.method != "none"
+    calibrated = searched or (recipe.weights is not None and recipe.weights.method == "gptq")
+    found = [recipe.calibration.source] if calibrated else []
+    return [*found, recipe.search.source] if searched and recipe.search.source is not None else found
+
+
+def _same(source: str, other: str) -> bool:
+    """Two names of one file are one source."""
+    first, second = Path(source), Path(other)
+    return source == other or (first.exists() and second.exists() and first.samefile(second))
 
 
 def kv_bytes_at_16_bits(folder: Path) -> int:

@@ -36,11 +36,14 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if codes.numel() == 0:
         return codes.new_empty(*codes.shape[:-1], packed_width(n, bits))
     groups = -(-n // 8)
-    rows = torch.nn.functional.pad(codes, (0, groups * 8 - n)).reshape(-1, 8)
+    padded = codes.new_zeros(*codes.shape[:-1], groups * 8)
+    padded[..., :n] = codes
+    rows = padded.view(-1, 8)
+    words = rows.view(torch.int64)
     out = rows.new_empty(len(rows), bits)
     for some in _slices(rows):
-        words = rows[some].clone().view(torch.int64)
-        out[some] = _gather_(words, bits).view(torch.uint8)[:, :bits]
+        _gather_(words[some], bits)
+        out[some] = rows[some, :bits]
     return out.view(*codes.shape[:-1], groups * bits)[..., : packed_width(n, bits)].contiguous()
 
 
@@ -57,7 +60,9 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
     if packed.numel() == 0:
         return packed.new_empty(*packed.shape[:-1], n)
     groups = -(-n // 8)
-    rows = torch.nn.functional.pad(packed, (0, groups * bits - width)).reshape(-1, bits)
+    if groups * bits > width:
+        packed = torch.nn.functional.pad(packed, (0, groups * bits - width))
+    rows = packed.reshape(-1, bits)
     out = rows.new_zeros(len(rows), 8)
     words = out.view(torch.int64)
     for some in _slices(rows):

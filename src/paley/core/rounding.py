@@ -17,6 +17,8 @@ from paley.core.schemes import ActivationScheme
 
 __all__ = ["Quantized", "dequantize", "nearest_codes", "quantize_dynamic", "round_trip"]
 
+_FEW = 16  # comparing with each edge beats a binary search up to about here
+
 
 @dataclass(frozen=True)
 class Quantized:
@@ -52,7 +54,13 @@ def _nearest_index(x: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid) 
         y += zeros
     if grid.step is not None:
         return y.sub_(float(grid.points[0])).div_(grid.step).round_().clamp_(0, len(grid.points) - 1)
-    return torch.bucketize(y, grid.edges.to(y), out_int32=True)
+    edges = grid.edges.to(y)
+    if len(edges) > _FEW:
+        return torch.bucketize(y.contiguous(), edges, out_int32=True)
+    index = torch.zeros_like(y, dtype=torch.uint8)
+    for edge in edges.tolist():
+        index += y > edge
+    return index
 
 
 def nearest_codes(x: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid) -> Tensor:
@@ -120,7 +128,7 @@ def round_trip(x: Tensor, scheme: ActivationScheme, scale_dtype: torch.dtype = t
     if grid.step is not None:  # an evenly spaced grid needs no table
         values = index.mul_(grid.step).add_(float(grid.points[0]))
     else:
-        values = grid.points[:, 0].to(groups)[index]
+        values = grid.points[:, 0].to(groups)[index.int()]
     if zeros is not None:
         values -= zeros
     return values.mul_(scales).flatten(-2).to(x.dtype)

@@ -6,6 +6,7 @@ A rotation has out_dim = in_dim; an expansion pads with zeros first, then rotate
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,8 +21,9 @@ __all__ = ["Transform", "random_signs"]
 _MASK = (1 << 64) - 1
 
 
+@functools.lru_cache(maxsize=64)
 def random_signs(n: int, seed: int) -> Tensor:
-    """n signs +-1, float64 [n], from the bits of SplitMix64: the same on every machine and library version."""
+    """n signs +-1, float64 [n], from the bits of SplitMix64: the same everywhere. Shared: do not write to it."""
     signs, state = [], seed & _MASK
     while len(signs) < n:
         state = (state + 0x9E3779B97F4A7C15) & _MASK

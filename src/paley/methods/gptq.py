@@ -124,15 +124,28 @@ def _refit(target: Tensor, gram: Tensor, codes: Tensor, scales: Tensor, zeros: T
     return scales
 
 
-def _descend(target: Tensor, gram: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid) -> Tensor:
+def _descend(
+    target: Tensor,
+    gram: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    grid: Grid,
+    block: int = 128,
+) -> Tensor:
     """One sweep of coordinate descent over the columns: the objective never rises."""
     shape, size = codes.shape, codes.shape[-1]
     codes = codes.flatten(-2).clone()
     values = dequantize(codes, scales.squeeze(-1), None if zeros is None else zeros.squeeze(-1), grid)
     pull = (target - values) @ gram
-    for col in range(target.shape[1]):
-        best = values[:, col] + pull[:, col] / gram[col, col]
-        code, value = _nearest(best, scales, zeros, grid, col // size)
-        pull -= (value - values[:, col])[:, None] * gram[col]
-        codes[:, col] = code
+    for start in range(0, target.shape[1], block):
+        stop = min(start + block, target.shape[1])
+        near, moves = pull[:, start:stop].clone(), torch.empty_like(pull[:, start:stop])
+        for col in range(start, stop):
+            col_in_block = col - start
+            best = values[:, col] + near[:, col_in_block] / gram[col, col]
+            codes[:, col], value = _nearest(best, scales, zeros, grid, col // size)
+            moves[:, col_in_block] = value - values[:, col]
+            near -= moves[:, col_in_block, None] * gram[col, start:stop]
+        pull -= moves @ gram[start:stop]
     return codes.unflatten(-1, shape[1:])

@@ -100,7 +100,7 @@ class _Side:
     """The keys or the values of one layer: packed if there is a scheme, else a plain tensor as it came."""
 
     def __init__(self, scheme: ActivationScheme | None, transform: Transform | None = None):
-        self.scheme, self.transform = scheme, transform if scheme is not None else None
+        self.scheme, self.transform = scheme, transform
         self.stores: list[_Store] = []
         self.width = 0
 

@@ -25,11 +25,14 @@ def decide_rotation(recipe: Recipe, adapter: Adapter) -> Rotation | None:
     mlp = adapter.intermediate_size
     wide_mlp = _reachable(mlp) if recipe.expand_mlp == "auto" else mlp + recipe.expand_mlp
     _check_order("MLP width", wide_mlp, "expand_mlp")
+    # What rotates at run time only serves rounding: where none is asked for, the model stays an ordinary one.
+    online = recipe.weights is not None or recipe.inputs is not None
+    width = adapter.num_heads * adapter.head_dim
     return Rotation(
         residual=Transform(hidden, wide, wide, seed),
         head=_in_blocks(adapter.head_dim, seed + 1),
-        output=_in_blocks(adapter.num_heads * adapter.head_dim, seed + 3) if recipe.rotate_output else None,
-        mlp=Transform(mlp, wide_mlp, wide_mlp, seed + 2),
+        output=_in_blocks(width, seed + 3) if online and recipe.rotate_output else None,
+        mlp=Transform(mlp, wide_mlp, wide_mlp, seed + 2) if online else None,
     )
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from paley import hf
 from paley.core.errors import PaleyError
@@ -44,16 +45,36 @@ def save_checkpoint(folder: Path, model: PreTrainedModel, plan: Plan, source: So
     for name, tensor in model.state_dict().items():
         writer.add(name, tensor if name in packed else tensor.to(dtype))
     writer.close()
-    config = json.loads(model.config.to_json_string(use_diff=False))
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    config["quantization_config"] = spec.QuantizationConfig(
-        linears=plan.linears, attentions=plan.attentions
-    ).model_dump(mode="json")
-    write_json(folder / "config.json", config)
+    write_json(folder / "config.json", _config(model, plan, dtype))
     for name in _COPIED:
         if (source.path / name).is_file():
             shutil.copyfile(source.path / name, folder / name)
     plan.save(folder / "plan.json")
+
+
+def _config(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
+    """The config.json of the quantized model; an ordinary one where nothing is quantized."""
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    if _is_quantized(plan):
+        config["quantization_config"] = spec.QuantizationConfig(
+            linears=plan.linears, attentions=plan.attentions
+        ).model_dump(mode="json")
+    if config["model_type"] == "llama" and config["hidden_size"] % config["num_attention_heads"]:
+        # transformers' LlamaConfig insists on hidden_size being a multiple of the heads, even where head_dim is
+        # explicit. Mistral without a window is the same decoder, and has no such rule; nor has it biases.
+        if config.get("attention_bias") or config.get("mlp_bias"):
+            raise PaleyError(
+                f"expand: hidden size {config['hidden_size']} is not a multiple of "
+                f"{config['num_attention_heads']} heads, which a Llama with biases cannot be; choose another --expand"
+            )
+        config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+    return config
+
+
+def _is_quantized(plan: Plan) -> bool:
+    linears = any(s.weight or s.input or s.transform for s in plan.linears.values())
+    return linears or any(s.keys or s.values for s in plan.attentions.values())
 
 
 @torch.no_grad()
@@ -63,9 +84,15 @@ def first_logits(model: PreTrainedModel, blocks: TokenBlocks, count: int = 2) ->
     return torch.cat([model(row[None], use_cache=False).logits.float().cpu() for row in ids])
 
 
-def verify(folder: Path, expected: Tensor, blocks: TokenBlocks, device: str) -> PreTrainedModel:
+def verify(
+    folder: Path, plan: Plan, expected: Tensor, blocks: TokenBlocks, device: str
+) -> PreTrainedModel:
     """Loads the folder -> the model; raises unless its KL divergence to `expected` logits is exactly 0."""
-    model = hf.load(folder, device=device, dense=True)
+    if _is_quantized(plan):
+        model = hf.load(folder, device=device, dense=True)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        model = model.to(device)
     divergence = float(kl_divergence(expected, first_logits(model, blocks, len(expected))).abs().max())
     if divergence != 0.0:
         raise PaleyError(

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from paley.data import Role, TokenBlocks, check_disjoint, token_blocks
+from paley.core.errors import PaleyError
+from paley.data import Role, TokenBlocks, blocks_from_ids, check_disjoint, token_blocks
+from paley.eval.sampling import sample_documents
+from paley.model.loading import Source
 from paley.recipe import Recipe
 
-__all__ = ["Texts", "gather"]
+__all__ = ["SELF", "Texts", "gather"]
+
+SELF = "self"
 
 
 @dataclass(frozen=True)
@@ -22,9 +28,15 @@ class Texts:
     test: TokenBlocks
 
 
-def gather(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Texts:
-    """Cuts the recipe's sources into blocks; a source with one role is used whole, else split by role."""
+def gather(recipe: Recipe, source: Source, device: str = "cpu") -> Texts:
+    """Cuts the recipe's sources into blocks; a source with one role is used whole, else split by role.
+
+    The source `self` is text that the model writes itself, which no score may be reported on.
+    """
+    tokenizer = source.tokenizer()
     sources: dict[Role, str] = {"test": recipe.test.source or recipe.calibration.source}
+    if sources["test"] == SELF:
+        raise PaleyError("a score on text that the model wrote itself says little: set test.source to a file or pydoc")
     needs_search = recipe.search.method != "none"
     if needs_search or (recipe.weights is not None and recipe.weights.method == "gptq"):
         sources["calibration"] = recipe.calibration.source
@@ -36,6 +48,8 @@ def gather(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Texts:
     def blocks(role: Role) -> TokenBlocks | None:
         if role not in sources:
             return None
+        if sources[role] == SELF:
+            return _sampled(role, settings[role], source, tokenizer, recipe.seed, device)
         alone = list(identities.values()).count(identities[role]) == 1
         return token_blocks(
             sources[role], tokenizer, role=role, count=settings[role].sequences, seq_len=settings[role].seq_len,
@@ -47,6 +61,17 @@ def gather(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Texts:
     texts = Texts(blocks("calibration"), blocks("search"), test)
     check_disjoint(*(b for b in (texts.calibration, texts.search, texts.test) if b is not None))
     return texts
+
+
+def _sampled(
+    role: Role, settings: Any, source: Source, tokenizer: PreTrainedTokenizerBase, seed: int, device: str
+) -> TokenBlocks:
+    # Far apart, so that calibration and search never share a text's seed.
+    seed += {"calibration": 0, "search": 1_000_000}[role]
+    ids = sample_documents(
+        source.load(device=device), tokenizer, count=settings.sequences, tokens=settings.seq_len, seed=seed
+    )
+    return blocks_from_ids(ids, role, SELF)
 
 
 def _identity(source: str) -> str:

@@ -76,14 +76,14 @@ def make_plan(
 ) -> Plan:
     """Decides only: the plan that `quantize` with this recipe would execute."""
     source = open_source(model)
-    texts = gather(recipe, source.tokenizer())
+    texts = gather(recipe, source, device)
     return decide(source, recipe, texts, None, monitor or Monitor(), device)
 
 
 def _make(
     source: Source, recipe: Recipe, plan: Plan | None, run: RunDirectory, monitor: Monitor, device: str
 ) -> None:
-    texts = gather(recipe, source.tokenizer())
+    texts = gather(recipe, source, device)
     reference = _reference(source, texts, run, monitor, device)
     plan = plan or _plan(source, recipe, texts, run, monitor, device)
     model, reports = execute(source, plan, texts, run, monitor, device)
@@ -92,7 +92,7 @@ def _make(
     save_checkpoint(run.checkpoint, model, plan, source, dtype)
     expected = first_logits(model, texts.test)
     del model  # never two copies
-    reloaded = verify(run.checkpoint, expected, texts.test, device)
+    reloaded = verify(run.checkpoint, plan, expected, texts.test, device)
     monitor.step()
     batches = -(-len(texts.test.ids) // EVAL_BATCH)
     monitor.stage("evaluating through the quantized cache", batches)

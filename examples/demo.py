@@ -1,0 +1,85 @@
+"""Quantizes the small model in assets/ to 3-bit weights, activations and KV cache in four ways, and compares.
+
+Run by `make demo`. The text is Python's own documentation, so nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer
+from transformers.utils import logging
+
+import paley
+from paley.recipe import apply_settings, preset
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL, OUT = ROOT / "assets" / "demo-model", ROOT / "demo-out"
+ROWS = {
+    "round to nearest": "rtn-w3a3kv3",
+    "QuaRot, clips 1.0": "quarot-w3a3kv3",
+    "QuaRot, clips 0.9 / 0.95": "quarot-clipped-w3a3kv3",
+    "Paley": "w3a3kv3",
+}
+SETTINGS = [
+    "calibration.sequences=48", "calibration.seq_len=256", "search.sequences=6", "search.seq_len=256",
+    "search.iterations=2", "test.sequences=48", "test.seq_len=256",
+]  # fmt: skip
+
+
+def main() -> None:
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    console, start = Console(), time.monotonic()
+    console.print("A LLaMA of 11.9 million parameters to W3A3KV3, scored on Python's documentation ...")
+    results = {}
+    for name, wanted in ROWS.items():
+        recipe = apply_settings(preset(wanted), SETTINGS)
+        outcome = paley.quantize(MODEL, recipe, output=OUT / wanted, overwrite=True)
+        results[name] = outcome.results
+        console.print(f"  {name}: done after {time.monotonic() - start:.0f} s")
+    console.print(_table(results))
+    console.print("Perplexity and KL divergence through the packed KV cache; sizes count every stored byte.")
+    _sample(console)
+    console.print(f"\nNext: .venv/bin/paley inspect {(OUT / ROWS['Paley']).relative_to(ROOT)}")
+
+
+def _table(results: dict[str, dict]) -> Table:
+    table = Table("", "perplexity", "KL, nats/token", "bits per weight", "of the linears", "bytes on disk")
+    first = next(iter(results.values()))
+    original = math.exp(first["evaluation"]["reference_nll"])
+    table.add_row("original", f"{original:.2f}", "0", "16", "16", f"{first['original_bytes']:,}")
+    for name, r in results.items():
+        e = r["evaluation"]
+        table.add_row(
+            name,
+            f"{e['perplexity']:.2f} ± {e['perplexity_stderr']:.2f}",
+            f"{e['kl']:.4f} ± {e['kl_stderr']:.4f}",
+            f"{r['bits_per_weight']:.2f}",
+            f"{r['bits_per_quantized_weight']:.2f}",
+            f"{r['bytes']:,}",
+        )
+    return table
+
+
+def _sample(console: Console) -> None:
+    folder = OUT / ROWS["Paley"]
+    model, tokenizer = paley.load(folder, dense=True), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("The function returns", return_tensors="pt")["input_ids"]
+    ids = torch.cat([torch.full((1, 1), tokenizer.bos_token_id), ids], 1)
+    torch.manual_seed(0)
+    cache = paley.PackedKVCache(model)
+    settings = {"max_new_tokens": 60, "do_sample": True, "temperature": 0.7, "pad_token_id": tokenizer.eos_token_id}
+    made = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **settings)
+    console.print("\nA sample of what the 3-bit model writes (the original is small and undertrained too):")
+    console.print(tokenizer.decode(made[0], skip_special_tokens=True), style="italic")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

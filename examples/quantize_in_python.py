@@ -1,0 +1,13 @@
+"""Quantizes the demo model to 4 bits, loads the result, and lets it write: run from the repository."""
+
+from transformers import AutoTokenizer
+
+import paley
+
+outcome = paley.quantize("assets/demo-model", "w4a4kv4", output="demo-out/in-python")
+print(f"{outcome.results['bits_per_weight']:.2f} bits per weight, every stored byte counted")
+
+model, tokenizer = paley.load(outcome.output), AutoTokenizer.from_pretrained(outcome.output)
+prompt = tokenizer("The history of", return_tensors="pt")
+ids = model.generate(**prompt, past_key_values=paley.PackedKVCache(model), max_new_tokens=40)
+print(tokenizer.decode(ids[0]))

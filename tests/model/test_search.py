@@ -1,0 +1,105 @@
+import pytest
+import torch
+
+from paley.core.schemes import ActivationScheme
+from paley.model.capture import BlockRunner
+from paley.model.search import ClipSearch, search_slots
+from paley.recipe.models import Search
+from test_calibrate import IDS, slots, small_adapter, wrap_
+
+
+def make(**settings):
+    adapter = small_adapter()
+    linears, attentions = slots(adapter)
+    runner = BlockRunner(adapter, batch=3)
+    wrap_(adapter, linears, attentions)
+    reference = runner.suffix(0, runner.embed(IDS))
+    runner.work = 0
+    return ClipSearch(runner, IDS, reference, linears, attentions, Search(**settings))
+
+
+def test_the_papers_layout_and_ours():
+    adapter = small_adapter()
+    linears, attentions = slots(adapter)
+    ours = [s.kind for s in search_slots(adapter, "shared", linears, attentions)]
+    assert ours == ["attn_input", "keys", "values", "o_input", "mlp_input", "down_input"] * 2
+    paper = search_slots(adapter, "per_projection", linears, attentions)
+    assert [s.kind for s in paper] == ["q", "k", "v", "keys", "o", "gate", "up", "down"] * 2
+    assert paper[2].caches == ("values",)  # the V cache shares v's number
+
+
+def test_trials_rerun_only_the_suffix():
+    search = make(start="from_fp", iterations=2)
+    trials = []
+    search.run(on_trial=trials.append)
+    blocks = [2 if ".layers.0." in t.slot else 1 for t in trials]
+    # Each trial costs the blocks from its own on; the prefix is advanced once.
+    assert search.runner.work == (sum(blocks) + 1) * IDS.numel()
+
+
+def test_the_papers_schedule_reruns_everything():
+    search = make(schedule="paper", iterations=1)
+    trials = []
+    search.run(on_trial=trials.append)
+    assert search.runner.work == 2 * len(trials) * IDS.numel()
+    assert {t.clip_ratio for t in trials} == {0.5, 0.25}
+
+
+def test_cached_and_whole_evaluations_agree():
+    ours, whole = make(iterations=1), make(iterations=1, schedule="paper")
+    for search in (ours, whole):
+        for slot in search.slots.values():
+            search._set(slot, None)
+    for name in ours.slots:
+        a, b = (s._loss(s.slots[name], 0.7) for s in (ours, whole))
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_gradual_from_fp_and_from_low_bit_leave_all_slots_quantized():
+    for start in ("from_fp", "from_low_bit"):
+        search = make(start=start, iterations=1)
+        outcomes = search.run()
+        assert list(outcomes) == list(search.slots)
+        for slot in search.linears.values():
+            assert isinstance(slot.input, ActivationScheme)
+        for block in search.runner.adapter.blocks:
+            now = block.part("attention").kv_slot
+            assert now == search.attentions[block.path("attention")]
+            assert now.keys is not None
+            assert now.values is not None
+            for role, path in block.linears():
+                assert block.part(role).slot.input == search.linears[path].input
+
+
+def test_low_bit_never_ends_worse_than_it_started():
+    search = make(start="from_low_bit", iterations=3, objective="kl")
+    first = search.slots["model.layers.0.attn_input"]
+    for slot in search.slots.values():
+        search._set(slot, search._start(slot))
+    before = search._loss(first, search._start(first))
+    after = list(search.run().values())[-1].loss
+    assert after <= before
+
+
+def test_a_stopped_search_goes_on_and_ends_the_same():
+    whole, trials = make(iterations=2), []
+    outcomes = whole.run(on_trial=trials.append)
+    resumed, more = make(iterations=2), []
+    again = resumed.run(known=trials[:11], on_trial=more.append)
+    assert more == trials[11:]
+    assert again == outcomes
+    assert resumed.linears == whole.linears
+
+
+@pytest.mark.parametrize("objective", ["kl", "perplexity"])
+def test_objective_of_the_untouched_model(objective):
+    search = make(objective=objective)
+    for slot in search.slots.values():
+        search._set(slot, None)
+    nothing = search.slots["model.layers.0.attn_input"]
+    search.linears = {k: v.__class__(v.weight, None, v.transform) for k, v in search.linears.items()}
+    search._set = lambda slot, clip: None
+    loss = search._loss(nothing, 1.0)
+    logits = search.runner.adapter.model(IDS).logits[:, :-1]
+    plain = torch.nn.functional.cross_entropy(logits.flatten(0, 1), IDS[:, 1:].flatten())
+    assert loss == pytest.approx(0.0 if objective == "kl" else float(plain), abs=1e-5)
