@@ -35,9 +35,7 @@ class Domain:
 _STORIES = ("tinystories_train_head_ajay.txt",), ("tinystories_eval_yuninxia.txt",)
 MODELS = {
     "babyllama-tok361-969k": Domain(*_STORIES, 256, True),
-    "ref-llama": Domain(
-        ("valid_docs.txt", "valid_books.txt"), ("test_docs.txt", "test_books.txt"), 256, False
-    ),
+    "ref-llama": Domain(("valid_docs.txt", "valid_books.txt"), ("test_docs.txt", "test_books.txt"), 256, False),
     "stories260k-llama": Domain(*_STORIES, 256, True),
     "tinystories-656k-llama": Domain(*_STORIES, 128, True),
 }

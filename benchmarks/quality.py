@@ -86,17 +86,28 @@ def main() -> None:
     arguments = parser.parse_args()
     source = open_source(model_folder(arguments.model))
     blocks = texts(
-        arguments.model, source.tokenizer(), calibration=arguments.calibration, search=arguments.search, test=arguments.test
+        arguments.model,
+        source.tokenizer(),
+        calibration=arguments.calibration,
+        search=arguments.search,
+        test=arguments.test,
     )
     reference = Reference.of(source.load(), blocks.test)
     result = {
         "model": arguments.model,
         "parameters": parameter_count(source),
         "text": {"test": blocks.test.source, "calibration": blocks.calibration.source},
-        "sequences": {"calibration": arguments.calibration, "search": arguments.search, "test": len(blocks.test.ids)},
+        "sequences": {
+            "calibration": arguments.calibration,
+            "search": arguments.search,
+            "test": len(blocks.test.ids),
+        },
         "seq_len": MODELS[arguments.model].seq_len,
         **provenance(),
-        "original": {"nll": float(reference.nll.double().mean()), "perplexity": float(reference.nll.double().mean().exp())},
+        "original": {
+            "nll": float(reference.nll.double().mean()),
+            "perplexity": float(reference.nll.double().mean().exp()),
+        },
         "rows": {},
     }
     for width in arguments.widths.split(","):

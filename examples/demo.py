@@ -75,7 +75,12 @@ def _sample(console: Console) -> None:
     ids = torch.cat([torch.full((1, 1), tokenizer.bos_token_id), ids], 1)
     torch.manual_seed(0)
     cache = paley.PackedKVCache(model)
-    settings = {"max_new_tokens": 60, "do_sample": True, "temperature": 0.7, "pad_token_id": tokenizer.eos_token_id}
+    settings = {
+        "max_new_tokens": 60,
+        "do_sample": True,
+        "temperature": 0.7,
+        "pad_token_id": tokenizer.eos_token_id,
+    }
     made = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **settings)
     console.print("\nA sample of what the 3-bit model writes (the original is small and undertrained too):")
     console.print(tokenizer.decode(made[0], skip_special_tokens=True), style="italic")

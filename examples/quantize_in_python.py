@@ -1,4 +1,4 @@
-"""Quantizes the demo model to 4 bits, loads the result, and lets it write: run from the repository."""
+"""Quantizes the demo model to 4 bits, loads it and lets it write: minutes, from the repository's folder."""
 
 from transformers import AutoTokenizer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import shlex
@@ -22,7 +23,7 @@ from typer.testing import CliRunner
 import paley
 from paley.cli import app, using
 from paley.cli.process import spread_settings
-from paley.cli.progress import LineMonitor
+from paley.cli.progress import LineMonitor, watching
 
 SIZES = [
     "--set",
@@ -167,9 +168,7 @@ def test_eval_takes_any_model_and_text(made):
 
 
 def test_eval_scores_the_part_that_the_plan_kept_apart(made):
-    plain = json.loads(
-        paley_("eval", made.model, "--data", made.text, "--sequences", 4, "--seq-len", 64, "--json").out
-    )
+    plain = json.loads(paley_("eval", made.model, "--data", made.text, "--sequences", 4, "--seq-len", 64, "--json").out)
     ours = json.loads(paley_("eval", made.out, "--data", made.text, "--json").out)
     assert ours["sha256"] == json.loads((made.out / "results.json").read_text())["evaluation"]["sha256"]
     assert ours["sha256"] != plain["sha256"]
@@ -326,3 +325,22 @@ def test_without_a_terminal_lines_are_sparse():
         "    30 s  quantizing 30/30  a layer",
         "    30 s  done",
     ]
+
+
+def test_a_terminal_shows_each_stage_and_the_layer_at_work(monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    with watching() as monitor:
+        monitor.stage("reading", 1)
+        monitor.stage("quantizing", 3)
+        monitor.step("layer 0  rel_error 0.0123")
+        monitor.note("a layer stays as it is")
+    shown = screen.getvalue()
+    assert "✓ reading" in shown
+    assert "✓ quantizing" in shown
+    assert "peak memory" in shown
+    assert "layer 0  rel_error 0.0123" in shown
+    assert "a layer stays as it is" in shown

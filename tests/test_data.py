@@ -48,9 +48,7 @@ def test_tiny_tokenizer_round_trips_and_saves(tiny_tokenizer, tmp_path):
 
 def test_endoftext_lines_separate_documents(tmp_path):
     path = tmp_path / "a.txt"
-    path.write_bytes(
-        b"\xef\xbb\xbfone\r\nmore <|endoftext|> inline\r\n<|endoftext|> \r\n\r\n<|endoftext|>\ntwo\n"
-    )
+    path.write_bytes(b"\xef\xbb\xbfone\r\nmore <|endoftext|> inline\r\n<|endoftext|> \r\n\r\n<|endoftext|>\ntwo\n")
     assert data.documents(str(path)) == ["one\nmore <|endoftext|> inline", "two"]
 
 
@@ -171,14 +169,10 @@ def test_hub_grammar(source):
 
 def test_hub_errors_name_the_way_out(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(
-        PaleyError, match=r"pip install 'paley\[data\]', or use a text file \(--calibration FILE\)"
-    ):
+    with pytest.raises(PaleyError, match=r"pip install 'paley\[data\]', or use a text file \(--calibration FILE\)"):
         data.documents("hub:set")
     hub(monkeypatch, ConnectionError("Couldn't reach 'set'"), [])
-    with pytest.raises(
-        PaleyError, match=r"reach 'set'\); use a text file \(--calibration FILE\) or .*`pydoc`"
-    ):
+    with pytest.raises(PaleyError, match=r"reach 'set'\); use a text file \(--calibration FILE\) or .*`pydoc`"):
         data.documents("hub:set")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(PaleyError, match=r"HF_HUB_OFFLINE is set.*--calibration FILE"):
@@ -271,13 +265,9 @@ def test_tokenizes_no_more_than_needed(story_file, tiny_tokenizer):
 
 
 def test_too_short_a_text_says_what_it_has_and_what_is_needed(story_file, tiny_tokenizer):
-    with pytest.raises(
-        PaleyError, match=r"search part \(15% of its 20 documents\) has 6315 tokens; 99 blocks of"
-    ):
+    with pytest.raises(PaleyError, match=r"search part \(15% of its 20 documents\) has 6315 tokens; 99 blocks of"):
         data.token_blocks(story_file, tiny_tokenizer, role="search", count=99, seq_len=512)
-    with pytest.raises(
-        PaleyError, match=r"need 50688; use fewer .*\(search\.sequences, .*\(search\.source\)"
-    ):
+    with pytest.raises(PaleyError, match=r"need 50688; use fewer .*\(search\.sequences, .*\(search\.source\)"):
         data.token_blocks(story_file, tiny_tokenizer, role="search", count=99, seq_len=512, whole=True)
 
 
@@ -310,9 +300,7 @@ def test_given_ids_are_checked_and_copied():
 def test_a_score_needs_role_test():
     made = data.blocks_from_ids(torch.zeros(1, 4, dtype=torch.int64), "calibration", "a.txt")
     assert data.require(made, "calibration") is made
-    with pytest.raises(
-        PaleyError, match=r"a\.txt: these blocks have role 'calibration', this needs role 'test'"
-    ):
+    with pytest.raises(PaleyError, match=r"a\.txt: these blocks have role 'calibration', this needs role 'test'"):
         data.require(made, "test")
 
 
@@ -321,9 +309,7 @@ def test_shared_blocks_are_found():
     first = data.blocks_from_ids(ids, "calibration", "a.txt")
     data.check_disjoint(first, data.blocks_from_ids(ids, "calibration", "b.txt"))
     data.check_disjoint(first, data.blocks_from_ids(ids + 100, "test", "b.txt"))
-    with pytest.raises(
-        PaleyError, match=r"2 of 2 test blocks \(b\.txt\) are also among the calibration blocks \(a"
-    ):
+    with pytest.raises(PaleyError, match=r"2 of 2 test blocks \(b\.txt\) are also among the calibration blocks \(a"):
         data.check_disjoint(first, data.blocks_from_ids(ids[1:3, :4], "test", "b.txt"))
 
 

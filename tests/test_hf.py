@@ -49,9 +49,7 @@ def tiny(name: str = "llama") -> PreTrainedModel:
         "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=16)),
     }[name]()
     for p in model.parameters():
-        p.data = p.data.bfloat16().float() + 0.25 * (
-            p.dim() == 1
-        )  # biases and gains that matter, exact in bfloat16
+        p.data = p.data.bfloat16().float() + 0.25 * (p.dim() == 1)  # biases and gains that matter, exact in bfloat16
     return model.eval()
 
 
@@ -99,9 +97,7 @@ def write(folder: Path, name: str = "llama") -> PreTrainedModel:
     quantize_(model)
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
-    tensors = {
-        n: t.contiguous() for n, t in model.state_dict().items() if n != "lm_head.weight" or name != "qwen2"
-    }
+    tensors = {n: t.contiguous() for n, t in model.state_dict().items() if n != "lm_head.weight" or name != "qwen2"}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return model
 
@@ -163,11 +159,7 @@ def test_the_requested_dtype_touches_neither_codes_nor_scales(tmp_path, dtype):
     stored = load_file(tmp_path / "model.safetensors")
     for name, tensor in hf.load(tmp_path, dtype=dtype).state_dict().items():
         if name.endswith((".codes", ".scales", ".zeros")):
-            assert (
-                tensor.dtype
-                == stored[name].dtype
-                == (torch.float16 if name.endswith("scales") else torch.uint8)
-            )
+            assert tensor.dtype == stored[name].dtype == (torch.float16 if name.endswith("scales") else torch.uint8)
             assert torch.equal(tensor, stored[name])
         else:
             assert tensor.dtype == dtype
@@ -283,9 +275,7 @@ def test_folders_of_other_kinds_are_refused(tmp_path):
     tiny().save_pretrained(tmp_path / "plain")
     with pytest.raises(PaleyError, match="not quantized, no Paley checkpoint"):
         hf.load(tmp_path / "plain")
-    reconfigure(
-        tmp_path / "plain", lambda c: c.update(quantization_config={"quant_method": "gptq", "bits": 4})
-    )
+    reconfigure(tmp_path / "plain", lambda c: c.update(quantization_config={"quant_method": "gptq", "bits": 4}))
     with pytest.raises(PaleyError, match="quantized by 'gptq'"):
         hf.load(tmp_path / "plain")
     (tmp_path / "plain" / "config.json").write_text("{")

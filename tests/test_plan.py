@@ -28,9 +28,7 @@ def make_plan(**changes) -> Plan:
         "recipe": RECIPE,
         "rotation": Rotation(residual=Transform(60, 64, 64, seed=1), head=Transform(8, 8, 8)),
         "linears": {
-            f"{layer}.mlp.{name}": RECIPE.linear_slot(
-                name, Transform(12, 12, 12) if name == "down_proj" else None
-            )
+            f"{layer}.mlp.{name}": RECIPE.linear_slot(name, Transform(12, 12, 12) if name == "down_proj" else None)
             for layer in layers
             for name in ("up_proj", "down_proj")
         },

@@ -300,9 +300,7 @@ def test_overrides_change_what_they_name_in_order():
     recipe.check_overrides(["m.0.down_proj", "m.1.down_proj"], ["m.0.attn"])
     with pytest.raises(PaleyError, match=r"override 'm\.1\.\*' with keep fits none of the 2 modules"):
         recipe.check_overrides(["m.0.down_proj"], ["m.0.attn"])
-    with pytest.raises(
-        PaleyError, match=r"override '\*\.down_proj' with input .*did you mean 'm\.0\.down_pro'"
-    ):
+    with pytest.raises(PaleyError, match=r"override '\*\.down_proj' with input .*did you mean 'm\.0\.down_pro'"):
         recipe.check_overrides(["m.0.down_pro"], ["m.0.down_proj"])
 
 

@@ -76,16 +76,12 @@ class PaleyQuantizer(HfQuantizer):
         for name, slot in spec.linears.items():
             if name not in linears:
                 hint = nearest_name(name, linears)
-                raise PaleyError(
-                    f"config.json quantizes {name!r}, which is no linear layer of this model{hint}"
-                )
+                raise PaleyError(f"config.json quantizes {name!r}, which is no linear layer of this model{hint}")
             _replace_linear_(model, name, linears[name], slot)
         if spec.attentions:
             attention.attach_slots(model, spec.attentions)
         if not checkpoint_files:
-            raise PaleyError(
-                "a Paley model is loaded from its safetensors files; a state_dict alone is not supported"
-            )
+            raise PaleyError("a Paley model is loaded from its safetensors files; a state_dict alone is not supported")
         _check_files(model, checkpoint_files)
 
     def is_serializable(self) -> bool:  # type: ignore[override]
@@ -146,9 +142,7 @@ def _replace_linear_(model: PreTrainedModel, name: str, linear: nn.Linear, slot:
         stored_width = slot.transform.out_dim
     tied = model.all_tied_weights_keys
     if slot.weight is not None and f"{name}.weight" in {*tied.keys(), *tied.values()}:
-        raise PaleyError(
-            f"{name}: its weight is tied to another; set tie_word_embeddings to false in config.json"
-        )
+        raise PaleyError(f"{name}: its weight is tied to another; set tie_word_embeddings to false in config.json")
     quantized = QuantLinear(
         stored_width,
         linear.out_features,
@@ -196,9 +190,7 @@ def _exact_dtypes(model: PreTrainedModel) -> dict[str, torch.dtype | None]:
         full: dtype
         for name, module in model.named_modules()
         if isinstance(module, QuantLinear)
-        for full, (dtype, _) in expected_tensors(
-            name, module.slot, module.in_features, module.out_features
-        ).items()
+        for full, (dtype, _) in expected_tensors(name, module.slot, module.in_features, module.out_features).items()
     }
 
 

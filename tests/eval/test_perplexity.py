@@ -59,8 +59,7 @@ def nll_by_hand(model: nn.Module, ids: torch.Tensor) -> list[float]:
     """Each sequence's mean, from one long forward in float64."""
     log_p = model(ids, use_cache=False).logits.double().log_softmax(-1)
     return [
-        statistics.mean(-float(log_p[i, t, ids[i, t + 1]]) for t in range(ids.shape[1] - 1))
-        for i in range(len(ids))
+        statistics.mean(-float(log_p[i, t, ids[i, t + 1]]) for t in range(ids.shape[1] - 1)) for i in range(len(ids))
     ]
 
 
@@ -125,9 +124,7 @@ def test_a_quantized_cache_is_read_back_and_costs_what_fake_quantization_costs(t
     blocks = blocks_from_ids(ids, "test", "self")
     reference = Reference.of(tiny(), blocks)
     exact, model = evaluate(tiny(), blocks, reference), with_quantized_cache()
-    expected = statistics.mean(
-        nll_by_hand(model, ids)
-    )  # one forward; attention rounds keys and values itself
+    expected = statistics.mean(nll_by_hand(model, ids))  # one forward; attention rounds keys and values itself
     for chunk, batch in ((128, 8), (7, 5), (1, 12)):
         result = evaluate(model, blocks, reference, chunk=chunk, batch=batch)
         assert result.nll == pytest.approx(expected, abs=2e-5)
@@ -161,10 +158,7 @@ def test_a_slot_that_quantizes_nothing_needs_no_cache():
 def test_cache_bytes():
     vectors = LAYERS * KV_HEADS
     assert evaluate(tiny(), random_blocks()).kv_cache_bytes_per_token == vectors * 2 * HEAD_DIM * 4
-    assert (
-        evaluate(tiny().bfloat16(), random_blocks(seq_len=3)).kv_cache_bytes_per_token
-        == vectors * 2 * HEAD_DIM * 2
-    )
+    assert evaluate(tiny().bfloat16(), random_blocks(seq_len=3)).kv_cache_bytes_per_token == vectors * 2 * HEAD_DIM * 2
     keys, values = 3 + 2, 3 + 2 + 1  # codes, a float16 scale, a zero point
     result = evaluate(with_quantized_cache(), random_blocks(), batch=2, chunk=4)
     assert result.kv_cache_bytes_per_token == vectors * (keys + values)
@@ -234,9 +228,7 @@ def test_logits_that_are_not_finite_name_the_first_sequence(bad, batch):
 
 def test_one_infinite_logit_is_enough():
     model, blocks = tiny(), random_blocks()
-    model.lm_head.register_forward_hook(
-        lambda module, args, out: out.index_fill(-1, torch.tensor([60]), -math.inf)
-    )
+    model.lm_head.register_forward_hook(lambda module, args, out: out.index_fill(-1, torch.tensor([60]), -math.inf))
     with pytest.raises(PaleyError, match="first in sequence 0"):
         evaluate(model, blocks)
 

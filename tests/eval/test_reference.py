@@ -36,13 +36,9 @@ def test_logits_are_the_models_own(dtype):
     model, blocks = tiny().to(dtype), some_blocks(seq_len=300)  # more than a chunk
     reference = Reference.of(model, blocks, batch=5)
     logits = model(blocks.ids).logits
-    tolerance = (
-        1e-5 if dtype == torch.float32 else 0.05
-    )  # half a unit in the last place of the largest logits
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05  # half a unit in the last place of the largest logits
     torch.testing.assert_close(reference.logits(slice(None)), logits, rtol=0, atol=tolerance)
-    torch.testing.assert_close(
-        reference.logits(slice(1, 3), slice(2, 7)), logits[1:3, 2:7], rtol=0, atol=tolerance
-    )
+    torch.testing.assert_close(reference.logits(slice(1, 3), slice(2, 7)), logits[1:3, 2:7], rtol=0, atol=tolerance)
     expected = torch.nn.functional.cross_entropy(
         logits[:, :-1].float().transpose(1, 2), blocks.ids[:, 1:], reduction="none"
     )

@@ -97,9 +97,7 @@ def test_a_tensor_is_the_readers_own(tmp_path):
 def test_an_unknown_name_gets_a_hint(tmp_path):
     checkpoint = Checkpoint.open(write(tmp_path))
     for ask in (checkpoint.tensor, checkpoint.shape, checkpoint.dtype):
-        with pytest.raises(
-            PaleyError, match=r"no tensor 'model.norm.weigth'; did you mean 'model.norm.weight'\?"
-        ):
+        with pytest.raises(PaleyError, match=r"no tensor 'model.norm.weigth'; did you mean 'model.norm.weight'\?"):
             ask("model.norm.weigth")
 
 
@@ -279,9 +277,7 @@ def test_an_index_that_leads_elsewhere(tmp_path, file):
         other.mkdir(exist_ok=True)
         (other / "x.safetensors").write_bytes(shard.read_bytes())
     index.write_text(json.dumps({"weight_map": {"model.embed.weight": file}}))
-    refused(
-        folder, "index.json: 'model.embed.weight' is said to be in .*; only safetensors files of the same"
-    )
+    refused(folder, "index.json: 'model.embed.weight' is said to be in .*; only safetensors files of the same")
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', "{", "null"])

@@ -44,9 +44,7 @@ def slot(grid: str = "uint3", group_size: int | None = 8) -> LinearSlot:
 def test_a_config_survives_json():
     config = QuantizationConfig(
         linears={
-            "a": LinearSlot(
-                WeightScheme("gauss2", 16), ActivationScheme("odd4", "rms"), Transform(12, 24, 12, 5)
-            ),
+            "a": LinearSlot(WeightScheme("gauss2", 16), ActivationScheme("odd4", "rms"), Transform(12, 24, 12, 5)),
             "b": LinearSlot(),
         },
         attentions={"c": AttentionSlot(values=ActivationScheme("uint2", group_size=4))},

@@ -200,9 +200,7 @@ def test_a_full_disk_leaves_nothing_and_says_so(tmp_path, monkeypatch):
     for room in [*range(0, total, 37), total - 1]:
         folder = tmp_path / str(room)
         monkeypatch.setattr(files, "_write", Disk(room).write)
-        with pytest.raises(
-            PaleyError, match=rf"{room}: the disk is full.* needs [\d,]+ bytes, [\d,]+ are free"
-        ):
+        with pytest.raises(PaleyError, match=rf"{room}: the disk is full.* needs [\d,]+ bytes, [\d,]+ are free"):
             write(folder, max_shard_bytes=60)
         assert contents(folder) == {}
 

@@ -102,9 +102,7 @@ def test_keys_and_values_may_differ_or_stay(keys, values):
     make = lambda grid: None if grid is None else ActivationScheme(grid)  # noqa: E731
     attach(model, AttentionSlot(make(keys), make(values), Transform(8, 8, 8)))
     ids = some_ids(1, 17)
-    torch.testing.assert_close(
-        in_chunks(model, ids, 4), model(ids, use_cache=False).logits, rtol=0, atol=1e-4
-    )
+    torch.testing.assert_close(in_chunks(model, ids, 4), model(ids, use_cache=False).logits, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)

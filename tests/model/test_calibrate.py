@@ -87,9 +87,7 @@ def test_restoring_codes_is_the_same_as_making_them():
     _, reports = run(adapter)
     linears, attentions = slots(restored)
     wrap_(restored, linears, attentions)
-    quantizer = BlockQuantizer(
-        BlockRunner(restored, batch=2), IDS, linears, attentions, compensate="residual_stream"
-    )
+    quantizer = BlockQuantizer(BlockRunner(restored, batch=2), IDS, linears, attentions, compensate="residual_stream")
     first = quantizer.restore(0, {r.name: r.quantized for r in reports[0]})
     second = quantizer.quantize(1)
     assert [r.rel_error for r in first] == [r.rel_error for r in reports[0]]

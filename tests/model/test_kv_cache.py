@@ -24,9 +24,7 @@ def read(layer: PackedKVLayer, batch: int = 2) -> tuple[torch.Tensor, ...]:
     return tuple(x.dequantize() if isinstance(x, PackedKV) else x for x in (keys, values))
 
 
-@pytest.mark.parametrize(
-    ("grid", "group_size"), [("int3", None), ("uint2", 4), ("gauss3", 8), ("odd4", None)]
-)
+@pytest.mark.parametrize(("grid", "group_size"), [("int3", None), ("uint2", 4), ("gauss3", 8), ("odd4", None)])
 @pytest.mark.parametrize("transform", [None, R3, Transform(HEAD_DIM, 24, 12, seed=1)])
 def test_packed_values_are_the_round_trip_bit_for_bit(grid, group_size, transform):
     scheme, x = ActivationScheme(grid, group_size=group_size), rand(5)
@@ -38,9 +36,7 @@ def test_packed_values_are_the_round_trip_bit_for_bit(grid, group_size, transfor
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_bytes_are_what_the_bits_say(bits):
-    layer = PackedKVLayer(
-        AttentionSlot(ActivationScheme(f"int{bits}"), ActivationScheme(f"uint{bits}", group_size=4))
-    )
+    layer = PackedKVLayer(AttentionSlot(ActivationScheme(f"int{bits}"), ActivationScheme(f"uint{bits}", group_size=4)))
     keys, values = layer.update(rand(7), rand(7))
     vectors, codes = 2 * 3 * 7, HEAD_DIM * bits // 8
     assert keys.nbytes == vectors * (codes + 2)
@@ -74,10 +70,7 @@ def test_pieces_add_up_and_room_stays_small(slot):
         pieces.update(k[:, :, at : at + size], v[:, :, at : at + size])
         at += size
         assert pieces.get_seq_length() == before + size
-        assert (
-            pieces.allocated_nbytes
-            <= pieces.nbytes * (1 + 1 / 8) + pieces.nbytes / pieces.get_seq_length() * 64
-        )
+        assert pieces.allocated_nbytes <= pieces.nbytes * (1 + 1 / 8) + pieces.nbytes / pieces.get_seq_length() * 64
     for a, b in zip(read(whole), read(pieces), strict=True):
         assert torch.equal(a, b)
 

@@ -96,9 +96,7 @@ def test_the_transform_widens_the_input_and_cancels():
     torch.testing.assert_close(layer(x), source(x), rtol=0, atol=1e-12)
     scheme = ActivationScheme("int4")
     layer = QuantLinear.from_linear(folded, LinearSlot(input=scheme, transform=transform), None)
-    torch.testing.assert_close(
-        layer(x), folded(rounding.round_trip(transform.apply(x), scheme)), rtol=0, atol=1e-12
-    )
+    torch.testing.assert_close(layer(x), folded(rounding.round_trip(transform.apply(x), scheme)), rtol=0, atol=1e-12)
 
 
 @torch.no_grad()
@@ -123,9 +121,7 @@ def test_the_dense_weight_changes_no_bit_and_is_not_saved():
 
 def test_casting_the_module_leaves_scales_alone():
     source = linear(16, 4)
-    layer = QuantLinear.from_linear(
-        source, LinearSlot(WeightScheme("int4")), quantized(source.weight.detach(), "int4")
-    )
+    layer = QuantLinear.from_linear(source, LinearSlot(WeightScheme("int4")), quantized(source.weight.detach(), "int4"))
     before = layer.scales.clone()
     layer.materialize_()
     layer.to(torch.bfloat16).to(torch.float32)

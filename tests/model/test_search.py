@@ -1,11 +1,11 @@
 import pytest
 import torch
+from test_calibrate import IDS, slots, small_adapter, wrap_
 
 from paley.core.schemes import ActivationScheme
 from paley.model.capture import BlockRunner
 from paley.model.search import ClipSearch, search_slots
 from paley.recipe.models import Search
-from test_calibrate import IDS, slots, small_adapter, wrap_
 
 
 def make(**settings):

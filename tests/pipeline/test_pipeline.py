@@ -17,7 +17,30 @@ from paley.pipeline import make_plan, quantize
 from paley.plan import Plan
 from paley.recipe import apply_settings, preset
 
-WORDS = "the cat sat on a mat and saw that dogs do not sing in tune when rain falls over old stone towns".split()
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "saw",
+    "that",
+    "dogs",
+    "do",
+    "not",
+    "sing",
+    "in",
+    "tune",
+    "when",
+    "rain",
+    "falls",
+    "over",
+    "old",
+    "stone",
+    "towns",
+]
 
 
 @pytest.fixture(scope="session")
@@ -45,9 +68,7 @@ def text(tmp_path_factory):
 def recipe(text, name="w3a3kv3", *more):
     sizes = [f"{part}.sequences=4" for part in ("calibration", "search", "test")]
     lengths = [f"{part}.seq_len=32" for part in ("calibration", "search", "test")]
-    return apply_settings(
-        preset(name), [f"calibration.source={text}", "search.iterations=1", *sizes, *lengths, *more]
-    )
+    return apply_settings(preset(name), [f"calibration.source={text}", "search.iterations=1", *sizes, *lengths, *more])
 
 
 def contents(folder):
@@ -65,7 +86,14 @@ def done(model_folder, text, tmp_path_factory):
 
 def test_what_it_leaves(done, model_folder):
     outcome, written = done
-    assert {"config.json", "model.safetensors", "plan.json", "results.json", "README.md", "tokenizer.json"} <= set(written)
+    assert {
+        "config.json",
+        "model.safetensors",
+        "plan.json",
+        "results.json",
+        "README.md",
+        "tokenizer.json",
+    } <= set(written)
     assert not outcome.output.with_name("out.run").exists()
     results = outcome.results
     assert results["evaluation"]["kl"] > 0
@@ -109,7 +137,9 @@ def test_a_finished_run_resumes_to_itself(done, model_folder, text):
     assert contents(outcome.output) == written
 
 
-@pytest.mark.parametrize("name", ["w4a16", "w16a4", "w4g8a8kv4", "rtn-w4a4kv4", "quarot-w4a4kv4", "quarot-clipped-w2a4kv2"])
+@pytest.mark.parametrize(
+    "name", ["w4a16", "w16a4", "w4g8a8kv4", "rtn-w4a4kv4", "quarot-w4a4kv4", "quarot-clipped-w2a4kv2"]
+)
 def test_other_presets(name, model_folder, text, tmp_path):
     results = quantize(model_folder, recipe(text, name), output=tmp_path / "out").results
     assert results["evaluation"]["kl"] < 1

@@ -31,7 +31,10 @@ class Inspection:
         checkpoint = Checkpoint.open(folder)
         section = checkpoint.config.get("quantization_config")
         if not isinstance(section, dict) or section.get("quant_method") != QUANT_METHOD:
-            raise PaleyError(f"{folder}: is no Paley checkpoint; give a folder that `paley quantize` wrote")
+            raise PaleyError(
+                f"{folder}: is no Paley checkpoint: nothing here is quantized, or by another tool; "
+                "give a folder that `paley quantize` wrote"
+            )
         config = QuantizationConfig.from_dict(section, f"{folder}/config.json: quantization_config")
         results = folder / "results.json"
         return cls(checkpoint, config, read_json(results) if results.exists() else {})

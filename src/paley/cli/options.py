@@ -57,13 +57,9 @@ RecipeFile = Annotated[Path | None, _option("--recipe", "Your own recipe, YAML o
 PlanFile = Annotated[Path | None, _option("--plan", "What `paley plan` decided.", "FILE", _HOW)]
 Settings = Annotated[
     list[str] | None,
-    _option(
-        "--set", "Changes to the recipe: search.sequences=8 inputs.clip_ratio=0.9", "KEY=VALUE ...", _HOW
-    ),
+    _option("--set", "Changes to the recipe: search.sequences=8 inputs.clip_ratio=0.9", "KEY=VALUE ...", _HOW),
 ]
-Expand = Annotated[
-    str | None, _option("--expand", "Dimensions that the residual stream gains.", "N|auto", _HOW)
-]
+Expand = Annotated[str | None, _option("--expand", "Dimensions that the residual stream gains.", "N|auto", _HOW)]
 Seed = Annotated[int | None, _option("--seed", "Draws rotations and calibration text.", panel=_HOW)]
 Calibration = Annotated[
     str | None,
@@ -81,9 +77,7 @@ Resume = Annotated[bool, _option("--resume", "Go on with a run that was stopped.
 Overwrite = Annotated[bool, _option("--overwrite", "Replace what is there already.")]
 Json = Annotated[bool, _option("--json", "Print one JSON object and nothing else.")]
 
-Against = Annotated[
-    str | None, _option("--against", "The original, for KL divergence and agreement.", "MODEL")
-]
+Against = Annotated[str | None, _option("--against", "The original, for KL divergence and agreement.", "MODEL")]
 Data = Annotated[str | None, _option("--data", f"Text: {_SOURCES}.", "SOURCE")]
 Sequences = Annotated[int | None, _option("--sequences", "How many sequences.", min=1)]
 SeqLen = Annotated[int | None, _option("--seq-len", "Tokens of each.", min=2)]

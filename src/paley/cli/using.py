@@ -126,15 +126,9 @@ def presets_verb() -> None:
     Example: `paley presets`
     """
     display.line(f"NAME = {GRAMMAR}")
-    display.line(
-        "W, A and KV: bits of the weights, the linear layers' inputs and the KV cache; 16: unquantized."
-    )
-    display.line(
-        "G: columns of a weight that share a scale, without it the whole row. METHOD, without it gbs:"
-    )
+    display.line("W, A and KV: bits of the weights, the linear layers' inputs and the KV cache; 16: unquantized.")
+    display.line("G: columns of a weight that share a scale, without it the whole row. METHOD, without it gbs:")
     names = [f"{method}-w4a4kv4" for method in preset_methods()]
     display.show(display.presets_table({name: preset(name) for name in names}))
-    display.line(
-        "--set changes any value, for example --set search.sequences=8 inputs.clip_ratio=0.9 seed=1;"
-    )
+    display.line("--set changes any value, for example --set search.sequences=8 inputs.clip_ratio=0.9 seed=1;")
     display.line("the plan.json that quantize writes begins with the whole recipe.")

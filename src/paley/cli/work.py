@@ -172,9 +172,7 @@ def kv_bytes_at_16_bits(folder: Path) -> int:
     return 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
 
 
-def evaluate_model(
-    model: str, against: str | None, blocks: TokenBlocks, device: str, monitor: Monitor
-) -> EvalResult:
+def evaluate_model(model: str, against: str | None, blocks: TokenBlocks, device: str, monitor: Monitor) -> EvalResult:
     """Scores `model` on test blocks; the original, `against`, is measured first, and gone by then."""
     reference = None
     if against is not None:

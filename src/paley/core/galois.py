@@ -42,9 +42,7 @@ class GaloisField:
         """1, x, x², …, x^(q-2) modulo the first primitive polynomial x^k + low[k-1]·x^(k-1) + … + low[0]."""
         p, k = self.p, self.k
         one = (1,) + (0,) * (k - 1)
-        for low in product(
-            range(1, p), *[range(p)] * (k - 1)
-        ):  # low[0] != 0: x is invertible, its powers cycle
+        for low in product(range(1, p), *[range(p)] * (k - 1)):  # low[0] != 0: x is invertible, its powers cycle
             powers, e = [], one
             while not powers or e != one:
                 powers.append(sum(digit * p**i for i, digit in enumerate(e)))

@@ -52,9 +52,7 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
     _check("unpack", "packed codes", packed, bits)
     width = packed_width(n, bits)
     if n < 0 or packed.shape[-1] != width:
-        raise PaleyError(
-            f"unpack: {n} codes of {bits} bits take {width} bytes a row, got shape {tuple(packed.shape)}"
-        )
+        raise PaleyError(f"unpack: {n} codes of {bits} bits take {width} bytes a row, got shape {tuple(packed.shape)}")
     if bits == 8:
         return packed.clone(memory_format=torch.contiguous_format)
     if packed.numel() == 0:

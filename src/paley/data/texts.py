@@ -51,9 +51,7 @@ def _read(source: str) -> str:
         return Path(source).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         hint = nearest_name(source, ["pydoc", "self", "hub:"])
-        raise PaleyError(
-            f"{source}: no such text file; give a file, `pydoc` or {HUB_GRAMMAR}{hint}"
-        ) from None
+        raise PaleyError(f"{source}: no such text file; give a file, `pydoc` or {HUB_GRAMMAR}{hint}") from None
     except IsADirectoryError:
         raise PaleyError(f"{source}: is a folder, expected a text file") from None
     except UnicodeDecodeError as error:
@@ -114,9 +112,7 @@ def _row_text(row: object, where: str) -> str:
     text = row.get("text")
     if not isinstance(text, str):
         keys = ", ".join(map(repr, row)) or "none"
-        raise PaleyError(
-            f'{where}: expected a string field "text", got {type(text).__name__}; fields are {keys}'
-        )
+        raise PaleyError(f'{where}: expected a string field "text", got {type(text).__name__}; fields are {keys}')
     return text
 
 

@@ -28,17 +28,13 @@ def sample_documents(
     Each text has a generator of its own, drawn from `seed`: `batch` changes nothing but speed.
     """
     if count < 1 or tokens < 2 or batch < 1:
-        raise PaleyError(
-            f"sampling: needs count >= 1, tokens >= 2 and batch >= 1, got {count=}, {tokens=}, {batch=}"
-        )
+        raise PaleyError(f"sampling: needs count >= 1, tokens >= 2 and batch >= 1, got {count=}, {tokens=}, {batch=}")
     check_mode(model)
     bos, eos = _ends(model, tokenizer)
     # Drawn, not seed + i: neighbouring seeds would share all texts but one.
     seeds = torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
     generators = [torch.Generator().manual_seed(s) for s in seeds]
-    parts = [
-        _sample_batch(model, generators[at : at + batch], tokens, bos, eos) for at in range(0, count, batch)
-    ]
+    parts = [_sample_batch(model, generators[at : at + batch], tokens, bos, eos) for at in range(0, count, batch)]
     return torch.cat(parts)
 
 

@@ -183,8 +183,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     for name, file in found.items():
         if not isinstance(file, str) or not _SHARD.fullmatch(file):
             raise PaleyError(
-                f"{index}: {name!r} is said to be in {file!r}; "
-                "only safetensors files of the same folder are opened"
+                f"{index}: {name!r} is said to be in {file!r}; only safetensors files of the same folder are opened"
             )
     return found
 

@@ -93,9 +93,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             raise PaleyError(f"{file}: corrupted header: the place of {name!r} {what}; {_AGAIN}")
         end += info.nbytes
         if end > size:
-            raise PaleyError(
-                f"{file}: truncated: {name!r} ends at byte {end:,}, the file at {size:,}; {_AGAIN}"
-            )
+            raise PaleyError(f"{file}: truncated: {name!r} ends at byte {end:,}, the file at {size:,}; {_AGAIN}")
     if end != size:
         raise PaleyError(f"{file}: corrupted: {size - end:,} bytes follow the last tensor; {_AGAIN}")
     return places
@@ -110,9 +108,7 @@ def _read_json(file: Path) -> tuple[dict[str, Any], int, int]:
             if size < 8 or length > MAX_HEADER:
                 raise PaleyError(f"{file}: no safetensors file, or its first 8 bytes are corrupted; {_AGAIN}")
             if length > size - 8:
-                raise PaleyError(
-                    f"{file}: truncated: {size:,} bytes, the header alone is {length:,}; {_AGAIN}"
-                )
+                raise PaleyError(f"{file}: truncated: {size:,} bytes, the header alone is {length:,}; {_AGAIN}")
             text = stream.read(length)
     except OSError as error:
         raise PaleyError(f"{file}: cannot be read: {error.strerror or error}") from error
@@ -143,9 +139,7 @@ def _place(file: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
         raise PaleyError(f"{where} has a shape or data_offsets that no tensor can have; {_AGAIN}")
     info = TensorInfo(file, DTYPES[kind], tuple(shape), data_start + offsets[0])
     if offsets[1] - offsets[0] != info.nbytes:
-        raise PaleyError(
-            f"{where} is {kind} {shape}, {info.nbytes:,} bytes, but data_offsets are {offsets}; {_AGAIN}"
-        )
+        raise PaleyError(f"{where} is {kind} {shape}, {info.nbytes:,} bytes, but data_offsets are {offsets}; {_AGAIN}")
     return info
 
 

@@ -104,9 +104,7 @@ class ShardWriter:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if found := sorted(path.name for path in self.folder.glob("model*.safetensors*")):
-                raise PaleyError(
-                    f"{self.folder}: holds {found[0]} already; remove it, or write to an empty folder"
-                )
+                raise PaleyError(f"{self.folder}: holds {found[0]} already; remove it, or write to an empty folder")
             for left in self.folder.glob(".model*.tmp"):
                 left.unlink()
         except OSError as error:

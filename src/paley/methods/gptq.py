@@ -60,7 +60,9 @@ def quantize_gptq(
         scales = _refit(target, gram, codes, scales, zeros, grid)
         codes = _descend(target, gram, codes, scales, zeros, grid)
     return Quantized(
-        codes.flatten(-2), scales.squeeze(-1).half(), None if zeros is None else zeros.squeeze(-1).to(torch.uint8),
+        codes.flatten(-2),
+        scales.squeeze(-1).half(),
+        None if zeros is None else zeros.squeeze(-1).to(torch.uint8),
         scheme.grid,
     )
 
@@ -79,7 +81,9 @@ def _target(weight: Tensor, statistics: InputStatistics, damp: float, compensate
     return gram.float(), torch.linalg.solve(gram, aim.T).T.float().contiguous()
 
 
-def _feedback(target: Tensor, gram: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid, block: int = 128) -> Tensor:
+def _feedback(
+    target: Tensor, gram: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid, block: int = 128
+) -> Tensor:
     """GPTQ proper -> codes [out, groups, group_size]."""
     size = target.shape[1] // scales.shape[1]
     # Upper Cholesky factor of the inverse: its row i spreads column i's error over the columns after it.

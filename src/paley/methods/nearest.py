@@ -35,7 +35,7 @@ def weight_scales(weight: Tensor, scheme: WeightScheme, where: str = "weight") -
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scales = torch.where(better, scales, best_scales)
-        if best_zeros is not None:
+        if zeros is not None and best_zeros is not None:
             best_zeros = torch.where(better, zeros, best_zeros)
     return storable(best_scales), best_zeros
 

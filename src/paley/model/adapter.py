@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -65,10 +66,10 @@ class Block:
         """Full path in the model of the part `role`, such as 'q' or 'attention_norm'."""
         return f"{self.name}.{getattr(self.architecture, role)}"
 
-    def part(self, role: str) -> nn.Module:
+    def part(self, role: str) -> Any:
         return self.module.get_submodule(getattr(self.architecture, role))
 
-    def head_norms(self) -> Iterator[tuple[str, nn.Module]]:
+    def head_norms(self) -> Iterator[tuple[str, Any]]:
         """(role, module) of each RMSNorm over single heads (Qwen3)."""
         for role, path in self.architecture.head_norms:
             yield role, self.module.get_submodule(path)
@@ -92,7 +93,7 @@ class Adapter:
             for i, block in enumerate(stack.children())
         ]
 
-    def part(self, role: str) -> nn.Module:
+    def part(self, role: str) -> Any:
         """A part of the whole model: 'embedding', 'norm' or 'head'."""
         return self.model.get_submodule(getattr(self.architecture, role))
 

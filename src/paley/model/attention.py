@@ -112,6 +112,5 @@ def _check_fit(name: str, module: nn.Module, slot: AttentionSlot) -> None:
     for what, scheme, width in (("keys", slot.keys, key_width), ("values", slot.values, head_dim)):
         if scheme is not None and scheme.group_size is not None and width % scheme.group_size:
             raise PaleyError(
-                f"{name}: {what} of width {width} are not a multiple of group_size={scheme.group_size}; "
-                "use a divisor"
+                f"{name}: {what} of width {width} are not a multiple of group_size={scheme.group_size}; use a divisor"
             )

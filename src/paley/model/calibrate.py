@@ -24,7 +24,7 @@ from paley.model.attention import attach_slots
 from paley.model.capture import BlockRunner, capture_inputs
 from paley.model.linear import QuantLinear, SharedInput
 
-__all__ = ["LayerReport", "BlockQuantizer", "set_attention_", "set_input_", "wrap_"]
+__all__ = ["BlockQuantizer", "LayerReport", "set_attention_", "set_input_", "wrap_"]
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,10 @@ class BlockQuantizer:
 
     @torch.no_grad()
     def restore(
-        self, index: int, quantized: dict[str, Quantized], on_layer: Callable[[LayerReport], None] = lambda _: None
+        self,
+        index: int,
+        quantized: dict[str, Quantized],
+        on_layer: Callable[[LayerReport], None] = lambda _: None,
     ) -> list[LayerReport]:
         """Puts known codes into block `index` and moves on to the next: the same outcome as `quantize`."""
         block = self.runner.adapter.blocks[index]
@@ -131,7 +134,8 @@ class BlockQuantizer:
 
     def _statistics(self, block: Block, reference: nn.Module, role: str) -> InputStatistics:
         """Second moments of what the linear `role` of the block reads, against the same place of the original."""
-        assert self.hidden is not None and self.original is not None
+        assert self.hidden is not None
+        assert self.original is not None
         norm = RESIDUAL_WRITERS.get(role) if self.compensate == "residual_stream" else None
         statistics = InputStatistics()
 
@@ -161,7 +165,8 @@ class BlockQuantizer:
 
     def _quantize_linear(self, path: str, statistics: InputStatistics | None) -> LayerReport:
         linear, scheme = self.runner.adapter.model.get_submodule(path), self.linears[path].weight
-        assert isinstance(linear, QuantLinear) and scheme is not None
+        assert isinstance(linear, QuantLinear)
+        assert scheme is not None
         weight = linear.dequantize()
         if scheme.method == "nearest":
             q = quantize_nearest(weight, scheme, where=path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,19 +19,19 @@ from paley.model.adapter import Adapter, Block
 __all__ = ["fold_norms_", "rotate_input_", "rotate_residual_", "rotate_values_", "untie_"]
 
 
-def _set(linear: nn.Module, name: str, value: Tensor) -> None:
+def _set(linear: Any, name: str, value: Tensor) -> None:
     old = getattr(linear, name)
     setattr(linear, name, nn.Parameter(value.to(old.dtype), requires_grad=False))
 
 
-def _map_inputs_(linear: nn.Module, f: Callable[[Tensor], Tensor]) -> None:
+def _map_inputs_(linear: Any, f: Callable[[Tensor], Tensor]) -> None:
     """weight [out, in] <- f along its rows."""
     _set(linear, "weight", f(linear.weight.double()))
     if isinstance(linear, nn.Linear):
         linear.in_features = linear.weight.shape[1]
 
 
-def _map_outputs_(linear: nn.Module, f: Callable[[Tensor], Tensor]) -> None:
+def _map_outputs_(linear: Any, f: Callable[[Tensor], Tensor]) -> None:
     """weight [out, in] <- f along its columns, and along the bias."""
     _set(linear, "weight", f(linear.weight.double().T).T.contiguous())
     if linear.bias is not None:
@@ -46,7 +47,7 @@ def untie_(adapter: Adapter) -> None:
     adapter.model.config.tie_word_embeddings = False
 
 
-def _fold_norm_(norm: nn.Module, linears: list[nn.Module]) -> None:
+def _fold_norm_(norm: Any, linears: list[Any]) -> None:
     gain = norm.weight.double()
     for linear in linears:
         _map_inputs_(linear, lambda w: w * gain)
@@ -101,6 +102,6 @@ def rotate_values_(block: Block, transform: Transform) -> None:
     _map_inputs_(block.part("o"), per_head)
 
 
-def rotate_input_(linear: nn.Module, transform: Transform) -> None:
+def rotate_input_(linear: Any, transform: Transform) -> None:
     """R4 and its like: a linear's input columns rotated; its input must get the same transform at run time."""
     _map_inputs_(linear, transform.apply)

@@ -67,9 +67,7 @@ def pack_kv(x: Tensor, scheme: ActivationScheme, transform: Transform | None = N
     x = x.detach()
     if transform is not None:
         x = transform.apply(x)
-    q = rounding.quantize_dynamic(
-        x.contiguous(), scheme, SCALE_DTYPE
-    )  # uneven grids are searched in contiguous rows
+    q = rounding.quantize_dynamic(x.contiguous(), scheme, SCALE_DTYPE)  # uneven grids are searched in contiguous rows
     codes = packing.pack(q.codes, int(grids.load(scheme.grid).bits))
     return PackedKV(codes, q.scales, q.zeros, x.shape[-1], scheme, transform)
 
@@ -225,9 +223,7 @@ class PackedKVCache(Cache):
                 continue
             index = int(module.layer_idx)  # type: ignore[arg-type]
             if not 0 <= index < config.num_hidden_layers or index in slots:
-                raise PaleyError(
-                    f"PackedKVCache: {name} claims cache layer {index}, which is taken or does not exist"
-                )
+                raise PaleyError(f"PackedKVCache: {name} claims cache layer {index}, which is taken or does not exist")
             slots[index] = slot
         super().__init__(layers=[PackedKVLayer(slots.get(i)) for i in range(config.num_hidden_layers)])
 

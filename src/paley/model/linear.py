@@ -89,9 +89,9 @@ class QuantLinear(nn.Module):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, slot: LinearSlot, q: Quantized | None, *, name: str = "QuantLinear"
+        cls, linear: Any, slot: LinearSlot, q: Quantized | None, *, name: str = "QuantLinear"
     ) -> QuantLinear:
-        """Takes linear's bias, and its weight [out, in] where the slot leaves it unquantized (q None)."""
+        """Takes the bias of an nn.Linear or QuantLinear, and its weight where the slot leaves that (q None)."""
         out_features, in_features = linear.weight.shape
         dtype, device, bias = linear.weight.dtype, linear.weight.device, linear.bias is not None
         made = cls(in_features, out_features, bias=bias, slot=slot, dtype=dtype, device=device, name=name)

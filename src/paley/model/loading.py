@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from paley.core.errors import PaleyError
 from paley.format.checkpoint import Checkpoint
@@ -35,12 +41,13 @@ class Source:
     def load(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
         """The model in eval mode; raises where the files and the config disagree."""
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 self.path, config=self.config, dtype=dtype, use_safetensors=True, local_files_only=True,
                 trust_remote_code=False, output_loading_info=True, attn_implementation="sdpa",
             )  # fmt: skip
         except (RuntimeError, ValueError) as error:
             raise PaleyError(f"{self.path}: transformers cannot load this checkpoint: {error}") from error
+        model, info = loaded
         for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if names := sorted(str(name) for name in info[what]):
                 raise PaleyError(
@@ -48,7 +55,7 @@ class Source:
                     f"{len(names)} tensors, the first is {names[0]}; use the config.json these weights came with"
                 )
         model.requires_grad_(False)
-        return model.eval().to(device)  # type: ignore[arg-type]
+        return model.eval().to(device)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         try:

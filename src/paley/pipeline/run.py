@@ -71,18 +71,14 @@ def quantize(
     return Outcome(output, Plan.load(output / "plan.json"), json.loads((output / RESULTS).read_text()))
 
 
-def make_plan(
-    model: str | Path, recipe: Recipe, *, device: str = "cpu", monitor: Monitor | None = None
-) -> Plan:
+def make_plan(model: str | Path, recipe: Recipe, *, device: str = "cpu", monitor: Monitor | None = None) -> Plan:
     """Decides only: the plan that `quantize` with this recipe would execute."""
     source = open_source(model)
     texts = gather(recipe, source, device)
     return decide(source, recipe, texts, None, monitor or Monitor(), device)
 
 
-def _make(
-    source: Source, recipe: Recipe, plan: Plan | None, run: RunDirectory, monitor: Monitor, device: str
-) -> None:
+def _make(source: Source, recipe: Recipe, plan: Plan | None, run: RunDirectory, monitor: Monitor, device: str) -> None:
     texts = gather(recipe, source, device)
     reference = _reference(source, texts, run, monitor, device)
     plan = plan or _plan(source, recipe, texts, run, monitor, device)
@@ -96,9 +92,7 @@ def _make(
     monitor.step()
     batches = -(-len(texts.test.ids) // EVAL_BATCH)
     monitor.stage("evaluating through the quantized cache", batches)
-    measured = evaluate(
-        reloaded, texts.test, reference, batch=EVAL_BATCH, progress=lambda done, total: monitor.step()
-    )
+    measured = evaluate(reloaded, texts.test, reference, batch=EVAL_BATCH, progress=lambda done, total: monitor.step())
     size = spec.stored_bytes(run.checkpoint)
     original = spec.stored_bytes(source.path)
     weights = parameter_count(source)
@@ -130,9 +124,7 @@ def _reference(source: Source, texts: Texts, run: RunDirectory, monitor: Monitor
     return Reference.load(file, texts.test)
 
 
-def _plan(
-    source: Source, recipe: Recipe, texts: Texts, run: RunDirectory, monitor: Monitor, device: str
-) -> Plan:
+def _plan(source: Source, recipe: Recipe, texts: Texts, run: RunDirectory, monitor: Monitor, device: str) -> Plan:
     file = run.path / "plan.json"
     if not file.exists():
         decide(source, recipe, texts, run, monitor, device).save(file)

@@ -84,9 +84,7 @@ def open_run(output: Path, key: str, *, resume: bool, overwrite: bool) -> Iterat
         hint = "it was made with other settings; " if resume else ""
         raise PaleyError(f"{output}: exists already; {hint}choose another --output, or replace it with --overwrite")
     if not fresh and not (resume or overwrite):
-        raise PaleyError(
-            f"{run.path}: an unfinished run is here; go on with --resume, or start anew with --overwrite"
-        )
+        raise PaleyError(f"{run.path}: an unfinished run is here; go on with --resume, or start anew with --overwrite")
     try:
         run.path.mkdir(parents=True, exist_ok=True)
         lock = (run.path / "lock").open("a")
@@ -96,7 +94,9 @@ def open_run(output: Path, key: str, *, resume: bool, overwrite: bool) -> Iterat
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise PaleyError(f"{output}: another run is at work on it; wait for it, or choose another --output") from None
+            raise PaleyError(
+                f"{output}: another run is at work on it; wait for it, or choose another --output"
+            ) from None
         settings = run.path / "run.json"
         if not resume:
             _clear(run.path)

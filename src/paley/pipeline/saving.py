@@ -18,8 +18,8 @@ from paley.data import TokenBlocks
 from paley.format import spec
 from paley.format.files import write_json
 from paley.format.writer import ShardWriter
-from paley.model.loading import Source
 from paley.model.linear import QuantLinear
+from paley.model.loading import Source
 from paley.plan import Plan
 
 __all__ = ["first_logits", "save_checkpoint", "verify"]
@@ -84,15 +84,13 @@ def first_logits(model: PreTrainedModel, blocks: TokenBlocks, count: int = 2) ->
     return torch.cat([model(row[None], use_cache=False).logits.float().cpu() for row in ids])
 
 
-def verify(
-    folder: Path, plan: Plan, expected: Tensor, blocks: TokenBlocks, device: str
-) -> PreTrainedModel:
+def verify(folder: Path, plan: Plan, expected: Tensor, blocks: TokenBlocks, device: str) -> PreTrainedModel:
     """Loads the folder -> the model; raises unless its KL divergence to `expected` logits is exactly 0."""
     if _is_quantized(plan):
         model = hf.load(folder, device=device, dense=True)
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-        model = model.to(device)
+        model.to(device)  # type: ignore[arg-type]
     divergence = float(kl_divergence(expected, first_logits(model, blocks, len(expected))).abs().max())
     if divergence != 0.0:
         raise PaleyError(

@@ -100,9 +100,7 @@ def _put(data: dict[str, Any], keys: list[str], value: Any, where: str) -> None:
             raise PaleyError(f"{where}: {parent} is {got} and has no key {key!r}; set {parent} as a whole")
         if key not in known:
             path = key_path(keys[: depth + 1])
-            raise PaleyError(
-                f"{where}: unknown key {path}{nearest_name(key, known)}; known here: {', '.join(known)}"
-            )
+            raise PaleyError(f"{where}: unknown key {path}{nearest_name(key, known)}; known here: {', '.join(known)}")
         if depth < len(keys) - 1:
             node = node[key]
         else:

@@ -90,9 +90,7 @@ class Override(_Frozen):
         if self.keep and schemes:
             raise ValueError(f"keep leaves {self.pattern!r} unquantized and excludes {', '.join(schemes)}")
         if not self.keep and not schemes:
-            raise ValueError(
-                f"changes nothing for {self.pattern!r}: give weight, input, keys, values, or keep: true"
-            )
+            raise ValueError(f"changes nothing for {self.pattern!r}: give weight, input, keys, values, or keep: true")
         return self
 
     @model_serializer(mode="wrap")
@@ -143,9 +141,7 @@ class Recipe(_Frozen):
     @model_validator(mode="after")
     def _expansion_rotates(self) -> Self:
         if not self.rotate and (self.expand or self.expand_mlp):
-            raise ValueError(
-                "expand and expand_mlp need rotate: true; dimensions of zeros alone change nothing"
-            )
+            raise ValueError("expand and expand_mlp need rotate: true; dimensions of zeros alone change nothing")
         return self
 
     def linear_slot(self, name: str, transform: Transform | None = None) -> LinearSlot:

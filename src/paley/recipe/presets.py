@@ -16,9 +16,7 @@ from paley.recipe.validation import validate
 __all__ = ["preset", "preset_methods"]
 
 GRAMMAR = "[METHOD-]W<bits>[G<group size>]A<bits>[KV<bits>], for example w3a3kv3, w4g64a16 or quarot-w4a4kv4"
-NAME = re.compile(
-    r"(?:(?P<method>.+)-)?w(?P<w>\d{1,4})(?:g(?P<group>\d{1,6}))?a(?P<a>\d{1,4})(?:kv(?P<kv>\d{1,4}))?"
-)
+NAME = re.compile(r"(?:(?P<method>.+)-)?w(?P<w>\d{1,4})(?:g(?P<group>\d{1,6}))?a(?P<a>\d{1,4})(?:kv(?P<kv>\d{1,4}))?")
 DEFAULT_METHOD = "gbs"
 UNQUANTIZED = 16
 
@@ -42,9 +40,7 @@ def preset(name: str) -> Recipe:
     files = _files()
     if method not in files:
         known = ", ".join(sorted(files))
-        raise PaleyError(
-            f"preset {name!r}: unknown method {method!r}{nearest_name(method, files)}; known: {known}"
-        )
+        raise PaleyError(f"preset {name!r}: unknown method {method!r}{nearest_name(method, files)}; known: {known}")
     bits = {part: int(match[part] or UNQUANTIZED) for part in ("w", "a", "kv")}
     for part, value in bits.items():
         if not (MIN_BITS <= value <= MAX_BITS or value == UNQUANTIZED):
@@ -65,9 +61,7 @@ def _fill(data: dict[str, Any], bits: dict[str, int], group: str | None, name: s
             data[key]["grid"] = data[key]["grid"].format(**bits)
     if group is not None:
         if data["weights"] is None:
-            raise PaleyError(
-                f"preset {name!r}: G{group} is the group size of weights that W16 leaves unquantized"
-            )
+            raise PaleyError(f"preset {name!r}: G{group} is the group size of weights that W16 leaves unquantized")
         data["weights"]["group_size"] = int(group)
     if bits["a"] == bits["kv"] == UNQUANTIZED:
         data["search"]["method"] = "none"  # no activation slot has a clip ratio to search

@@ -58,9 +58,7 @@ def validate(model: type[M], data: object, where: str) -> M:
     try:
         text = json.dumps(data)
     except (TypeError, ValueError) as error:
-        raise PaleyError(
-            f"{where}: holds a value that is not plain data ({error}); put text in quotes"
-        ) from None
+        raise PaleyError(f"{where}: holds a value that is not plain data ({error}); put text in quotes") from None
     try:
         return model.model_validate_json(text, strict=True)
     except ValidationError as error:
@@ -77,9 +75,7 @@ def _explain(error: ValidationError, data: object, model: type[BaseModel]) -> st
         reasons.setdefault(path, []).append(_reason(detail, loc, model))
         if detail["type"] not in ("paley", "value_error", *MISSING):
             got[path] = f" (got {_shown(detail['input'])}, {_type(detail['input'])})"
-    sentences = [
-        f"{path}: {' or '.join(why)}{got.get(path, '')}".removeprefix(": ") for path, why in reasons.items()
-    ]
+    sentences = [f"{path}: {' or '.join(why)}{got.get(path, '')}".removeprefix(": ") for path, why in reasons.items()]
     return "; ".join(sentences)
 
 
