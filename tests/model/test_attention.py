@@ -234,3 +234,53 @@ def test_a_cache_made_for_other_slots_is_refused():
     attach(model, slot_for(model, keys="uint4"))
     with torch.no_grad(), pytest.raises(PaleyError, match="build a new PackedKVCache"):
         model(some_ids(1, 3), past_key_values=cache)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_centering_keys_changes_nothing_but_the_rounding(name):
+    model = tiny(name)
+    ids = some_ids(2, 23)
+    exact = model(ids, use_cache=False).logits
+    slot = AttentionSlot(ActivationScheme("int8"), None, center_keys=True)
+    attach(model, slot)
+    errors = []
+    for size in (0.0, 1.0, 300.0):  # a mean that is far off costs precision, and nothing else
+        for layer in model.model.layers:
+            mean = layer.self_attn.key_mean
+            assert mean.shape == (2, head_dim(model))
+            mean.copy_(size * torch.randn(mean.shape, generator=torch.Generator().manual_seed(3)))
+        long = model(ids, use_cache=False).logits
+        torch.testing.assert_close(in_chunks(model, ids, 5), long, rtol=0, atol=1e-10)
+        torch.testing.assert_close(model(ids, use_cache=True).logits, long, rtol=0, atol=1e-10)
+        errors.append(float((long - exact).abs().max()))
+    assert errors[0] < errors[2]
+    assert errors[1] < 1.0 < exact.abs().max()
+
+
+@torch.no_grad()
+def test_the_true_mean_makes_keys_smaller_to_round():
+    module = (
+        attach(tiny("llama"), AttentionSlot(ActivationScheme("uint3"), None, center_keys=True))
+        .model.layers[0]
+        .self_attn
+    )
+    g = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 19, 8, generator=g) for heads in (4, 2, 2))
+    shared = 3 * torch.randn(2, 8, generator=g)
+    exact, _ = attention(nn.Identity(), query, *expand_heads(key, value), None, scaling=0.35)
+    errors = []
+    for mean in (torch.zeros(2, 8), shared):
+        module.key_mean.copy_(mean)
+        made, _ = attention(module, query, key + shared[:, None], value, None, scaling=0.35)
+        errors.append(float((made - exact).square().mean()))
+    assert errors[1] < 0.2 * errors[0]
+
+
+def expand_heads(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [x.repeat_interleave(2, 1) for x in tensors]
+
+
+def test_no_mean_without_quantized_keys():
+    model = attach(tiny("llama"), AttentionSlot(None, ActivationScheme("int4"), center_keys=True))
+    assert not [name for name, _ in model.named_buffers() if "key_mean" in name]

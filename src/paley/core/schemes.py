@@ -83,10 +83,15 @@ class LinearSlot:
 
 @dataclass(frozen=True)
 class AttentionSlot:
-    """One attention layer's cache: keys (after RoPE and `transform`, which queries get too) and values."""
+    """One attention layer's cache: keys (after RoPE and `transform`, which queries get too) and values.
+
+    center_keys: the layer stores a mean key of each head, which is taken off every key first. Softmax does not
+    notice (it adds the same q . mean to all scores of a query), and what is left is smaller to round.
+    """
 
     __pydantic_config__: ClassVar = _STRICT
 
     keys: ActivationScheme | None = None
     values: ActivationScheme | None = None
     transform: Transform | None = None
+    center_keys: bool = False

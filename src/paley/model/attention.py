@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -17,7 +18,7 @@ from paley.core import rounding
 from paley.core.errors import PaleyError, nearest_name
 from paley.core.schemes import ActivationScheme, AttentionSlot
 from paley.core.transforms import Transform
-from paley.model.kv_cache import SCALE_DTYPE, PackedKV
+from paley.model.kv_cache import SCALE_DTYPE, PackedKV, centered
 
 __all__ = ["NAME", "attach_slots", "attention", "register"]
 
@@ -47,6 +48,10 @@ def attention(
     transform = slot.transform if slot.keys is not None else None
     if transform is not None:
         query = transform.apply(query)
+    if isinstance(key, Tensor):
+        if (observer := getattr(module, "key_observer", None)) is not None:
+            observer(key)
+        key = centered(key, slot, getattr(module, "key_mean", None))
     key = _read(key, slot.keys, transform, query, "keys")
     value = _read(value, slot.values, None, query, "values")
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -89,12 +94,21 @@ def attach_slots(model: PreTrainedModel, attentions: Mapping[str, AttentionSlot]
     model.set_attn_implementation(NAME)  # only warns where it cannot
     for name, module in modules.items():
         module.kv_slot = attentions.get(name)  # type: ignore[assignment]
+        module.register_buffer("key_mean", _empty_mean(module, attentions.get(name)))
         implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
         if module.kv_slot is not None and implementation != NAME:
             raise PaleyError(
                 f"{name}: {type(model).__name__} does not let its attention be replaced (it stays "
                 f"{implementation!r}); leave its keys and values unquantized"
             )
+
+
+def _empty_mean(module: nn.Module, slot: AttentionSlot | None) -> Tensor | None:
+    """Zeros [kv_heads, head_dim] where the slot wants a mean key, to be calibrated or read from a file."""
+    if slot is None or slot.keys is None or not slot.center_keys:
+        return None
+    heads, head_dim = int(module.config.num_key_value_heads), int(module.head_dim)  # type: ignore[union-attr, arg-type]
+    return torch.zeros(heads, head_dim, device=next(module.parameters()).device)
 
 
 def _is_attention(module: nn.Module) -> bool:

@@ -87,6 +87,7 @@ class BlockQuantizer:
         """Quantizes block `index` in place -> a report for each of its quantized linears."""
         block = self.runner.adapter.blocks[index]
         reference = copy.deepcopy(block.module)
+        self._center_keys(block)
         self._activate(block)
         reports = []
         for roles in self._same_inputs(block):
@@ -103,11 +104,14 @@ class BlockQuantizer:
         self,
         index: int,
         quantized: dict[str, Quantized],
+        key_mean: Tensor | None = None,
         on_layer: Callable[[LayerReport], None] = lambda _: None,
     ) -> list[LayerReport]:
         """Puts known codes into block `index` and moves on to the next: the same outcome as `quantize`."""
         block = self.runner.adapter.blocks[index]
         reference = copy.deepcopy(block.module)
+        if key_mean is not None:
+            block.part("attention").key_mean.copy_(key_mean)
         self._activate(block)
         reports = [self._replace(path, q) for path, q in quantized.items()]
         for report in reports:
@@ -126,6 +130,24 @@ class BlockQuantizer:
         set_attention_(block, self.attentions.get(block.path("attention")))
         for role, path in block.linears():
             set_input_(block.part(role), self.linears[path])
+
+    def _center_keys(self, block: Block) -> None:
+        """Sets the block's mean keys, from the original's: the part that every query sees alike."""
+        attention, slot = block.part("attention"), self.attentions.get(block.path("attention"))
+        if slot is None or slot.keys is None or not slot.center_keys:
+            return
+        if self.original is None:
+            raise PaleyError(f"{block.path('attention')}: center_keys needs calibration text; set center_keys=false")
+        sums: list[Tensor] = []
+        attention.key_observer = lambda keys: sums.append(keys.double().sum((0, 2)))
+        try:
+            sample = self.original[: 4 * self.runner.batch]  # a mean needs few tokens
+            for hidden in sample.split(self.runner.batch):
+                self.runner.until(block.part("o"), block.module, block.index, hidden)
+        finally:
+            attention.key_observer = None
+        mean = torch.stack(sums).sum(0) / (sample.shape[0] * sample.shape[1])
+        attention.key_mean.copy_(mean.half())  # as it is stored
 
     def _advance(self, index: int, reference: nn.Module) -> None:
         if self.hidden is not None and self.original is not None:

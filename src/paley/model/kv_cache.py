@@ -72,6 +72,13 @@ def pack_kv(x: Tensor, scheme: ActivationScheme, transform: Transform | None = N
     return PackedKV(codes, q.scales, q.zeros, x.shape[-1], scheme, transform)
 
 
+def centered(keys: Tensor, slot: AttentionSlot, mean: Tensor | None) -> Tensor:
+    """keys [batch, kv_heads, tokens, head_dim] less mean [kv_heads, head_dim], where the slot asks for it."""
+    if slot.keys is None or not slot.center_keys or mean is None:
+        return keys
+    return keys - mean.to(keys.dtype)[:, None]
+
+
 class _Store:
     """A tensor [batch, heads, tokens, n] that grows along tokens; the room behind `length` is unwritten."""
 
@@ -134,9 +141,9 @@ class PackedKVLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = True
 
-    def __init__(self, slot: AttentionSlot | None = None):
+    def __init__(self, slot: AttentionSlot | None = None, key_mean: Tensor | None = None):
         super().__init__()
-        self.slot = slot or AttentionSlot()
+        self.slot, self.key_mean = slot or AttentionSlot(), key_mean
         self.reset()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -148,7 +155,7 @@ class PackedKVLayer(CacheLayerMixin):
         """key_states, value_states [batch, kv_heads, new tokens, head_dim] -> all tokens' keys, values."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._keys.append(key_states)
+        self._keys.append(centered(key_states, self.slot, self.key_mean))
         self._values.append(value_states)
         return self._keys.read(), self._values.read()
 
@@ -217,15 +224,15 @@ class PackedKVCache(Cache):
             raise PaleyError(
                 f"PackedKVCache: {config.model_type} has {what}; only causal attention layers are supported"
             )
-        slots: dict[int, AttentionSlot] = {}
+        slots: dict[int, tuple[AttentionSlot, Tensor | None]] = {}
         for name, module in model.named_modules():
             if (slot := getattr(module, "kv_slot", None)) is None:
                 continue
             index = int(module.layer_idx)  # type: ignore[arg-type]
             if not 0 <= index < config.num_hidden_layers or index in slots:
                 raise PaleyError(f"PackedKVCache: {name} claims cache layer {index}, which is taken or does not exist")
-            slots[index] = slot
-        super().__init__(layers=[PackedKVLayer(slots.get(i)) for i in range(config.num_hidden_layers)])
+            slots[index] = slot, getattr(module, "key_mean", None)
+        super().__init__(layers=[PackedKVLayer(*slots.get(i, ())) for i in range(config.num_hidden_layers)])
 
     @property
     def nbytes(self) -> int:

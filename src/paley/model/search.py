@@ -154,8 +154,8 @@ class ClipSearch:
             set_input_(self.runner.adapter.model.get_submodule(path), wanted)
         if slot.caches:
             path = block.path("attention")
-            now = block.part("attention").kv_slot or AttentionSlot(transform=self.attentions[path].transform)
             fresh = self.attentions[path]
+            now = block.part("attention").kv_slot or replace(fresh, keys=None, values=None)
             for cache in slot.caches:
                 scheme = None if clip_ratio is None else replace(getattr(fresh, cache), clip_ratio=clip_ratio)
                 now = replace(now, **{cache: scheme})

@@ -43,7 +43,10 @@ def save_checkpoint(folder: Path, model: PreTrainedModel, plan: Plan, source: So
         for buffer, _ in module.named_buffers()
     }
     for name, tensor in model.state_dict().items():
-        writer.add(name, tensor if name in packed else tensor.to(dtype))
+        if name.endswith(".key_mean"):
+            writer.add(name, tensor.half())
+        else:
+            writer.add(name, tensor if name in packed else tensor.to(dtype))
     writer.close()
     write_json(folder / "config.json", _config(model, plan, dtype))
     for name in _COPIED:

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from paley.core.errors import PaleyError
+from paley.core.rounding import Quantized
 from paley.core.schemes import AttentionSlot, LinearSlot
 from paley.format import spec
 from paley.format.checkpoint import read_tensors
 from paley.format.writer import write_tensors
-from paley.model.adapter import Adapter
+from paley.methods.gbs import Outcome
+from paley.model.adapter import Adapter, Block
 from paley.model.calibrate import BlockQuantizer, LayerReport, wrap_
 from paley.model.capture import BlockRunner
-from paley.model.linear import QuantLinear
 from paley.model.loading import Source
 from paley.model.rotation import decide_rotation, rotate_
 from paley.model.search import ClipSearch
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.run_directory import RunDirectory
 from paley.pipeline.texts import Texts
-from paley.plan import Plan, Rotation
+from paley.plan import Plan, Rotation, Trial
 from paley.recipe import Recipe
 
 __all__ = ["decide", "execute", "storage_dtype"]
@@ -56,12 +60,12 @@ def decide(
     trace = list(run.trials()) if run else []
     slot_losses: dict[str, float] = {}
 
-    def on_trial(trial):
+    def on_trial(trial: Trial) -> None:
         trace.append(trial)
         if run:
             run.add_trial(trial)
 
-    def on_slot(name, outcome):
+    def on_slot(name: str, outcome: Outcome) -> None:
         slot_losses[name] = outcome.loss
         monitor.step(f"{name}  clip {outcome.clip_ratio:.3f}  {recipe.search.objective} {outcome.loss:.4f}")
 
@@ -147,24 +151,33 @@ def _quantize_blocks(
     for block in runner.adapter.blocks:
         file = run.block_file(stage, block.index) if run else None
         if file is not None and file.exists():
-            reports += quantizer.restore(block.index, _read_block(file, plan, runner.adapter, block), show)
+            reports += quantizer.restore(block.index, *_read_block(file, plan, block), show)
             continue
         done = quantizer.quantize(block.index, show)
         if file is not None:
-            tensors = {}
-            for report in done:
-                tensors |= spec.encode_linear(report.name, report.quantized)
-            write_tensors(file, tensors)
+            _write_block(file, block, done)
         reports += done
     return reports
 
 
-def _read_block(file, plan: Plan, adapter: Adapter, block):
+def _write_block(file: Path, block: Block, reports: list[LayerReport]) -> None:
+    tensors: dict[str, Tensor] = {}
+    for report in reports:
+        tensors |= spec.encode_linear(report.name, report.quantized)
+    if (mean := block.part("attention").key_mean) is not None:
+        tensors[_key_mean(block)] = mean
+    write_tensors(file, tensors)
+
+
+def _read_block(file: Path, plan: Plan, block: Block) -> tuple[dict[str, Quantized], Tensor | None]:
     tensors = read_tensors(file)
-    found = {}
-    for _, path in block.linears():
-        slot, linear = plan.linears[path], adapter.model.get_submodule(path)
-        if slot.weight is not None:
-            assert isinstance(linear, QuantLinear)
-            found[path] = spec.decode_linear(path, tensors, slot, linear.in_features)
-    return found
+    quantized = {
+        path: spec.decode_linear(path, tensors, plan.linears[path], block.part(role).in_features)
+        for role, path in block.linears()
+        if plan.linears[path].weight is not None
+    }
+    return quantized, tensors.get(_key_mean(block))
+
+
+def _key_mean(block: Block) -> str:
+    return f"{block.path('attention')}.key_mean"

@@ -38,7 +38,8 @@ def gather(recipe: Recipe, source: Source, device: str = "cpu") -> Texts:
     if sources["test"] == SELF:
         raise PaleyError("a score on text that the model wrote itself says little: set test.source to a file or pydoc")
     needs_search = recipe.search.method != "none"
-    if needs_search or (recipe.weights is not None and recipe.weights.method == "gptq"):
+    calibrates = recipe.weights is not None and recipe.weights.method == "gptq"
+    if needs_search or calibrates or (recipe.keys is not None and recipe.center_keys):
         sources["calibration"] = recipe.calibration.source
     if needs_search:
         sources["search"] = recipe.search.source or recipe.calibration.source

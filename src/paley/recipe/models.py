@@ -6,6 +6,7 @@ import fnmatch
 import hashlib
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
@@ -110,7 +111,7 @@ class Override(_Frozen):
         names = ("weight", "input") if isinstance(slot, LinearSlot) else ("keys", "values")
         given = dict.fromkeys(names) if self.keep else self._schemes()
         fields = {n: given.get(n, getattr(slot, n)) for n in names}
-        return type(slot)(**fields, transform=slot.transform)
+        return replace(slot, **fields)
 
 
 class Recipe(_Frozen):
@@ -118,7 +119,7 @@ class Recipe(_Frozen):
 
     compensate: GPTQ aims at the outputs its own inputs give (plain), at the original outputs given quantized
     inputs (quantized_inputs: GPTAQ, arXiv:2504.02692), or at the original residual stream (residual_stream).
-    rotate_output: also rotate what o_proj reads, over all heads, at run time. expand and expand_mlp: dimensions
+    rotate_output: also rotate what o_proj reads, over all heads, at run time. center_keys: see AttentionSlot. expand and expand_mlp: dimensions
     that the residual stream and down_proj's input gain.
     """
 
@@ -128,6 +129,7 @@ class Recipe(_Frozen):
     values: Activation = None
     rotate: bool = True
     rotate_output: bool = True
+    center_keys: bool = False
     expand: Expansion = 0
     expand_mlp: Expansion = 0
     compensate: Literal["plain", "quantized_inputs", "residual_stream"] = "residual_stream"
@@ -153,7 +155,7 @@ class Recipe(_Frozen):
 
     def attention_slot(self, name: str, transform: Transform | None = None) -> AttentionSlot:
         """The slot of the attention `name`: the recipe's schemes, then each fitting override in order."""
-        slot = AttentionSlot(self.keys, self.values, transform)
+        slot = AttentionSlot(self.keys, self.values, transform, self.center_keys)
         for override in self.overrides:
             slot = override.apply(name, slot)
         return slot
