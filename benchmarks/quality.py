@@ -43,14 +43,11 @@ def rows(width: str, expansions: list[str]) -> dict[str, tuple[Recipe, str]]:
     """name -> recipe and the command that gives it."""
     found = {name: preset(f"{name}-{width}") for name in ("rtn", "quarot", "quarot-clipped")}
     labelled = {name: (recipe, f"--preset {name}-{width}") for name, recipe in found.items()}
-    none = apply_settings(preset(width), ["search.method=none"])
-    labelled["paley without search"] = (none, f"--preset {width} --set search.method=none")
     for expand in expansions:
-        recipe = apply_settings(preset(width), [f"expand={expand}"])
-        labelled["paley" + (f" + {expand} columns" if expand != "0" else "")] = (
-            recipe,
-            f"--preset {width} --expand {expand}",
-        )
+        flags = ["search.method=none", f"expand={expand}"]
+        name = "paley without search" + (f" + {expand} columns" if expand != "0" else "")
+        labelled[name] = (apply_settings(preset(width), flags), f"--preset {width} --set {' '.join(flags)}")
+    labelled["paley"] = (preset(width), f"--preset {width}")
     return labelled
 
 

@@ -25,7 +25,10 @@ def shared_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer of 260 tokens: <unk> 0, <s> 1, </s> 2, <pad> 3, then one token a byte."""
+    """A byte-level tokenizer of 260 tokens: <unk> 0, <s> 1, </s> 2, <pad> 3, then one token a byte.
+
+    One for all tests: whoever changes it takes a copy first.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*SPECIAL.values(), *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import sys
@@ -214,9 +215,10 @@ def test_token_blocks_cover_the_text(story_file, tiny_tokenizer):
 def test_without_bos_a_blank_line_ends_a_document(tmp_path, tiny_tokenizer):
     path = tmp_path / "a.txt"
     path.write_text("one\n<|endoftext|>\ntwo", encoding="utf-8")
-    tiny_tokenizer.bos_token = None
-    made = data.token_blocks(str(path), tiny_tokenizer, role="test", count=1, seq_len=10, whole=True)
-    assert tiny_tokenizer.decode(made.ids[0]) == "one\n\ntwo\n\n"
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.bos_token = None
+    made = data.token_blocks(str(path), tokenizer, role="test", count=1, seq_len=10, whole=True)
+    assert tokenizer.decode(made.ids[0]) == "one\n\ntwo\n\n"
 
 
 def test_roles_share_no_text(story_file, tiny_tokenizer):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import yaml
 from pydantic import ValidationError
 
+from paley.core import grids
 from paley.core.errors import PaleyError
 from paley.core.schemes import ActivationScheme, AttentionSlot, LinearSlot, WeightScheme
 from paley.core.transforms import Transform
@@ -23,12 +26,14 @@ from paley.recipe import (
 def full_recipe() -> Recipe:
     """A recipe with nothing left at its default."""
     return Recipe(
-        weights=WeightScheme("int3", 64, "nearest", "absmax"),
+        weights=WeightScheme("int3", 64, "nearest", "absmax", sweeps=2),
         inputs=ActivationScheme("gauss3", "rms", 1.1, 32),
         keys=ActivationScheme("uint4", clip_ratio=0.1 + 0.2),
         values=ActivationScheme("odd2", clip_ratio=1e-7),
         expand="auto",
         expand_mlp=128,
+        rotate_output=False,
+        center_keys=True,
         compensate="plain",
         search=Search(method="gbs", source="naïve.txt", iterations=4),
         overrides=(
@@ -91,7 +96,7 @@ def test_the_facts_of_rtn():
 
 def test_the_facts_of_quarot():
     recipe = preset("quarot-w3a3kv3")
-    assert recipe.weights == WeightScheme("int3", None, "gptq", "mse")
+    assert recipe.weights == WeightScheme("int3", None, "gptq", "mse", sweeps=0)
     assert recipe.inputs == recipe.keys == recipe.values == ActivationScheme("int3", "absmax", 1.0)
     assert (recipe.rotate, recipe.search.method, recipe.compensate) == (True, "none", "plain")
 
@@ -109,18 +114,26 @@ def test_the_facts_of_gbs():
     recipe = preset("gbs-w3a4kv2")
     assert recipe == preset("W3A4KV2")
     assert recipe.weights is not None
-    assert (recipe.weights.grid, recipe.weights.method) == ("int3", "gptq")
     assert recipe.inputs is not None
-    assert recipe.inputs.grid == "odd4"
-    assert recipe.keys == recipe.values
     assert recipe.keys is not None
-    assert recipe.keys.grid == "uint2"
-    assert (recipe.rotate, recipe.search.method) == (True, "gbs")
+    assert recipe.keys == recipe.values
+    schemes = (recipe.weights, recipe.inputs, recipe.keys)
+    assert [grids.load(s.grid).bits for s in schemes] == [3, 4, 2]
+    # Rotated weights and inputs are Gaussian, and their grid and scale are made for that.
+    assert [grids.load(s.grid).affine for s in schemes] == [False, False, True]
+    assert (recipe.weights.method, recipe.inputs.scale) == ("gptq", "rms")
+    assert (recipe.rotate, recipe.search.method, recipe.compensate) == (True, "gbs", "residual_stream")
+    assert recipe.expand == 0
+    assert recipe.expand_mlp == "auto"
+    assert recipe.center_keys
 
 
 def test_sixteen_bits_leave_unquantized():
     recipe = preset("W4g64A16")
-    assert recipe.weights == WeightScheme("int4", group_size=64)
+    plain = preset("w4a4").weights
+    assert plain is not None
+    assert plain.group_size is None
+    assert recipe.weights == dataclasses.replace(plain, group_size=64)
     assert recipe.inputs is recipe.keys is recipe.values is None
     assert recipe.search.method == "none"
     half = preset("w16a8")
@@ -242,16 +255,20 @@ def test_settings():
         ],
     )
     assert changed.search.sequences == 8
-    assert changed.inputs == ActivationScheme("odd3", clip_ratio=0.85)
+    assert base.inputs is not None
+    assert changed.inputs == dataclasses.replace(base.inputs, clip_ratio=0.85)
+    assert changed.inputs != base.inputs
     assert changed.weights is None
     assert changed.search.method == "none"
     assert changed.test.source == "a=b.txt"
     assert changed.overrides == (Override(pattern="*.o_proj", keep=True),)
     assert changed.keys == base.keys
     assert base == preset("w3a3kv3")
-    # Only together are these two a recipe.
-    wide = apply_settings(base, ["expand=64"])
+    # Only together are these a recipe.
+    wide = apply_settings(base, ["expand=64", "expand_mlp=0"])
     assert not apply_settings(wide, ["rotate=false", "expand=0"]).rotate
+    with pytest.raises(PaleyError, match="need rotate: true"):
+        apply_settings(wide, ["rotate=false"])
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -88,17 +90,19 @@ def test_after_eos_a_new_document_opens(tiny_tokenizer):
 def test_one_token_for_both_ends_opens_by_itself(tiny_tokenizer):
     model = tiny()
     force(model, {EOS: 0.0, 10: 0.0})
-    tiny_tokenizer.bos_token = tiny_tokenizer.eos_token
-    ids = sample(model, tiny_tokenizer, count=4, tokens=40)
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.bos_token = tokenizer.eos_token
+    ids = sample(model, tokenizer, count=4, tokens=40)
     assert (ids[:, 0] == EOS).all()
     assert set(ids.unique().tolist()) == {EOS, 10}
 
 
 def test_without_bos_the_configs_serves_or_it_is_refused(tiny_tokenizer):
-    tiny_tokenizer.bos_token = None
-    assert (sample(tiny(bos_token_id=9), tiny_tokenizer)[:, 0] == 9).all()
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.bos_token = None
+    assert (sample(tiny(bos_token_id=9), tokenizer)[:, 0] == 9).all()
     with pytest.raises(PaleyError, match=r"has a BOS token .*calibration\.source"):
-        sample(tiny(bos_token_id=None), tiny_tokenizer)
+        sample(tiny(bos_token_id=None), tokenizer)
 
 
 def test_bad_requests_and_bad_models_are_refused(tiny_tokenizer: PreTrainedTokenizerFast):

@@ -41,6 +41,11 @@ def test_local_is_never_worse_than_a_start_and_repeats_no_trial():
     assert found.loss == 0.1
 
 
+def test_local_does_not_follow_noise():
+    found = local_search(lambda x: 1.0 - 0.0015 * (x != 0.9), [0.9, 0.8], iterations=9)
+    assert found.clip_ratio == 0.9
+
+
 def test_local_tries_only_the_starts_when_told_so():
     trials = []
     found = local_search(valley(0.5, trials), [0.9, 0.7], iterations=0)

@@ -38,7 +38,7 @@ def test_trials_rerun_only_the_suffix():
 
 
 def test_the_papers_schedule_reruns_everything():
-    search = make(schedule="paper", iterations=1)
+    search = make(schedule="paper", start="from_fp", iterations=1)
     trials = []
     search.run(on_trial=trials.append)
     assert search.runner.work == 2 * len(trials) * IDS.numel()

@@ -3,6 +3,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 from pathlib import Path
 
@@ -137,6 +138,28 @@ def test_a_finished_run_resumes_to_itself(done, model_folder, text):
     assert contents(outcome.output) == written
 
 
+def _damaged_copy(done, output):
+    """The finished folder with a broken file in it; results.json still says that all is well."""
+    shutil.copytree(done[0].output, output)
+    (output / "model.safetensors").write_bytes(b"broken")
+
+
+def test_overwrite_makes_everything_anew(done, model_folder, text, tmp_path):
+    _damaged_copy(done, tmp_path / "out")
+    quantize(model_folder, recipe(text), output=tmp_path / "out", overwrite=True)
+    assert contents(tmp_path / "out") == done[1]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_interrupted_overwrite_resumes_to_a_new_output(done, model_folder, text, tmp_path, monkeypatch):
+    _damaged_copy(done, tmp_path / "out")
+    _stop_in_the_middle(model_folder, text, tmp_path / "out", monkeypatch, overwrite=True)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == b"broken"  # until there is a better one
+    quantize(model_folder, recipe(text), output=tmp_path / "out", resume=True)
+    assert contents(tmp_path / "out") == done[1]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 @pytest.mark.parametrize(
     "name", ["w4a16", "w16a4", "w4g8a8kv4", "rtn-w4a4kv4", "quarot-w4a4kv4", "quarot-clipped-w2a4kv2"]
 )
@@ -186,6 +209,34 @@ def test_an_existing_output_is_kept(model_folder, text, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_what_stands_in_the_way_is_said_before_the_checkpoint_is_read(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("out").mkdir()
+    Path("half.run").mkdir()
+    for output, complaint in (
+        (".", "exists already"),
+        ("", "exists already"),
+        ("out", "exists already"),
+        ("out/..", "exists already"),
+        ("half", "unfinished run"),
+        ("/", "/: is no name for a new folder"),
+    ):
+        with pytest.raises(PaleyError, match=complaint):
+            quantize("no model here", recipe(text), output=output)
+
+
+def test_the_current_folder_and_the_model_are_not_replaced(model_folder, text, tmp_path, monkeypatch):
+    copied = shutil.copytree(model_folder, tmp_path / "models" / "mine")
+    before = contents(tmp_path)
+    for output in (copied, tmp_path / "models"):
+        with pytest.raises(PaleyError, match=r"holds the model .* choose another --output"):
+            quantize(copied, recipe(text), output=output, overwrite=True)
+    monkeypatch.chdir(copied)
+    with pytest.raises(PaleyError, match="holds the current folder"):
+        quantize(model_folder, recipe(text), output=".", overwrite=True)
+    assert contents(tmp_path) == before
+
+
 def test_a_plan_for_another_model_is_refused(done, model_folder, text, tmp_path):
     plan = done[0].plan.model_copy(update={"fingerprint": "0" * 64})
     with pytest.raises(PaleyError, match="fingerprint"):
@@ -202,7 +253,7 @@ def test_a_run_with_other_settings_is_not_resumed(model_folder, text, tmp_path, 
     quantize(model_folder, recipe(text, "w4a4kv4"), output=tmp_path / "out", overwrite=True)
 
 
-def _stop_in_the_middle(model_folder, text, output, monkeypatch):
+def _stop_in_the_middle(model_folder, text, output, monkeypatch, **flags):
     with monkeypatch.context() as patch:
 
         def stop(*args, **kwargs):
@@ -210,7 +261,7 @@ def _stop_in_the_middle(model_folder, text, output, monkeypatch):
 
         patch.setattr("paley.pipeline.run.save_checkpoint", stop)
         with pytest.raises(KeyboardInterrupt):
-            quantize(model_folder, recipe(text), output=output)
+            quantize(model_folder, recipe(text), output=output, **flags)
 
 
 def test_an_interrupted_run_goes_on_without_repeating(done, model_folder, text, tmp_path, monkeypatch):

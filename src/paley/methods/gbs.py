@@ -1,10 +1,11 @@
 """Gradual binary search: one clip ratio after the other, each judged by the whole model's loss.
 
-arXiv:2504.13989, algorithm 1. The model is behind two callables, so the search itself takes milliseconds to test.
+arXiv:2504.13989, algorithm 1. The model is behind two callables, so a test of the search takes milliseconds.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -45,29 +46,35 @@ def bracket_search(score: Score, iterations: int = 10) -> Outcome:
     return Outcome(best, best_loss)
 
 
-def local_search(score: Score, starts: Sequence[float], iterations: int = 5, step: float = 0.1) -> Outcome:
+def local_search(
+    score: Score, starts: Sequence[float], iterations: int = 5, *, step: float = 0.1, min_gain: float = 0.002
+) -> Outcome:
     """Ours: the best of the given starts, then its neighbours at a step that halves when both are worse.
 
-    The result is never worse than any start. `iterations` counts trials after the starts.
+    A ratio replaces the best so far only where the loss falls by min_gain of itself: less is as likely the search
+    text's noise. So the result is never worse than the first start. `iterations` counts trials after the starts.
     """
-    losses = {start: score(start) for start in dict.fromkeys(starts)}
-    best = min(losses, key=lambda x: losses[x])
-    trials, upward = 0, False
-    failures = 0
-    while trials < iterations:
-        x = round(best + (step if upward else -step), 4)
+    losses: dict[float, float] = {}
+    best = starts[0]
+
+    def improves(x: float) -> bool:
+        return losses[x] < losses[best] * (1 - min_gain)
+
+    for start in dict.fromkeys(starts):
+        losses[start] = score(start)
+        best = start if improves(start) else best
+    side, failures, trials = -1, 0, 0
+    while trials < iterations and step >= 0.01:
+        x = round(best + side * step, 4)
         if x > 0 and x not in losses:
             losses[x] = score(x)
             trials += 1
-        if x > 0 and losses[x] < losses[best]:
+        if x > 0 and improves(x):
             best, failures = x, 0
             continue
-        upward = not upward
-        failures += 1
+        side, failures = -side, failures + 1
         if failures == 2:
             step, failures = step / 2, 0
-            if step < 0.01:
-                break
     return Outcome(best, losses[best])
 
 
@@ -86,7 +93,7 @@ def gradual_search(
 
         def score(clip_ratio: float, slot: str = slot) -> float:
             loss = evaluate(slot, clip_ratio)
-            if loss != loss:
+            if math.isnan(loss):
                 raise PaleyError(f"{slot}: the loss at clip_ratio={clip_ratio} is NaN; check the model's weights")
             return loss
 

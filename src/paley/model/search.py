@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from paley.core.metrics import kl_divergence
 from paley.core.schemes import ActivationScheme, AttentionSlot, LinearSlot
@@ -24,6 +25,7 @@ from paley.recipe.models import Search
 
 __all__ = ["ClipSearch", "SearchSlot", "search_slots"]
 
+_KEEP_BYTES = 2**29
 S = TypeVar("S", LinearSlot, AttentionSlot)
 
 
@@ -96,6 +98,7 @@ class ClipSearch:
         self.slots = {s.name: s for s in search_slots(runner.adapter, settings.slots, linears, attentions)}
         self._prefix, self._prefix_block = runner.embed(ids), 0
         self._last: dict[str, float] = {}
+        self._kept: dict[int, Tensor] = {}
 
     def run(
         self,
@@ -178,16 +181,25 @@ class ClipSearch:
                 self._prefix = self.runner.block(self._prefix_block, self._prefix)
                 self._prefix_block += 1
             hidden = self.runner.suffix(slot.block, self._prefix)
-        total, tokens = 0.0, 0
-        for h, ref, ids in zip(*(t.split(self.runner.batch) for t in (hidden, self.reference, self.ids)), strict=True):
+        total = tokens = 0
+        for i, (h, ids) in enumerate(zip(*(t.split(self.runner.batch) for t in (hidden, self.ids)), strict=True)):
             logits = self.runner.logits(h)[:, :-1]
             if self.settings.objective == "kl":
-                losses = kl_divergence(self.runner.logits(ref)[:, :-1], logits)
+                losses = kl_divergence(self._original(i), logits)
             else:
-                losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+                losses = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
             total += float(losses.double().sum())
             tokens += losses.numel()
         return total / tokens
+
+    def _original(self, batch: int) -> Tensor:
+        """The original's logits [sequences, seq_len - 1, vocab] of a batch; kept where they are small."""
+        if batch in self._kept:
+            return self._kept[batch]
+        logits = self.runner.logits(self.reference.split(self.runner.batch)[batch])[:, :-1]
+        if sum(kept.nbytes for kept in self._kept.values()) + logits.nbytes <= _KEEP_BYTES:
+            self._kept[batch] = logits
+        return logits
 
 
 def _clipped(slot: S, fields: tuple[str, ...], clip_ratio: float) -> S:

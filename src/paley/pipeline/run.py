@@ -17,7 +17,7 @@ from paley.model.loading import Source, open_source
 from paley.pipeline.accounting import parameter_count, quantized_bits, untouched
 from paley.pipeline.card import model_card
 from paley.pipeline.monitor import Monitor
-from paley.pipeline.run_directory import RESULTS, RunDirectory, open_run
+from paley.pipeline.run_directory import RESULTS, RunDirectory, check_output, open_run
 from paley.pipeline.saving import first_logits, save_checkpoint, verify
 from paley.pipeline.stages import decide, execute, storage_dtype
 from paley.pipeline.texts import Texts, gather
@@ -52,20 +52,23 @@ def quantize(
     """Quantizes the checkpoint folder or Hub name `model` into the new folder `output`.
 
     Give a recipe, or a plan made for this model. A run that was stopped goes on with resume=True. Errors:
-    PaleyError, with nothing written to `output`.
+    PaleyError, with nothing written to `output`. overwrite=True makes everything anew, also where the folder
+    there came of the same settings.
     """
     monitor, output = monitor or Monitor(), Path(output)
     if (recipe is None) == (plan is None):
         raise PaleyError("quantize: give either a recipe or a plan")
     wanted = plan.recipe if plan is not None else recipe
     assert wanted is not None
+    check_output(output, resume=resume, overwrite=overwrite)
     monitor.stage("checking the checkpoint", 1)
     source = open_source(model)
+    _check_not_inside(output, source.path)
     if plan is not None:
         plan.check_fingerprint(source.fingerprint)
     key = _key(source, plan.to_json() if plan is not None else wanted.hash())
     with open_run(output, key, resume=resume, overwrite=overwrite) as run:
-        if not run.finished and not (run.checkpoint / RESULTS).exists():
+        if not (resume and run.finished) and not (run.checkpoint / RESULTS).exists():
             _make(source, wanted, plan, run, monitor, device)
         run.publish()
     return Outcome(output, Plan.load(output / "plan.json"), json.loads((output / RESULTS).read_text()))
@@ -113,6 +116,13 @@ def _make(source: Source, recipe: Recipe, plan: Plan | None, run: RunDirectory, 
     }
     write_atomic(run.checkpoint / "README.md", model_card(results, plan))
     write_json(run.checkpoint / RESULTS, results)
+
+
+def _check_not_inside(output: Path, model: Path) -> None:
+    """Raises where replacing `output` would take the model, or the ground that the user stands on, away."""
+    for what, path in (("the model", model), ("the current folder", Path.cwd())):
+        if path.resolve().is_relative_to(output.resolve()):
+            raise PaleyError(f"{output}: holds {what} {path.resolve()}; choose another --output")
 
 
 def _reference(source: Source, texts: Texts, run: RunDirectory, monitor: Monitor, device: str) -> Reference:

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -19,18 +20,25 @@ from paley.core.errors import PaleyError
 from paley.format.files import write_json
 from paley.plan import Trial
 
-__all__ = ["RunDirectory", "open_run"]
+__all__ = ["RunDirectory", "check_output", "open_run"]
 
 RESULTS = "results.json"
+SETTINGS = "run.json"
 
 
 class RunDirectory:
-    """`path` holds the run's stages, `output` is where its checkpoint goes; `key` names what is being made."""
+    """`path` holds the run's stages, `output` is where its checkpoint goes; `key` names what is being made.
+
+    Both are absolute. PaleyError for an `output` that has no name, such as `/`.
+    """
 
     def __init__(self, output: Path, key: str):
-        self.output, self.key = output, key
-        self.path = output.with_name(output.name + ".run")
+        self.output, self.key = Path(os.path.realpath(output)), key
+        if not self.output.name:
+            raise PaleyError(f"{output}: is no name for a new folder; choose another --output")
+        self.path = self.output.with_name(self.output.name + ".run")
         self.checkpoint = self.path / "checkpoint"
+        self.replaced = self.path / "replaced"
 
     def block_file(self, stage: str, index: int) -> Path:
         """Where the codes of block `index` of a stage ('draft' or 'final') are kept."""
@@ -40,8 +48,9 @@ class RunDirectory:
 
     @property
     def finished(self) -> bool:
-        """Whether the output folder is already what this run would make."""
-        return _run_key(self.output / RESULTS) == self.key
+        """Whether the output folder is what this run makes, and not an older one that it is still to replace."""
+        replaces = _read(self.path / SETTINGS).get("replaces") and not self.replaced.exists()
+        return _read(self.output / RESULTS).get("run") == self.key and not replaces
 
     def trials(self) -> list[Trial]:
         """The search's trials so far; a last line cut off by a kill is dropped."""
@@ -63,12 +72,23 @@ class RunDirectory:
 
     def publish(self) -> None:
         """Makes the finished checkpoint the output folder, in place of an older one, and removes the run."""
-        old = self.path / "replaced"
         if self.output.exists() and self.checkpoint.exists():
-            self.output.rename(old)
+            self.output.rename(self.replaced)
         if self.checkpoint.exists():
             self.checkpoint.rename(self.output)
+        (self.path / SETTINGS).unlink()  # first, as it speaks of what is removed next
         shutil.rmtree(self.path)
+
+
+def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raises where an output or an unfinished run is in the way; needs no key, so that nothing is read before."""
+    run = RunDirectory(output, "")
+    if resume or overwrite:
+        return
+    if run.output.exists():
+        raise PaleyError(f"{output}: exists already; choose another --output, or replace it with --overwrite")
+    if run.path.exists():
+        raise PaleyError(f"{run.path}: an unfinished run is here; go on with --resume, or start anew with --overwrite")
 
 
 @contextmanager
@@ -78,13 +98,13 @@ def open_run(output: Path, key: str, *, resume: bool, overwrite: bool) -> Iterat
     Errors: an output or an unfinished run that neither flag allows to touch; an unfinished run with other
     settings; a run at work.
     """
+    check_output(output, resume=resume, overwrite=overwrite)
     run = RunDirectory(output, key)
-    fresh = not run.path.exists()
-    if output.exists() and not (overwrite or (resume and (run.finished or not fresh))):
-        hint = "it was made with other settings; " if resume else ""
-        raise PaleyError(f"{output}: exists already; {hint}choose another --output, or replace it with --overwrite")
-    if not fresh and not (resume or overwrite):
-        raise PaleyError(f"{run.path}: an unfinished run is here; go on with --resume, or start anew with --overwrite")
+    if run.output.exists() and not (overwrite or run.path.exists() or run.finished):
+        raise PaleyError(
+            f"{output}: exists already; it was made with other settings; choose another --output, or replace it with "
+            "--overwrite"
+        )
     try:
         run.path.mkdir(parents=True, exist_ok=True)
         lock = (run.path / "lock").open("a")
@@ -97,15 +117,15 @@ def open_run(output: Path, key: str, *, resume: bool, overwrite: bool) -> Iterat
             raise PaleyError(
                 f"{output}: another run is at work on it; wait for it, or choose another --output"
             ) from None
-        settings = run.path / "run.json"
-        if not resume:
+        settings = run.path / SETTINGS
+        if not (resume and settings.exists()):
             _clear(run.path)
-        elif settings.exists() and _run_key(settings) != key:
+            write_json(settings, {"run": key, "replaces": not resume and run.output.exists()})
+        elif _read(settings).get("run") != key:
             raise PaleyError(
                 f"{run.path}: the unfinished run there is of another model or other settings; repeat its command "
                 "with --resume, or start anew with --overwrite"
             )
-        write_json(settings, {"run": key})
         yield run
 
 
@@ -116,8 +136,10 @@ def _clear(folder: Path) -> None:
         shutil.rmtree(entry.path) if entry.is_dir() else os.unlink(entry.path)
 
 
-def _run_key(file: Path) -> str | None:
+def _read(file: Path) -> dict[str, Any]:
+    """The JSON object in the file; an empty one where there is none."""
     try:
-        return json.loads(file.read_text()).get("run")
-    except (OSError, ValueError, AttributeError):
-        return None
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

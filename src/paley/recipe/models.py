@@ -53,12 +53,12 @@ class Search(_Frozen):
     method: Literal["none", "gbs"] = "gbs"
     schedule: Literal["paley", "paper"] = "paley"
     slots: Literal["shared", "per_projection"] = "shared"
-    start: Literal["from_fp", "from_low_bit"] = "from_fp"
+    start: Literal["from_fp", "from_low_bit"] = "from_low_bit"
     objective: Literal["kl", "perplexity"] = "kl"
     source: Text | None = None
     sequences: Positive = 16
     seq_len: SeqLen = 512
-    iterations: Positive = 5
+    iterations: Positive = 4
 
 
 class Test(_Frozen):
@@ -119,8 +119,8 @@ class Recipe(_Frozen):
 
     compensate: GPTQ aims at the outputs its own inputs give (plain), at the original outputs given quantized
     inputs (quantized_inputs: GPTAQ, arXiv:2504.02692), or at the original residual stream (residual_stream).
-    rotate_output: also rotate what o_proj reads, over all heads, at run time. center_keys: see AttentionSlot. expand and expand_mlp: dimensions
-    that the residual stream and down_proj's input gain.
+    rotate_output: also rotate what o_proj reads, over all heads, at run time. center_keys: see AttentionSlot.
+    expand and expand_mlp: dimensions that the residual stream and down_proj's input gain.
     """
 
     weights: Weight = None

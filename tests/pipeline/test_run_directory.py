@@ -1,0 +1,128 @@
+"""The run directory: what is done is done once, whenever the run was killed; what stands in its way is kept."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from paley.core.errors import PaleyError
+from paley.pipeline import run_directory
+from paley.pipeline.run_directory import RESULTS, RunDirectory, open_run
+
+
+def make(output: Path, key: str, content: str, *, resume: bool = False, overwrite: bool = False) -> bool:
+    """A run in small, step by step as `quantize` takes it -> whether there was anything to do."""
+    with open_run(output, key, resume=resume, overwrite=overwrite) as run:
+        to_do = not (resume and run.finished) and not (run.checkpoint / RESULTS).exists()
+        if to_do:
+            run.checkpoint.mkdir()
+            (run.checkpoint / "content").write_text(content)
+            (run.checkpoint / RESULTS).write_text(json.dumps({"run": key}))
+        run.publish()
+    return to_do
+
+
+class Killed(BaseException):
+    """As if by SIGKILL: nothing in the package catches it."""
+
+
+@pytest.fixture
+def kill_at(monkeypatch):
+    """kill_at(n): the n-th rename or removal of `publish` (counted from 0) does not happen, nor what follows."""
+
+    def arm(n: int) -> None:
+        steps = iter(range(100))
+
+        def killed(real):
+            def step(*args, **kwargs):
+                if next(steps) >= n:
+                    raise Killed
+                return real(*args, **kwargs)
+
+            return step
+
+        monkeypatch.setattr(Path, "rename", killed(Path.rename))
+        monkeypatch.setattr(run_directory.shutil, "rmtree", killed(shutil.rmtree))
+
+    return arm
+
+
+@pytest.mark.parametrize("before", [None, "same key", "other key"])
+@pytest.mark.parametrize("killed_at", range(4))
+def test_a_publication_killed_at_any_step_resumes_to_the_new_output(tmp_path, monkeypatch, kill_at, before, killed_at):
+    output = tmp_path / "out"
+    if before is not None:
+        make(output, before, "old")
+    kill_at(killed_at)
+    if killed_at < (2 if before is None else 3):
+        with pytest.raises(Killed):
+            make(output, "same key", "new", overwrite=before is not None)
+    else:
+        make(output, "same key", "new", overwrite=before is not None)
+    monkeypatch.undo()
+    assert not make(output, "same key", "made twice", resume=True)
+    assert (output / "content").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_removal_killed_halfway_leaves_a_finished_run(tmp_path, monkeypatch):
+    def half(path, **kwargs):
+        (Path(path) / "lock").unlink()
+        raise Killed
+
+    output = tmp_path / "out"
+    make(output, "key", "old")
+    with monkeypatch.context() as patch:
+        patch.setattr(run_directory.shutil, "rmtree", half)
+        with pytest.raises(Killed):
+            make(output, "key", "new", overwrite=True)
+    assert not make(output, "key", "made twice", resume=True)
+    assert (output / "content").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_output_of_the_same_key_is_made_anew_unless_resumed(tmp_path):
+    output = tmp_path / "out"
+    assert make(output, "key", "old")
+    assert not make(output, "key", "new", resume=True)
+    assert make(output, "key", "new", overwrite=True)
+    assert (output / "content").read_text() == "new"
+
+
+def test_an_overwrite_killed_at_work_is_not_taken_for_finished(tmp_path):
+    output = tmp_path / "out"
+    make(output, "key", "old")
+    with open_run(output, "key", resume=False, overwrite=True):
+        pass
+    assert make(output, "key", "new", resume=True)
+    assert (output / "content").read_text() == "new"
+
+
+def test_resume_finishes_no_run_of_other_settings(tmp_path):
+    output = tmp_path / "out"
+    with open_run(output, "key", resume=False, overwrite=False) as run:
+        run.block_file("final", 0).write_text("codes")
+    with pytest.raises(PaleyError, match="of another model or other settings"):
+        make(output, "other key", "new", resume=True)
+    with open_run(output, "key", resume=True, overwrite=False) as run:
+        assert run.block_file("final", 0).read_text() == "codes"
+    # A folder without run.json says nothing about what its files belong to.
+    (run.path / "run.json").unlink()
+    with open_run(output, "other key", resume=True, overwrite=False) as run:
+        assert not run.block_file("final", 0).exists()
+
+
+@pytest.mark.parametrize("output", ["/", "//", "/.."])
+def test_a_folder_without_a_name_is_refused(output):
+    with pytest.raises(PaleyError, match="is no name for a new folder"):
+        RunDirectory(Path(output), "key")
+
+
+def test_names_that_are_no_names_stand_for_their_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for output in ("", ".", "out/.."):
+        assert RunDirectory(Path(output), "key").path == tmp_path.with_name(tmp_path.name + ".run")
+    assert RunDirectory(Path("out"), "key").path == tmp_path / "out.run"
