@@ -29,7 +29,7 @@ ROWS = {
 }
 SETTINGS = [
     "calibration.sequences=48", "calibration.seq_len=256", "search.sequences=6", "search.seq_len=256",
-    "search.iterations=2", "test.sequences=48", "test.seq_len=256",
+    "test.sequences=48", "test.seq_len=256",
 ]  # fmt: skip
 
 

@@ -58,7 +58,7 @@ class Search(_Frozen):
     source: Text | None = None
     sequences: Positive = 16
     seq_len: SeqLen = 512
-    iterations: Positive = 4
+    iterations: Positive = 2
 
 
 class Test(_Frozen):
