@@ -1,0 +1,110 @@
+"""Writes docs/results.md from benchmarks/results/*.json, so that no figure in it is typed by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from quality import RESULTS
+
+OUT = Path(__file__).resolve().parents[1] / "docs" / "results.md"
+MODELS = ("ref-llama", "babyllama-tok361-969k", "stories260k-llama", "tinystories-656k-llama")
+HEAD = """\
+# Results
+
+Made by `python benchmarks/tables.py` from `benchmarks/results/*.json`; every file names its commit and machine. All
+scores go through the packed KV cache in chunks. *Gap*: nats per token lost against the original, paired over sequences;
+*KL*: to the original, nats per token; *top-1*: how often the most likely token is the same; *bits*: of the quantized
+linears, scales included. ± is one standard error over sequences. Methods: `rtn` rounds to nearest without rotation;
+`quarot` is QuaRot with clips of 1.0; `quarot-clipped` with 0.9 for inputs and asymmetric keys and values at 0.95.
+"""
+
+
+def plus(row: dict, key: str, digits: int = 4) -> str:
+    """A figure and its standard error."""
+    return f"{row[key]:.{digits}f} ± {row[key + '_stderr']:.{digits}f}"
+
+
+def quality(model: str) -> list[str]:
+    file = RESULTS / f"quality-{model}.json"
+    if not file.exists():
+        return []
+    r = json.loads(file.read_text())
+    n = r["sequences"]
+    lines = [
+        f"## {model}",
+        "",
+        f"{r['parameters']:,} parameters; original perplexity {r['original']['perplexity']:.3f} on {n['test']} "
+        f"sequences of {r['seq_len']} from {r['text']['test']}; {n['calibration']} sequences for calibration, "
+        f"{n['search']} for the search. "
+        f"Commit {r['commit'][:10]}. `python benchmarks/quality.py {model} --calibration {n['calibration']} "
+        f"--search {n['search']} --test {n['test']}`",
+        "",
+        "| | perplexity | gap | KL | top-1 | bits | work of the linears | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in r["rows"].items():
+        seconds = sum(row["seconds"].values())
+        lines.append(
+            f"| {name} | {plus(row, 'perplexity', 3)} | {plus(row, 'gap')} | {plus(row, 'kl')} "
+            f"| {row['top1_agreement']:.1%} | {row['bits_per_quantized_weight']:.2f} "
+            f"| × {row['linear_flops_ratio']:.2f} | {seconds:.0f} |"
+        )
+    return [*lines, ""]
+
+
+def search_cost() -> list[str]:
+    lines = ["## The search: the paper's algorithm against ours", ""]
+    for file in sorted(RESULTS.glob("search-cost-*.json")):
+        r = json.loads(file.read_text())
+        lines += [
+            f"{r['model']} at {r['bits']} bits from unclipped integer grids, {r['search_tokens']:,} search tokens, the "
+            f"same quantized weights for all rows; not searched: gap {plus(r['not searched'], 'gap')}. Work is "
+            f"block-forwards × tokens. The paper's exact algorithm takes {r['work_ratio']:.1f} times our work and "
+            f"{r['time_ratio']:.1f} times our time. Commit {r['commit'][:10]}.",
+            "",
+            "| | gap | KL | perplexity | work | seconds | trials |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for name, row in r["rows"].items():
+            lines.append(
+                f"| {name} | {plus(row, 'gap')} | {plus(row, 'kl')} | {plus(row, 'perplexity', 3)} "
+                f"| {row['work']:,} | {row['seconds']:.0f} | {row['trials']} |"
+            )
+        lines.append("")
+    return lines if len(lines) > 2 else []
+
+
+def cost() -> list[str]:
+    file = RESULTS / "cost.json"
+    if not file.exists():
+        return []
+    r = json.loads(file.read_text())
+    lines = [
+        "## Cost of quantizing",
+        "",
+        f"Random LLaMAs at W3A3KV3 without search, whole command, {r['threads']} thread(s). Commit {r['commit'][:10]}. "
+        "`python benchmarks/cost.py`",
+        "",
+        "| layers | hidden | calibration tokens | seconds | model, float32 | peak memory |",
+        "|---|---|---|---|---|---|",
+    ]
+    for group in ("by_layers", "by_tokens", "by_size"):
+        for m in r[group]:
+            lines.append(
+                f"| {m['layers']} | {m['hidden']} | {m['tokens']:,} | {m['seconds']:.1f} "
+                f"| {m['model_bytes_float32'] / 1e6:.0f} MB | {m['peak_bytes'] / 1e6:.0f} MB |"
+            )
+    return [*lines, ""]
+
+
+def main() -> None:
+    lines = [HEAD]
+    for model in MODELS:
+        lines += quality(model)
+    lines += search_cost() + cost()
+    OUT.write_text("\n".join(lines).rstrip() + "\n")
+
+
+if __name__ == "__main__":
+    main()
