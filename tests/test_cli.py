@@ -102,9 +102,18 @@ def test_quantize_shows_a_table_and_what_to_type_next(made, tmp_path):
         assert row in out
     (cache,) = (line.split() for line in out.splitlines() if "KV cache" in line)
     assert cache[-2:] == ["256", "256"]  # 2 layers, K and V, 1 head of 32, 2 bytes; unquantized in both
-    assert f"written to {tmp_path / 'o'}" in out
+    assert f"written to {tmp_path / 'o'}; each layer: paley inspect {tmp_path / 'o'}" in out
     command = next(line for line in out.splitlines() if line.startswith("next: paley "))
     assert paley_(*shlex.split(command)[2:], "--max-new-tokens", 3).err.startswith("prompt: ")
+
+
+def test_a_model_that_stays_unquantized_is_not_to_be_inspected(made, tmp_path):
+    args = ["quantize", made.model, "--preset", "w16a16", "--output", tmp_path / "o", "--calibration", made.text]
+    out = paley_(*args, *SIZES).out
+    assert f"written to {tmp_path / 'o'}\n" in out
+    assert "inspect" not in out
+    assert f"next: paley generate {tmp_path / 'o'}" in out
+    assert "is no Paley checkpoint" in paley_("inspect", tmp_path / "o", code=2).err
 
 
 def test_an_existing_output_is_replaced_only_with_overwrite(made, tmp_path):
@@ -129,6 +138,15 @@ def test_a_plan_executed_gives_the_bytes_that_quantize_gave(made, tmp_path):
     paley_("quantize", made.model, "--plan", plan, "--output", tmp_path / "o")
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "o" / name).read_bytes() == (made.out / name).read_bytes()
+
+
+def test_plan_json_is_one_object_that_holds_the_plan(made, tmp_path):
+    plan = tmp_path / "plan.json"
+    args = ["plan", made.model, "--preset", "w3a3kv3", "--output", plan, "--calibration", made.text, *SIZES]
+    found = json.loads(paley_(*args, "--json").out)
+    assert found.keys() == {"output", "seconds", "peak_memory_bytes", "plan"}
+    assert found["output"] == str(plan)
+    assert found["plan"] == json.loads(plan.read_text())
 
 
 def test_sigint_leaves_a_run_that_the_printed_command_finishes(made, tmp_path):
@@ -167,11 +185,17 @@ def test_eval_takes_any_model_and_text(made):
     assert f"scored on 93 tokens in 3 sequences of {made.text}" in paley_(*args).out
 
 
-def test_eval_scores_the_part_that_the_plan_kept_apart(made):
-    plain = json.loads(paley_("eval", made.model, "--data", made.text, "--sequences", 4, "--seq-len", 64, "--json").out)
-    ours = json.loads(paley_("eval", made.out, "--data", made.text, "--json").out)
-    assert ours["sha256"] == json.loads((made.out / "results.json").read_text())["evaluation"]["sha256"]
-    assert ours["sha256"] != plain["sha256"]
+def test_eval_refuses_text_that_the_plan_was_tuned_on(made, tmp_path, monkeypatch):
+    (tmp_path / "link.txt").symlink_to(made.text)
+    monkeypatch.chdir(made.text.parent)
+    for name in (made.text, "text.txt", tmp_path / "link.txt"):
+        err = paley_("eval", made.out, "--data", name, code=2).err
+        assert f"--data {name}: {made.out} was tuned on this text" in err
+        assert "leave --data out" in err
+    (tmp_path / "other.txt").write_text(made.text.read_text().replace("story", "tale"))
+    found = json.loads(paley_("eval", made.out, "--data", tmp_path / "other.txt", "--json").out)
+    assert (found["sequences"], found["tokens"]) == (4, 252)
+    assert found["sha256"] != json.loads((made.out / "results.json").read_text())["evaluation"]["sha256"]
 
 
 def test_eval_says_in_its_own_options_that_a_text_is_too_short(made, tmp_path):
@@ -206,6 +230,7 @@ def test_inspect_lists_each_slot_and_every_byte(made):
     )
     assert all(slot["rel_error"] > 0 for slot in found["linears"].values())
     shown = paley_("inspect", made.out).out
+    assert "rel_error: ‖W − Ŵ‖² / ‖W‖² against the rotated weight, not an output error" in shown
     for name in (
         *found["linears"],
         *found["attentions"],
@@ -222,6 +247,12 @@ def test_theory_measures_draws_and_prints(tmp_path, monkeypatch):
     assert [point["dim"] for point in found["points"]] == [16, 64]
     assert (tmp_path / "figure.svg").read_text().startswith("<?xml")
     assert "25.00" in paley_("theory").out  # 200 / sqrt(64)
+
+
+@pytest.mark.parametrize("name", ["figure.xyz", "none/figure.svg"])
+def test_theory_refuses_a_figure_before_it_measures(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(using.theory, "measure_peaks", None)  # would fail if anything was measured
+    assert name.split("/")[-1] in paley_("theory", "--output", tmp_path / name, code=2).err
 
 
 def test_presets_and_version_and_help():
@@ -251,7 +282,10 @@ def test_help_has_an_example(verb):
         ("quantize MODEL --recipe no.yaml --output OUT", "no.yaml: no such recipe"),
         ("quantize MODEL --preset w4a4kv4 --output OUT --device tpu", "--device tpu: no such device"),
         ("quantize MODEL --preset w4a4kv4 --output OUT --device cuda:99", "use cpu"),
+        ("quantize MODEL --preset w4a4kv4 --output .", ".: exists already"),
+        ("quantize MODEL --preset w4a4kv4 --output /", "/: is no name for a new folder"),
         ("plan MODEL --preset w4a4kv4 --output no/plan.json", "there is no folder no"),
+        ("plan MODEL --preset w4a4kv4 --overwrite --output .", ".: is a folder"),
         ("inspect MODEL", "is no Paley checkpoint"),
         ("inspect NO_MODEL", "no such folder"),
         ("eval NO_MODEL", "no such folder"),

@@ -10,6 +10,7 @@ from paley.core.errors import PaleyError
 from paley.core.hadamard import hadamard, transform
 from paley.theory import (
     PeakPoint,
+    check_figure,
     draw,
     flatness,
     hadamard_peak,
@@ -87,5 +88,34 @@ def test_drawing_without_matplotlib_says_what_to_install(monkeypatch, tmp_path):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", no_matplotlib)
-    with pytest.raises(PaleyError, match=r"pip install 'paley\[plot\]'"):
-        draw([PeakPoint(16, 1.0, 1.0, 1.0, 1.0)], tmp_path / "x.png")
+    for refused in (
+        lambda: check_figure(tmp_path / "x.png"),
+        lambda: draw([PeakPoint(16, 1.0, 1.0, 1.0, 1.0)], tmp_path / "x.png"),
+    ):
+        with pytest.raises(PaleyError, match=r"pip install 'paley\[plot\]'"):
+            refused()
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("figure.xyz", r"figure\.xyz: no picture format '\.xyz'; known: .*png.*svg"),
+        ("figure.pgn", r"did you mean 'png'\?"),
+        ("figure", r"figure: has no suffix .*png"),
+        ("none/figure.png", r"figure\.png: there is no folder .*none; make it first"),
+        ("folder.png", r"folder\.png: is a folder"),
+    ],
+)
+def test_a_figure_that_cannot_be_written_is_refused(tmp_path, name, complaint):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "folder.png").mkdir()
+    for refused in (check_figure, lambda path: draw([PeakPoint(16, 1.0, 1.0, 1.0, 1.0)], path)):
+        with pytest.raises(PaleyError, match=complaint):
+            refused(tmp_path / name)
+    assert [p.name for p in tmp_path.iterdir()] == ["folder.png"]
+
+
+def test_a_suffix_in_capitals_is_one_too(tmp_path):
+    pytest.importorskip("matplotlib")
+    draw([PeakPoint(16, 1.0, 1.0, 1.0, 1.0)], tmp_path / "x.PNG")
+    assert (tmp_path / "x.PNG").read_bytes().startswith(b"\x89PNG")

@@ -10,15 +10,17 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from paley.core.errors import PaleyError
+from paley.core.errors import PaleyError, nearest_name
 from paley.core.hadamard import factor, transform
 
 __all__ = [
     "PeakPoint",
+    "check_figure",
     "draw",
     "flatness",
     "hadamard_peak",
@@ -102,12 +104,9 @@ def measure_peaks(
 
 def draw(points: Sequence[PeakPoint], path: str | Path) -> None:
     """Writes the curves to `path` (format by its suffix); needs matplotlib, the extra paley[plot]."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise PaleyError("drawing needs matplotlib; pip install 'paley[plot]'") from error
+    check_figure(path)
     dims = [p.dim for p in points]
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = _figure()
     axes = figure.add_subplot()
     axes.loglog(dims, [p.random for p in points], "o", color="C0", label="random orthogonal, measured")
     axes.loglog(dims, [p.random_predicted for p in points], "-", color="C0", label="theory, c·√(2k·ln n / n)")
@@ -116,7 +115,33 @@ def draw(points: Sequence[PeakPoint], path: str | Path) -> None:
     axes.set_xlabel("dimension n")
     axes.set_ylabel("max |Rx|")
     axes.legend()
-    figure.savefig(path)
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise PaleyError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def check_figure(path: str | Path) -> None:
+    """Raises where `draw` could not write `path`, so that nothing is measured in vain."""
+    path = Path(path)
+    known = sorted(_figure().canvas.get_supported_filetypes())
+    suffix = path.suffix.lower().removeprefix(".")
+    if suffix not in known:
+        what = f"no picture format '{path.suffix}'" if suffix else "has no suffix that says the format"
+        raise PaleyError(f"{path}: {what}; known: {', '.join(known)}{nearest_name(suffix, known)}")
+    if not path.absolute().parent.is_dir():
+        raise PaleyError(f"{path}: there is no folder {path.parent}; make it first")
+    if path.is_dir():
+        raise PaleyError(f"{path}: is a folder; give the picture's file")
+
+
+def _figure() -> Any:
+    """An empty figure of matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise PaleyError("drawing needs matplotlib; pip install 'paley[plot]'") from error
+    return Figure(figsize=(6, 4), layout="constrained")
 
 
 def _signs(n: int, generator: torch.Generator) -> Tensor:

@@ -157,11 +157,27 @@ def test_a_slot_that_quantizes_nothing_needs_no_cache():
 
 def test_cache_bytes():
     vectors = LAYERS * KV_HEADS
-    assert evaluate(tiny(), random_blocks()).kv_cache_bytes_per_token == vectors * 2 * HEAD_DIM * 4
-    assert evaluate(tiny().bfloat16(), random_blocks(seq_len=3)).kv_cache_bytes_per_token == vectors * 2 * HEAD_DIM * 2
     keys, values = 3 + 2, 3 + 2 + 1  # codes, a float16 scale, a zero point
-    result = evaluate(with_quantized_cache(), random_blocks(), batch=2, chunk=4)
-    assert result.kv_cache_bytes_per_token == vectors * (keys + values)
+    plain = HEAD_DIM * 2  # at 16 bits, whatever was computed with
+    for slot, expected in (
+        (AttentionSlot(), plain + plain),
+        (SLOT, keys + values),
+        (AttentionSlot(keys=SLOT.keys), keys + plain),
+        (AttentionSlot(values=SLOT.values), plain + values),
+    ):
+        for dtype in (torch.float32, torch.bfloat16):
+            model = with_quantized_cache(slot).to(dtype)
+            result = evaluate(model, random_blocks(), batch=2, chunk=4)
+            assert result.kv_cache_bytes_per_token == vectors * expected, (slot, dtype)
+            assert result.kv_cache_bytes_per_token_at_16_bits == vectors * 2 * plain
+    assert evaluate(tiny(), random_blocks(seq_len=3)).kv_cache_bytes_per_token == vectors * 2 * plain
+
+
+def test_cache_bytes_of_a_model_that_is_quantized_in_one_layer():
+    model = tiny()
+    attach_slots(model, {"model.layers.1.self_attn": SLOT})
+    expected = KV_HEADS * (2 * HEAD_DIM * 2 + (3 + 2) + (3 + 2 + 1))
+    assert evaluate(model, random_blocks(), chunk=5).kv_cache_bytes_per_token == expected
 
 
 @pytest.mark.parametrize("make", [tiny, with_quantized_cache])

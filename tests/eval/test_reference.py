@@ -1,3 +1,6 @@
+import errno
+import os
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -98,12 +101,12 @@ def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
     reference.save(path)
     whole = path.read_bytes()
 
-    def fail(tensors, file, metadata):
-        file.write_bytes(whole[:100])
-        raise OSError("disk full")
+    def full(file, chunk):
+        file.write(bytes(chunk)[:10])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("paley.eval.reference.save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr("paley.format.files._write", full)
+    with pytest.raises(PaleyError, match=rf"the disk is full.*r\.safetensors needs {len(whole):,} bytes"):
         reference.save(path)
     assert path.read_bytes() == whole
     assert [p.name for p in tmp_path.iterdir()] == ["r.safetensors"]

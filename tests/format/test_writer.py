@@ -67,6 +67,17 @@ def test_the_library_reads_it_aligned(tmp_path):
         assert header[name]["data_offsets"][0] % tensor.dtype.itemsize == 0
 
 
+def test_metadata_stands_beside_the_tensors(tmp_path):
+    path = tmp_path / "x"
+    write_tensors(path, TENSORS, {"source": "naïve", "format": "other"})
+    with safe_open(path, framework="pt") as opened:
+        assert opened.metadata() == {"format": "other", "source": "naïve"}
+    assert all(torch.equal(tensor, TENSORS[name]) for name, tensor in load_file(path).items())
+    again = tmp_path / "y"
+    write_tensors(again, dict(reversed(TENSORS.items())), {"format": "other", "source": "naïve"})
+    assert again.read_bytes() == path.read_bytes()
+
+
 def test_shards_and_index(tmp_path):
     tensors = {f"layer.{i}": torch.full((10,), i, dtype=torch.float32) for i in (2, 0, 1, 3, 4)}
     found = write(tmp_path, tensors | {"big": torch.zeros(100)}, max_shard_bytes=80)

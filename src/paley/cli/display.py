@@ -176,22 +176,16 @@ def peaks_table(points: Sequence[PeakPoint]) -> Table:
     return table(header, rows, left=0)
 
 
-def outcome_table(outcome: Outcome, kv16: int, cost: Cost) -> Table:
-    """A run's original and quantized model side by side; kv16: bytes of a token in a 16-bit KV cache."""
-    results, recipe = outcome.results, outcome.plan.recipe
+def outcome_table(outcome: Outcome, cost: Cost) -> Table:
+    """A run's original and quantized model side by side."""
+    results = outcome.results
     measured, bits = results["evaluation"], results["bits_per_weight"]
     ratio = results["original_bytes"] / results["bytes"]
-    # An unquantized cache was measured in float32, which nobody serves.
-    plain = recipe.keys is None and recipe.values is None
     rows = [
         *scores(measured),
         ("bits per weight, all tensors", f"{bits * ratio:.3f}", f"{bits:.3f}"),
         ("bytes on disk", f"{results['original_bytes']:,}", f"{results['bytes']:,}"),
-        (
-            "KV cache, bytes per token",
-            f"{kv16:,}",
-            f"{kv16 if plain else measured['kv_cache_bytes_per_token']:,.0f}",
-        ),
+        _cache_row(measured),
         *cost.rows(),
     ]
     return table(("", "original", "quantized"), rows)
@@ -201,12 +195,18 @@ def eval_table(measured: dict[str, Any], cost: Cost) -> Table:
     """The fields of an EvalResult, beside the original where it was measured."""
     rows = [
         *scores(measured),
-        ("KV cache, bytes per token", "", f"{measured['kv_cache_bytes_per_token']:,.0f}"),
+        _cache_row(measured),
         *cost.rows(),
     ]
     if measured["reference_nll"] is None:
         return table(("", ""), [(what, here) for what, _, here in rows])
     return table(("", "original", "this model"), rows)
+
+
+def _cache_row(measured: dict[str, Any]) -> Row:
+    """The original's cache has 16 bits a value."""
+    original, here = measured["kv_cache_bytes_per_token_at_16_bits"], measured["kv_cache_bytes_per_token"]
+    return "KV cache, bytes per token", f"{original:,.0f}", f"{here:,.0f}"
 
 
 def scored_on(measured: dict[str, Any]) -> str:

@@ -15,6 +15,10 @@ from paley.format.spec import CODES, QUANT_METHOD, SCALES, WEIGHT, ZEROS, Quanti
 __all__ = ["Inspection"]
 
 _VECTORS = "norms and biases"
+_REL_ERROR = (
+    "rel_error: ‖W − Ŵ‖² / ‖W‖² against the rotated weight, not an output error; o_proj and down_proj also make up "
+    "for the layers before them, and can exceed 1"
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class Inspection:
         """Tables on stdout: linear layers, caches, what was left alone, totals."""
         header = ("linear layer", "weight", "input", "clip", "rel_error", "bytes")
         show(table(header, self._linear_rows(), left=3))
+        line(_REL_ERROR)
         caches = [
             (name, scheme(slot.keys), clip(slot.keys), scheme(slot.values), clip(slot.values))
             for name, slot in self.config.attentions.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +15,7 @@ from paley.cli import display, options
 from paley.cli.app import app
 from paley.cli.process import STOPPED, peak_memory, say, shell, typed
 from paley.cli.progress import watching
-from paley.cli.work import Wish, check_device, kv_bytes_at_16_bits
+from paley.cli.work import Wish, check_device, is_paley
 from paley.core.errors import PaleyError
 from paley.pipeline.run_directory import RunDirectory
 
@@ -68,9 +69,11 @@ def quantize_verb(
     if as_json:
         display.emit({"output": str(outcome.output), **asdict(cost), "results": outcome.results})
         return
-    display.show(display.outcome_table(outcome, kv_bytes_at_16_bits(outcome.output), cost))
+    display.show(display.outcome_table(outcome, cost))
     display.line(display.scored_on(outcome.results["evaluation"]))
-    display.line(f"written to {outcome.output}; each layer: {shell('inspect', str(outcome.output))}")
+    # With nothing quantized it is an ordinary model, which `inspect` refuses.
+    layers = f"; each layer: {shell('inspect', str(outcome.output))}" if is_paley(outcome.output) else ""
+    display.line(f"written to {outcome.output}{layers}")
     display.line(f"next: {shell('generate', str(outcome.output), 'Once upon a time')}")
 
 
@@ -96,6 +99,7 @@ def plan_verb(
     test: options.Test = None,
     device: options.Device = "cpu",
     overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
 ) -> None:
     """Decide only: search what to do to each layer, and write it to a JSON file.
 
@@ -104,6 +108,9 @@ def plan_verb(
 
     Example: `paley plan ./llama --preset w3a3kv3 --output plan.json`
     """
+    start = time.monotonic()
+    if output.is_dir():
+        raise PaleyError(f"{output}: is a folder; give the plan's file")
     if output.exists() and not overwrite:
         raise PaleyError(f"{output}: exists already; choose another --output, or replace it with --overwrite")
     if not output.absolute().parent.is_dir():
@@ -113,6 +120,10 @@ def plan_verb(
     with watching() as monitor:
         made = paley.make_plan(model, chosen, device=check_device(device), monitor=monitor)
     made.save(output)
+    if as_json:
+        cost = display.Cost(time.monotonic() - start, peak_memory())
+        display.emit({"output": str(output), **asdict(cost), "plan": json.loads(made.to_json())})
+        return
     display.show(display.plan_table(made))
     display.line(f"written to {output}")
     display.line(f"next: {shell('quantize', model, '--plan', str(output), '--output', 'OUT')}")

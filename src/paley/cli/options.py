@@ -74,7 +74,7 @@ NewFolder = Annotated[Path, typer.Option("--output", help="The new folder.", sho
 Draw = Annotated[Path | None, _option("--output", "Also draw it: .png, .svg or .pdf.", "FILE")]
 Device = Annotated[str, _option("--device", "cpu or cuda.")]
 Resume = Annotated[bool, _option("--resume", "Go on with a run that was stopped.")]
-Overwrite = Annotated[bool, _option("--overwrite", "Replace what is there already.")]
+Overwrite = Annotated[bool, _option("--overwrite", "Make it anew, and replace what is there.")]
 Json = Annotated[bool, _option("--json", "Print one JSON object and nothing else.")]
 
 Against = Annotated[str | None, _option("--against", "The original, for KL divergence and agreement.", "MODEL")]

@@ -12,7 +12,8 @@ from paley.cli.generation import generate
 from paley.cli.inspection import Inspection
 from paley.cli.process import peak_memory, say
 from paley.cli.progress import watching
-from paley.cli.work import check_device, evaluate_model, load_model, load_tokenizer, scored_text
+from paley.cli.work import check_device, evaluate_model, load_model, scored_text
+from paley.model.loading import load_tokenizer, resolve
 from paley.recipe import preset, preset_methods
 from paley.recipe.presets import GRAMMAR
 
@@ -35,13 +36,13 @@ def eval_verb(
     """Measure perplexity through the quantized cache and, against the original, what was lost.
 
     Without --data the text is what the model's plan set apart for testing, or for other models the test part
-    of Python's own documentation. Of a text that the plan was tuned on, only the part kept apart is scored.
+    of Python's own documentation. A text that the plan was tuned on is refused.
 
     Example: `paley eval llama-w4 --against ./llama --data book.txt`
     """
     start = time.monotonic()
     device = check_device(device)
-    blocks = scored_text(model, load_tokenizer(model), data, sequences, seq_len)
+    blocks = scored_text(model, data, sequences, seq_len)
     with watching() as monitor:
         result = evaluate_model(model, against, blocks, device, monitor)
     cost = display.Cost(time.monotonic() - start, peak_memory())
@@ -67,7 +68,7 @@ def generate_verb(
     Example: `paley generate llama-w4 "Once upon a time" --temperature 0.8`
     """
     device = check_device(device)
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(resolve(model))
     made = generate(
         load_model(model, device),
         tokenizer,
@@ -88,6 +89,9 @@ def generate_verb(
 def inspect_verb(folder: options.Folder, as_json: options.Json = False) -> None:
     """Show what a quantized folder holds: scheme, clip ratio, measured error and bytes of each layer.
 
+    rel_error is ‖W − Ŵ‖² / ‖W‖² of a layer's rotated weight W and its quantized Ŵ, not an error of its output.
+    It can exceed 1 in o_proj and down_proj, which also make up for the errors of the layers before them.
+
     Only headers are read, so a large model takes no longer than a small one.
 
     Example: `paley inspect llama-w4`
@@ -107,6 +111,8 @@ def theory_verb(output: options.Draw = None, as_json: options.Json = False) -> N
 
     Example: `paley theory --output figure3.png`
     """
+    if output is not None:
+        theory.check_figure(output)
     points = theory.measure_peaks(_THEORY_DIMS)
     if output is not None:
         theory.draw(points, output)

@@ -7,26 +7,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from paley import hf
 from paley.core.errors import PaleyError
-from paley.data import TokenBlocks, token_blocks
+from paley.data import TokenBlocks
 from paley.eval.perplexity import EvalResult, evaluate
 from paley.eval.reference import Reference
 from paley.format.spec import QUANT_METHOD
-from paley.model.loading import open_source, resolve
+from paley.model.loading import load_tokenizer, open_source, resolve
 from paley.pipeline import Monitor
+from paley.pipeline.texts import is_tuned_on, test_blocks
 from paley.plan import Plan
-from paley.recipe import Recipe, Test, apply_settings, load_recipe, preset, preset_methods
+from paley.recipe import Recipe, apply_settings, load_recipe, preset, preset_methods
 
 __all__ = [
     "Wish",
     "check_device",
     "evaluate_model",
-    "kv_bytes_at_16_bits",
+    "is_paley",
     "load_model",
-    "load_tokenizer",
     "scored_text",
 ]
 
@@ -109,67 +109,28 @@ def load_model(model: str, device: str) -> PreTrainedModel:
     return open_source(path).load(device=device)
 
 
-def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The tokenizer in the folder (or of the Hub name) `model`."""
-    path = resolve(model)
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise PaleyError(f"{path}: no tokenizer can be loaded here: {error}") from error
+def scored_text(model: str, data: str | None, sequences: int | None, seq_len: int | None) -> TokenBlocks:
+    """The text to score `model` on: `data`, or what its plan set apart for testing, or pydoc's test part.
 
-
-def scored_text(
-    model: str,
-    tokenizer: PreTrainedTokenizerBase,
-    data: str | None,
-    sequences: int | None,
-    seq_len: int | None,
-) -> TokenBlocks:
-    """The text to score `model` on: `data`, or what its plan was reported on, or pydoc's test part.
-
-    A source that the plan calibrated or searched on gives its test part, as `quantize` itself has it.
+    Raises where the model was tuned on `data`, as its plan says.
     """
-    plan_file = resolve(model) / "plan.json"
-    recipe = Plan.load(plan_file).recipe if plan_file.is_file() else None
-    test = recipe.test if recipe is not None else Test()
-    tuned_on = ["pydoc"] if recipe is None else _tuned_on(recipe)
-    source = data or test.source or (recipe.calibration.source if recipe is not None else "pydoc")
-    try:
-        return token_blocks(
-            source,
-            tokenizer,
-            role="test",
-            count=sequences or test.sequences,
-            seq_len=seq_len or test.seq_len,
-            whole=not any(_same(source, other) for other in tuned_on),
+    path = resolve(model)
+    plan = Plan.load(path / "plan.json") if (path / "plan.json").is_file() else None
+    if plan is not None and data is not None and is_tuned_on(plan.recipe, data):
+        raise PaleyError(
+            f"--data {data}: {model} was tuned on this text, and a score on it would flatter; leave --data out for "
+            "the text that its plan set apart, or give another one"
         )
+    recipe = plan.recipe if plan is not None else Recipe()
+    given = {"source": data, "sequences": sequences, "seq_len": seq_len}
+    test = recipe.test.model_copy(update={name: value for name, value in given.items() if value is not None})
+    try:
+        return test_blocks(recipe.model_copy(update={"test": test}), load_tokenizer(path))
     except PaleyError as error:
         message = str(error)
         for setting, option in _AS_OPTIONS.items():
             message = message.replace(setting, option)
         raise PaleyError(message) from error
-
-
-def _tuned_on(recipe: Recipe) -> list[str]:
-    """The sources of the roles calibration and search, as `pipeline.texts.gather` cuts them."""
-    searched = recipe.search.method != "none"
-    calibrated = searched or (recipe.weights is not None and recipe.weights.method == "gptq")
-    found = [recipe.calibration.source] if calibrated else []
-    return [*found, recipe.search.source] if searched and recipe.search.source is not None else found
-
-
-def _same(source: str, other: str) -> bool:
-    """Two names of one file are one source."""
-    first, second = Path(source), Path(other)
-    return source == other or (first.exists() and second.exists() and first.samefile(second))
-
-
-def kv_bytes_at_16_bits(folder: Path) -> int:
-    """Bytes that one token's keys and values take in an unquantized cache of 16-bit floats."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    config = config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
 
 
 def evaluate_model(model: str, against: str | None, blocks: TokenBlocks, device: str, monitor: Monitor) -> EvalResult:

@@ -31,7 +31,9 @@ class EvalResult:
     """nll, gap and kl in nats a token; tokens counts predictions.
 
     Each stderr is over the sequences' means, of one run and paired for gap; None where there is one sequence.
-    kl is KL(original || quantized). What compares with the original is None without a reference.
+    kl is KL(original || quantized). What compares with the original is None without a reference. In
+    kv_cache_bytes_per_token an unquantized side (keys or values of a layer) counts as 16 bits a value, whatever
+    was computed with; in kv_cache_bytes_per_token_at_16_bits every side does.
     """
 
     source: str
@@ -43,6 +45,7 @@ class EvalResult:
     perplexity: float
     perplexity_stderr: float | None
     kv_cache_bytes_per_token: float
+    kv_cache_bytes_per_token_at_16_bits: float
     reference_nll: float | None = None
     gap: float | None = None
     gap_stderr: float | None = None
@@ -80,7 +83,7 @@ def evaluate(
         reference = _fitting(reference, model, blocks)
     cached = _has_quantized_cache(model)
     columns: list[Tensor] = []
-    bytes_per_token = 0.0
+    kv_bytes = at_16_bits = 2.0 * len(Adapter(model).blocks) * _side_bytes(model)
     for at in range(0, len(blocks.ids), batch):
         sequences = slice(at, min(at + batch, len(blocks.ids)))
         ids = blocks.ids[sequences].to(model.device)
@@ -89,12 +92,10 @@ def evaluate(
         check_finite(scores[0], at, blocks.source)
         columns.append(scores.double().mean(-1).cpu())
         if cache is not None:
-            bytes_per_token = cache.nbytes / ids[:, :-1].numel()
+            kv_bytes = _kv_bytes_per_token(model, cache, ids[:, :-1].numel())
         if progress is not None:
             progress(sequences.stop, len(blocks.ids))
-    if not cached:
-        bytes_per_token = _plain_bytes_per_token(model, blocks.ids[:1, :8].to(model.device))
-    return _summary(blocks, torch.cat(columns, 1), reference, bytes_per_token)
+    return _summary(blocks, torch.cat(columns, 1), reference, kv_bytes, at_16_bits)
 
 
 def _score(
@@ -133,11 +134,19 @@ def _has_quantized_cache(model: PreTrainedModel) -> bool:
     return any(slot.keys is not None or slot.values is not None for slot in slots)
 
 
-def _plain_bytes_per_token(model: PreTrainedModel, ids: Tensor) -> float:
-    """ids [1, n] -> what one token's keys and values take in a cache that keeps them as they come."""
-    cache = PackedKVCache(model)
-    model.base_model(ids, past_key_values=cache, use_cache=True)
-    return cache.nbytes / ids.numel()
+def _side_bytes(model: PreTrainedModel, bytes_per_value: int = 2) -> int:
+    """What one token's keys (or values) take in one layer that does not quantize them."""
+    adapter = Adapter(model)
+    return adapter.num_kv_heads * adapter.head_dim * bytes_per_value
+
+
+def _kv_bytes_per_token(model: PreTrainedModel, cache: PackedKVCache, tokens: int) -> float:
+    """What a token takes in `cache`, which holds `tokens` of them, unquantized sides at 16 bits."""
+    total = cache.nbytes / tokens
+    for layer in cache.layers:
+        unquantized = (layer.slot.keys is None) + (layer.slot.values is None)
+        total -= unquantized * (_side_bytes(model, layer.dtype.itemsize) - _side_bytes(model))
+    return total
 
 
 def _fitting(reference: Reference, model: PreTrainedModel, blocks: TokenBlocks) -> Reference:
@@ -152,7 +161,9 @@ def _fitting(reference: Reference, model: PreTrainedModel, blocks: TokenBlocks) 
     return reference.to(model.device)
 
 
-def _summary(blocks: TokenBlocks, means: Tensor, reference: Reference | None, kv_bytes: float) -> EvalResult:
+def _summary(
+    blocks: TokenBlocks, means: Tensor, reference: Reference | None, kv_bytes: float, kv_at_16_bits: float
+) -> EvalResult:
     """means float64 [1 or 3, sequences] of each sequence -> the result."""
     nll, nll_stderr = _mean_and_stderr(means[0])
     perplexity = math.exp(nll) if nll < 700 else math.inf
@@ -175,6 +186,7 @@ def _summary(blocks: TokenBlocks, means: Tensor, reference: Reference | None, kv
         perplexity=perplexity,
         perplexity_stderr=perplexity_stderr,
         kv_cache_bytes_per_token=kv_bytes,
+        kv_cache_bytes_per_token_at_16_bits=kv_at_16_bits,
         **compared,
     )
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from paley.core.errors import PaleyError
 from paley.data import TokenBlocks
 from paley.eval.scoring import CHUNK, check, check_finite, token_nll
+from paley.format.writer import write_tensors
 from paley.model.adapter import Adapter
 
 __all__ = ["Reference"]
@@ -92,15 +91,9 @@ class Reference:
             )
 
     def save(self, path: str | Path) -> None:
-        """Writes a safetensors file, first under another name: a killed run leaves none, or a whole one."""
-        path = Path(path)
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        tensors = {"hidden": self.hidden, "head": self.head.cpu(), "nll": self.nll}
-        try:
-            save_file(tensors, unfinished, FORMAT | {"source": self.source, "sha256": self.sha256})
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        """Writes a safetensors file, whole or not at all; PaleyError where the disk refuses."""
+        tensors = {"hidden": self.hidden, "head": self.head, "nll": self.nll}
+        write_tensors(path, tensors, FORMAT | {"source": self.source, "sha256": self.sha256})
 
     @classmethod
     def load(cls, path: str | Path, blocks: TokenBlocks | None = None) -> Reference:

@@ -66,9 +66,10 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
-def header_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+def header_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
     """Length and header of the file that holds the tensors in this order, padded to a multiple of 8 bytes."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    about = {"format": "pt"} | dict(metadata or {})  # transformers asks for a format
+    entries: dict[str, Any] = {"__metadata__": dict(sorted(about.items()))}
     end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes

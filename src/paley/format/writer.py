@@ -19,12 +19,17 @@ __all__ = ["INDEX", "SINGLE", "ShardWriter", "write_tensors"]
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
-    """One safetensors file, whole or not at all; the same tensors give the same bytes, in whatever order."""
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """One safetensors file, whole or not at all; the same tensors give the same bytes, in whatever order.
+
+    metadata: texts that the header holds beside the tensors. PaleyError where the disk refuses.
+    """
     for name, tensor in tensors.items():
         _check(str(path), name, tensor)
     plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    write_whole(Path(path), *_contents(plain))
+    write_whole(Path(path), *_contents(plain, metadata))
 
 
 class ShardWriter:
@@ -143,11 +148,13 @@ def _check(where: str, name: str, tensor: Tensor) -> None:
         raise PaleyError(f"{where}: no tensor can be called {name!r}; use another name")
 
 
-def _contents(tensors: Mapping[str, Tensor]) -> tuple[Iterator[Chunk], int]:
+def _contents(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> tuple[Iterator[Chunk], int]:
     """-> (the file's bytes in chunks, how many)."""
     # Wide types first, as the library does: then every tensor is aligned in the file.
     order = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
-    header = header_bytes(order)
+    header = header_bytes(order, metadata)
 
     def chunks() -> Iterator[Chunk]:
         yield header

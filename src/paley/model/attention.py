@@ -6,6 +6,7 @@ It enters transformers by AttentionInterface and AttentionMaskInterface; nothing
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -108,7 +109,7 @@ def _empty_mean(module: nn.Module, slot: AttentionSlot | None) -> Tensor | None:
     if slot is None or slot.keys is None or not slot.center_keys:
         return None
     heads, head_dim = int(module.config.num_key_value_heads), int(module.head_dim)  # type: ignore[union-attr, arg-type]
-    return torch.zeros(heads, head_dim, device=next(module.parameters()).device)
+    return torch.zeros(heads, head_dim, device=next(chain(module.parameters(), module.buffers())).device)
 
 
 def _is_attention(module: nn.Module) -> bool:

@@ -23,7 +23,7 @@ from paley.core.errors import PaleyError
 from paley.format.checkpoint import Checkpoint
 from paley.model.adapter import architecture
 
-__all__ = ["Source", "open_source", "resolve"]
+__all__ = ["Source", "load_tokenizer", "open_source", "resolve"]
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
@@ -58,10 +58,16 @@ class Source:
         return model.eval().to(device)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        try:
-            return AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise PaleyError(f"{self.path}: no tokenizer can be loaded here: {error}") from error
+        """The tokenizer that came with the weights."""
+        return load_tokenizer(self.path)
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a local folder; PaleyError where there is none, or a damaged one."""
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, LookupError, TypeError) as error:  # the last two: JSON, but no tokenizer's
+        raise PaleyError(f"{path}: no tokenizer can be loaded here: {error}") from error
 
 
 def open_source(model: str | Path, on_tensor: Callable[[int, int], None] = lambda done, total: None) -> Source:

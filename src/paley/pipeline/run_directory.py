@@ -52,6 +52,12 @@ class RunDirectory:
         replaces = _read(self.path / SETTINGS).get("replaces") and not self.replaced.exists()
         return _read(self.output / RESULTS).get("run") == self.key and not replaces
 
+    @property
+    def has_progress(self) -> bool:
+        """Whether a resumed run would have anything but the original's scores to start from."""
+        kept = ("trace.jsonl", "plan.json", "checkpoint", "draft", "final")
+        return any((self.path / name).exists() for name in kept)
+
     def trials(self) -> list[Trial]:
         """The search's trials so far; a last line cut off by a kill is dropped."""
         file = self.path / "trace.jsonl"
@@ -126,7 +132,12 @@ def open_run(output: Path, key: str, *, resume: bool, overwrite: bool) -> Iterat
                 f"{run.path}: the unfinished run there is of another model or other settings; repeat its command "
                 "with --resume, or start anew with --overwrite"
             )
-        yield run
+        try:
+            yield run
+        except PaleyError:
+            if not run.has_progress:  # refused before anything was made: leave no trace
+                shutil.rmtree(run.path)
+            raise
 
 
 def _clear(folder: Path) -> None:

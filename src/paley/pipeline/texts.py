@@ -14,7 +14,7 @@ from paley.eval.sampling import sample_documents
 from paley.model.loading import Source
 from paley.recipe import Recipe
 
-__all__ = ["SELF", "Texts", "gather"]
+__all__ = ["SELF", "Texts", "gather", "is_tuned_on", "test_blocks"]
 
 SELF = "self"
 
@@ -34,34 +34,54 @@ def gather(recipe: Recipe, source: Source, device: str = "cpu") -> Texts:
     The source `self` is text that the model writes itself, which no score may be reported on.
     """
     tokenizer = source.tokenizer()
-    sources: dict[Role, str] = {"test": recipe.test.source or recipe.calibration.source}
-    if sources["test"] == SELF:
-        raise PaleyError("a score on text that the model wrote itself says little: set test.source to a file or pydoc")
-    needs_search = recipe.search.method != "none"
-    calibrates = recipe.weights is not None and recipe.weights.method == "gptq"
-    if needs_search or calibrates or (recipe.keys is not None and recipe.center_keys):
-        sources["calibration"] = recipe.calibration.source
-    if needs_search:
-        sources["search"] = recipe.search.source or recipe.calibration.source
-    settings = {"calibration": recipe.calibration, "search": recipe.search, "test": recipe.test}
-    identities = {role: _identity(source) for role, source in sources.items()}
+    test = test_blocks(recipe, tokenizer)
+    tuning = _tuning_sources(recipe)
+    settings = {"calibration": recipe.calibration, "search": recipe.search}
+    identities = [_identity(text) for text in (test.source, *tuning.values())]
 
     def blocks(role: Role) -> TokenBlocks | None:
-        if role not in sources:
+        if role not in tuning:
             return None
-        if sources[role] == SELF:
+        if tuning[role] == SELF:
             return _sampled(role, settings[role], source, tokenizer, recipe.seed, device)
-        alone = list(identities.values()).count(identities[role]) == 1
+        alone = identities.count(_identity(tuning[role])) == 1
         return token_blocks(
-            sources[role], tokenizer, role=role, count=settings[role].sequences, seq_len=settings[role].seq_len,
-            seed=None if role == "test" else recipe.seed, whole=alone,
+            tuning[role], tokenizer, role=role, count=settings[role].sequences, seq_len=settings[role].seq_len,
+            seed=recipe.seed, whole=alone,
         )  # fmt: skip
 
-    test = blocks("test")
-    assert test is not None
     texts = Texts(blocks("calibration"), blocks("search"), test)
     check_disjoint(*(b for b in (texts.calibration, texts.search, texts.test) if b is not None))
     return texts
+
+
+def test_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> TokenBlocks:
+    """The text that a model made by `recipe` is scored on: all of a source, or its test part if also tuned on."""
+    source = recipe.test.source or recipe.calibration.source
+    if source == SELF:
+        raise PaleyError("a score on text that the model wrote itself says little: set test.source to a file or pydoc")
+    return token_blocks(
+        source, tokenizer, role="test", count=recipe.test.sequences, seq_len=recipe.test.seq_len, seed=None,
+        whole=not is_tuned_on(recipe, source),
+    )  # fmt: skip
+
+
+def is_tuned_on(recipe: Recipe, source: str) -> bool:
+    """Whether `recipe` calibrates or searches on `source`, by whatever name of the file."""
+    return _identity(source) in map(_identity, _tuning_sources(recipe).values())
+
+
+def _tuning_sources(recipe: Recipe) -> dict[Role, str]:
+    """Role -> source, of the roles calibration and search as far as the recipe needs them."""
+    searches = recipe.search.method != "none"
+    calibrates = recipe.weights is not None and recipe.weights.method == "gptq"
+    centers = recipe.keys is not None and recipe.center_keys
+    sources: dict[Role, str] = {}
+    if searches or calibrates or centers:
+        sources["calibration"] = recipe.calibration.source
+    if searches:
+        sources["search"] = recipe.search.source or recipe.calibration.source
+    return sources
 
 
 def _sampled(

@@ -1,0 +1,75 @@
+"""The texts of a run's three roles, and that a score outside a run is on the text of the run's own."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from paley.core.errors import PaleyError
+from paley.pipeline import texts
+from paley.recipe import Recipe, apply_settings, preset
+
+
+@pytest.fixture
+def files(tmp_path) -> list[str]:
+    """Three texts of 40 documents."""
+    made = []
+    for name in "abc":
+        file = tmp_path / f"{name}.txt"
+        file.write_text("\n<|endoftext|>\n".join(f"{name}{i} " * 40 for i in range(40)))
+        made.append(str(file))
+    return made
+
+
+def recipe(name: str, *settings: str) -> Recipe:
+    sizes = [f"{part}.{size}" for part in ("calibration", "search", "test") for size in ("sequences=2", "seq_len=32")]
+    return apply_settings(preset(name), [*sizes, *settings])
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "split"),
+    [
+        ("w4a4kv4", [], True),
+        ("w4a4kv4", ["test.source=B"], False),
+        ("w4a4kv4", ["test.source=B", "search.source=B"], True),
+        ("w4a4kv4", ["test.source=B", "search.source=B", "search.method=none"], False),
+        ("w4a16", [], True),  # calibrated
+        ("rtn-w4a16", [], False),  # nothing is tuned
+        ("w16a16kv4", ["search.method=none"], True),  # mean keys are calibrated
+        ("w16a16kv4", ["search.method=none", "center_keys=false"], False),
+    ],
+)
+def test_the_score_of_a_run_is_on_test_blocks(files, tiny_tokenizer, name, settings, split):
+    settings = [s.replace("=B", f"={files[1]}") for s in settings]
+    made = recipe(name, f"calibration.source={files[0]}", *settings)
+    source: Any = SimpleNamespace(tokenizer=lambda: tiny_tokenizer)
+    blocks = texts.test_blocks(made, tiny_tokenizer)
+    assert blocks.sha256 == texts.gather(made, source).test.sha256
+    start = tiny_tokenizer.decode(blocks.ids[0][1:4])
+    assert start.startswith("b" if made.test.source else "a")
+    assert (start[1:] != "0 ") == split
+
+
+def test_a_file_is_known_by_any_of_its_names(files, tmp_path, monkeypatch):
+    made = recipe("w4a4kv4", f"calibration.source={files[0]}", f"search.source={files[1]}")
+    (tmp_path / "link.txt").symlink_to(files[0])
+    monkeypatch.chdir(tmp_path)
+    for source, tuned in (
+        (files[0], True),
+        ("a.txt", True),
+        ("link.txt", True),
+        ("b.txt", True),
+        ("c.txt", False),
+        ("pydoc", False),
+        ("none.txt", False),
+    ):
+        assert texts.is_tuned_on(made, source) == tuned, source
+    assert texts.is_tuned_on(recipe("w4a4kv4"), "pydoc")
+    assert not texts.is_tuned_on(recipe("rtn-w4a4kv4"), "pydoc")
+
+
+def test_text_that_the_model_wrote_itself_is_no_test(tiny_tokenizer):
+    with pytest.raises(PaleyError, match="the model wrote itself"):
+        texts.test_blocks(recipe("w4a4kv4", "calibration.source=self"), tiny_tokenizer)
