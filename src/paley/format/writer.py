@@ -19,9 +19,7 @@ __all__ = ["INDEX", "SINGLE", "ShardWriter", "write_tensors"]
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def write_tensors(
-    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """One safetensors file, whole or not at all; the same tensors give the same bytes, in whatever order.
 
     metadata: texts that the header holds beside the tensors. PaleyError where the disk refuses.
@@ -148,9 +146,7 @@ def _check(where: str, name: str, tensor: Tensor) -> None:
         raise PaleyError(f"{where}: no tensor can be called {name!r}; use another name")
 
 
-def _contents(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> tuple[Iterator[Chunk], int]:
+def _contents(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> tuple[Iterator[Chunk], int]:
     """-> (the file's bytes in chunks, how many)."""
     # Wide types first, as the library does: then every tensor is aligned in the file.
     order = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))

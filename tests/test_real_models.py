@@ -1,0 +1,74 @@
+"""The trained models: the one in assets/, and those in the shared folder where it is present."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import paley
+from paley.core.metrics import kl_divergence
+from paley.core.schemes import AttentionSlot, LinearSlot
+from paley.model.adapter import Adapter
+from paley.model.calibrate import wrap_
+from paley.model.loading import open_source
+from paley.model.rotation import decide_rotation, rotate_
+from paley.recipe import apply_settings, preset
+
+DEMO = Path(__file__).resolve().parents[1] / "assets" / "demo-model"
+SHARED = ["babyllama-tok361-969k", "ref-llama", "stories260k-llama", "tinystories-656k-llama"]
+
+
+@pytest.fixture(params=["demo", *SHARED])
+def folder(request):
+    return DEMO if request.param == "demo" else request.getfixturevalue("shared_dir") / "models" / request.param
+
+
+@pytest.mark.parametrize("expand", [0, "auto"])
+@torch.no_grad()
+def test_rotating_and_widening_keep_the_predictions(folder, expand):
+    source = open_source(folder)
+    ids = torch.randint(3, 300, (2, 64), generator=torch.Generator().manual_seed(0))
+    model = source.load()
+    before = model(ids).logits
+    adapter = Adapter(model)
+    rotation = decide_rotation(preset("w3a3kv3").model_copy(update={"expand": expand}), adapter)
+    rotate_(adapter, rotation)
+    online = {"o": rotation.output, "down": rotation.mlp}
+    linears = {p: LinearSlot(transform=online.get(r)) for b in adapter.blocks for r, p in b.linears()}
+    wrap_(adapter, linears, {b.path("attention"): AttentionSlot(transform=rotation.head) for b in adapter.blocks})
+    assert float(kl_divergence(before, model(ids).logits).abs().max()) < 1e-5
+    assert (model.config.hidden_size > rotation.residual.in_dim) == (expand == "auto")
+
+
+def test_stories260k_in_four_bits(shared_dir, tmp_path):
+    """MLP width 172 has a Hadamard matrix only in the tables; ours loses less than both kinds of QuaRot."""
+    text = shared_dir / "data" / "text" / "tinystories_train_head_ajay.txt"
+    sizes = [f"calibration.source={text}", "search.method=none"]
+    for part, count in (("calibration", 48), ("test", 12)):
+        sizes += [f"{part}.sequences={count}", f"{part}.seq_len=128"]
+    kl = {}
+    for name in ("quarot-w4a4kv4", "quarot-clipped-w4a4kv4", "w4a4kv4"):
+        recipe = apply_settings(preset(name), sizes)
+        outcome = paley.quantize(shared_dir / "models" / "stories260k-llama", recipe, output=tmp_path / name)
+        kl[name] = outcome.results["evaluation"]["kl"]
+    assert outcome.plan.rotation.mlp.order == 172
+    assert kl["w4a4kv4"] < 0.8 * min(kl["quarot-w4a4kv4"], kl["quarot-clipped-w4a4kv4"])
+
+
+def test_the_demo_model_generates_from_packed_keys_and_values(tmp_path):
+    sizes = [f"{part}.sequences=2" for part in ("calibration", "test")]
+    sizes += [f"{part}.seq_len=64" for part in ("calibration", "test")] + [
+        "search.method=none",
+        "weights.method=nearest",
+    ]
+    paley.quantize(DEMO, apply_settings(preset("w4a4kv4"), sizes), output=tmp_path / "out")
+    model = paley.load(tmp_path / "out", dense=True)
+    cache = paley.PackedKVCache(model)
+    ids = torch.tensor([[0, 400, 500, 600]])
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 1}
+    made = model.generate(ids, past_key_values=cache, **settings)
+    plain = model.generate(ids, **settings)
+    assert torch.equal(made, plain)
+    # 6 layers x (64 keys + 64 values) x 4 bits, a scale and a zero each
+    tokens = made.shape[1] - 1
+    assert cache.nbytes == tokens * 6 * 2 * (32 + 2 + 1)
