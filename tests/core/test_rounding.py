@@ -19,7 +19,9 @@ SCHEMES = [
     for group_size in (None, 8)
     if not (scale == "rms" and grids.load(name).affine)
 ]
-each_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: f"{s.grid}-{s.scale}-{s.clip_ratio}-{s.group_size}")
+each_scheme = pytest.mark.parametrize(
+    "scheme", SCHEMES, ids=lambda s: f"{s.grid}-{s.scale}-{s.clip_ratio}-{s.group_size}"
+)
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -83,10 +85,10 @@ def test_no_point_is_nearer(scheme):
     least = (everywhere - x.double()[..., None]).abs().amin(-1)
     error = (q.dequantize().double() - x.double()).abs()
     assert (error <= least + 1e-6 * x.abs().amax(-1, keepdim=True)).all()
-    # Half a step at most, where nothing is clipped.
-    if scheme.scale == "absmax" and scheme.clip_ratio == 1 and grid.step is not None and not grid.name.startswith("int"):
-        half = scales[..., 0] * grid.step / 2
-        assert (error <= half * (2 if grid.affine else 1) * 1.001).all()  # a rounded zero point costs another half
+    if scheme.scale == "absmax" and scheme.clip_ratio == 1 and grid.step is not None:
+        # Half a step, half of one for a rounded zero point, and what the end loses to a scale of 11 bits.
+        steps = grid.step / 2 + grid.affine / 2 + grid.peak * 2.0**-11
+        assert (error <= steps * scales[..., 0]).all()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -98,13 +100,10 @@ def test_points_of_the_grid_stay(name):
     codes = torch.arange(n, dtype=torch.uint8).expand(3, 1, n)
     x = dequantize(codes.flatten(-2), scales[..., 0], None if zeros is None else zeros[..., 0], grid)
     assert torch.equal(nearest_codes(x[:, None], scales, zeros, grid), codes)
-    if grid.affine:
-        assert zeros is not None
-        left = round_trip(x, ActivationScheme(name))
-    else:  # int grids have a lowest point that no symmetric scale reaches
-        x = x[:, x[0].abs() <= grid.peak * 0.25]
-        left = round_trip(x, ActivationScheme(name))
-    torch.testing.assert_close(left, x, rtol=0 if grid.step is not None else 1e-6, atol=0)
+    if not grid.affine:  # int grids have a lowest point that no symmetric scale reaches
+        x = x[:, x[0].abs() <= x[0].max()]
+    # float16 holds these scales, and so takes them to the bit whatever float32 made of max|x| / peak.
+    assert torch.equal(round_trip(x, ActivationScheme(name), torch.float16), x)
 
 
 def test_ties_and_the_outermost_points():
@@ -118,12 +117,13 @@ def test_ties_and_the_outermost_points():
 @pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32])
 def test_zeros_stay_and_extremes_are_finite(scheme, scale_dtype):
     x = torch.zeros(8, 24)
-    x[1] = 1e30
-    x[2] = -3.4e38
-    x[3, ::2], x[3, 1::2] = 3.4e38, -3.4e38
+    huge = 1e18 if scheme.scale == "rms" else 1e38  # the square of what is larger has no float32
+    x[1] = huge
+    x[2] = -huge
+    x[3, ::2], x[3, 1::2] = huge, -huge
     x[4] = 1e-30
     x[5] = torch.finfo(torch.float32).smallest_normal / 2**20
-    x[6, 0] = 1e30  # an outlier among zeros
+    x[6, 0] = huge  # an outlier among zeros
     x[7] = torch.linspace(-1, 1, 24) * 1e-7
     left = round_trip(x, scheme, scale_dtype)
     assert left.isfinite().all()
@@ -132,7 +132,8 @@ def test_zeros_stay_and_extremes_are_finite(scheme, scale_dtype):
     nearest_to_zero = 0.0 if grid.affine else float(grid.points.abs().min())
     smallest_scale = 2.0**-24 if scale_dtype == torch.float16 else torch.finfo(torch.float32).tiny
     assert left[0].abs().max() <= nearest_to_zero * smallest_scale  # 0 where the grid has a 0
-    assert left[4:6].abs().max() <= 2 * grid.peak * smallest_scale
+    bound = (2 * x[4:].abs()).clamp(min=nearest_to_zero * smallest_scale)
+    assert (left[4:].abs() <= bound.amax(-1, keepdim=True)).all()
 
 
 @pytest.mark.parametrize("name", ["int4", "odd3", "gauss3", "uint4"])

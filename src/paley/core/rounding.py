@@ -17,6 +17,7 @@ from paley.core.schemes import ActivationScheme
 
 __all__ = ["Quantized", "dequantize", "nearest_codes", "quantize_dynamic", "round_trip"]
 
+CACHED = 2**16  # values at a time, so that a CPU's second-level cache holds what a chain of small steps works on
 _FEW = 16  # comparing with each edge beats a binary search up to about here
 
 
@@ -59,7 +60,7 @@ def _nearest_index(x: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid) 
         return torch.bucketize(y.contiguous(), edges, out_int32=True)
     index = torch.zeros_like(y, dtype=torch.uint8)
     for edge in edges.tolist():
-        index += y > edge
+        index += (y > edge).view(torch.uint8)  # adding bools themselves takes twice as long
     return index
 
 
@@ -68,10 +69,15 @@ def nearest_codes(x: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid) -
     return _nearest_index(x, scales, zeros, grid).to(torch.uint8)
 
 
+def look_up(grid: Grid, codes: Tensor) -> Tensor:
+    """codes, integers of any shape -> their points, float32."""
+    points = grid.points[:, 0].to(device=codes.device, dtype=torch.float32)
+    return points.index_select(0, codes.flatten().int()).view(codes.shape)  # ten times faster than points[codes]
+
+
 def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid) -> Tensor:
     """codes [..., n], scales and zeros [..., g] -> float32 [..., n]."""
-    points = grid.points[:, 0].to(device=codes.device, dtype=torch.float32)
-    values = points[codes.int()].unflatten(-1, (scales.shape[-1], -1))
+    values = look_up(grid, codes).unflatten(-1, (scales.shape[-1], -1))
     if zeros is not None:
         values = values - zeros.float()[..., None]
     return (values * scales.float()[..., None]).flatten(-2)
@@ -121,6 +127,10 @@ def quantize_dynamic(x: Tensor, scheme: ActivationScheme, scale_dtype: torch.dty
 
 def round_trip(x: Tensor, scheme: ActivationScheme, scale_dtype: torch.dtype = torch.float32) -> Tensor:
     """x [..., n] -> what `quantize_dynamic` and `dequantize` leave of it, bit for bit, in x's dtype."""
+    if x.numel() > CACHED:
+        rows = x.reshape(-1, x.shape[-1])
+        parts = rows.split(max(1, CACHED // x.shape[-1]))
+        return torch.cat([round_trip(part, scheme, scale_dtype) for part in parts]).view(x.shape)
     grid = grids.load(scheme.grid)
     groups = split_groups(x.float(), scheme.group_size)
     scales, zeros = dynamic_scales(groups, grid, scheme.scale, scheme.clip_ratio, scale_dtype)
@@ -128,7 +138,7 @@ def round_trip(x: Tensor, scheme: ActivationScheme, scale_dtype: torch.dtype = t
     if grid.step is not None:  # an evenly spaced grid needs no table
         values = index.mul_(grid.step).add_(float(grid.points[0]))
     else:
-        values = grid.points[:, 0].to(groups)[index.int()]
+        values = look_up(grid, index)
     if zeros is not None:
         values -= zeros
     return values.mul_(scales).flatten(-2).to(x.dtype)

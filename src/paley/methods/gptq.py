@@ -12,7 +12,7 @@ from torch import Tensor
 
 from paley.core import grids
 from paley.core.grids import Grid
-from paley.core.rounding import Quantized, dequantize, nearest_codes, storable
+from paley.core.rounding import Quantized, dequantize, look_up, nearest_codes, storable
 from paley.core.schemes import WeightScheme
 from paley.methods.nearest import weight_scales
 
@@ -112,7 +112,7 @@ def _nearest(column: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid, g
 
 def _refit(target: Tensor, gram: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid) -> Tensor:
     """Scales [out, groups, 1] of least error for the given codes: one group after the other, in closed form."""
-    points = grid.points[:, 0].to(target)[codes.int()]
+    points = look_up(grid, codes)
     if zeros is not None:
         points = points - zeros
     scales, size = scales.clone(), codes.shape[-1]

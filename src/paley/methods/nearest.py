@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from paley.core import grids
-from paley.core.rounding import Quantized, dynamic_scales, nearest_codes, split_groups, storable
+from paley.core.grids import Grid
+from paley.core.rounding import CACHED, Quantized, dynamic_scales, look_up, nearest_codes, split_groups, storable
 from paley.core.schemes import WeightScheme
 
 __all__ = ["quantize_nearest", "weight_scales"]
@@ -22,20 +23,27 @@ def weight_scales(weight: Tensor, scheme: WeightScheme, where: str = "weight") -
     """
     grid = grids.load(scheme.grid)
     groups = split_groups(weight.float(), scheme.group_size, where)
-    best_scales, best_zeros = dynamic_scales(groups, grid, "absmax", 1.0, torch.float16)
     if scheme.scale_search == "absmax":
-        return best_scales, best_zeros
-    best_error = torch.full_like(best_scales, torch.inf)
+        return dynamic_scales(groups, grid, "absmax", 1.0, torch.float16)
+    rows = max(1, CACHED // weight.shape[1])
+    scales, zeros = zip(*(_least_error(part, grid) for part in groups.split(rows)), strict=True)
+    return torch.cat(scales), torch.cat(zeros) if grid.affine else None
+
+
+def _least_error(groups: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """groups [rows, groups, size] -> the scales and zeros of least error; zeros are 0 on grids without any."""
+    best_error = groups.new_full((*groups.shape[:2], 1), torch.inf)
+    best_scales, best_zeros = torch.zeros_like(best_error), torch.zeros_like(best_error)
     for step in range(_SHRINK_STEPS):
         scales, zeros = dynamic_scales(groups, grid, "absmax", 1 - step / 100, torch.float16)
         codes = nearest_codes(groups, scales, zeros, grid)
-        points = grid.points[:, 0].to(groups)[codes.int()]
+        points = look_up(grid, codes)
         values = (points if zeros is None else points - zeros) * scales
         error = (values - groups).abs().pow(_ERROR_POWER).sum(-1, keepdim=True)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scales = torch.where(better, scales, best_scales)
-        if zeros is not None and best_zeros is not None:
+        if zeros is not None:
             best_zeros = torch.where(better, zeros, best_zeros)
     return storable(best_scales), best_zeros
 
