@@ -59,7 +59,7 @@ def measure(source, recipe: Recipe, blocks, reference: Reference) -> dict:
     executed = time.time() - start - decided
     result = evaluate(model, blocks.test, reference).to_dict()
     return result | {
-        "bits_per_quantized_weight": quantized_bits(reports),
+        "bits_per_quantized_weight": quantized_bits(reports, source),
         "linear_flops_ratio": _linear_work(model) / _linear_work(source.load()),
         "trials": len(plan.trace),
         "seconds": {"decide": round(decided, 1), "execute": round(executed, 1)},
@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=128)
     parser.add_argument("--search", type=int, default=32)
     parser.add_argument("--test", type=int, default=160)
+    parser.add_argument("--only", help="renew these rows of an existing file, comma-separated: rtn,paley")
     parser.add_argument("--name", help="of the result file; default quality-MODEL")
     arguments = parser.parse_args()
     source = open_source(model_folder(arguments.model))
@@ -107,14 +108,18 @@ def main() -> None:
         },
         "rows": {},
     }
+    file = RESULTS / f"{arguments.name or 'quality-' + arguments.model}.json"
+    if arguments.only:
+        result["rows"] = json.loads(file.read_text())["rows"]
     for width in arguments.widths.split(","):
         for name, (recipe, flags) in rows(width, arguments.expand.split(",")).items():
-            row = measure(source, recipe, blocks, reference) | {"flags": flags}
+            if arguments.only and name not in arguments.only.split(","):
+                continue
+            row = measure(source, recipe, blocks, reference) | {"flags": flags, "commit": result["commit"]}
             result["rows"][f"{width} {name}"] = row
             print(f"{width} {name:24s} ppl {row['perplexity']:9.3f} gap {row['gap']:.4f} ± {row['gap_stderr']:.4f}  "
                   f"KL {row['kl']:.4f}  top-1 {row['top1_agreement']:.3f}  {row['seconds']}", flush=True)  # fmt: skip
             RESULTS.mkdir(exist_ok=True)
-            file = RESULTS / f"{arguments.name or 'quality-' + arguments.model}.json"
             file.write_text(json.dumps(result, indent=1) + "\n")
 
 

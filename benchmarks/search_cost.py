@@ -1,6 +1,6 @@
 """The paper's search against ours on the same quantized weights: writes benchmarks/results/search-cost-MODEL.json.
 
-python benchmarks/search_cost.py MODEL [--width w3a3kv3]
+python benchmarks/search_cost.py MODEL [--bits 3]
 Work is block-forwards times tokens, counted; both use the same tokens, grids (absmax, as published) and weights. Also
 compared with ours: the paper's slots, perplexity as the objective, the start from full precision, fewer tokens.
 """
@@ -24,7 +24,7 @@ from paley.model.capture import BlockRunner
 from paley.model.loading import open_source
 from paley.model.search import ClipSearch
 from paley.pipeline.monitor import Monitor
-from paley.pipeline.stages import decide, execute
+from paley.pipeline.stages import decide, execute, prepare_
 from paley.recipe import apply_settings, preset
 from paley.recipe.models import Search
 
@@ -98,10 +98,8 @@ def run(adapter: Adapter, source, plan, settings: Search, blocks, sequences: int
 @torch.no_grad()
 def original_hidden(source, plan, ids: torch.Tensor) -> torch.Tensor:
     """Last hidden states of the original in the rotated model's coordinates."""
-    from paley.pipeline.stages import _prepare_
-
     adapter = Adapter(source.load())
-    _prepare_(source, adapter, plan)
+    prepare_(source, adapter, plan)
     for block in adapter.blocks:
         set_attention_(block, None)
         for role, _ in block.linears():

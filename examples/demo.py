@@ -44,6 +44,8 @@ def main() -> None:
         outcome = paley.quantize(MODEL, recipe, output=OUT / wanted, overwrite=True)
         results[name] = outcome.results
         console.print(f"  {name}: done after {time.monotonic() - start:.0f} s")
+    if len({r["evaluation"]["sha256"] for r in results.values()}) != 1:
+        raise paley.PaleyError("the rows were scored on different text")
     console.print(_table(results))
     console.print("Perplexity and KL divergence through the packed KV cache; sizes count every stored byte.")
     _sample(console)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from paley.core import grids
+from paley.core import grids, rounding
 from paley.core.errors import PaleyError
 from paley.core.rounding import Quantized, dequantize, nearest_codes, quantize_dynamic, round_trip
 from paley.core.schemes import ActivationScheme
@@ -57,6 +57,19 @@ def test_round_trip_is_dequantize_after_quantize_bit_for_bit(scheme):
             assert same_bits(left, quantize_dynamic(x, scheme, scale_dtype).dequantize(x.dtype))
         assert torch.equal(x, before)
     assert same_bits(round_trip(x, scheme), round_trip(x, scheme, torch.float32))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("cached", [1, 24, 100, 240])
+def test_working_in_pieces_changes_no_bit(monkeypatch, name, cached):
+    scheme = ActivationScheme(name, group_size=8)
+    wide = normal(2, 24, 5)
+    inputs = (normal(2, 5, 24), wide.transpose(1, 2), normal(1, 24), normal(5, 24)[0])
+    whole = [round_trip(x, scheme) for x in inputs]
+    monkeypatch.setattr(rounding, "CACHED", cached)
+    for x, expected in zip(inputs, whole, strict=True):
+        assert round_trip(x, scheme).shape == x.shape
+        assert same_bits(round_trip(x, scheme), expected)
 
 
 @each_scheme
@@ -149,11 +162,11 @@ def test_clip_ratios_scale_the_scales(name):
 
 
 def test_an_affine_grid_reaches_both_ends():
-    x = torch.tensor([[-1.0, 0.0, 0.3, 2.0], [1.0, 2.0, 3.0, 3.0], [-4.0, -3.0, -2.0, -1.0]])
+    x = torch.tensor([[-1.0, 0.0, 0.3, 2.0], [1.0, 2.0, 3.0, 3.0], [-4.0, -3.0, -2.0, -1.0], [-1.7, 0, 1, 1.3]])
     q = quantize_dynamic(x, ActivationScheme("uint2"), torch.float32)
     assert q.zeros is not None
-    assert q.zeros.flatten().tolist() == [1, 0, 3]
-    assert q.scales.flatten().tolist() == pytest.approx([1, 1, 4 / 3])  # 0 is always within
+    assert q.zeros.flatten().tolist() == [1, 0, 3, 2]
+    assert q.scales.flatten().tolist() == pytest.approx([1, 1, 4 / 3, 1])  # 0 is always within
     assert q.dequantize().tolist()[:2] == [[-1, 0, 0, 2], [1, 2, 3, 3]]
 
 

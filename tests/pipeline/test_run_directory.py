@@ -51,13 +51,13 @@ def kill_at(monkeypatch):
 
 
 @pytest.mark.parametrize("before", [None, "same key", "other key"])
-@pytest.mark.parametrize("killed_at", range(4))
+@pytest.mark.parametrize("killed_at", range(5))
 def test_a_publication_killed_at_any_step_resumes_to_the_new_output(tmp_path, monkeypatch, kill_at, before, killed_at):
     output = tmp_path / "out"
     if before is not None:
         make(output, before, "old")
     kill_at(killed_at)
-    if killed_at < (2 if before is None else 3):
+    if killed_at < (2 if before is None else 4):
         with pytest.raises(Killed):
             make(output, "same key", "new", overwrite=before is not None)
     else:
@@ -70,7 +70,7 @@ def test_a_publication_killed_at_any_step_resumes_to_the_new_output(tmp_path, mo
 
 def test_a_removal_killed_halfway_leaves_a_finished_run(tmp_path, monkeypatch):
     def half(path, **kwargs):
-        (Path(path) / "lock").unlink()
+        (Path(path) / "lock").unlink(missing_ok=True)
         raise Killed
 
     output = tmp_path / "out"
@@ -111,8 +111,37 @@ def test_resume_finishes_no_run_of_other_settings(tmp_path):
         assert run.block_file("final", 0).read_text() == "codes"
     # A folder without run.json says nothing about what its files belong to.
     (run.path / "run.json").unlink()
-    with open_run(output, "other key", resume=True, overwrite=False) as run:
-        assert not run.block_file("final", 0).exists()
+    with pytest.raises(PaleyError, match="is no run directory of Paley"):
+        make(output, "other key", "new", resume=True)
+    assert run.block_file("final", 0).read_text() == "codes"
+
+
+def test_a_folder_of_someone_else_is_never_deleted(tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "thesis.txt").write_text("precious")
+    with pytest.raises(PaleyError, match="was not made by Paley"):
+        make(output, "key", "new", overwrite=True)
+    other = tmp_path / "other"
+    with (  # noqa: PT012
+        pytest.raises(PaleyError, match="appeared while this run was at work"),
+        open_run(other, "key", resume=False, overwrite=False) as run,
+    ):
+        run.checkpoint.mkdir()
+        other.mkdir()
+        (other / "thesis.txt").write_text("precious")
+        run.publish()
+    assert (output / "thesis.txt").read_text() == (other / "thesis.txt").read_text() == "precious"
+
+
+def test_a_text_that_changed_is_not_mixed_with_what_was_made_of_the_old_one(tmp_path):
+    with open_run(tmp_path / "out", "key", resume=False, overwrite=False) as run:
+        run.check_texts({"test": "a", "calibration": "b"})
+    with (
+        pytest.raises(PaleyError, match="calibration text has changed"),
+        open_run(tmp_path / "out", "key", resume=True, overwrite=False) as run,
+    ):
+        run.check_texts({"test": "a", "calibration": "c"})
 
 
 @pytest.mark.parametrize("output", ["/", "//", "/.."])

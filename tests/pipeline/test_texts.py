@@ -34,11 +34,10 @@ def recipe(name: str, *settings: str) -> Recipe:
         ("w4a4kv4", [], True),
         ("w4a4kv4", ["test.source=B"], False),
         ("w4a4kv4", ["test.source=B", "search.source=B"], True),
-        ("w4a4kv4", ["test.source=B", "search.source=B", "search.method=none"], False),
-        ("w4a16", [], True),  # calibrated
-        ("rtn-w4a16", [], False),  # nothing is tuned
-        ("w16a16kv4", ["search.method=none"], True),  # mean keys are calibrated
-        ("w16a16kv4", ["search.method=none", "center_keys=false"], False),
+        # Also where nothing is tuned: all methods are scored on the same text.
+        ("w4a4kv4", ["test.source=B", "search.source=B", "search.method=none"], True),
+        ("rtn-w4a16", [], True),
+        ("rtn-w4a16", ["test.source=B"], False),
     ],
 )
 def test_the_score_of_a_run_is_on_test_blocks(files, tiny_tokenizer, name, settings, split):
@@ -67,7 +66,15 @@ def test_a_file_is_known_by_any_of_its_names(files, tmp_path, monkeypatch):
     ):
         assert texts.is_tuned_on(made, source) == tuned, source
     assert texts.is_tuned_on(recipe("w4a4kv4"), "pydoc")
-    assert not texts.is_tuned_on(recipe("rtn-w4a4kv4"), "pydoc")
+    for name, settings, tuned in (
+        ("rtn-w4a4kv4", [], False),
+        ("rtn-w4a4kv4", ["overrides=[{pattern: '*', weight: {grid: int4}}]"], True),  # by GPTQ
+        ("w4a16", [], True),
+        ("w16a16", [], False),
+        ("w16a16kv4", ["search.method=none"], True),  # mean keys are calibrated
+        ("w16a16kv4", ["search.method=none", "center_keys=false"], False),
+    ):
+        assert texts.is_tuned_on(recipe(name, *settings), "pydoc") == tuned, (name, settings)
 
 
 def test_text_that_the_model_wrote_itself_is_no_test(tiny_tokenizer):

@@ -15,7 +15,18 @@ from paley.core.errors import PaleyError
 from paley.core.grids import Grid
 from paley.core.schemes import ActivationScheme
 
-__all__ = ["Quantized", "dequantize", "nearest_codes", "quantize_dynamic", "round_trip"]
+__all__ = [
+    "CACHED",
+    "Quantized",
+    "dequantize",
+    "dynamic_scales",
+    "look_up",
+    "nearest_codes",
+    "quantize_dynamic",
+    "round_trip",
+    "split_groups",
+    "storable",
+]
 
 CACHED = 2**16  # values at a time, so that a CPU's second-level cache holds what a chain of small steps works on
 _FEW = 16  # comparing with each edge beats a binary search up to about here
@@ -127,8 +138,8 @@ def quantize_dynamic(x: Tensor, scheme: ActivationScheme, scale_dtype: torch.dty
 
 def round_trip(x: Tensor, scheme: ActivationScheme, scale_dtype: torch.dtype = torch.float32) -> Tensor:
     """x [..., n] -> what `quantize_dynamic` and `dequantize` leave of it, bit for bit, in x's dtype."""
-    if x.numel() > CACHED:
-        rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(-1, x.shape[-1])
+    if x.numel() > CACHED and len(rows) > 1 and x.device.type == "cpu":
         parts = rows.split(max(1, CACHED // x.shape[-1]))
         return torch.cat([round_trip(part, scheme, scale_dtype) for part in parts]).view(x.shape)
     grid = grids.load(scheme.grid)

@@ -1,7 +1,8 @@
 """Quantizes a model's weights block by block, each block calibrated on what the quantized ones before it give.
 
 Beside the block at work a copy of the original runs, on the original's inputs, so that GPTQ can aim at the
-original outputs. Memory: that copy, and the hidden states of the calibration tokens twice.
+original outputs. Memory beside the model: that copy, the hidden states of the calibration tokens twice, and the packed
+codes of the blocks that are done.
 """
 
 from __future__ import annotations
@@ -29,11 +30,15 @@ __all__ = ["BlockQuantizer", "LayerReport", "set_attention_", "set_input_", "wra
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One quantized linear: ||W - Ŵ||² / ||W||² against the rotated weight, and its codes."""
+    """One quantized linear: ||W - Ŵ||² / ||W||² against the rotated weight, the bits it is stored in, its codes.
+
+    quantized is None once the codes are packed into the layer and written away.
+    """
 
     name: str
     rel_error: float
-    quantized: Quantized
+    stored_bits: int
+    quantized: Quantized | None
 
 
 def wrap_(adapter: Adapter, linears: dict[str, LinearSlot], attentions: dict[str, AttentionSlot]) -> None:
@@ -48,8 +53,8 @@ def wrap_(adapter: Adapter, linears: dict[str, LinearSlot], attentions: dict[str
                 linear, slot = block.part(role), linears[path]
                 if not isinstance(linear, nn.Linear):
                     raise PaleyError(f"{path}: is a {type(linear).__name__}, expected a linear layer")
-                made = QuantLinear.from_linear(linear, LinearSlot(transform=slot.transform), None)
-                made.shared_input = shared
+                made = QuantLinear.from_linear(linear, LinearSlot(transform=slot.transform), None, name=path)
+                made.shared_input = shared if len(roles) > 1 else None
                 adapter.model.set_submodule(path, made)
 
 
@@ -91,7 +96,8 @@ class BlockQuantizer:
         self._activate(block)
         reports = []
         for roles in self._same_inputs(block):
-            statistics = self._statistics(block, reference, roles[0]) if self.hidden is not None else None
+            gptq = any(scheme.method == "gptq" for r in roles if (scheme := self.linears[block.path(r)].weight))
+            statistics = self._statistics(block, reference, roles[0]) if gptq and self.hidden is not None else None
             for role in roles:
                 report = self._quantize_linear(block.path(role), statistics)
                 on_layer(report)
@@ -180,7 +186,7 @@ class BlockQuantizer:
                 continue
             # The next norm divides each token by its size: an error counts relative to it. Without this the few
             # tokens with massive activations would decide everything.
-            after = stream_original + nn.functional.linear(x_original, linear.dequantize())
+            after = stream_original + nn.functional.linear(x_original, linear.dequantize(), linear.bias)
             weight = after.square().mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()
             statistics.add(x * weight, x_original * weight, (stream_original - stream) * weight)
         return statistics
@@ -193,15 +199,18 @@ class BlockQuantizer:
         if scheme.method == "nearest":
             q = quantize_nearest(weight, scheme, where=path)
         else:
-            assert statistics is not None
+            if statistics is None:
+                raise PaleyError(f"{path}: method gptq needs calibration text, and the recipe's own methods need none")
             q = quantize_gptq(weight, statistics, scheme, compensate=self.compensate != "plain", where=path)
         return self._replace(path, q)
 
     def _replace(self, path: str, q: Quantized) -> LayerReport:
         linear = self.runner.adapter.model.get_submodule(path)
         assert isinstance(linear, QuantLinear)
-        made = QuantLinear.from_linear(linear, self.linears[path], q)
+        made = QuantLinear.from_linear(linear, self.linears[path], q, name=path)
         made.shared_input = linear.shared_input
         made.materialize_()
         self.runner.adapter.model.set_submodule(path, made)
-        return LayerReport(path, rel_error(linear.dequantize(), q.dequantize()), q)
+        stored = [made.codes, made.scales, made.zeros]
+        bits = 8 * sum(part.nbytes for part in stored if part is not None)
+        return LayerReport(path, rel_error(linear.dequantize(), made.dequantize()), bits, q)

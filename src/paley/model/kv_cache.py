@@ -232,7 +232,8 @@ class PackedKVCache(Cache):
             if not 0 <= index < config.num_hidden_layers or index in slots:
                 raise PaleyError(f"PackedKVCache: {name} claims cache layer {index}, which is taken or does not exist")
             slots[index] = slot, getattr(module, "key_mean", None)
-        super().__init__(layers=[PackedKVLayer(*slots.get(i, ())) for i in range(config.num_hidden_layers)])
+        layers: list[Any] = [PackedKVLayer(*slots.get(i, (None, None))) for i in range(config.num_hidden_layers)]
+        super().__init__(layers=layers)
 
     @property
     def nbytes(self) -> int:

@@ -32,8 +32,12 @@ class SharedInput:
                 return rounded
         rounded = rounding.round_trip(x, scheme)
         if not x.requires_grad and not x.is_inference():
-            self._seen = (weakref.ref(x), x._version, scheme, rounded)
+            self._seen = (weakref.ref(x, self._forget), x._version, scheme, rounded)
         return rounded
+
+    def _forget(self, source: weakref.ref[Tensor]) -> None:
+        if self._seen is not None and self._seen[0] is source:
+            self._seen = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedInput:
         return memo.setdefault(id(self), SharedInput())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +69,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         raise PaleyError(f"{path}: no tokenizer can be loaded here: {error}") from error
 
 
-def open_source(model: str | Path, on_tensor: Callable[[int, int], None] = lambda done, total: None) -> Source:
+def open_source(model: str | Path) -> Source:
     """Checks the folder or Hub name `model`: architecture, files, and that every weight is finite."""
     path = resolve(model)
     checkpoint = Checkpoint.open(path)

@@ -23,10 +23,12 @@ def decide_rotation(recipe: Recipe, adapter: Adapter) -> Rotation | None:
     wide = hidden + (_auto_expansion(recipe, hidden) if recipe.expand == "auto" else recipe.expand)
     _check_order("hidden size", wide, "expand")
     mlp = adapter.intermediate_size
-    wide_mlp = _reachable(mlp) if recipe.expand_mlp == "auto" else mlp + recipe.expand_mlp
-    _check_order("MLP width", wide_mlp, "expand_mlp")
     # What rotates at run time only serves rounding: where none is asked for, the model stays an ordinary one.
-    online = recipe.weights is not None or recipe.inputs is not None
+    overridden = any(o.weight or o.input for o in recipe.overrides)
+    online = recipe.weights is not None or recipe.inputs is not None or overridden
+    wide_mlp = _reachable(mlp) if recipe.expand_mlp == "auto" else mlp + recipe.expand_mlp
+    if online:
+        _check_order("MLP width", wide_mlp, "expand_mlp")
     width = adapter.num_heads * adapter.head_dim
     return Rotation(
         residual=Transform(hidden, wide, wide, seed),
@@ -37,11 +39,14 @@ def decide_rotation(recipe: Recipe, adapter: Adapter) -> Rotation | None:
 
 
 def rotate_(adapter: Adapter, rotation: Rotation | None) -> None:
-    """Unties, folds the norms and applies R1, R2 and the weights' side of what rotates at run time."""
-    fold.untie_(adapter)
-    fold.fold_norms_(adapter)
+    """Unties, folds the norms and applies R1, R2 and the weights' side of what rotates at run time.
+
+    Without a rotation the model stays as it is.
+    """
     if rotation is None:
         return
+    fold.untie_(adapter)
+    fold.fold_norms_(adapter)
     if rotation.residual is not None:
         fold.rotate_residual_(adapter, rotation.residual)
     for block in adapter.blocks:

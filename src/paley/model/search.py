@@ -6,6 +6,7 @@ there to the end (arXiv:2504.13989 evaluates the whole model each time).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -71,10 +72,18 @@ def search_slots(
     for block in adapter.blocks:
         attention = attentions[block.path("attention")]
         for kind, roles, caches in _LAYOUTS[layout]:
-            paths = tuple(p for p in map(block.path, roles) if linears[p].input is not None)
-            caches = tuple(c for c in caches if getattr(attention, c) is not None)
-            if paths or caches:
-                slots.append(SearchSlot(f"{block.name}.{kind}", block.index, kind, paths, caches))
+            # One number serves only what is rounded by one scheme; overrides may set members apart.
+            schemes: dict[ActivationScheme, tuple[list[str], list[str]]] = {}
+            for path in map(block.path, roles):
+                if (scheme := linears[path].input) is not None:
+                    schemes.setdefault(scheme, ([], []))[0].append(path)
+            for cache in caches:
+                if (scheme := getattr(attention, cache)) is not None:
+                    key = next(iter(schemes), scheme) if layout == "per_projection" else scheme
+                    schemes.setdefault(key, ([], []))[1].append(cache)
+            for n, (paths, held) in enumerate(schemes.values()):
+                suffix = f"{kind}-{n}" if n else kind
+                slots.append(SearchSlot(f"{block.name}.{suffix}", block.index, suffix, tuple(paths), tuple(held)))
     return slots
 
 
@@ -128,7 +137,7 @@ class ClipSearch:
         return gradual_search(list(self.slots), evaluate, settle, self._search)
 
     def _search(self, name: str, score: Score) -> Outcome:
-        slot, iterations = self.slots[name], self.settings.iterations
+        slot, iterations = self.slots[name], self.settings.trials
         start = self._start(slot)
         if self.settings.schedule == "paper":
             found = bracket_search(score, iterations)
@@ -190,7 +199,8 @@ class ClipSearch:
                 losses = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
             total += float(losses.double().sum())
             tokens += losses.numel()
-        return total / tokens
+        mean = total / tokens
+        return math.exp(mean) if self.settings.objective == "perplexity" else mean
 
     def _original(self, batch: int) -> Tensor:
         """The original's logits [sequences, seq_len - 1, vocab] of a batch; kept where they are small."""

@@ -83,6 +83,7 @@ def make_plan(model: str | Path, recipe: Recipe, *, device: str = "cpu", monitor
 
 def _make(source: Source, recipe: Recipe, plan: Plan | None, run: RunDirectory, monitor: Monitor, device: str) -> None:
     texts = gather(recipe, source, device)
+    run.check_texts({b.role: b.sha256 for b in (texts.calibration, texts.search, texts.test) if b is not None})
     reference = _reference(source, texts, run, monitor, device)
     plan = plan or _plan(source, recipe, texts, run, monitor, device)
     model, reports = execute(source, plan, texts, run, monitor, device)
@@ -107,7 +108,7 @@ def _make(source: Source, recipe: Recipe, plan: Plan | None, run: RunDirectory, 
         "fingerprint": source.fingerprint,
         "parameters": weights,
         "bits_per_weight": size * 8 / weights,
-        "bits_per_quantized_weight": quantized_bits(reports),
+        "bits_per_quantized_weight": quantized_bits(reports, source),
         "bytes": size,
         "original_bytes": original,
         "untouched": untouched(reloaded),

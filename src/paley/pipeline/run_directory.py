@@ -24,6 +24,7 @@ __all__ = ["RunDirectory", "check_output", "open_run"]
 
 RESULTS = "results.json"
 SETTINGS = "run.json"
+_CLEARED = "cleared"
 
 
 class RunDirectory:
@@ -58,6 +59,17 @@ class RunDirectory:
         kept = ("trace.jsonl", "plan.json", "checkpoint", "draft", "final")
         return any((self.path / name).exists() for name in kept)
 
+    def check_texts(self, hashes: dict[str, str]) -> None:
+        """Raises where the texts' sha256 are not those that the run began with: its parts would not fit together."""
+        file = self.path / "texts.json"
+        if not file.exists():
+            write_json(file, hashes)
+        elif _read(file) != hashes:
+            changed = ", ".join(role for role, sha256 in _read(file).items() if hashes.get(role) != sha256)
+            raise PaleyError(
+                f"{self.path}: the {changed} text has changed since this run began; start anew with --overwrite"
+            )
+
     def trials(self) -> list[Trial]:
         """The search's trials so far; a last line cut off by a kill is dropped."""
         file = self.path / "trace.jsonl"
@@ -76,19 +88,36 @@ class RunDirectory:
         with (self.path / "trace.jsonl").open("a") as file:
             file.write(trial.model_dump_json() + "\n")
 
+    def remove(self) -> None:
+        """Deletes the run directory, run.json last, so that a kill in between leaves one that is known as ours."""
+        write_json(self.path / SETTINGS, {"run": _CLEARED})
+        for entry in self.entries():
+            shutil.rmtree(entry.path) if entry.is_dir() else os.unlink(entry.path)
+        shutil.rmtree(self.path)
+
+    def entries(self) -> list[os.DirEntry[str]]:
+        """What the run has made: all but the lock, the settings, and files half written."""
+        return [e for e in os.scandir(self.path) if e.name not in ("lock", SETTINGS) and not e.name.startswith(".")]
+
     def publish(self) -> None:
         """Makes the finished checkpoint the output folder, in place of an older one, and removes the run."""
         if self.output.exists() and self.checkpoint.exists():
+            if not _read(self.path / SETTINGS).get("replaces"):
+                raise PaleyError(
+                    f"{self.output}: appeared while this run was at work; move it away and run again with --resume"
+                )
             self.output.rename(self.replaced)
         if self.checkpoint.exists():
             self.checkpoint.rename(self.output)
-        (self.path / SETTINGS).unlink()  # first, as it speaks of what is removed next
-        shutil.rmtree(self.path)
+        self.remove()
 
 
 def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
     """Raises where an output or an unfinished run is in the way; needs no key, so that nothing is read before."""
     run = RunDirectory(output, "")
+    ours = not run.output.exists() or "run" in _read(run.output / RESULTS)
+    if overwrite and not ours and not (run.output.is_dir() and not any(run.output.iterdir())):
+        raise PaleyError(f"{output}: was not made by Paley, so --overwrite does not delete it; move it away yourself")
     if resume or overwrite:
         return
     if run.output.exists():
@@ -124,10 +153,10 @@ def open_run(output: Path, key: str, *, resume: bool, overwrite: bool) -> Iterat
                 f"{output}: another run is at work on it; wait for it, or choose another --output"
             ) from None
         settings = run.path / SETTINGS
-        if not (resume and settings.exists()):
-            _clear(run.path)
-            write_json(settings, {"run": key, "replaces": not resume and run.output.exists()})
-        elif _read(settings).get("run") != key:
+        state = _read(settings).get("run")
+        if not resume or state in (None, _CLEARED):
+            _start(run, replaces=overwrite and run.output.exists())
+        elif state != key:
             raise PaleyError(
                 f"{run.path}: the unfinished run there is of another model or other settings; repeat its command "
                 "with --resume, or start anew with --overwrite"
@@ -136,15 +165,20 @@ def open_run(output: Path, key: str, *, resume: bool, overwrite: bool) -> Iterat
             yield run
         except PaleyError:
             if not run.has_progress:  # refused before anything was made: leave no trace
-                shutil.rmtree(run.path)
+                run.remove()
             raise
 
 
-def _clear(folder: Path) -> None:
-    for entry in os.scandir(folder):
-        if entry.name == "lock":
-            continue
+def _start(run: RunDirectory, *, replaces: bool) -> None:
+    """Empties the run directory and writes what run this is; killed in between, it is known to be half emptied."""
+    settings = run.path / SETTINGS
+    entries = run.entries()
+    if entries and not settings.exists():
+        raise PaleyError(f"{run.path}: is no run directory of Paley; move it away, or choose another --output")
+    write_json(settings, {"run": _CLEARED})
+    for entry in entries:
         shutil.rmtree(entry.path) if entry.is_dir() else os.unlink(entry.path)
+    write_json(settings, {"run": run.key, "replaces": replaces})
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -42,7 +42,10 @@ def save_checkpoint(folder: Path, model: PreTrainedModel, plan: Plan, source: So
         if isinstance(module, QuantLinear)
         for buffer, _ in module.named_buffers()
     }
+    tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
     for name, tensor in model.state_dict().items():
+        if name in tied:
+            continue
         if name.endswith(".key_mean"):
             writer.add(name, tensor.half())
         else:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from paley.core.errors import PaleyError
+from paley.core.errors import PaleyError, nearest_name
 from paley.core.rounding import Quantized
 from paley.core.schemes import AttentionSlot, LinearSlot
 from paley.format import spec
@@ -27,7 +28,7 @@ from paley.pipeline.texts import Texts
 from paley.plan import Plan, Rotation, Trial
 from paley.recipe import Recipe
 
-__all__ = ["decide", "execute", "storage_dtype"]
+__all__ = ["decide", "execute", "prepare_", "storage_dtype"]
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -52,7 +53,7 @@ def decide(
     assert texts.search is not None
     ids = texts.search.ids.to(device)
     runner = BlockRunner(adapter)
-    _prepare_(source, adapter, plan)
+    prepare_(source, adapter, plan)
     reference = runner.suffix(0, runner.embed(ids))
     _quantize_blocks(runner, plan, texts, run, "draft", monitor)
     search = ClipSearch(runner, ids, reference, linears, attentions, recipe.search)
@@ -86,7 +87,8 @@ def execute(
     """-> the quantized model, ready to run or to save, and a report for each quantized layer."""
     plan.check_fingerprint(source.fingerprint)
     adapter = Adapter(source.load(device=device))
-    _prepare_(source, adapter, plan)
+    _check_plan(plan, adapter)
+    prepare_(source, adapter, plan)
     reports = _quantize_blocks(BlockRunner(adapter), plan, texts, run, "final", monitor)
     return adapter.model, reports
 
@@ -114,7 +116,23 @@ def _slots(
     return linears, attentions
 
 
-def _prepare_(source: Source, adapter: Adapter, plan: Plan) -> None:
+def _check_plan(plan: Plan, adapter: Adapter) -> None:
+    """Raises where an edited plan no longer fits the model, or its slots no longer fit its rotation."""
+    linears, attentions = _slots(plan.recipe, adapter, plan.rotation)
+    for wanted, given in ((linears, plan.linears), (attentions, plan.attentions)):
+        for name in {*wanted, *given}:
+            if name not in given:
+                raise PaleyError(f"plan: {name} has no slot; write one, with nulls to leave it unquantized")
+            if name not in wanted:
+                raise PaleyError(f"plan: {name} is no layer of this model{nearest_name(name, wanted)}")
+            if given[name].transform != wanted[name].transform:
+                raise PaleyError(
+                    f"plan: {name} has transform {given[name].transform}, but the plan's rotation makes it "
+                    f"{wanted[name].transform}; the two must agree"
+                )
+
+
+def prepare_(source: Source, adapter: Adapter, plan: Plan) -> None:
     """Rotates the model, rounds what stays unquantized to its storage type, and wraps the linears."""
     rotate_(adapter, plan.rotation)
     dtype = storage_dtype(plan.recipe, source)
@@ -151,18 +169,20 @@ def _quantize_blocks(
     for block in runner.adapter.blocks:
         file = run.block_file(stage, block.index) if run else None
         if file is not None and file.exists():
-            reports += quantizer.restore(block.index, *_read_block(file, plan, block), show)
+            restored = quantizer.restore(block.index, *_read_block(file, plan, block), show)
+            reports += [replace(report, quantized=None) for report in restored]
             continue
         done = quantizer.quantize(block.index, show)
         if file is not None:
             _write_block(file, block, done)
-        reports += done
+        reports += [replace(report, quantized=None) for report in done]
     return reports
 
 
 def _write_block(file: Path, block: Block, reports: list[LayerReport]) -> None:
     tensors: dict[str, Tensor] = {}
     for report in reports:
+        assert report.quantized is not None
         tensors |= spec.encode_linear(report.name, report.quantized)
     if (mean := block.part("attention").key_mean) is not None:
         tensors[_key_mean(block)] = mean

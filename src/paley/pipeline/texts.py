@@ -56,13 +56,16 @@ def gather(recipe: Recipe, source: Source, device: str = "cpu") -> Texts:
 
 
 def test_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> TokenBlocks:
-    """The text that a model made by `recipe` is scored on: all of a source, or its test part if also tuned on."""
+    """The text that a model made by `recipe` is scored on: the test part, or all of a source given for tests alone.
+
+    Recipes that name the same sources are scored on the same text, whatever they tune.
+    """
     source = recipe.test.source or recipe.calibration.source
     if source == SELF:
         raise PaleyError("a score on text that the model wrote itself says little: set test.source to a file or pydoc")
     return token_blocks(
         source, tokenizer, role="test", count=recipe.test.sequences, seq_len=recipe.test.seq_len, seed=None,
-        whole=not is_tuned_on(recipe, source),
+        whole=_identity(source) not in map(_identity, filter(None, (recipe.calibration.source, recipe.search.source))),
     )  # fmt: skip
 
 
@@ -74,8 +77,9 @@ def is_tuned_on(recipe: Recipe, source: str) -> bool:
 def _tuning_sources(recipe: Recipe) -> dict[Role, str]:
     """Role -> source, of the roles calibration and search as far as the recipe needs them."""
     searches = recipe.search.method != "none"
-    calibrates = recipe.weights is not None and recipe.weights.method == "gptq"
-    centers = recipe.keys is not None and recipe.center_keys
+    weights = [recipe.weights, *(o.weight for o in recipe.overrides)]
+    calibrates = any(scheme is not None and scheme.method == "gptq" for scheme in weights)
+    centers = recipe.center_keys and any([recipe.keys, *(o.keys for o in recipe.overrides)])
     sources: dict[Role, str] = {}
     if searches or calibrates or centers:
         sources["calibration"] = recipe.calibration.source

@@ -58,7 +58,12 @@ class Search(_Frozen):
     source: Text | None = None
     sequences: Positive = 16
     seq_len: SeqLen = 512
-    iterations: Positive = 2
+    iterations: Positive | None = None
+
+    @property
+    def trials(self) -> int:
+        """Iterations of a slot's search: as given, else the paper's ten or our two."""
+        return self.iterations or (10 if self.schedule == "paper" else 2)
 
 
 class Test(_Frozen):
