@@ -39,7 +39,8 @@ def quality(model: str) -> list[str]:
         f"{r['parameters']:,} parameters; original perplexity {r['original']['perplexity']:.3f} on {n['test']} "
         f"sequences of {r['seq_len']} from {r['text']['test']}; {n['calibration']} sequences for calibration, "
         f"{n['search']} for the search. "
-        f"Commit {r['commit'][:10]}. `python benchmarks/quality.py {model} --calibration {n['calibration']} "
+        f"Newest rows of commit {r['commit'][:10]}, each row's own in the file. "
+        f"`python benchmarks/quality.py {model} --calibration {n['calibration']} "
         f"--search {n['search']} --test {n['test']}`",
         "",
         "| | perplexity | gap | KL | top-1 | bits | work of the linears | seconds |",
