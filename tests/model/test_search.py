@@ -71,6 +71,19 @@ def test_gradual_from_fp_and_from_low_bit_leave_all_slots_quantized():
                 assert block.part(role).slot.input == search.linears[path].input
 
 
+def test_from_low_bit_the_start_of_a_slot_is_where_the_last_one_ended():
+    search, trials = make(start="from_low_bit", iterations=1), []
+    outcomes = list(search.run(on_trial=trials.append).values())
+    fresh = make(start="from_low_bit")
+    starts = {s.name: fresh._start(s) for s in fresh.slots.values()}
+    repeated = [t for t in trials if t.clip_ratio == starts[t.slot]]
+    assert [t.slot for t in repeated] == ["model.layers.0.attn_input"]
+    # What was not computed is what would have come out.
+    last = search.slots["model.layers.1.down_input"]
+    search._set(last, starts[last.name])
+    assert search._loss(last, starts[last.name]) == pytest.approx(outcomes[-2].loss, rel=1e-6)
+
+
 def test_low_bit_never_ends_worse_than_it_started():
     search = make(start="from_low_bit", iterations=3, objective="kl")
     first = search.slots["model.layers.0.attn_input"]

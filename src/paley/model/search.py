@@ -121,7 +121,11 @@ class ClipSearch:
         for slot in self.slots.values():
             self._set(slot, None if from_fp else self._start(slot))
 
+        settled: list[float] = []  # the loss of the model as it stands, once a slot is settled
+
         def evaluate(name: str, clip_ratio: float) -> float:
+            if settled and not from_fp and clip_ratio == self._start(self.slots[name]):
+                return settled[-1]  # from low bits this slot is there already
             if (name, clip_ratio) not in memo:
                 memo[name, clip_ratio] = self._loss(self.slots[name], clip_ratio)
                 on_trial(Trial(slot=name, clip_ratio=clip_ratio, objective=memo[name, clip_ratio]))
@@ -132,6 +136,7 @@ class ClipSearch:
             self._set(slot, outcome.clip_ratio)
             self._keep(slot, outcome.clip_ratio)
             self._last[slot.kind] = outcome.clip_ratio
+            settled.append(outcome.loss)
             on_slot(name, outcome)
 
         return gradual_search(list(self.slots), evaluate, settle, self._search)
