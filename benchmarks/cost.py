@@ -21,7 +21,7 @@ import paley
 from paley.recipe import apply_settings, preset
 
 TOKENIZER = Path(__file__).resolve().parents[1] / "assets" / "demo-model"
-LAYERS, TOKENS = (2, 4, 8, 16), (4096, 8192, 16384, 32768)
+LAYERS, TOKENS = (2, 4, 8), (4096, 8192, 16384)
 SEQ_LEN = 256
 
 
@@ -69,7 +69,7 @@ def main() -> None:
         **provenance(),
         "by_layers": [child(layers, 256, 8192) for layers in LAYERS],
         "by_tokens": [child(4, 256, tokens) for tokens in TOKENS],
-        "by_size": [child(8, hidden, 4096) for hidden in (256, 512, 1024)],
+        "by_size": [child(8, hidden, 4096) for hidden in (256, 512)],
     }
     for group in ("by_layers", "by_tokens", "by_size"):
         for r in result[group]:
