@@ -16,7 +16,6 @@ from paley.core.grids import Grid
 from paley.core.schemes import ActivationScheme
 
 __all__ = [
-    "CACHED",
     "Quantized",
     "dequantize",
     "dynamic_scales",
@@ -28,7 +27,6 @@ __all__ = [
     "storable",
 ]
 
-CACHED = 2**16  # values at a time, so that a CPU's second-level cache holds what a chain of small steps works on
 _FEW = 16  # comparing with each edge beats a binary search up to about here
 
 
@@ -138,10 +136,6 @@ def quantize_dynamic(x: Tensor, scheme: ActivationScheme, scale_dtype: torch.dty
 
 def round_trip(x: Tensor, scheme: ActivationScheme, scale_dtype: torch.dtype = torch.float32) -> Tensor:
     """x [..., n] -> what `quantize_dynamic` and `dequantize` leave of it, bit for bit, in x's dtype."""
-    rows = x.reshape(-1, x.shape[-1])
-    if x.numel() > CACHED and len(rows) > 1 and x.device.type == "cpu":
-        parts = rows.split(max(1, CACHED // x.shape[-1]))
-        return torch.cat([round_trip(part, scheme, scale_dtype) for part in parts]).view(x.shape)
     grid = grids.load(scheme.grid)
     groups = split_groups(x.float(), scheme.group_size)
     scales, zeros = dynamic_scales(groups, grid, scheme.scale, scheme.clip_ratio, scale_dtype)

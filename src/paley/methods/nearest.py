@@ -7,7 +7,7 @@ from torch import Tensor
 
 from paley.core import grids
 from paley.core.grids import Grid
-from paley.core.rounding import CACHED, Quantized, dynamic_scales, look_up, nearest_codes, split_groups, storable
+from paley.core.rounding import Quantized, dynamic_scales, look_up, nearest_codes, split_groups, storable
 from paley.core.schemes import WeightScheme
 
 __all__ = ["quantize_nearest", "weight_scales"]
@@ -25,9 +25,8 @@ def weight_scales(weight: Tensor, scheme: WeightScheme, where: str = "weight") -
     groups = split_groups(weight.float(), scheme.group_size, where)
     if scheme.scale_search == "absmax":
         return dynamic_scales(groups, grid, "absmax", 1.0, torch.float16)
-    rows = max(1, CACHED // weight.shape[1])
-    scales, zeros = zip(*(_least_error(part, grid) for part in groups.split(rows)), strict=True)
-    return torch.cat(scales), torch.cat(zeros) if grid.affine else None
+    scales, zeros = _least_error(groups, grid)
+    return scales, zeros if grid.affine else None
 
 
 def _least_error(groups: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
