@@ -17,8 +17,8 @@ HEAD = """\
 Made by `python benchmarks/tables.py` from `benchmarks/results/*.json`; every file names its commit and machine. All
 scores go through the packed KV cache in chunks. *Gap*: nats per token lost against the original, paired over sequences;
 *KL*: to the original, nats per token; *top-1*: how often the most likely token is the same; *bits*: of the quantized
-linears for each of their original weights, scales and expansion included. ± is one standard error over sequences; seconds
-are of a busy machine, one thread, and compare only roughly. Methods: `rtn` rounds to nearest without rotation;
+linears for each of their original weights, scales and expansion included. ± is one standard error over sequences;
+seconds are of a busy machine, one thread, and compare only roughly. Methods: `rtn` rounds to nearest without rotation;
 `quarot` is QuaRot with clips of 1.0; `quarot-clipped` with 0.9 for inputs and asymmetric keys and values at 0.95.
 """
 
