@@ -21,7 +21,7 @@ import paley
 from paley.recipe import apply_settings, preset
 
 TOKENIZER = Path(__file__).resolve().parents[1] / "assets" / "demo-model"
-LAYERS, TOKENS = (2, 4, 8), (4096, 8192, 16384)
+LAYERS, TOKENS = (2, 4, 8), (2048, 4096, 8192)
 SEQ_LEN = 256
 
 
@@ -64,19 +64,21 @@ def child(*sizes: int) -> dict:
 
 
 def main() -> None:
-    child(2, 128, 4096)  # warms the file cache
-    result = {
-        **provenance(),
-        "by_layers": [child(layers, 256, 8192) for layers in LAYERS],
-        "by_tokens": [child(4, 256, tokens) for tokens in TOKENS],
-        "by_size": [child(8, hidden, 4096) for hidden in (256, 512)],
+    child(1, 128, 2048)  # warms the file cache
+    plans = {
+        "by_layers": [(layers, 256, 4096) for layers in LAYERS],
+        "by_tokens": [(2, 256, tokens) for tokens in TOKENS],
+        "by_size": [(4, hidden, 2048) for hidden in (256, 512)],
     }
-    for group in ("by_layers", "by_tokens", "by_size"):
-        for r in result[group]:
+    result = {**provenance(), **{group: [] for group in plans}}
+    for group, sizes in plans.items():
+        for size in sizes:
+            r = child(*size)
+            result[group].append(r)
             print(f"{group:10s} {r['layers']:3d} layers  hidden {r['hidden']:5d}  {r['tokens']:6d} tokens  "
                   f"{r['seconds']:6.1f} s  model {r['model_bytes_float32'] / 1e6:6.1f} MB  "
-                  f"peak {r['peak_bytes'] / 1e6:6.0f} MB")  # fmt: skip
-    (RESULTS / "cost.json").write_text(json.dumps(result, indent=1) + "\n")
+                  f"peak {r['peak_bytes'] / 1e6:6.0f} MB", flush=True)  # fmt: skip
+            (RESULTS / "cost.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
