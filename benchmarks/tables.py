@@ -110,7 +110,7 @@ def readme() -> None:
         "Loss gained over the original, nats per token (± one standard error), on the demo model, 11.9 million",
         "parameters with real outliers, through the quantized cache:",
         "",
-        "| | round to nearest | QuaRot, clips 1.0 | QuaRot, 0.9 / 0.95 | Paley, no search | the same, 64 more columns |",
+        "| | round to nearest | QuaRot, 1.0 | QuaRot, 0.9 / 0.95 | Paley, no search | with 64 columns more |",
         "|---|---|---|---|---|---|",
     ]
     for width in ("w4a4kv4", "w3a3kv3"):
