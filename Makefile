@@ -2,12 +2,18 @@
 
 PY := .venv/bin/python
 READY := .venv/.ready
+NATIVE := src/paley/kernels/libpaley
 
 .PHONY: setup demo test lint types clean
 
 setup: $(READY)
 
-$(READY): pyproject.toml constraints-cpu.txt scripts/setup.sh
+# Without the native kernels each `make setup` tries again: a C++ compiler may be there by now.
+ifeq ($(MAKECMDGOALS)$(wildcard $(NATIVE).*),setup)
+.PHONY: $(READY)
+endif
+
+$(READY): pyproject.toml setup.py constraints-cpu.txt scripts/setup.sh $(wildcard csrc/*)
 	@bash scripts/setup.sh
 	@touch $@
 
@@ -26,5 +32,5 @@ types: $(READY)
 	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(PY) -m pyright
 
 clean:
-	rm -rf .venv build demo-out .pytest_cache .ruff_cache src/paley.egg-info
+	rm -rf .venv build demo-out .pytest_cache .ruff_cache src/paley.egg-info $(NATIVE).*
 	find src tests benchmarks examples scripts -name __pycache__ -type d -prune -exec rm -rf {} +

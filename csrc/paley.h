@@ -1,0 +1,49 @@
+// The C ABI of Paley's native kernels: everything that Python calls by ctypes.
+//
+// No Python header is used, so one library serves every Python. A function returns 0, or one of the codes below;
+// no exception leaves the library. Whoever changes a signature or a meaning raises PALEY_ABI_VERSION here and
+// ABI_VERSION in src/paley/kernels/native.py.
+#pragma once
+
+#include <stdint.h>
+
+#define PALEY_ABI_VERSION 1
+
+#if defined(_WIN32)
+#define PALEY_EXPORT __declspec(dllexport)
+#else
+#define PALEY_EXPORT __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum paley_status {
+  PALEY_OK = 0,
+  PALEY_BAD_ARGUMENT = 1,
+  PALEY_OUT_OF_MEMORY = 2,
+  PALEY_INTERNAL = 3,
+};
+
+// Instruction sets, ascending. A level this machine lacks is refused as PALEY_BAD_ARGUMENT.
+enum paley_level {
+  PALEY_PORTABLE = 0,
+  PALEY_AVX2 = 1,  // with FMA
+  PALEY_AVX512 = 2,  // AVX-512F
+};
+
+PALEY_EXPORT int32_t paley_abi_version(void);
+
+// The best level of this machine.
+PALEY_EXPORT int32_t paley_best_level(void);
+
+// x [count, p] and points [n, p], finite, 1 <= p <= 8, 1 <= n <= 65536 -> codes [count]: the index of the
+// greatest score -|c|^2/2 + x0 c0 + x1 c1 + ..., summed in float64 in this order; the lowest of equal ones.
+// In x infinities count as the largest float32 and NaN as 0. The codes depend on neither level nor threads.
+PALEY_EXPORT int32_t paley_nearest_points(const float* x, int64_t count, const float* points, int32_t n, int32_t p,
+                                          int32_t level, int32_t threads, int32_t* codes);
+
+#ifdef __cplusplus
+}
+#endif

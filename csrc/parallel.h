@@ -1,0 +1,37 @@
+// Threads for as long as one call lasts: no pool, nothing that a fork could break.
+#pragma once
+
+#include <exception>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+namespace paley {
+
+// Runs worker() on `threads` threads, the caller's among them; the first exception of any is thrown again here.
+// Workers share their work out among themselves, so fewer threads than asked for is only slower.
+template <class Worker>
+void run_workers(int threads, const Worker& worker) {
+  std::exception_ptr error;
+  std::mutex lock;
+  auto guarded = [&] {
+    try {
+      worker();
+    } catch (...) {
+      const std::lock_guard<std::mutex> held(lock);
+      if (!error) error = std::current_exception();
+    }
+  };
+  std::vector<std::thread> helpers;
+  helpers.reserve(threads > 1 ? threads - 1 : 0);
+  try {
+    while (static_cast<int>(helpers.size()) + 1 < threads) helpers.emplace_back(guarded);
+  } catch (const std::system_error&) {  // the system gives no more threads
+  }
+  guarded();
+  for (auto& helper : helpers) helper.join();
+  if (error) std::rethrow_exception(error);
+}
+
+}  // namespace paley

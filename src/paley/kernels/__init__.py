@@ -1,0 +1,71 @@
+"""Native kernels for the ops that core/ declares. The torch reference in core/ is the meaning of each of them.
+
+PALEY_BACKEND picks: `auto` (native where it was built, else the reference), `native`, or `reference`.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+
+import torch
+from torch import Tensor
+
+from paley.core import nearest
+from paley.core.errors import PaleyError, nearest_name
+from paley.kernels import native
+
+__all__ = ["BACKENDS", "available", "backend", "register", "why_unavailable"]
+
+BACKENDS = ("auto", "native", "reference")
+_LOG = logging.getLogger(__name__)
+
+
+def available() -> bool:
+    """Whether the native kernels were built and can be loaded here."""
+    return native.why_missing() is None
+
+
+def why_unavailable() -> str | None:
+    """Why they are not available, with the way out; None where they are."""
+    return native.why_missing()
+
+
+def backend(name: str | None = None) -> str:
+    """What `name` (by default $PALEY_BACKEND, or else "auto") takes here: "native" or "reference".
+
+    Errors: PaleyError where native kernels are asked for by name and missing, or the name is unknown.
+    """
+    return _resolve(name or os.environ.get("PALEY_BACKEND") or "auto")
+
+
+@functools.cache
+def _resolve(name: str) -> str:
+    if name not in BACKENDS:
+        raise PaleyError(f"backend {name!r} is none of {', '.join(BACKENDS)}{nearest_name(name, BACKENDS)}")
+    if name == "reference":
+        return name
+    if name == "native":
+        native.load()
+        return name
+    reason = native.why_missing()
+    if reason is None:
+        _LOG.info("native kernels, %s", native.best_level())
+        return "native"
+    _LOG.warning("no native kernels, the slower torch reference runs instead: %s", reason)
+    return "reference"
+
+
+@functools.cache
+def register() -> torch.library.Library:
+    """Puts the kernels behind core's ops on the CPU, once; the backend is chosen when one first runs."""
+    library = torch.library.Library("paley", "FRAGMENT")
+    library.impl("nearest_points", _nearest_points, "CPU")
+    return library
+
+
+def _nearest_points(x: Tensor, points: Tensor) -> Tensor:
+    if backend() == "native":
+        return native.nearest_points(x, points)
+    return nearest.reference(x, points)
