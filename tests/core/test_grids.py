@@ -120,7 +120,7 @@ def test_a_lloyd_max_grid_beats_every_even_grid(bits):
         ("int1", r"grid 'int1': bits must be between 2 and 8, got 1"),
         ("gauss9", r"bits must be between 2 and 8, got 9"),
         ("uint16", r"got 16"),
-        ("nf4", r"unknown grid 'nf4': known are int<bits>, uint<bits>, odd<bits>, gauss<bits>"),
+        ("nf9", r"unknown grid 'nf9': known are int<bits>, uint<bits>, odd<bits>, gauss<bits>"),
         ("gaus3", r"did you mean 'gauss3'\?"),
         ("int", r"unknown grid 'int'"),
         ("int4 ", r"unknown grid 'int4 '"),

@@ -1,52 +1,75 @@
 """Grids: the points that rounding may land on. A grid is data; no code asks which method it came from.
 
 Families, with b bits: `int{b}` two's complement, `uint{b}` with a zero point, `odd{b}` the odd integers
-(mid-rise: no zero, no wasted level), `gauss{b}` the Lloyd-Max points of N(0, 1).
+(mid-rise: no zero, no wasted level), `gauss{b}` the Lloyd-Max points of N(0, 1), `nf{b}` and `af{b}` those of
+bitsandbytes and its successor. `p{p}n{n}`: n points in p dimensions of least squared error for N(0, I)
+(HIGGS, arXiv:2411.17525). `e8q{q}k{k}`: a lattice too large for a table, which has the same interface.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 
 import torch
 from torch import Tensor
 
+from paley.core import lattice, tables
 from paley.core.errors import PaleyError, nearest_name
+from paley.core.lattice import E8Grid
+from paley.core.nearest import nearest_points
 
-__all__ = ["FAMILIES", "Grid", "load"]
+__all__ = [
+    "FAMILIES", "AnyGrid", "Grid", "code_dtype", "custom", "custom_points", "know", "load", "names",
+]  # fmt: skip
 
 FAMILIES = ("int", "uint", "odd", "gauss")
 MIN_BITS, MAX_BITS = 2, 8
+MAX_POINTS, MAX_DIM = 4096, 8
+_FEW = 16  # comparing with each edge beats a binary search up to about here
+_CUSTOM: dict[str, Grid] = {}  # grids that came from files, under names that are hashes of their points
 
 
 @dataclass(frozen=True, eq=False)
 class Grid:
     """points [n, p] float64, ascending for p = 1; affine: values are scale * (point - zero), zero a code.
 
-    peak: the point that max|x| is scaled to. gaussian_scale: the scale of least error on N(0, 1).
-    step: the distance of neighbours where it is constant, else None.
+    known_mse: E |x - round(x)|^2 / p on N(0, I), where it was measured.
     """
 
     name: str
     points: Tensor
     affine: bool = False
+    known_mse: float | None = None
+
+    @property
+    def size(self) -> int:
+        return self.points.shape[0]
+
+    @property
+    def p(self) -> int:
+        """Values that one code stands for."""
+        return self.points.shape[1]
 
     @property
     def bits(self) -> float:
-        return math.log2(self.points.shape[0]) / self.points.shape[1]
+        return math.log2(self.size) / self.p
 
     @functools.cached_property
     def peak(self) -> float:
+        """The point that max|x| is scaled to."""
         return float(self.points.max())
 
     @functools.cached_property
     def step(self) -> float | None:
-        if self.points.shape[1] != 1:
+        """The distance of neighbours where it is constant, else None."""
+        if self.p != 1:
             return None
         steps = self.points[:, 0].diff()
         return float(steps[0]) if torch.allclose(steps, steps[:1], rtol=1e-12) else None
@@ -55,6 +78,35 @@ class Grid:
     def edges(self) -> Tensor:
         """Midpoints [n - 1] between neighbouring points (p = 1)."""
         return (self.points[1:, 0] + self.points[:-1, 0]) / 2
+
+    def nearest(self, vectors: Tensor) -> Tensor:
+        """vectors [N, p] float32 -> codes [N] of the nearest points. May write to `vectors`."""
+        index = self._index(vectors[:, 0]) if self.p == 1 else nearest_points(vectors, self.points.to(vectors))
+        return index.to(code_dtype(self))
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """codes, integers [...] -> their points, float32 [..., p]."""
+        points = self.points.to(device=codes.device, dtype=torch.float32)
+        # Ten times faster than points[codes].
+        return points.index_select(0, codes.flatten().int()).view(*codes.shape, self.p)
+
+    def round(self, vectors: Tensor) -> Tensor:
+        """vectors [N, p] float32 -> their nearest points: `decode(nearest(...))`. May write to `vectors`."""
+        if self.step is None:
+            return self.decode(self.nearest(vectors))
+        return self._index(vectors).mul_(self.step).add_(float(self.points[0]))  # an even grid needs no table
+
+    def _index(self, y: Tensor) -> Tensor:
+        """p = 1: y of any shape -> indices of the nearest points, as float where that is cheaper."""
+        if self.step is not None:
+            return y.sub_(float(self.points[0])).div_(self.step).round_().clamp_(0, self.size - 1)
+        edges = self.edges.to(y)
+        if len(edges) > _FEW:
+            return torch.bucketize(y.contiguous(), edges, out_int32=True)
+        index = torch.zeros_like(y, dtype=torch.uint8)
+        for edge in edges.tolist():
+            index += (y > edge).view(torch.uint8)  # adding bools themselves takes twice as long
+        return index
 
     def gaussian_mse(self, scale: float) -> float:
         """E (x - round(x))^2 for x ~ N(0, 1) on the grid times `scale` (p = 1), by exact integration."""
@@ -68,7 +120,9 @@ class Grid:
 
     @functools.cached_property
     def gaussian_scale(self) -> float:
-        """Golden-section minimum of `gaussian_mse`."""
+        """The scale of least error on N(0, 1): 1 for p > 1, else a golden-section minimum of `gaussian_mse`."""
+        if self.p > 1:
+            return 1.0
         ratio = (math.sqrt(5) - 1) / 2
         low, high = 0.5 / self.peak, 8.0 / self.peak
         for _ in range(80):
@@ -79,14 +133,40 @@ class Grid:
                 low = a
         return (low + high) / 2
 
+    @functools.cached_property
+    def mse(self) -> float:
+        """t^2 of the linearity theorem: relative squared error on Gaussian values, scaled by their rms."""
+        if self.known_mse is not None:
+            return self.known_mse
+        if self.p == 1:
+            return self.gaussian_mse(self.gaussian_scale)
+        x = torch.randn(2**18, self.p, generator=torch.Generator().manual_seed(0))
+        return float((self.round(x.clone()) - x).square().mean())
+
+
+AnyGrid = Grid | E8Grid
+
+
+def code_dtype(grid: AnyGrid) -> torch.dtype:
+    """The smallest integers that hold the grid's codes; torch has few operations on uint16."""
+    if grid.size <= 2**8:
+        return torch.uint8
+    return torch.int16 if grid.size <= 2**15 else torch.int64
+
 
 @functools.cache
-def load(name: str) -> Grid:
-    """The grid called `name`, such as 'int4', 'uint3', 'odd3' or 'gauss2'."""
+def _load(name: str) -> AnyGrid:
+    if name in tables.names():
+        points, mse = tables.gaussian_grid(name)
+        return Grid(name, points.double(), known_mse=mse)
+    if name in lattice.names():
+        return lattice.load(name)
+    if name in _absmax_points():
+        return Grid(name, _absmax_points()[name])
     match = re.fullmatch(r"([a-z]+)(\d+)", name)
     if match is None or match[1] not in FAMILIES:
-        hint = nearest_name(name, [f"{f}{b}" for f in FAMILIES for b in range(MIN_BITS, MAX_BITS + 1)])
-        raise PaleyError(f"unknown grid {name!r}: known are {', '.join(f + '<bits>' for f in FAMILIES)}{hint}")
+        known = ", ".join([f + "<bits>" for f in FAMILIES] + ["nf<bits>", "af<bits>", "p<p>n<n>", "e8q<q>k<k>"])
+        raise PaleyError(f"unknown grid {name!r}: known are {known}{nearest_name(name, names())}")
     family, bits = match[1], int(match[2])
     if not MIN_BITS <= bits <= MAX_BITS:
         raise PaleyError(f"grid {name!r}: bits must be between {MIN_BITS} and {MAX_BITS}, got {bits}")
@@ -100,6 +180,62 @@ def load(name: str) -> Grid:
     else:
         points = torch.arange(n, dtype=torch.float64)
     return Grid(name, points[:, None], affine=family == "uint")
+
+
+def load(name: str) -> AnyGrid:
+    """The grid called `name`, such as 'int4', 'gauss2', 'nf4', 'p2n256' or 'e8q14k4', or one that `custom` made."""
+    if name.startswith("custom-"):
+        if name not in _CUSTOM:
+            raise PaleyError(f"grid {name!r}: its points are not known here; give the grid's file with --grid")
+        return _CUSTOM[name]
+    return _load(name)
+
+
+def custom(points: Tensor, where: str = "grid") -> Grid:
+    """points [n, p] of your own, for values of unit rms -> a grid whose name is a hash of them."""
+    if points.ndim != 2 or not points.is_floating_point():
+        raise PaleyError(f"{where}: points must be floats [n, p], got {points.dtype} {list(points.shape)}")
+    n, p = points.shape
+    if not (2 <= n <= MAX_POINTS and 1 <= p <= MAX_DIM):
+        raise PaleyError(f"{where}: needs 2 to {MAX_POINTS} points in 1 to {MAX_DIM} dimensions, got shape [{n}, {p}]")
+    points = points.detach().cpu().float().contiguous()
+    if not points.isfinite().all():
+        raise PaleyError(f"{where}: holds NaN or infinite points")
+    if p == 1:
+        points = points.sort(0).values
+    if len(points.unique(dim=0)) < n:
+        raise PaleyError(f"{where}: holds the same point twice")
+    digest = hashlib.sha256(f"{n} {p} ".encode() + points.numpy().tobytes()).hexdigest()
+    name = f"custom-{digest[:16]}"
+    return _CUSTOM.setdefault(name, Grid(name, points.double()))
+
+
+def custom_points(used: Iterable[str]) -> dict[str, list[list[float]]]:
+    """Name -> points of the custom grids among `used`: what a plan or a checkpoint must carry to be read elsewhere."""
+    return {name: _CUSTOM[name].points.tolist() for name in sorted({n for n in used if n.startswith("custom-")})}
+
+
+def know(points: dict[str, list[list[float]]]) -> dict[str, list[list[float]]]:
+    """Makes grids known that `custom_points` gave; raises where a name is not that of its points."""
+    for name, rows in points.items():
+        if len({len(row) for row in rows}) != 1:
+            raise PaleyError(f"grid {name!r}: its points must be lists of equal length")
+        if (found := custom(torch.tensor(rows, dtype=torch.float32), f"grid {name!r}").name) != name:
+            raise PaleyError(f"grid {name!r}: these points are {found!r}; the file was changed")
+    return points
+
+
+def names() -> list[str]:
+    """Every packaged grid."""
+    plain = [f"{family}{bits}" for family in FAMILIES for bits in range(MIN_BITS, MAX_BITS + 1)]
+    return [*plain, *_absmax_points(), *tables.names(), *lattice.names()]
+
+
+@functools.cache
+def _absmax_points() -> dict[str, Tensor]:
+    """nf and af grids: points [n, 1] from -1 to 1, for blocks whose largest value is 1."""
+    text = resources.files("paley.core").joinpath("tables/normalfloat.json").read_text()
+    return {name: torch.tensor(p, dtype=torch.float64)[:, None] for name, p in json.loads(text)["points"].items()}
 
 
 def _gaussian_points(bits: int) -> Tensor:

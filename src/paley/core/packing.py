@@ -1,23 +1,105 @@
-"""Packing of b-bit codes: a dense little-endian bit stream per row, 8 codes to b bytes.
+"""Packing of codes: a dense little-endian bit stream per row.
 
-Code i occupies bits i·b to i·b + b - 1 of its row, least significant first. The last byte of a ragged row is
-filled with zeros. Eight codes travel in one int64 word: fields are spread or gathered in three halving steps,
-as `pdep` and `pext` would do, six times faster than shifting every code out of the word by itself.
+A code below n takes log2(n) bits where that is a whole number. Else k codes travel as one number in base n, k the
+one up to 8 that wastes least: two codes below 88 take 13 bits, five below 3 take 8 (`symbol`).
+
+Symbol i of b bits occupies bits i·b to i·b + b - 1 of its row, least significant first. The last byte of a ragged
+row is filled with zeros. Up to 8 bits, eight travel in one int64 word: fields are spread or gathered in three halving
+steps, as `pdep` and `pext` would do, six times faster than shifting every code out of the word by itself.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 
 import torch
 from torch import Tensor
 
 from paley.core.errors import PaleyError
+from paley.core.grids import AnyGrid
 
-__all__ = ["pack", "packed_width", "unpack"]
+__all__ = ["pack", "pack_codes", "packed_bytes", "packed_width", "stored_bits", "symbol", "unpack", "unpack_codes"]
 
 # Words at a time, so that a CPU's second-level cache holds them; measured best for 2 to 7 bits.
 _CPU_WORDS = 2**15
+_WIDEST = 48  # bits of a symbol: with the 7 before it in its first byte it still fits an int64
+
+
+@functools.cache
+def symbol(size: int) -> tuple[int, int]:
+    """Codes below `size` -> (k, b): k of them travel as one number of b bits."""
+    if not 2 <= size <= 2**_WIDEST:
+        raise PaleyError(f"packing: codes must have 2 to 2**{_WIDEST} values, got {size}")
+    widths = [(k, (size**k - 1).bit_length()) for k in range(1, 9)]
+    return min((w for w in widths if w[0] == 1 or w[1] <= _WIDEST), key=lambda w: (w[1] / w[0], w[0]))
+
+
+def stored_bits(grid: AnyGrid) -> float:
+    """Bits that a code takes for each of the p values it stands for, without scales; log2(size) / p at best."""
+    k, bits = symbol(grid.size)
+    return bits / k / grid.p
+
+
+def packed_bytes(n: int, size: int) -> int:
+    """Bytes of one packed row of n codes below `size`."""
+    k, bits = symbol(size)
+    return packed_width(-(-n // k), bits)
+
+
+def pack_codes(codes: Tensor, size: int) -> Tensor:
+    """codes, integers [..., n] below `size` -> uint8 [..., packed_bytes(n, size)]; PaleyError on larger ones."""
+    k, bits = symbol(size)
+    low, high = (int(codes.min()), int(codes.max())) if codes.numel() else (0, 0)
+    if low < 0 or high >= size:
+        raise PaleyError(f"pack: codes must be between 0 and {size - 1}, got {low} to {high}")
+    if k == 1:
+        return pack(codes, bits) if bits <= 8 else _pack_wide(codes.long(), bits)
+    symbols = torch.nn.functional.pad(codes.long(), (0, -codes.shape[-1] % k)).unflatten(-1, (-1, k))
+    powers = torch.tensor([size**i for i in range(k)], device=codes.device)
+    symbols = (symbols * powers).sum(-1)
+    return pack(symbols.to(torch.uint8), bits) if bits <= 8 else _pack_wide(symbols, bits)
+
+
+def unpack_codes(packed: Tensor, size: int, n: int) -> Tensor:
+    """packed uint8 [..., packed_bytes(n, size)] -> codes [..., n] below `size`: uint8 up to 256, else int64."""
+    k, bits = symbol(size)
+    count = -(-n // k)
+    symbols = unpack(packed, bits, count) if bits <= 8 else _unpack_wide(packed, bits, count)
+    if k == 1:
+        return symbols
+    powers = torch.tensor([size**i for i in range(k)], device=packed.device)
+    codes = (symbols.long()[..., None] // powers % size).flatten(-2)[..., :n]
+    return codes.to(torch.uint8) if size <= 2**8 else codes
+
+
+def _pack_wide(symbols: Tensor, bits: int) -> Tensor:
+    """As `pack`, for int64 symbols of 9 to 48 bits: a byte holds parts of two of them at most."""
+    n = symbols.shape[-1]
+    rows = torch.nn.functional.pad(symbols, (0, -n % 8)).reshape(-1, 8)
+    out = torch.empty(len(rows), bits, dtype=torch.uint8, device=symbols.device)
+    for byte in range(bits):
+        i, shift = divmod(8 * byte, bits)
+        value = rows[:, i] >> shift
+        if shift + 8 > bits and i < 7:
+            value |= rows[:, i + 1] << (bits - shift)
+        out[:, byte] = value & 255
+    return out.view(*symbols.shape[:-1], -(-n // 8) * bits)[..., : packed_width(n, bits)].contiguous()
+
+
+def _unpack_wide(packed: Tensor, bits: int, n: int) -> Tensor:
+    """Undoes `_pack_wide` -> int64 [..., n]."""
+    _check_packed(packed, bits, n)
+    groups = -(-n // 8)
+    rows = torch.nn.functional.pad(packed, (0, groups * bits - packed.shape[-1])).reshape(-1, bits)
+    out = torch.empty(len(rows), 8, dtype=torch.int64, device=packed.device)
+    for i in range(8):
+        first, shift = divmod(i * bits, 8)
+        value = torch.zeros(len(rows), dtype=torch.int64, device=packed.device)
+        for byte in range((shift + bits + 7) // 8):
+            value |= rows[:, first + byte].long() << (8 * byte)
+        out[:, i] = (value >> shift) & ((1 << bits) - 1)
+    return out.view(*packed.shape[:-1], groups * 8)[..., :n].contiguous()
 
 
 def packed_width(n: int, bits: int) -> int:
@@ -50,9 +132,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
     """packed uint8 [..., ceil(n·bits/8)] -> codes uint8 [..., n]; the bits after the last are ignored."""
     _check("unpack", "packed codes", packed, bits)
+    _check_packed(packed, bits, n)
     width = packed_width(n, bits)
-    if n < 0 or packed.shape[-1] != width:
-        raise PaleyError(f"unpack: {n} codes of {bits} bits take {width} bytes a row, got shape {tuple(packed.shape)}")
     if bits == 8:
         return packed.clone(memory_format=torch.contiguous_format)
     if packed.numel() == 0:
@@ -97,6 +178,13 @@ def _gather_(words: Tensor, bits: int) -> Tensor:
 def _mask(width: int, low: int, high: int) -> int:
     """The bits low to high - 1 of every field of `width` bits in a word; below 2**63, as bits < 8."""
     return sum(((1 << high) - (1 << low)) << start for start in range(0, 64, width))
+
+
+def _check_packed(packed: Tensor, bits: int, n: int) -> None:
+    width = packed_width(n, bits)
+    if packed.dtype != torch.uint8 or n < 0 or packed.shape[-1] != width:
+        got = f"{packed.dtype} {tuple(packed.shape)}"
+        raise PaleyError(f"unpack: {n} codes of {bits} bits take {width} bytes a row, got {got}")
 
 
 def _check(where: str, what: str, x: Tensor, bits: int) -> None:

@@ -12,40 +12,49 @@ from torch import Tensor
 
 from paley.core import grids
 from paley.core.errors import PaleyError
-from paley.core.grids import Grid
+from paley.core.grids import AnyGrid
 from paley.core.schemes import ActivationScheme
 
 __all__ = [
     "Quantized",
+    "codes_per_row",
     "dequantize",
     "dynamic_scales",
     "look_up",
     "nearest_codes",
     "quantize_dynamic",
+    "quantized",
     "round_trip",
     "split_groups",
     "storable",
 ]
 
-_FEW = 16  # comparing with each edge beats a binary search up to about here
-
 
 @dataclass(frozen=True)
 class Quantized:
-    """codes uint8 [..., n]; scales [..., n / group_size]; zeros uint8, shaped as scales, on affine grids only."""
+    """codes [..., ceil(n / p)]; scales [..., n / group_size]; zeros uint8, shaped as scales, on affine grids only.
+
+    columns: n, the values of a row, where the last code of a row stands for fewer than p of them.
+    """
 
     codes: Tensor
     scales: Tensor
     zeros: Tensor | None
     grid: str
+    columns: int | None = None
+
+    @property
+    def width(self) -> int:
+        """n."""
+        return self.codes.shape[-1] * grids.load(self.grid).p if self.columns is None else self.columns
 
     @property
     def group_size(self) -> int:
-        return self.codes.shape[-1] // self.scales.shape[-1]
+        return self.width // self.scales.shape[-1]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """-> values [..., n] in `dtype`, computed in float32."""
-        return dequantize(self.codes, self.scales, self.zeros, grids.load(self.grid)).to(dtype)
+        return dequantize(self.codes, self.scales, self.zeros, grids.load(self.grid), self.width).to(dtype)
 
 
 def split_groups(x: Tensor, group_size: int | None, where: str = "rounding") -> Tensor:
@@ -57,43 +66,45 @@ def split_groups(x: Tensor, group_size: int | None, where: str = "rounding") -> 
     return x.unflatten(-1, (n // size, size))
 
 
-def _nearest_index(x: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid) -> Tensor:
-    """x [..., g, k], scales and zeros [..., g, 1] -> indices of the nearest points, as float where it is cheaper."""
-    y = x / scales
+def codes_per_row(n: int, p: int) -> int:
+    """Codes of a row of n values: vectors of p run across groups, and the last one is filled up with zeros."""
+    return -(-n // p)
+
+
+def _vectors(groups: Tensor, scales: Tensor, zeros: Tensor | None, p: int) -> Tensor:
+    """groups [..., g, k], scales and zeros [..., g, 1] -> a copy at the grid's scale [..., ceil(g * k / p), p]."""
+    y = groups / scales
     if zeros is not None:
         y += zeros
-    if grid.step is not None:
-        return y.sub_(float(grid.points[0])).div_(grid.step).round_().clamp_(0, len(grid.points) - 1)
-    edges = grid.edges.to(y)
-    if len(edges) > _FEW:
-        return torch.bucketize(y.contiguous(), edges, out_int32=True)
-    index = torch.zeros_like(y, dtype=torch.uint8)
-    for edge in edges.tolist():
-        index += (y > edge).view(torch.uint8)  # adding bools themselves takes twice as long
-    return index
+    y = y.flatten(-2)
+    n = y.shape[-1]
+    if n % p:
+        y = torch.nn.functional.pad(y, (0, p - n % p))
+    return y.unflatten(-1, (codes_per_row(n, p), p))
 
 
-def nearest_codes(x: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid) -> Tensor:
-    """x [..., g, k], scales and zeros [..., g, 1] -> codes uint8 [..., g, k] of the nearest points."""
-    return _nearest_index(x, scales, zeros, grid).to(torch.uint8)
+def nearest_codes(groups: Tensor, scales: Tensor, zeros: Tensor | None, grid: AnyGrid) -> Tensor:
+    """groups [..., g, k], scales and zeros [..., g, 1] -> codes [..., ceil(g * k / p)] of the nearest points."""
+    vectors = _vectors(groups, scales, zeros, grid.p)
+    return grid.nearest(vectors.flatten(0, -2)).view(vectors.shape[:-1])
 
 
-def look_up(grid: Grid, codes: Tensor) -> Tensor:
-    """codes, integers of any shape -> their points, float32."""
-    points = grid.points[:, 0].to(device=codes.device, dtype=torch.float32)
-    return points.index_select(0, codes.flatten().int()).view(codes.shape)  # ten times faster than points[codes]
+def look_up(grid: AnyGrid, codes: Tensor, n: int | None = None) -> Tensor:
+    """codes [..., c] -> their points, float32 [..., n]; n: c * p unless given."""
+    values = grid.decode(codes).flatten(-2)
+    return values if n is None else values[..., :n]
 
 
-def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid) -> Tensor:
-    """codes [..., n], scales and zeros [..., g] -> float32 [..., n]."""
-    values = look_up(grid, codes).unflatten(-1, (scales.shape[-1], -1))
+def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None, grid: AnyGrid, n: int | None = None) -> Tensor:
+    """codes [..., c], scales and zeros [..., g] -> float32 [..., n]; n: c * p unless given."""
+    values = look_up(grid, codes, n).unflatten(-1, (scales.shape[-1], -1))
     if zeros is not None:
         values = values - zeros.float()[..., None]
     return (values * scales.float()[..., None]).flatten(-2)
 
 
 def dynamic_scales(
-    groups: Tensor, grid: Grid, scale: str, clip_ratio: float, dtype: torch.dtype = torch.float32
+    groups: Tensor, grid: AnyGrid, scale: str, clip_ratio: float, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor | None]:
     """groups [..., g, k] -> scales [..., g, 1] as stored in `dtype`, and zeros [..., g, 1] on affine grids."""
     zeros = None
@@ -125,12 +136,24 @@ def quantize_dynamic(x: Tensor, scheme: ActivationScheme, scale_dtype: torch.dty
     grid = grids.load(scheme.grid)
     groups = split_groups(x.float(), scheme.group_size)
     scales, zeros = dynamic_scales(groups, grid, scheme.scale, scheme.clip_ratio, scale_dtype)
-    codes = nearest_codes(groups, scales, zeros, grid).flatten(-2)
+    return quantized(nearest_codes(groups, scales, zeros, grid), scales, zeros, grid, x.shape[-1], scale_dtype)
+
+
+def quantized(
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    grid: AnyGrid,
+    columns: int,
+    scale_dtype: torch.dtype = torch.float16,
+) -> Quantized:
+    """codes [..., c], scales and zeros [..., g, 1] as the functions here have them -> as they are stored."""
     return Quantized(
         codes,
         scales.squeeze(-1).to(scale_dtype),
         None if zeros is None else zeros.squeeze(-1).to(torch.uint8),
-        scheme.grid,
+        grid.name,
+        columns,
     )
 
 
@@ -139,11 +162,9 @@ def round_trip(x: Tensor, scheme: ActivationScheme, scale_dtype: torch.dtype = t
     grid = grids.load(scheme.grid)
     groups = split_groups(x.float(), scheme.group_size)
     scales, zeros = dynamic_scales(groups, grid, scheme.scale, scheme.clip_ratio, scale_dtype)
-    index = _nearest_index(groups, scales, zeros, grid)
-    if grid.step is not None:  # an evenly spaced grid needs no table
-        values = index.mul_(grid.step).add_(float(grid.points[0]))
-    else:
-        values = look_up(grid, index)
+    vectors = _vectors(groups, scales, zeros, grid.p)
+    values = grid.round(vectors.flatten(0, -2)).view_as(vectors).flatten(-2)[..., : x.shape[-1]]
+    values = values.unflatten(-1, groups.shape[-2:])
     if zeros is not None:
         values -= zeros
     return values.mul_(scales).flatten(-2).to(x.dtype)

@@ -23,12 +23,23 @@ def _check_group_size(where: str, group_size: int | None) -> None:
         raise PaleyError(f"{where}: group_size must be a positive integer or null, got {group_size}")
 
 
+def _check_scale(where: str, key: str, name: str, scale: str) -> None:
+    grid = grids.load(name)
+    if grid.affine and scale == "rms":
+        raise PaleyError(f"{where}: grid {name!r} has a zero point and needs {key} 'absmax'")
+    if grid.p > 1 and scale != "rms":
+        raise PaleyError(
+            f"{where}: grid {name!r} is made for Gaussian vectors of {grid.p} values and needs {key} 'rms'"
+        )
+
+
 @dataclass(frozen=True)
 class WeightScheme:
     """grid: a name of `paley.core.grids`; group_size: input columns that share a scale (None: the whole row).
 
     scale_search "absmax" lets the grid's end meet the largest weight; "mse" tries smaller scales and keeps
-    the one of least error. sweeps: rounds of scale refit and coordinate descent after GPTQ.
+    the one of least error; "rms" takes the best scale for Gaussian values of the group's rms, as HIGGS does.
+    sweeps: rounds of scale refit and coordinate descent after GPTQ.
     """
 
     __pydantic_config__: ClassVar = _STRICT
@@ -36,11 +47,11 @@ class WeightScheme:
     grid: str
     group_size: int | None = None
     method: Literal["nearest", "gptq"] = "gptq"
-    scale_search: Literal["absmax", "mse"] = "mse"
+    scale_search: Literal["absmax", "mse", "rms"] = "mse"
     sweeps: int = 4
 
     def __post_init__(self) -> None:
-        grids.load(self.grid)
+        _check_scale("weight scheme", "scale_search", self.grid, self.scale_search)
         _check_group_size("weight scheme", self.group_size)
         if not 0 <= self.sweeps <= 100:
             raise PaleyError(f"weight scheme: sweeps must be between 0 and 100, got {self.sweeps}")
@@ -62,12 +73,10 @@ class ActivationScheme:
     group_size: int | None = None
 
     def __post_init__(self) -> None:
-        grid = grids.load(self.grid)
+        _check_scale("activation scheme", "scale", self.grid, self.scale)
         _check_group_size("activation scheme", self.group_size)
         if not 0.0 < self.clip_ratio <= 4.0:
             raise PaleyError(f"activation scheme: clip_ratio must be in (0, 4], got {self.clip_ratio}")
-        if grid.affine and self.scale == "rms":
-            raise PaleyError(f"activation scheme: grid {self.grid!r} has a zero point and needs scale 'absmax'")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,122 @@
+"""Grids of vectors through the rounding, packing and storing that scalar grids go through."""
+
+import pytest
+import torch
+
+from paley.core import grids
+from paley.core.errors import PaleyError
+from paley.core.packing import pack_codes, packed_bytes, stored_bits, symbol, unpack_codes
+from paley.core.rounding import codes_per_row, quantize_dynamic, round_trip
+from paley.core.schemes import ActivationScheme, LinearSlot, WeightScheme
+from paley.format.spec import decode_linear, encode_linear
+from paley.methods.nearest import gaussian_error, quantize_nearest
+
+VECTORS = ["p2n16", "p2n88", "p2n256", "p3n64", "p4n256", "e8q3k9"]
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", VECTORS)
+@pytest.mark.parametrize(("n", "group_size"), [(48, None), (48, 16), (35, 7), (5, None)])
+def test_the_same_values_come_back_by_both_paths_and_from_the_file(name, n, group_size):
+    grid, x = grids.load(name), normal(3, n)
+    scheme = ActivationScheme(name, "rms", group_size=group_size)
+    q = quantize_dynamic(x, scheme)
+    assert q.codes.shape == (3, codes_per_row(n, grid.p))
+    assert (q.width, q.group_size) == (n, group_size or n)
+    assert torch.equal(q.dequantize(), round_trip(x, scheme, torch.float16))
+    slot = LinearSlot(WeightScheme(name, group_size, "nearest", "rms"))
+    stored = encode_linear("layer", q)
+    assert stored["layer.codes"].shape == (3, packed_bytes(codes_per_row(n, grid.p), grid.size))
+    assert torch.equal(decode_linear("layer", stored, slot, n).dequantize(), q.dequantize())
+
+
+@pytest.mark.parametrize("name", ["p2n16", "p2n88", "p3n64", "p4n256"])
+def test_no_point_is_nearer(name):
+    grid, x = grids.load(name), normal(64, 12)
+    q = quantize_dynamic(x, ActivationScheme(name, "rms"), torch.float32)
+    scaled = (x / q.scales).unflatten(-1, (-1, grid.p)).double()
+    every = torch.cdist(scaled.flatten(0, 1), grid.points.float().double())
+    taken = every.gather(1, q.codes.flatten().long()[:, None])[:, 0]
+    assert (taken - every.amin(1)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_gaussian_weights_have_the_error_of_the_grid(name):
+    scheme = WeightScheme(name, 256, "nearest", "rms")
+    weight = normal(256, 1024)
+    q = quantize_nearest(weight, scheme)
+    error = float((q.dequantize() - weight).square().sum() / weight.square().sum())
+    assert error == pytest.approx(gaussian_error(scheme, 1024), rel=0.02)
+    assert grids.load(name).mse == gaussian_error(scheme, 1024)
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 9, 16, 45, 88, 256, 354, 830, 4096, 2**18, 13**8 * 5])
+def test_codes_of_any_size_are_packed_within_their_bits(size):
+    k, bits = symbol(size)
+    assert size**k <= 2**bits
+    assert bits / k < torch.log2(torch.tensor(float(size))) + 0.34
+    for n in (1, 2, 7, 8, 9, 33, 100):
+        codes = torch.randint(0, size, (3, n), generator=torch.Generator().manual_seed(n))
+        codes[0], codes[1] = 0, size - 1
+        packed = pack_codes(codes.to(torch.uint8) if size <= 256 else codes, size)
+        assert packed.shape == (3, packed_bytes(n, size))
+        assert torch.equal(unpack_codes(packed, size, n).long(), codes)
+
+
+def test_wide_symbols_are_the_little_endian_bit_stream():
+    codes = [4095, 1, 2730, 77, 0, 3000, 9, 511, 1234]
+    number = sum(code << 12 * i for i, code in enumerate(codes))
+    expected = list(number.to_bytes(-(-len(codes) * 12 // 8), "little"))
+    assert pack_codes(torch.tensor(codes), 4096).tolist() == expected
+    # In base 88, the first of two codes counts ones: 13 bits for both.
+    assert pack_codes(torch.tensor([5, 87], dtype=torch.uint8), 88).tolist() == list(
+        (5 + 87 * 88).to_bytes(2, "little")
+    )
+
+
+def test_what_a_value_takes_on_disk():
+    taken = {name: stored_bits(grids.load(name)) for name in ("int3", "p2n16", "p2n88", "p2n256", "p4n256")}
+    assert taken == {"int3": 3, "p2n16": 2, "p2n88": 3.25, "p2n256": 4, "p4n256": 2}
+
+
+def test_vectors_need_a_scale_by_rms():
+    with pytest.raises(PaleyError, match="vectors of 2 values and needs scale_search 'rms'"):
+        WeightScheme("p2n16")
+    with pytest.raises(PaleyError, match="vectors of 2 values and needs scale 'rms'"):
+        ActivationScheme("p2n16")
+
+
+def test_a_grid_of_ones_own_is_known_by_its_points(tmp_path):
+    points = normal(6, 2)
+    grid = grids.custom(points)
+    assert grid is grids.custom(points.clone())
+    assert grid is grids.load(grid.name)
+    assert 0 < grid.mse < 1
+    scheme = ActivationScheme(grid.name, "rms")
+    assert round_trip(normal(4, 8), scheme).shape == (4, 8)
+    carried = grids.custom_points([grid.name, "int4"])
+    assert grids.know(carried) == carried
+    carried[grid.name][0][0] += 0.5
+    with pytest.raises(PaleyError, match="the file was changed"):
+        grids.know(carried)
+    with pytest.raises(PaleyError, match="its points are not known here; give the grid's file with --grid"):
+        grids.load("custom-0123456789abcdef")
+
+
+@pytest.mark.parametrize(
+    ("points", "complaint"),
+    [
+        (torch.zeros(4), r"must be floats \[n, p\], got torch.float32 \[4\]"),
+        (torch.zeros(4, 2, dtype=torch.int64), r"must be floats"),
+        (torch.randn(1, 2), r"needs 2 to 4096 points in 1 to 8 dimensions, got shape \[1, 2\]"),
+        (torch.randn(16, 9), r"got shape \[16, 9\]"),
+        (torch.tensor([[1.0], [float("nan")]]), "NaN or infinite"),
+        (torch.ones(3, 2), "same point twice"),
+    ],
+)
+def test_a_bad_grid_is_refused(points, complaint):
+    with pytest.raises(PaleyError, match=complaint):
+        grids.custom(points, "my.safetensors")
