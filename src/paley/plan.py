@@ -6,22 +6,21 @@ same bytes.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FiniteFloat, PlainSerializer
 
 from paley.core.errors import PaleyError
+from paley.core.grids import know
 from paley.core.schemes import AttentionSlot, LinearSlot
 from paley.core.transforms import Transform
 from paley.recipe.loading import load_json
 from paley.recipe.models import Recipe
+from paley.recipe.saving import in_natural_order, json_lines, save_text
 from paley.recipe.validation import CORE_ERRORS, validate
 
 __all__ = ["VERSION", "Plan", "Rotation", "Trial"]
@@ -29,7 +28,6 @@ __all__ = ["VERSION", "Plan", "Rotation", "Trial"]
 VERSION = 1
 # JSON has no word for these numbers, and a search may well meet an infinite perplexity.
 NON_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
-T = TypeVar("T")
 
 
 def _from_name(value: Any) -> Any:
@@ -40,18 +38,9 @@ def _to_name(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
-def _natural_key(name: str) -> list[tuple[int, str]]:
-    """layers.2 before layers.10."""
-    return [(int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", name)]
-
-
-def _sorted(slots: dict[str, T]) -> dict[str, T]:
-    return {name: slots[name] for name in sorted(slots, key=_natural_key)}
-
-
 Loss = Annotated[float, BeforeValidator(_from_name), PlainSerializer(_to_name, when_used="json")]
-LinearSlots = Annotated[dict[str, Annotated[LinearSlot, CORE_ERRORS]], AfterValidator(_sorted)]
-AttentionSlots = Annotated[dict[str, Annotated[AttentionSlot, CORE_ERRORS]], AfterValidator(_sorted)]
+LinearSlots = Annotated[dict[str, Annotated[LinearSlot, CORE_ERRORS]], AfterValidator(in_natural_order)]
+AttentionSlots = Annotated[dict[str, Annotated[AttentionSlot, CORE_ERRORS]], AfterValidator(in_natural_order)]
 
 
 @dataclass(frozen=True)
@@ -82,7 +71,8 @@ class Trial(BaseModel):
 class Plan(BaseModel):
     """What to do to each linear layer and each attention of the model whose fingerprint this is.
 
-    Slots are held in the natural order of their names, whatever order they come in.
+    Slots are held in the natural order of their names, whatever order they come in. grids: the points of grids that
+    came from a user's file.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -90,6 +80,7 @@ class Plan(BaseModel):
     version: Literal[1] = VERSION
     fingerprint: str
     model_type: str
+    grids: Annotated[dict[str, list[list[float]]], AfterValidator(know), CORE_ERRORS] = {}
     recipe: Recipe
     rotation: Annotated[Rotation, CORE_ERRORS] | None = None
     linears: LinearSlots
@@ -109,24 +100,11 @@ class Plan(BaseModel):
 
     def to_json(self) -> str:
         """The file's text: the same for equal plans, one line for each slot, transform and trial."""
-        return _lines(self.model_dump(mode="json"), levels=2) + "\n"
+        return json_lines(self.model_dump(mode="json"), levels=2) + "\n"
 
     def save(self, path: str | Path) -> None:
         """Write the plan; the file is either the old one or the whole new one, also where this is cut off."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        text = self.to_json()
-        try:
-            with temporary.open("w", encoding="utf-8", newline="\n") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except OSError as error:
-            raise PaleyError(f"{path}: the plan cannot be written ({error})") from None
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+        save_text(path, self.to_json(), "plan")
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -136,18 +114,3 @@ class Plan(BaseModel):
             got = json.dumps(data.get("version"))
             raise PaleyError(f"{path}: is a plan of version {got}, this Paley reads version {VERSION}")
         return validate(cls, data, str(path))
-
-
-def _lines(value: Any, levels: int, indent: str = "") -> str:
-    """JSON whose outer `levels` of containers have one entry a line, and whose inner ones are on one line."""
-    if levels == 0 or not isinstance(value, dict | list) or not value:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False)
-    inner = indent + " "
-    if isinstance(value, list):
-        entries = [inner + _lines(item, levels - 1, inner) for item in value]
-        return "[\n" + ",\n".join(entries) + f"\n{indent}]"
-    entries = [
-        f"{inner}{json.dumps(key, ensure_ascii=False)}: {_lines(item, levels - 1, inner)}"
-        for key, item in value.items()
-    ]
-    return "{\n" + ",\n".join(entries) + f"\n{indent}}}"

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from paley.core import grids, packing
+from paley.core.grids import code_dtype
 from paley.core.hadamard import hadamard
-from paley.core.rounding import Quantized
+from paley.core.rounding import Quantized, codes_per_row
 from paley.core.schemes import LinearSlot, WeightScheme
 from paley.core.transforms import random_signs
 from paley.format.checkpoint import ShardWriter, write_json
@@ -21,7 +22,10 @@ from paley.format.spec import QuantizationConfig, encode_linear
 
 DOC = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
 GAUSSIAN = json.loads(resources.files("paley.core").joinpath("tables/gaussian.json").read_text())["points"]
+TABLES = resources.files("paley.core").joinpath("tables")
 GRIDS = [f"{family}{bits}" for family in grids.FAMILIES for bits in range(2, 9)]
+GRIDS += ["nf4", "af3", "p1n9", "p2n16", "p2n88", "p2n256", "p3n830", "p4n4096", "e8q3k9", "e8q14k4"]
+GRIDS += [grids.custom(torch.arange(21).reshape(7, 3) / 10).name]
 OUT = 5
 
 
@@ -39,20 +43,28 @@ def decode():
 
 def random_linear(grid: str, in_features: int, groups: int, generator: torch.Generator) -> Quantized:
     def draw(*shape: int) -> torch.Tensor:
-        return torch.randint(0, len(grids.load(grid).points), shape, dtype=torch.uint8, generator=generator)
+        return torch.randint(0, grids.load(grid).size, shape, generator=generator).to(code_dtype(grids.load(grid)))
 
     # All magnitudes that float16 has, the subnormal ones too.
     scales = torch.exp2(torch.rand(OUT, groups, generator=generator) * 38 - 23).half()
     zeros = draw(OUT, groups) if grids.load(grid).affine else None
-    return Quantized(draw(OUT, in_features), scales, zeros, grid)
+    codes = draw(OUT, codes_per_row(in_features, grids.load(grid).p))
+    return Quantized(codes, scales, zeros, grid, in_features)
 
 
 def write(folder: Path, linears: dict[str, Quantized], max_shard_bytes: int) -> None:
     slots = {
-        name: LinearSlot(WeightScheme(q.grid, q.group_size if q.scales.shape[1] > 1 else None))
+        name: LinearSlot(
+            WeightScheme(
+                q.grid,
+                q.group_size if q.scales.shape[1] > 1 else None,
+                scale_search="rms" if grids.load(q.grid).p > 1 else "absmax",
+            )
+        )
         for name, q in linears.items()
     }
-    section = QuantizationConfig(linears=slots, attentions={}).to_dict()
+    points = grids.custom_points(q.grid for q in linears.values())
+    section = QuantizationConfig(grids=points, linears=slots, attentions={}).to_dict()
     write_json(folder / "config.json", {"model_type": "llama", "quantization_config": section})
     with ShardWriter(folder, max_shard_bytes=max_shard_bytes) as writer:
         for name, q in linears.items():
@@ -72,7 +84,7 @@ def test_the_decoder_reads_every_grid_at_every_width(tmp_path, decode, max_shard
     write(tmp_path, linears, max_shard_bytes)
     assert (tmp_path / "model.safetensors.index.json").exists() == (max_shard_bytes == 2000)
     for name, q in linears.items():
-        got = decode(tmp_path, name, q.codes.shape[1], GAUSSIAN)
+        got = decode(tmp_path, name, q.width, TABLES)
         assert got.dtype == np.float32
         assert np.array_equal(got, q.dequantize().numpy()), name
 

@@ -211,7 +211,7 @@ def test_encoding_refuses_what_would_not_come_back():
         encode_linear("x", Quantized(q.codes, q.scales * float("nan"), q.zeros, "uint3"))
     with pytest.raises(PaleyError, match=r"x.scales: must be positive"):
         encode_linear("x", Quantized(q.codes, -q.scales, q.zeros, "uint3"))
-    with pytest.raises(PaleyError, match="does not fit in 2 bits"):
+    with pytest.raises(PaleyError, match="codes must be between 0 and 3, got 0 to 7"):
         encode_linear("x", Quantized(q.codes, q.scales, q.zeros, "uint2"))
     with pytest.raises(PaleyError, match=r"x.zeros: is missing"):
         encode_linear("x", Quantized(q.codes, q.scales, None, "uint3"))

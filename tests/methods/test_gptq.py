@@ -6,6 +6,7 @@ from paley.methods.gptq import InputStatistics, quantize_gptq
 from paley.methods.nearest import quantize_nearest
 
 GRIDS = ["int3", "uint3", "odd3", "gauss3", "int2", "gauss4", "int8"]
+VECTORS = ["p2n64", "p3n64", "p2n16"]
 
 
 def problem(seed=0, out=24, n=32, tokens=400, noise=0.0):
@@ -27,31 +28,36 @@ def loss(weight, q, inputs, reference):
     return float((reference @ weight.T - inputs @ q.dequantize().T).square().sum())
 
 
-@pytest.mark.parametrize("grid", GRIDS)
+def scheme_of(grid, group_size=None, sweeps=4):
+    return WeightScheme(grid, group_size, scale_search="rms" if grid in VECTORS else "mse", sweeps=sweeps)
+
+
+@pytest.mark.parametrize("grid", GRIDS + VECTORS)
 @pytest.mark.parametrize("group_size", [None, 8])
 def test_output_error_is_below_nearest(grid, group_size):
     weight, inputs, reference = problem()
-    scheme = WeightScheme(grid, group_size)
+    scheme = scheme_of(grid, group_size)
     nearest = loss(weight, quantize_nearest(weight, scheme), inputs, reference)
     gptq = loss(weight, quantize_gptq(weight, statistics(inputs, reference), scheme), inputs, reference)
     assert gptq < 0.8 * nearest
 
 
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("grid", GRIDS + VECTORS)
 def test_white_inputs_give_the_nearest_codes(grid):
     weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
     white = InputStatistics()
     white.add(torch.eye(16) * 10, torch.eye(16) * 10)
-    scheme = WeightScheme(grid, sweeps=0)
+    scheme = scheme_of(grid, sweeps=0)
     q = quantize_gptq(weight, white, scheme)
     assert torch.equal(q.codes, quantize_nearest(weight, scheme).codes)
 
 
-def test_each_sweep_lowers_the_error():
+@pytest.mark.parametrize("grid", ["int3", *VECTORS])
+def test_each_sweep_lowers_the_error(grid):
     weight, inputs, reference = problem(noise=0.3)
     s = statistics(inputs, reference)
     losses = [
-        loss(weight, quantize_gptq(weight, s, WeightScheme("int3", sweeps=k), damp=1e-6), inputs, reference)
+        loss(weight, quantize_gptq(weight, s, scheme_of(grid, sweeps=k), damp=1e-6), inputs, reference)
         for k in range(5)
     ]
     assert losses == sorted(losses, reverse=True)

@@ -140,12 +140,12 @@ def test_a_shared_input_is_rounded_once_and_again_when_it_changes(monkeypatch):
     shared, x = SharedInput(), rand(3, 8)
     fine, coarse = ActivationScheme("int8"), ActivationScheme("int2")
     for scheme, rounded in [(fine, 1), (fine, 1), (coarse, 2), (coarse, 2), (fine, 3)]:
-        assert torch.equal(shared.round(x, scheme), plain(x, scheme))
+        assert torch.equal(shared.round(x, LinearSlot(input=scheme)), plain(x, scheme))
         assert len(calls) == rounded
     x.mul_(3)
-    assert torch.equal(shared.round(x, fine), plain(x, fine))
+    assert torch.equal(shared.round(x, LinearSlot(input=fine)), plain(x, fine))
     equal = x.clone()
-    shared.round(equal, fine)
+    shared.round(equal, LinearSlot(input=fine))
     assert len(calls) == 5
     layers = [QuantLinear.from_linear(linear(8, 4), LinearSlot(input=coarse), None) for _ in range(2)]
     for layer in layers:

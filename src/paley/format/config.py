@@ -6,10 +6,11 @@ import json
 from dataclasses import fields
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from paley.core.errors import PaleyError, nearest_name
+from paley.core.grids import know
 from paley.core.schemes import ActivationScheme, AttentionSlot, LinearSlot, WeightScheme
 from paley.core.transforms import Transform
 
@@ -31,12 +32,16 @@ _CHECKED = WrapValidator(_core_errors)
 
 
 class QuantizationConfig(BaseModel):
-    """Keys of the two maps are module names, as in the transformers model; from a file by `from_dict`."""
+    """Keys of the two maps are module names, as in the transformers model; from a file by `from_dict`.
+
+    grids: the points of grids that came from a user's file, which the schemes then call by name.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     quant_method: Literal["paley"] = QUANT_METHOD
     format_version: Literal[1] = FORMAT_VERSION
+    grids: Annotated[dict[str, list[list[float]]], AfterValidator(know), _CHECKED] = {}
     linears: dict[str, Annotated[LinearSlot, _CHECKED]]
     attentions: dict[str, Annotated[AttentionSlot, _CHECKED]]
 
@@ -63,7 +68,10 @@ class QuantizationConfig(BaseModel):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for config.json."""
-        return self.model_dump(mode="json")
+        data = self.model_dump(mode="json")
+        if not data["grids"]:
+            del data["grids"]
+        return data
 
 
 # What stands under (map, module), and under (map, module, place).

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from paley.core.errors import PaleyError
 
-__all__ = ["DTYPES", "TensorInfo", "as_bytes", "header_bytes", "read_header"]
+__all__ = ["DTYPES", "TensorInfo", "as_bytes", "header_bytes", "read_header", "read_metadata"]
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -83,9 +83,7 @@ def header_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | No
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """Name -> place of every tensor; PaleyError unless header and file size fit together in every respect."""
     entries, data_start, size = _read_json(file)
-    metadata = entries.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise PaleyError(f"{file}: corrupted header: __metadata__ must map text to text; {_AGAIN}")
+    _take_metadata(file, entries)
     places = {name: _place(file, name, entry, data_start) for name, entry in entries.items()}
     end = data_start
     for name, info in sorted(places.items(), key=lambda item: (item[1].start, item[1].nbytes)):
@@ -98,6 +96,18 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     if end != size:
         raise PaleyError(f"{file}: corrupted: {size - end:,} bytes follow the last tensor; {_AGAIN}")
     return places
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """The texts that the header holds beside the tensors."""
+    return _take_metadata(file, _read_json(file)[0])
+
+
+def _take_metadata(file: Path, entries: dict[str, Any]) -> dict[str, str]:
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise PaleyError(f"{file}: corrupted header: __metadata__ must map text to text; {_AGAIN}")
+    return metadata
 
 
 def _read_json(file: Path) -> tuple[dict[str, Any], int, int]:

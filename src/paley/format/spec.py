@@ -11,14 +11,14 @@ from torch import Tensor
 
 from paley.core import grids, packing
 from paley.core.errors import PaleyError
-from paley.core.rounding import Quantized
+from paley.core.rounding import Quantized, codes_per_row
 from paley.core.schemes import LinearSlot, WeightScheme
 from paley.format.checkpoint import Checkpoint
 from paley.format.config import FORMAT_VERSION, QUANT_METHOD, QuantizationConfig
 
 __all__ = [
     "BIAS", "CODES", "FORMAT_VERSION", "QUANT_METHOD", "SCALES", "WEIGHT", "ZEROS", "QuantizationConfig",
-    "bits_per_weight", "decode_linear", "encode_linear", "expected_tensors", "stored_bytes",
+    "bits_per_weight", "decode_linear", "encode_linear", "expected_tensors", "stored_bytes", "unpack_weight",
 ]  # fmt: skip
 
 CODES, SCALES, ZEROS = ".codes", ".scales", ".zeros"  # suffixes of a quantized linear's name
@@ -52,7 +52,7 @@ def expected_tensors(name: str, slot: LinearSlot, in_features: int, out_features
             f"{name}: in_features={in_features} is no multiple of group_size={size}; use a divisor or expand"
         )
     grid = grids.load(slot.weight.grid)
-    width = packing.packed_width(in_features, _bits(grid))
+    width = packing.packed_bytes(codes_per_row(in_features, grid.p), grid.size)
     groups = (out_features, in_features // size)
     found: Expected = {
         name + CODES: (torch.uint8, (out_features, width)),
@@ -64,29 +64,29 @@ def expected_tensors(name: str, slot: LinearSlot, in_features: int, out_features
 
 
 def encode_linear(name: str, q: Quantized) -> dict[str, Tensor]:
-    """codes [out, in], scales and zeros [out, groups] -> NAME.codes, NAME.scales and NAME.zeros as stored.
+    """codes [out, in / p], scales and zeros [out, groups] -> NAME.codes, NAME.scales and NAME.zeros as stored.
 
     PaleyError for what would not come back: scales that float16 lacks, zeros outside of the grid.
     """
     shapes = tuple(q.codes.shape), tuple(q.scales.shape)
-    if [len(shape) for shape in shapes] != [2, 2] or not shapes[1][1] or shapes[0][1] % shapes[1][1]:
-        raise PaleyError(f"{name}: codes must be [out, in] and scales [out, groups], got {shapes}")
+    if [len(shape) for shape in shapes] != [2, 2] or not shapes[1][1] or q.width % shapes[1][1]:
+        raise PaleyError(f"{name}: codes must be [out, in / p] and scales [out, groups], got {shapes}")
     scales = q.scales.to(SCALE_DTYPE)
     if not torch.equal(scales.to(q.scales.dtype), q.scales):  # also where there is a NaN
         raise PaleyError(f"{name}: scales are not float16 values; round them with rounding.storable first")
     grid = grids.load(q.grid)
-    found = {name + CODES: packing.pack(q.codes, _bits(grid)), name + SCALES: scales}
+    found = {name + CODES: packing.pack_codes(q.codes, grid.size), name + SCALES: scales}
     if q.zeros is not None:
         found[name + ZEROS] = q.zeros
-    out_features, in_features = shapes[0]
-    slot = LinearSlot(WeightScheme(q.grid, q.group_size))
+    out_features, in_features = shapes[0][0], q.width
+    slot = LinearSlot(WeightScheme(q.grid, q.group_size, scale_search="absmax" if grid.p == 1 else "rms"))
     _check_form(name, found, expected_tensors(name, slot, in_features, out_features))
     _check_values(name, found, in_features, grid)
     return found
 
 
 def decode_linear(name: str, tensors: Tensors, slot: LinearSlot, in_features: int) -> Quantized:
-    """NAME.codes and the rest, as stored -> codes [out, in_features], scales and zeros [out, groups].
+    """NAME.codes and the rest, as stored -> codes [out, in_features / p], scales and zeros [out, groups].
 
     PaleyError for a tensor that is missing or too many, of the wrong dtype or shape, or damaged.
     """
@@ -100,8 +100,13 @@ def decode_linear(name: str, tensors: Tensors, slot: LinearSlot, in_features: in
     _check_form(name, found, expected_tensors(name, slot, in_features, out_features))
     grid = grids.load(slot.weight.grid)
     _check_values(name, found, in_features, grid)
-    unpacked = packing.unpack(found[name + CODES], _bits(grid), in_features)
-    return Quantized(unpacked, found[name + SCALES], found.get(name + ZEROS), grid.name)
+    codes = unpack_weight(found[name + CODES], grid, in_features)
+    return Quantized(codes, found[name + SCALES], found.get(name + ZEROS), grid.name, in_features)
+
+
+def unpack_weight(packed: Tensor, grid: grids.AnyGrid, in_features: int) -> Tensor:
+    """packed uint8 [out, bytes] -> codes [out, ceil(in_features / p)]."""
+    return packing.unpack_codes(packed, grid.size, codes_per_row(in_features, grid.p))
 
 
 def stored_bytes(source: str | Path | Iterable[Tensor]) -> int:
@@ -130,17 +135,14 @@ def _check_form(name: str, found: Mapping[str, Tensor], wanted: Expected) -> Non
         raise PaleyError(f"{extra[0]}: is there, but the grid of {name} has no zero points")
 
 
-def _check_values(name: str, found: Mapping[str, Tensor], in_features: int, grid: grids.Grid) -> None:
+def _check_values(name: str, found: Mapping[str, Tensor], in_features: int, grid: grids.AnyGrid) -> None:
     """Scales are positive and finite, zeros are codes of the grid, and the bits that fill a row are 0."""
     codes, scales, zeros = found[name + CODES], found[name + SCALES], found.get(name + ZEROS)
     if not bool(((scales > 0) & scales.isfinite()).all()):
         raise PaleyError(f"{name + SCALES}: must be positive and finite, and are not; the file is damaged")
     if zeros is not None and zeros.numel() and int(zeros.max()) > grid.peak:
         raise PaleyError(f"{name + ZEROS}: holds {int(zeros.max())}, beyond the last code of {grid.name}")
-    used = in_features * _bits(grid) % 8
+    k, bits = packing.symbol(grid.size)
+    used = -(-codes_per_row(in_features, grid.p) // k) * bits % 8
     if used and codes.numel() and int(codes[:, -1].max()) >> used:
         raise PaleyError(f"{name + CODES}: the bits after a row's last code must be 0; the file is damaged")
-
-
-def _bits(grid: grids.Grid) -> int:
-    return int(grid.bits)

@@ -48,8 +48,11 @@ class ShardWriter:
         self._closed = False
         self._claim()
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Takes a copy; PaleyError for a name taken, a dtype that safetensors lacks, or a full disk."""
+    def add(self, name: str, tensor: Tensor, *, own: bool = False) -> None:
+        """Takes a copy, or with `own` the tensor itself, which nobody then writes to.
+
+        PaleyError for a name taken, a dtype that safetensors lacks, or a full disk.
+        """
         if self._closed:
             raise PaleyError(f"{self.folder}: the checkpoint is closed; {name!r} comes too late")
         if name in self._sizes:
@@ -57,8 +60,10 @@ class ShardWriter:
         _check(str(self.folder), name, tensor)
         if self._pending and self._pending_bytes + tensor.nbytes > self.max_shard_bytes:
             self._flush()
-        # A copy, as the caller may go on working in place; contiguous whatever the strides were.
-        self._pending[name] = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
+        if own:
+            self._pending[name] = tensor.detach().to("cpu").contiguous()
+        else:  # a copy, as the caller may go on working in place; contiguous whatever the strides were
+            self._pending[name] = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
         self._pending_bytes += tensor.nbytes
         self._sizes[name] = tensor.nbytes
 

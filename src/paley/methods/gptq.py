@@ -1,4 +1,4 @@
-"""GPTQ on any scalar grid: rounds column by column and lets later columns make up for the error.
+"""GPTQ on any grid: rounds the columns of a code and lets later columns make up for the error.
 
 GPTQ: arXiv:2210.17323. Targets that know the inputs are quantized: GPTAQ, arXiv:2504.02692; ours also know what the
 residual stream lacks. Afterwards, per row, the scale is refitted and the codes are improved by coordinate descent,
@@ -7,12 +7,22 @@ both in the same objective.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from paley.core import grids
-from paley.core.grids import Grid
-from paley.core.rounding import Quantized, dequantize, look_up, nearest_codes, storable
+from paley.core.grids import AnyGrid, code_dtype
+from paley.core.rounding import (
+    Quantized,
+    codes_per_row,
+    dequantize,
+    look_up,
+    nearest_codes,
+    quantized,
+    storable,
+)
 from paley.core.schemes import WeightScheme
 from paley.methods.nearest import weight_scales
 
@@ -59,12 +69,7 @@ def quantize_gptq(
     for _ in range(scheme.sweeps):
         scales = _refit(target, gram, codes, scales, zeros, grid)
         codes = _descend(target, gram, codes, scales, zeros, grid)
-    return Quantized(
-        codes.flatten(-2),
-        scales.squeeze(-1).half(),
-        None if zeros is None else zeros.squeeze(-1).to(torch.uint8),
-        scheme.grid,
-    )
+    return quantized(codes, scales, zeros, grid, weight.shape[1])
 
 
 def _target(weight: Tensor, statistics: InputStatistics, damp: float, compensate: bool) -> tuple[Tensor, Tensor]:
@@ -81,41 +86,66 @@ def _target(weight: Tensor, statistics: InputStatistics, damp: float, compensate
     return gram.float(), torch.linalg.solve(gram, aim.T).T.float().contiguous()
 
 
+class _Columns:
+    """The columns that one code stands for, p at a time: nearest codes of [out, p] and the values they mean."""
+
+    def __init__(self, scales: Tensor, zeros: Tensor | None, grid: AnyGrid, columns: int):
+        """scales, zeros [out, groups, 1]."""
+        self.grid, self.columns, self.size = grid, columns, columns // scales.shape[1]
+        self.scales, self.zeros = scales.squeeze(-1), None if zeros is None else zeros.squeeze(-1)
+
+    def steps(self, block: int) -> Iterator[tuple[int, int]]:
+        """(start, stop) of blocks of columns: whole codes, about `block` of them."""
+        wide = max(1, block // self.grid.p) * self.grid.p
+        yield from ((start, min(start + wide, self.columns)) for start in range(0, self.columns, wide))
+
+    def codes_in(self, start: int, stop: int) -> Iterator[tuple[int, slice]]:
+        """(code's index, its columns) from start to stop."""
+        for first in range(start, stop, self.grid.p):
+            yield first // self.grid.p, slice(first, min(first + self.grid.p, stop))
+
+    def nearest(self, x: Tensor, cols: slice) -> tuple[Tensor, Tensor]:
+        """x [out, columns of one code] -> its codes [out] and their values, shaped as x."""
+        first, last = cols.start // self.size, (cols.stop - 1) // self.size
+        of_each = slice(first, first + 1) if first == last else torch.arange(cols.start, cols.stop) // self.size
+        scales, zeros = self.scales[:, of_each], None if self.zeros is None else self.zeros[:, of_each]
+        groups = x[:, None] if first == last else x[..., None]
+        codes = nearest_codes(groups, scales[..., None], None if zeros is None else zeros[..., None], self.grid)
+        points = look_up(self.grid, codes, x.shape[1])
+        return codes[:, 0], (points if zeros is None else points - zeros) * scales
+
+
 def _feedback(
-    target: Tensor, gram: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid, block: int = 128
+    target: Tensor, gram: Tensor, scales: Tensor, zeros: Tensor | None, grid: AnyGrid, block: int = 128
 ) -> Tensor:
-    """GPTQ proper -> codes [out, groups, group_size]."""
-    size = target.shape[1] // scales.shape[1]
+    """GPTQ proper, the columns of one code at a time -> codes [out, ceil(in / p)]."""
+    columns = _Columns(scales, zeros, grid, target.shape[1])
     # Upper Cholesky factor of the inverse: its row i spreads column i's error over the columns after it.
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram.double()))
     spread = torch.linalg.cholesky(inverse, upper=True).float()
-    work, codes = target.clone(), torch.empty_like(target, dtype=torch.uint8)
-    for start in range(0, target.shape[1], block):
-        stop = min(start + block, target.shape[1])
+    work = target.clone()
+    codes = torch.empty(len(work), codes_per_row(work.shape[1], grid.p), dtype=code_dtype(grid), device=work.device)
+    for start, stop in columns.steps(block):
         errors = torch.empty_like(work[:, start:stop])
-        for col in range(start, stop):
-            code, value = _nearest(work[:, col], scales, zeros, grid, col // size)
-            codes[:, col] = code
-            error = (work[:, col] - value) / spread[col, col]
-            work[:, col:stop] -= error[:, None] * spread[col, col:stop]
-            errors[:, col - start] = error
+        for index, cols in columns.codes_in(start, stop):
+            codes[:, index], values = columns.nearest(work[:, cols], cols)
+            error = work[:, cols] - values
+            if grid.p == 1:
+                error = error / spread[cols, cols]
+            else:  # the columns of one code are rounded together: their errors, freed of each other's feedback
+                error = torch.linalg.solve_triangular(spread[cols, cols], error, upper=True, left=False)
+            work[:, cols.start : stop] -= error @ spread[cols, cols.start : stop]
+            errors[:, cols.start - start : cols.stop - start] = error
         work[:, stop:] -= errors @ spread[start:stop, stop:]
-    return codes.unflatten(-1, (scales.shape[1], size))
+    return codes
 
 
-def _nearest(column: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid, group: int) -> tuple[Tensor, Tensor]:
-    """column [out] -> codes [out] and the values they stand for."""
-    scale, zero = scales[:, group], None if zeros is None else zeros[:, group]
-    code = nearest_codes(column[:, None], scale, zero, grid)
-    return code[:, 0], dequantize(code, scale, zero, grid)[:, 0]
-
-
-def _refit(target: Tensor, gram: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid) -> Tensor:
+def _refit(target: Tensor, gram: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, grid: AnyGrid) -> Tensor:
     """Scales [out, groups, 1] of least error for the given codes: one group after the other, in closed form."""
-    points = look_up(grid, codes)
+    points = look_up(grid, codes, target.shape[1]).unflatten(-1, (scales.shape[1], -1))
     if zeros is not None:
         points = points - zeros
-    scales, size = scales.clone(), codes.shape[-1]
+    scales, size = scales.clone(), points.shape[-1]
     for group in range(scales.shape[1]):
         cols = slice(group * size, (group + 1) * size)
         p = points[:, group]
@@ -134,22 +164,29 @@ def _descend(
     codes: Tensor,
     scales: Tensor,
     zeros: Tensor | None,
-    grid: Grid,
+    grid: AnyGrid,
     block: int = 128,
 ) -> Tensor:
-    """One sweep of coordinate descent over the columns: the objective never rises."""
-    shape, size = codes.shape, codes.shape[-1]
-    codes = codes.flatten(-2).clone()
-    values = dequantize(codes, scales.squeeze(-1), None if zeros is None else zeros.squeeze(-1), grid)
+    """One sweep of coordinate descent over the codes: the objective never rises."""
+    columns, codes = _Columns(scales, zeros, grid, target.shape[1]), codes.clone()
+    values = dequantize(codes, columns.scales, columns.zeros, grid, target.shape[1])
     pull = (target - values) @ gram
-    for start in range(0, target.shape[1], block):
-        stop = min(start + block, target.shape[1])
-        near, moves = pull[:, start:stop].clone(), torch.empty_like(pull[:, start:stop])
-        for col in range(start, stop):
-            col_in_block = col - start
-            best = values[:, col] + near[:, col_in_block] / gram[col, col]
-            codes[:, col], value = _nearest(best, scales, zeros, grid, col // size)
-            moves[:, col_in_block] = value - values[:, col]
-            near -= moves[:, col_in_block, None] * gram[col, start:stop]
+    for start, stop in columns.steps(block):
+        near, moves = pull[:, start:stop].clone(), torch.zeros_like(pull[:, start:stop])
+        for index, cols in columns.codes_in(start, stop):
+            cols_in_block = slice(cols.start - start, cols.stop - start)
+            own, force = gram[cols, cols], near[:, cols_in_block]
+            if grid.p == 1:
+                best = values[:, cols] + force / own
+            else:
+                best = values[:, cols] + torch.linalg.solve(own, force, left=False)
+            code, value = columns.nearest(best, cols)
+            move = value - values[:, cols]
+            if grid.p > 1:  # the nearest point is not always the best in the metric of `own`
+                gains = ((2 * force - move @ own) * move).sum(-1) > 0
+                code, move = torch.where(gains, code, codes[:, index]), move * gains[:, None]
+            codes[:, index] = code
+            moves[:, cols_in_block] = move
+            near -= move @ gram[cols, start:stop]
         pull -= moves @ gram[start:stop]
-    return codes.unflatten(-1, shape[1:])
+    return codes

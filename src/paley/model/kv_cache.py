@@ -31,7 +31,7 @@ _LAYER_TYPES = {"full_attention", "sliding_attention"}
 class PackedKV:
     """Keys or values [batch, kv_heads, tokens, width] as stored, after `transform`.
 
-    codes uint8 [batch, kv_heads, tokens, ceil(width * bits / 8)]; scales float16 [batch, kv_heads, tokens,
+    codes uint8 [batch, kv_heads, tokens, bytes]; scales float16 [batch, kv_heads, tokens,
     groups]; zeros uint8, shaped as scales, on affine grids only.
     """
 
@@ -58,8 +58,8 @@ class PackedKV:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """-> [batch, kv_heads, tokens, width] in `dtype`, still in transform's coordinates."""
         grid = grids.load(self.scheme.grid)
-        codes = packing.unpack(self.codes, int(grid.bits), self.width)
-        return rounding.dequantize(codes, self.scales, self.zeros, grid).to(dtype)
+        codes = packing.unpack_codes(self.codes, grid.size, rounding.codes_per_row(self.width, grid.p))
+        return rounding.dequantize(codes, self.scales, self.zeros, grid, self.width).to(dtype)
 
 
 def pack_kv(x: Tensor, scheme: ActivationScheme, transform: Transform | None = None) -> PackedKV:
@@ -68,7 +68,7 @@ def pack_kv(x: Tensor, scheme: ActivationScheme, transform: Transform | None = N
     if transform is not None:
         x = transform.apply(x)
     q = rounding.quantize_dynamic(x.contiguous(), scheme, SCALE_DTYPE)  # uneven grids are searched in contiguous rows
-    codes = packing.pack(q.codes, int(grids.load(scheme.grid).bits))
+    codes = packing.pack_codes(q.codes, grids.load(scheme.grid).size)
     return PackedKV(codes, q.scales, q.zeros, x.shape[-1], scheme, transform)
 
 

@@ -4,35 +4,37 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from paley.core import grids, packing, rounding
+from paley.core import grids, rounding
 from paley.core.errors import PaleyError
 from paley.core.rounding import Quantized
-from paley.core.schemes import ActivationScheme, LinearSlot, WeightScheme
-from paley.format.spec import SCALE_DTYPE, encode_linear, expected_tensors
+from paley.core.schemes import LinearSlot
+from paley.format.spec import SCALE_DTYPE, encode_linear, expected_tensors, unpack_weight
 
 __all__ = ["QuantLinear", "SharedInput"]
 
 
 class SharedInput:
-    """Rounds an input once for the linears that read it one after the other (q, k and v; gate and up)."""
+    """Transforms and rounds an input once for the linears that read it one after the other (q, k and v; gate, up)."""
 
     def __init__(self) -> None:
-        self._seen: tuple[weakref.ref[Tensor], int, ActivationScheme, Tensor] | None = None
+        self._seen: tuple[weakref.ref[Tensor], int, LinearSlot, Tensor] | None = None
 
-    def round(self, x: Tensor, scheme: ActivationScheme) -> Tensor:
-        """As `rounding.round_trip`; what is returned must not be written to."""
+    def round(self, x: Tensor, slot: LinearSlot) -> Tensor:
+        """As `round_input`; what is returned must not be written to. Of the slot, its weight does not matter here."""
+        slot = replace(slot, weight=None)
         if self._seen is not None:
-            source, version, seen_scheme, rounded = self._seen
-            if source() is x and version == x._version and seen_scheme == scheme:
+            source, version, seen_slot, rounded = self._seen
+            if source() is x and version == x._version and seen_slot == slot:
                 return rounded
-        rounded = rounding.round_trip(x, scheme)
+        rounded = round_input(x, slot)
         if not x.requires_grad and not x.is_inference():
-            self._seen = (weakref.ref(x, self._forget), x._version, scheme, rounded)
+            self._seen = (weakref.ref(x, self._forget), x._version, slot, rounded)
         return rounded
 
     def _forget(self, source: weakref.ref[Tensor]) -> None:
@@ -43,10 +45,17 @@ class SharedInput:
         return memo.setdefault(id(self), SharedInput())
 
 
+def round_input(x: Tensor, slot: LinearSlot) -> Tensor:
+    """x [..., in] (transform.in_dim where there is a transform) -> what meets the weight."""
+    if slot.transform is not None:
+        x = slot.transform.apply(x)
+    return x if slot.input is None else rounding.round_trip(x, slot.input)
+
+
 class QuantLinear(nn.Module):
     """y = round(T x) W^T + b, with W [out_features, in_features] stored as the checkpoint names it.
 
-    codes uint8 [out, ceil(in * bits / 8)], scales float16 [out, groups], zeros uint8 [out, groups] on affine
+    codes uint8 [out, bytes] as packed, scales float16 [out, groups], zeros uint8 [out, groups] on affine
     grids; a slot without a weight scheme keeps `weight` [out, in]. in_features is the stored width:
     slot.transform.out_dim where there is a transform. Codes and scales keep their dtypes under any cast.
     """
@@ -111,14 +120,14 @@ class QuantLinear(nn.Module):
 
     @torch.no_grad()
     def set_quantized_(self, q: Quantized) -> None:
-        """Packs in q (codes [out, in], scales [out, groups]); scales must be float16 values."""
+        """Packs in q (codes [out, in / p], scales [out, groups]); scales must be float16 values."""
         scheme = self.slot.weight
         if scheme is None:
             raise PaleyError(f"{self.name}: the slot keeps the weight unquantized, but codes came")
         if q.grid != scheme.grid:
             raise PaleyError(f"{self.name}: the slot wants codes of {scheme.grid!r}, got {q.grid!r}")
-        if tuple(q.codes.shape) != (self.out_features, self.in_features):
-            want, got = (self.out_features, self.in_features), tuple(q.codes.shape)
+        if (q.codes.shape[0], q.width) != (self.out_features, self.in_features):
+            want, got = (self.out_features, self.in_features), (q.codes.shape[0], q.width)
             raise PaleyError(f"{self.name}: codes must have shape {want}, got {got}")
         for full, tensor in encode_linear(self.name, q).items():
             own = getattr(self, full.rpartition(".")[2])
@@ -133,8 +142,9 @@ class QuantLinear(nn.Module):
         if scheme is None or codes is None or scales is None:
             assert self.weight is not None  # __init__ makes the one or the other
             return self.weight.to(dtype)
-        unpacked = packing.unpack(codes, _bits(scheme), self.in_features)
-        return rounding.dequantize(unpacked, scales, self.zeros, grids.load(scheme.grid)).to(dtype)
+        grid = grids.load(scheme.grid)
+        unpacked = unpack_weight(codes, grid, self.in_features)
+        return rounding.dequantize(unpacked, scales, self.zeros, grid, self.in_features).to(dtype)
 
     def materialize_(self, dtype: torch.dtype = torch.float32) -> None:
         """Keeps the dense weight beside the codes, unsaved: faster, and as large as an unquantized layer."""
@@ -147,13 +157,10 @@ class QuantLinear(nn.Module):
 
     def round_input(self, x: Tensor) -> Tensor:
         """x [..., in] (transform.in_dim where there is a transform) -> what meets the weight."""
-        if self.slot.transform is not None:
-            x = self.slot.transform.apply(x)
-        if self.slot.input is None:
-            return x
-        if self.shared_input is not None and self.slot.transform is None:
-            return self.shared_input.round(x, self.slot.input)
-        return rounding.round_trip(x, self.slot.input)
+        nothing = self.slot.transform is None and self.slot.input is None
+        if self.shared_input is None or nothing:
+            return round_input(x, self.slot)
+        return self.shared_input.round(x, self.slot)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] (in: transform.in_dim where there is a transform) -> [..., out], in x's dtype."""
@@ -176,10 +183,6 @@ class QuantLinear(nn.Module):
         if dense is not None and self.dense is not None and self.dense.dtype != dense.dtype:
             self.materialize_(self.dense.dtype)
         return self
-
-
-def _bits(scheme: WeightScheme) -> int:
-    return int(grids.load(scheme.grid).bits)
 
 
 def _parameter(value: Tensor | None) -> nn.Parameter | None:

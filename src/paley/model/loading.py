@@ -56,6 +56,27 @@ class Source:
         model.requires_grad_(False)
         return model.eval().to(device)
 
+    def skeleton(self) -> PreTrainedModel:
+        """The model without its weights; raises where the files and the config disagree."""
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(self.config, attn_implementation="sdpa", dtype=torch.float32)
+        tied, wanted = set(model.all_tied_weights_keys), model.state_dict()
+        for name, tensor in wanted.items():
+            if name not in self.checkpoint and name in tied:
+                continue
+            shape = self.checkpoint.shape(name)
+            if shape != tuple(tensor.shape):
+                raise PaleyError(
+                    f"{self.path}: config.json and the weights disagree: {name} has shape {list(shape)}, the config "
+                    f"makes it {list(tensor.shape)}; use the config.json these weights came with"
+                )
+        if extra := [name for name in self.checkpoint if name not in wanted]:
+            raise PaleyError(
+                f"{self.path}: config.json and the weights disagree: {len(extra)} tensors too many, the first is "
+                f"{extra[0]}; use the config.json these weights came with"
+            )
+        return model.eval()
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that came with the weights."""
         return load_tokenizer(self.path)

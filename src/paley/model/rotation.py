@@ -10,8 +10,9 @@ from paley.model.adapter import Adapter
 from paley.plan import Rotation
 from paley.recipe import Recipe
 
-__all__ = ["decide_rotation", "rotate_"]
+__all__ = ["decide_rotation", "input_blocks", "rotate_"]
 
+_SMALLEST_BLOCK = 32  # smaller ones would cost more in scales and mix too few values to be Gaussian
 _GRANULARITIES = (64, 32, 16, 8, 4)
 
 
@@ -55,6 +56,19 @@ def rotate_(adapter: Adapter, rotation: Rotation | None) -> None:
         for role, transform in (("o", rotation.output), ("down", rotation.mlp)):
             if transform is not None:
                 fold.rotate_input_(block.part(role), transform)
+
+
+def input_blocks(width: int, limit: int, seed: int) -> Transform:
+    """The rotation of a linear's input in the largest Hadamard blocks up to `limit` that divide its width.
+
+    A width that only tiny blocks divide is padded with zeros to the next multiple of a power of two.
+    """
+    fitting = (n for n in range(min(limit, width), 0, -1) if width % n == 0 and _exists(n))
+    order, wide = next(fitting), width
+    if order < min(_SMALLEST_BLOCK, limit):
+        order = min(1 << (limit.bit_length() - 1), 1 << (width - 1).bit_length(), 128)
+        wide = -(-width // order) * order
+    return Transform(width, wide, order, seed)
 
 
 def _auto_expansion(recipe: Recipe, hidden: int) -> int:

@@ -6,27 +6,24 @@ there to the end (arXiv:2504.13989 evaluates the whole model each time).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from paley.core.metrics import kl_divergence
 from paley.core.schemes import ActivationScheme, AttentionSlot, LinearSlot
 from paley.methods.gbs import Outcome, Score, bracket_search, gradual_search, local_search
 from paley.model.adapter import SHARED_INPUTS, Adapter
 from paley.model.calibrate import set_attention_, set_input_
 from paley.model.capture import BlockRunner
+from paley.model.trials import Objective, Prefix
 from paley.plan import Trial
 from paley.recipe.models import Search
 
 __all__ = ["ClipSearch", "SearchSlot", "search_slots"]
 
-_KEEP_BYTES = 2**29
 S = TypeVar("S", LinearSlot, AttentionSlot)
 
 
@@ -102,12 +99,12 @@ class ClipSearch:
         attentions: dict[str, AttentionSlot],
         settings: Search,
     ):
-        self.runner, self.ids, self.reference, self.settings = runner, ids, reference, settings
+        self.runner, self.ids, self.settings = runner, ids, settings
         self.linears, self.attentions = dict(linears), dict(attentions)
         self.slots = {s.name: s for s in search_slots(runner.adapter, settings.slots, linears, attentions)}
-        self._prefix, self._prefix_block = runner.embed(ids), 0
+        self._prefix = Prefix(runner, ids)
+        self._objective = Objective(runner, ids, reference, settings.objective)
         self._last: dict[str, float] = {}
-        self._kept: dict[int, Tensor] = {}
 
     def run(
         self,
@@ -191,30 +188,8 @@ class ClipSearch:
         if self.settings.schedule == "paper":  # as published: the whole model, every time
             hidden = self.runner.suffix(0, self.runner.embed(self.ids))
         else:
-            while self._prefix_block < slot.block:
-                self._prefix = self.runner.block(self._prefix_block, self._prefix)
-                self._prefix_block += 1
-            hidden = self.runner.suffix(slot.block, self._prefix)
-        total = tokens = 0
-        for i, (h, ids) in enumerate(zip(*(t.split(self.runner.batch) for t in (hidden, self.ids)), strict=True)):
-            logits = self.runner.logits(h)[:, :-1]
-            if self.settings.objective == "kl":
-                losses = kl_divergence(self._original(i), logits)
-            else:
-                losses = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-            total += float(losses.double().sum())
-            tokens += losses.numel()
-        mean = total / tokens
-        return math.exp(mean) if self.settings.objective == "perplexity" else mean
-
-    def _original(self, batch: int) -> Tensor:
-        """The original's logits [sequences, seq_len - 1, vocab] of a batch; kept where they are small."""
-        if batch in self._kept:
-            return self._kept[batch]
-        logits = self.runner.logits(self.reference.split(self.runner.batch)[batch])[:, :-1]
-        if sum(kept.nbytes for kept in self._kept.values()) + logits.nbytes <= _KEEP_BYTES:
-            self._kept[batch] = logits
-        return logits
+            hidden = self.runner.suffix(slot.block, self._prefix.before(slot.block))
+        return self._objective(hidden)
 
 
 def _clipped(slot: S, fields: tuple[str, ...], clip_ratio: float) -> S:

@@ -1,10 +1,11 @@
 """Recipes: what to do to a model, as a person writes it; presets, files and settings that make one."""
 
 from paley.recipe.loading import apply_settings, load_recipe
-from paley.recipe.models import Calibration, Override, Recipe, Search, Test
+from paley.recipe.models import Budget, Calibration, Override, Recipe, Search, Test
 from paley.recipe.presets import preset, preset_methods
 
 __all__ = [
+    "Budget",
     "Calibration",
     "Override",
     "Recipe",

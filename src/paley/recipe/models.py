@@ -14,23 +14,26 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    FiniteFloat,
     SerializerFunctionWrapHandler,
     model_serializer,
     model_validator,
 )
 
 from paley.core.errors import PaleyError, nearest_name
+from paley.core.grids import load as load_grid
 from paley.core.schemes import ActivationScheme, AttentionSlot, LinearSlot, WeightScheme
 from paley.core.transforms import Transform
 from paley.recipe.validation import CORE_ERRORS
 
-__all__ = ["Calibration", "Override", "Recipe", "Search", "Test"]
+__all__ = ["Budget", "Calibration", "Override", "Recipe", "Search", "Test"]
 
 Weight = Annotated[WeightScheme, CORE_ERRORS] | None
 Activation = Annotated[ActivationScheme, CORE_ERRORS] | None
 Text = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(ge=1)]
 SeqLen = Annotated[int, Field(ge=2)]
+Bits = Annotated[FiniteFloat, Field(gt=0)]
 Expansion = Annotated[int, Field(ge=0)] | Literal["auto"]
 S = TypeVar("S", LinearSlot, AttentionSlot)
 
@@ -67,13 +70,48 @@ class Search(_Frozen):
 
 
 class Test(_Frozen):
-    """The text that scores are reported on; source None: the calibration's source, a disjoint part of it."""
+    """The text that scores are reported on; source None: the calibration's source, a disjoint part of it.
+
+    A recipe whose test is null, for a model too large to run here, gives a model that nobody has measured.
+    """
 
     __test__: ClassVar[bool] = False  # not a pytest class
 
     source: Text | None = None
     sequences: Positive = 64
     seq_len: SeqLen = 512
+
+
+class Budget(_Frozen):
+    """Limits under which each slot gets the grid of least predicted loss, by measured sensitivities.
+
+    weights: stored bits for each weight of the quantized linears, scales included. size: bytes of all tensors on disk.
+    kv, inputs: bits for each cached value, and for each value that a linear reads. read: bytes read to generate a token
+    with `context` tokens in the cache. grids: candidates for weights, `keep` for unquantized; null: all of the kind
+    that the recipe's weights have. Slopes come from a file, or are measured on `source` (see Sensitivity).
+    """
+
+    weights: Bits | None = None
+    size: Positive | None = None
+    kv: Bits | None = None
+    inputs: Bits | None = None
+    read: Positive | None = None
+    context: Positive = 4096
+    grids: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
+    metric: Literal["kl", "perplexity"] = "kl"
+    source: Text = "self"
+    sequences: Positive = 16
+    seq_len: SeqLen = 512
+    levels: Annotated[int, Field(ge=3)] = 15
+
+    @model_validator(mode="after")
+    def _limits_something(self) -> Self:
+        if all(limit is None for limit in (self.weights, self.size, self.kv, self.inputs, self.read)):
+            raise ValueError("limits nothing: give weights, size, kv, inputs or read")
+        for name in self.grids or ():
+            if name != "keep":
+                load_grid(name)
+        return self
 
 
 class Override(_Frozen):
@@ -125,6 +163,8 @@ class Recipe(_Frozen):
     compensate: GPTQ aims at the outputs its own inputs give (plain), at the original outputs given quantized
     inputs (quantized_inputs: GPTAQ, arXiv:2504.02692), or at the original residual stream (residual_stream).
     rotate_output: also rotate what o_proj reads, over all heads, at run time. center_keys: see AttentionSlot.
+    hadamard: rotate what every quantized linear reads at run time, in blocks of at most so many values, whose
+    weights share a scale (HIGGS, arXiv:2411.17525); needs no data and no other tensor of the model.
     expand and expand_mlp: dimensions that the residual stream and down_proj's input gain.
     """
 
@@ -134,19 +174,23 @@ class Recipe(_Frozen):
     values: Activation = None
     rotate: bool = True
     rotate_output: bool = True
+    hadamard: Annotated[int, Field(ge=2)] | None = None
+    budget: Budget | None = None
     center_keys: bool = False
     expand: Expansion = 0
     expand_mlp: Expansion = 0
     compensate: Literal["plain", "quantized_inputs", "residual_stream"] = "residual_stream"
     calibration: Calibration = Calibration()
     search: Search = Search()
-    test: Test = Test()
+    test: Test | None = Test()
     overrides: tuple[Override, ...] = ()
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
     seed: int = 0
 
     @model_validator(mode="after")
     def _expansion_rotates(self) -> Self:
+        if self.rotate and self.hadamard is not None:
+            raise ValueError("hadamard rotates each layer's input by itself: set rotate: false, or leave it out")
         if not self.rotate and (self.expand or self.expand_mlp):
             raise ValueError("expand and expand_mlp need rotate: true; dimensions of zeros alone change nothing")
         return self

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from importlib import resources
 from importlib.resources.abc import Traversable
 from typing import Any
 
+from paley.core import grids, tables
 from paley.core.errors import PaleyError, nearest_name
-from paley.core.grids import MAX_BITS, MIN_BITS
+from paley.core.grids import MAX_BITS, MAX_POINTS, MIN_BITS
+from paley.core.packing import stored_bits
 from paley.recipe.loading import yaml_value
 from paley.recipe.models import Recipe
 from paley.recipe.validation import validate
 
 __all__ = ["preset", "preset_methods"]
 
-GRAMMAR = "[METHOD-]W<bits>[G<group size>]A<bits>[KV<bits>], for example w3a3kv3, w4g64a16 or quarot-w4a4kv4"
+GRAMMAR = (
+    "[METHOD-]W<bits>[G<group size>]A<bits>[KV<bits>], for example w3a3kv3, w4g64a16 or quarot-w4a4kv4; "
+    "or higgs-<bits>, for example higgs-4 or higgs-3.25: weights alone, without data"
+)
 NAME = re.compile(r"(?:(?P<method>.+)-)?w(?P<w>\d{1,4})(?:g(?P<group>\d{1,6}))?a(?P<a>\d{1,4})(?:kv(?P<kv>\d{1,4}))?")
+WEIGHTS_ONLY = re.compile(r"higgs-(?P<bits>\d{1,2}(?:\.\d{1,4})?)")
 DEFAULT_METHOD = "gbs"
 UNQUANTIZED = 16
 
@@ -32,7 +39,9 @@ def preset_methods() -> list[str]:
 
 
 def preset(name: str) -> Recipe:
-    """A name such as 'w3a3kv3', 'w4g64a16' or 'quarot-w4a4kv4' -> its recipe; 16 bits: left unquantized."""
+    """A name such as 'w3a3kv3', 'w4g64a16', 'quarot-w4a4kv4' or 'higgs-3.25' -> its recipe; 16 bits: unquantized."""
+    if (short := WEIGHTS_ONLY.fullmatch(name.strip().lower())) is not None:
+        return _higgs(float(short["bits"]), name)
     match = NAME.fullmatch(name.strip().lower())
     if match is None:
         raise PaleyError(f"preset {name!r}: expected {GRAMMAR}; methods: {', '.join(preset_methods())}")
@@ -54,11 +63,12 @@ def preset(name: str) -> Recipe:
 
 def _fill(data: dict[str, Any], bits: dict[str, int], group: str | None, name: str) -> dict[str, Any]:
     """A method's data with its open bits filled in, and null where a tensor stays unquantized."""
+    vectors = f"p2n{4 ** bits['w']}" if 4 ** bits["w"] <= MAX_POINTS else f"p1n{2 ** bits['w']}"
     for key, part in (("weights", "w"), ("inputs", "a"), ("keys", "kv"), ("values", "kv")):
         if bits[part] == UNQUANTIZED:
             data[key] = None
         else:
-            data[key]["grid"] = data[key]["grid"].format(**bits)
+            data[key]["grid"] = data[key]["grid"].format(**bits, vectors=vectors)
     if group is not None:
         if data["weights"] is None:
             raise PaleyError(f"preset {name!r}: G{group} is the group size of weights that W16 leaves unquantized")
@@ -66,3 +76,17 @@ def _fill(data: dict[str, Any], bits: dict[str, int], group: str | None, name: s
     if bits["a"] == bits["kv"] == UNQUANTIZED:
         data["search"]["method"] = "none"  # no activation slot has a clip ratio to search
     return data
+
+
+def _higgs(bits: float, name: str) -> Recipe:
+    """HIGGS for weights alone: of the grids in two dimensions, the largest that takes so many bits."""
+    rates = {grid: stored_bits(grid) for grid in map(grids.load, tables.names()) if grid.p == 2}
+    fitting = [grid for grid, rate in rates.items() if rate <= bits]
+    if not fitting or bits > max(rates.values()):
+        low, high = min(rates.values()), max(rates.values())
+        reach = f"{low:.3g} to {high:.3g} bits"
+        raise PaleyError(f"preset {name!r}: HIGGS in two dimensions reaches {reach}; --grid takes any other grid")
+    recipe = preset("higgs-w2a16")
+    assert recipe.weights is not None
+    best = max(fitting, key=lambda grid: (rates[grid], grid.size))
+    return recipe.model_copy(update={"weights": replace(recipe.weights, grid=best.name)})

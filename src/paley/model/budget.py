@@ -1,0 +1,312 @@
+"""Grids for slots under a budget: measured slopes times the error of each grid, minimised exactly.
+
+The linearity theorem (arXiv:2411.17525) makes the loss a sum over slots, alpha * t^2, and the choice a knapsack:
+`core.allocation` solves it. Here slots become its items, and its answer the slots' schemes.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from paley.core import grids, packing
+from paley.core.allocation import Allocation, Choice, allocate
+from paley.core.errors import PaleyError
+from paley.core.rounding import codes_per_row, round_trip
+from paley.core.schemes import ActivationScheme, AttentionSlot, LinearSlot, WeightScheme
+from paley.format import spec
+from paley.methods.nearest import gaussian_error
+from paley.methods.sensitivity import MAX_T
+from paley.model.adapter import SHARED_INPUTS, Adapter, Block
+from paley.recipe import Budget, Recipe
+from paley.sensitivity import Sensitivity
+
+__all__ = ["Slots", "decide_grids", "weight_candidates"]
+
+KEEP = "keep"
+_FAMILY = re.compile(r"([a-z]+)\d+")
+_SAMPLES = 2**17
+_AVERAGES = {"weights": ("weight",), "kv": ("keys", "values"), "inputs": ("input",)}  # limits in bits per value
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What to do to each linear and each attention, by module name."""
+
+    linears: dict[str, LinearSlot]
+    attentions: dict[str, AttentionSlot]
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A slot that the budget decides: `places` (module, field) get the scheme that a choice stands for."""
+
+    name: str
+    kind: str
+    places: tuple[tuple[str, str], ...]
+    schemes: dict[str, WeightScheme | ActivationScheme | None]
+    errors: dict[str, float]
+    bits: dict[str, int]  # stored once for a weight, for each token otherwise
+
+
+def decide_grids(
+    recipe: Recipe, adapter: Adapter, slots: Slots, sensitivity: Sensitivity
+) -> tuple[Slots, Allocation]:
+    """The slots with the grids of least predicted loss that the recipe's budget can pay for.
+
+    adapter: the original model, or its skeleton. Slots that an override of the recipe sets are left as they are, and
+    paid for. Errors: PaleyError, for slopes that are missing or were measured otherwise, and for budgets out of reach.
+    """
+    budget = recipe.budget
+    assert budget is not None
+    _check_slopes(recipe, sensitivity)
+    items = [item for item in _items(recipe, adapter, slots) if _is_budgeted(item.kind, budget)]
+    amounts = _amounts(budget, recipe, adapter, slots, items)
+    _check_reach(budget, adapter, items)
+    choices = {}
+    for item in _within_linear_range(items, amounts, budget):
+        alpha = _alpha(sensitivity, item) if len(item.bits) > 1 else 0.0
+        choices[item.name] = [
+            Choice(name, alpha * item.errors[name], tuple(_costs(item.kind, bits, amounts, budget)))
+            for name, bits in item.bits.items()
+        ]
+    found = allocate(choices, list(amounts.values()), resources=list(amounts))
+    return _with_choices(slots, items, found, recipe), found
+
+
+def _within_linear_range(items: list[_Item], amounts: dict[str, int], budget: Budget) -> list[_Item]:
+    """The items without choices whose t^2 is beyond the range of the slopes, as far as the budget can pay for that.
+
+    Slopes say nothing of them: with such choices an optimum at 3 bits did worse than one grid for all.
+    """
+    thresholds = sorted({MAX_T**2, *(e for item in items for e in item.errors.values() if e > MAX_T**2)})
+    for threshold in thresholds:
+        left = [_up_to(item, threshold) for item in items]
+        least = [
+            sum(next(iter(_costs(item.kind, min(item.bits.values()), {name: 0}, budget))) for item in left)
+            for name in amounts
+        ]
+        if all(cost <= amount for cost, amount in zip(least, amounts.values(), strict=True)):
+            return left
+    return items
+
+
+def _up_to(item: _Item, threshold: float) -> _Item:
+    """The item with its choices up to an error, or the one of least error."""
+    limit = max(threshold, min(item.errors.values()))
+    return replace(item, bits={name: bits for name, bits in item.bits.items() if item.errors[name] <= limit})
+
+
+def _alpha(sensitivity: Sensitivity, item: _Item) -> float:
+    if item.name not in sensitivity.slots:
+        more = "" if item.kind == "weight" else " --activations"
+        raise PaleyError(f"the sensitivities have no slope for {item.name}; measure it with `paley sensitivity{more}`")
+    return sensitivity.slots[item.name].alpha
+
+
+def _check_reach(budget: Budget, adapter: Adapter, items: list[_Item]) -> None:
+    """Raises where bits per value are asked for that no choice gives, and says which there are."""
+    for key, kinds in _AVERAGES.items():
+        of_kind = [item for item in items if item.kind in kinds]
+        if (limit := getattr(budget, key)) is None:
+            continue
+        if not of_kind:
+            raise PaleyError(f"budget.{key}: this recipe quantizes no {' or '.join(kinds)}; give it a scheme for them")
+        values = sum(_values(adapter, item) for item in of_kind)
+        low = sum(min(item.bits.values()) for item in of_kind) / values
+        high = sum(max(item.bits.values()) for item in of_kind) / values
+        if not low <= limit <= max(high, 16):
+            raise PaleyError(f"budget.{key}: {limit:g} bits are out of reach; {low:.4g} to {high:.4g} can be had here")
+
+
+def _is_budgeted(kind: str, budget: Budget) -> bool:
+    limits = {
+        "weight": (budget.weights, budget.size, budget.read),
+        "keys": (budget.kv, budget.read),
+        "values": (budget.kv, budget.read),
+        "input": (budget.inputs,),
+    }
+    return any(limit is not None for limit in limits[kind])
+
+
+def _amounts(
+    budget: Budget, recipe: Recipe, adapter: Adapter, slots: Slots, items: list[_Item]
+) -> dict[str, int]:
+    """Resource -> how much of it there is, in bits."""
+    found: dict[str, float] = {}
+    for key, kinds in _AVERAGES.items():
+        if (limit := getattr(budget, key)) is not None:
+            found[f"bits of {key}"] = limit * sum(_values(adapter, item) for item in items if item.kind in kinds)
+    if budget.size is not None:
+        weights = {module for item in items if item.kind == "weight" for module, _ in item.places}
+        found["bits on disk"] = 8 * (budget.size - _other_bytes(recipe, adapter, weights))
+    if budget.read is not None:
+        found["bits read a token"] = 8 * (budget.read - _head_bytes(recipe, adapter))
+    return {name: int(amount) for name, amount in found.items()}
+
+
+def _costs(kind: str, bits: int, amounts: dict[str, int], budget: Budget) -> Iterator[int]:
+    """What a choice of `bits` takes of each resource."""
+    # A weight is read once for each token, and the cache as long as it is.
+    reads = {"weight": 1, "keys": budget.context, "values": budget.context, "input": 0}
+    counts = {"bits on disk": {"weight": 1}, "bits read a token": reads}
+    counts |= {f"bits of {key}": dict.fromkeys(kinds, 1) for key, kinds in _AVERAGES.items()}
+    for resource in amounts:
+        yield counts[resource].get(kind, 0) * bits
+
+
+def _items(recipe: Recipe, adapter: Adapter, slots: Slots) -> Iterator[_Item]:
+    for block in adapter.blocks:
+        for role, path in block.linears():
+            if slots.linears[path].weight is not None:
+                yield _weight_item(recipe, block.part(role), path, slots.linears[path])
+        for name, roles in SHARED_INPUTS:
+            yield from _input_items(recipe, block, f"{block.name}.{name}_input", roles, slots)
+        path = block.path("attention")
+        for kind in ("keys", "values"):
+            if (scheme := getattr(slots.attentions[path], kind)) is not None:
+                options = _options(recipe, path, kind, scheme)
+                yield _activation_item(
+                    f"{block.name}.{kind}", kind, ((path, kind),), options, adapter.head_dim, adapter.num_kv_heads
+                )
+
+
+def _input_items(
+    recipe: Recipe, block: Block, name: str, roles: tuple[str, ...], slots: Slots
+) -> Iterator[_Item]:
+    """One item for the linears that read one tensor and round it alike; overrides may set members apart."""
+    by_scheme: dict[ActivationScheme, list[str]] = {}
+    for path in map(block.path, roles):
+        if (scheme := slots.linears[path].input) is not None:
+            by_scheme.setdefault(scheme, []).append(path)
+    for scheme, paths in by_scheme.items():
+        transform = slots.linears[paths[0]].transform
+        width = block.part(roles[0]).in_features if transform is None else transform.out_dim
+        places = tuple((path, "input") for path in paths)
+        yield _activation_item(name, "input", places, _options(recipe, paths[0], "input", scheme), width, 1)
+
+
+def _weight_item(recipe: Recipe, linear: Any, path: str, slot: LinearSlot) -> _Item:
+    out_features, in_features = linear.weight.shape
+    width = in_features if slot.transform is None else slot.transform.out_dim
+    scheme = slot.weight
+    assert scheme is not None
+    schemes: dict[str, WeightScheme | ActivationScheme | None] = {}
+    errors, bits = {}, {}
+    names = [scheme.grid] if _is_overridden(recipe, path, "weight") else weight_candidates(recipe)
+    for name in names:
+        if name == KEEP:
+            schemes[name], errors[name], bits[name] = None, 0.0, 16 * linear.weight.numel()
+            continue
+        grid = grids.load(name)
+        made = replace(scheme, grid=name, scale_search="rms" if grid.p > 1 else scheme.scale_search)
+        tensors = spec.expected_tensors(path, replace(slot, weight=made), width, out_features)
+        schemes[name], errors[name] = made, gaussian_error(made, width)
+        bits[name] = 8 * sum(d.itemsize * math.prod(shape) for d, shape in tensors.values() if d is not None)
+    return _Item(path, "weight", ((path, "weight"),), schemes, errors, bits)
+
+
+def _activation_item(
+    name: str, kind: str, places: tuple[tuple[str, str], ...], options: list[ActivationScheme], width: int, rows: int
+) -> _Item:
+    """rows vectors of `width` values a token, a scale and a zero point for each group."""
+    bits = {}
+    for scheme in options:
+        grid = grids.load(scheme.grid)
+        groups = width // (scheme.group_size or width)
+        beside = groups * (16 + 8 * grid.affine)
+        bits[scheme.grid] = rows * (8 * packing.packed_bytes(codes_per_row(width, grid.p), grid.size) + beside)
+    schemes: dict[str, WeightScheme | ActivationScheme | None] = {scheme.grid: scheme for scheme in options}
+    return _Item(name, kind, places, schemes, {s.grid: _activation_error(s, width) for s in options}, bits)
+
+
+def _options(recipe: Recipe, path: str, kind: str, scheme: ActivationScheme) -> list[ActivationScheme]:
+    """The scheme with every width of its grid's family, or itself where an override set it."""
+    family = _FAMILY.fullmatch(scheme.grid)
+    if _is_overridden(recipe, path, kind) or family is None or family[1] not in grids.FAMILIES:
+        return [scheme]
+    return [replace(scheme, grid=f"{family[1]}{bits}") for bits in range(grids.MIN_BITS, grids.MAX_BITS + 1)]
+
+
+def weight_candidates(recipe: Recipe) -> list[str]:
+    """Names of the grids that a weight may get, and 'keep'."""
+    budget, scheme = recipe.budget, recipe.weights
+    if budget is not None and budget.grids is not None:
+        return list(budget.grids)
+    assert scheme is not None
+    family = _FAMILY.fullmatch(scheme.grid)
+    if family is not None and family[1] in grids.FAMILIES:
+        return [f"{family[1]}{bits}" for bits in range(grids.MIN_BITS, grids.MAX_BITS + 1)] + [KEEP]
+    dimension = grids.load(scheme.grid).p
+    return [name for name in grids.names() if name.startswith(f"p{dimension}n")] + [KEEP]
+
+
+def _with_choices(slots: Slots, items: list[_Item], found: Allocation, recipe: Recipe) -> Slots:
+    linears, attentions = dict(slots.linears), dict(slots.attentions)
+    for item in items:
+        scheme: Any = item.schemes[found.choices[item.name].name]
+        for module, place in item.places:
+            if module in attentions:
+                attentions[module] = replace(attentions[module], **{place: scheme})
+                continue
+            linears[module] = replace(linears[module], **{place: scheme})
+            if recipe.hadamard is not None and scheme is None and linears[module].input is None:
+                linears[module] = replace(linears[module], transform=None)  # nothing is left to rotate for
+    return Slots(linears, attentions)
+
+
+def _is_overridden(recipe: Recipe, path: str, field: str) -> bool:
+    return any(fnmatch.fnmatchcase(path, o.pattern) and field in o.model_fields_set for o in recipe.overrides)
+
+
+def _check_slopes(recipe: Recipe, sensitivity: Sensitivity) -> None:
+    if sensitivity.folded != recipe.rotate:
+        have, need = ("with", "without") if sensitivity.folded else ("without", "with")
+        flag = "--fold" if recipe.rotate else "--no-fold"
+        raise PaleyError(
+            f"the sensitivities were measured {have} the norms' gains in the weights, but this recipe quantizes "
+            f"weights {need} them; measure them again with `paley sensitivity {flag}`"
+        )
+
+
+@functools.lru_cache(maxsize=256)
+def _activation_error(scheme: ActivationScheme, width: int) -> float:
+    x = torch.randn(-(-_SAMPLES // width), width, generator=torch.Generator().manual_seed(0))
+    return float((round_trip(x, scheme) - x).square().mean() / x.square().mean())
+
+
+def _values(adapter: Adapter, item: _Item) -> int:
+    """Entries of a weight; values that a token has of the other kinds."""
+    module: Any = adapter.model.get_submodule(item.places[0][0])
+    if item.kind == "weight":
+        return module.weight.numel()
+    if item.kind == "input":
+        return module.in_features
+    return adapter.num_kv_heads * adapter.head_dim
+
+
+def _other_bytes(recipe: Recipe, adapter: Adapter, budgeted: set[str]) -> int:
+    """Bytes on disk of everything but the weights that the budget decides."""
+    if recipe.expand or recipe.expand_mlp not in (0, "auto"):
+        raise PaleyError("budget.size: with expand the size of the other tensors changes too; give budget.weights")
+    skipped = {f"{name}.weight" for name in budgeted}
+    values = sum(p.numel() for name, p in adapter.model.named_parameters() if name not in skipped)
+    if recipe.rotate and adapter.model.config.tie_word_embeddings:
+        values += adapter.part("embedding").weight.numel()  # untied
+    return values * _itemsize(recipe)
+
+
+def _head_bytes(recipe: Recipe, adapter: Adapter) -> int:
+    """What is read for every token besides: lm_head; of the embedding a row, of the norms next to nothing."""
+    return adapter.part("head").weight.numel() * _itemsize(recipe)
+
+
+def _itemsize(recipe: Recipe) -> int:
+    return 4 if recipe.dtype == "float32" else 2

@@ -1,0 +1,79 @@
+"""What a trial on a model needs: the hidden states before the block that it changes, and the loss at the end.
+
+Everything before that block stays as it is, so a trial runs from there only.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from paley.core.metrics import kl_divergence
+from paley.model.capture import BlockRunner
+
+__all__ = ["Metric", "Objective", "Prefix"]
+
+Metric = Literal["kl", "perplexity"]
+
+_KEEP_BYTES = 2**29
+
+
+class Prefix:
+    """The inputs of one block at a time: cheap to move forward, begun anew to move back."""
+
+    def __init__(self, runner: BlockRunner, ids: Tensor):
+        self.runner, self.ids = runner, ids
+        self._hidden, self._block = runner.embed(ids), 0
+
+    def before(self, block: int) -> Tensor:
+        """-> what block `block` reads [sequences, seq_len, hidden]; valid until the next call, not to be written to."""
+        if block < self._block:
+            self._hidden, self._block = self.runner.embed(self.ids), 0
+        while self._block < block:
+            self._hidden = self.runner.block(self._block, self._hidden, out=self._hidden)
+            self._block += 1
+        return self._hidden
+
+
+class Objective:
+    """The loss of a model's last hidden states on `ids`: KL to the original in nats a token, or perplexity.
+
+    reference: the original's last hidden states [sequences, seq_len, hidden] for the same ids, in the coordinates
+    of the runner's norm and head; needed for "kl" only.
+    """
+
+    def __init__(self, runner: BlockRunner, ids: Tensor, reference: Tensor | None, metric: Metric):
+        assert reference is not None or metric == "perplexity"
+        self.runner, self.ids, self.reference, self.metric = runner, ids, reference, metric
+        self._kept: dict[int, Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, hidden: Tensor) -> float:
+        """hidden [sequences, seq_len, hidden]: outputs of the last block."""
+        total, tokens = 0.0, 0
+        for i, (h, ids) in enumerate(zip(*(t.split(self.runner.batch) for t in (hidden, self.ids)), strict=True)):
+            logits = self.runner.logits(h)[:, :-1]
+            if self.metric == "kl":
+                losses = kl_divergence(self._original(i), logits)
+            else:
+                losses = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+            total += float(losses.double().sum())
+            tokens += losses.numel()
+        mean = total / tokens
+        if self.metric == "kl":
+            return mean
+        return math.inf if mean >= 700 else math.exp(mean)  # exp would raise
+
+    def _original(self, batch: int) -> Tensor:
+        """The original's logits [sequences, seq_len - 1, vocab] of a batch; kept where they are small."""
+        if batch in self._kept:
+            return self._kept[batch]
+        assert self.reference is not None
+        logits = self.runner.logits(self.reference.split(self.runner.batch)[batch])[:, :-1]
+        if sum(kept.nbytes for kept in self._kept.values()) + logits.nbytes <= _KEEP_BYTES:
+            self._kept[batch] = logits
+        return logits

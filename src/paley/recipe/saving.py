@@ -1,0 +1,57 @@
+"""Plain data -> a JSON file that a person can read and diff, written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any, TypeVar
+
+from paley.core.errors import PaleyError
+
+__all__ = ["in_natural_order", "json_lines", "save_text"]
+
+T = TypeVar("T")
+
+
+def in_natural_order(named: dict[str, T]) -> dict[str, T]:
+    """layers.2 before layers.10."""
+    return {name: named[name] for name in sorted(named, key=_natural_key)}
+
+
+def _natural_key(name: str) -> list[tuple[int, str]]:
+    return [(int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", name)]
+
+
+def json_lines(value: Any, levels: int, indent: str = "") -> str:
+    """JSON whose outer `levels` of containers have one entry a line, and whose inner ones are on one line."""
+    if levels == 0 or not isinstance(value, dict | list) or not value:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    inner = indent + " "
+    if isinstance(value, list):
+        entries = [inner + json_lines(item, levels - 1, inner) for item in value]
+        return "[\n" + ",\n".join(entries) + f"\n{indent}]"
+    entries = [
+        f"{inner}{json.dumps(key, ensure_ascii=False)}: {json_lines(item, levels - 1, inner)}"
+        for key, item in value.items()
+    ]
+    return "{\n" + ",\n".join(entries) + f"\n{indent}}}"
+
+
+def save_text(path: str | Path, text: str, what: str) -> None:
+    """Write the file; it is either the old one or the whole new one, also where this is cut off."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise PaleyError(f"{path}: the {what} cannot be written ({error})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()

@@ -1,0 +1,108 @@
+"""Measured sensitivities of one model, as a JSON file with a line for each slot.
+
+The slopes belong to the model and not to a quantizer, so one measurement serves every budget: with t^2 the relative
+squared error of each slot, the loss grows by about sum alpha t^2 (arXiv:2411.17525), from about 3 bits up.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat
+
+from paley.core.errors import PaleyError, nearest_name
+from paley.recipe.loading import load_json
+from paley.recipe.saving import in_natural_order, json_lines, save_text
+from paley.recipe.validation import validate
+
+__all__ = ["VERSION", "MeasuredSlot", "MeasuredText", "Sensitivity"]
+
+VERSION = 1
+
+Positive = Annotated[FiniteFloat, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+AGAIN = "measure it with `paley sensitivity`"
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class MeasuredText(_Frozen):
+    """What the loss was measured on; sha256 is that of the token ids."""
+
+    source: str
+    sha256: str
+    tokens: Count
+
+
+class MeasuredSlot(_Frozen):
+    """numel: entries of a weight, values a token of the other kinds; levels: pairs of t^2 and what it added.
+
+    clamped: the measured slope was not positive, alpha is a small number in its place.
+    """
+
+    kind: Literal["weight", "input", "keys", "values"]
+    numel: Count
+    alpha: Positive
+    stderr: Annotated[FiniteFloat, Field(ge=0)]
+    clamped: bool = False
+    levels: tuple[tuple[Positive, FiniteFloat], ...]
+
+
+class Sensitivity(_Frozen):
+    """How fast `metric` grows with the relative squared error of each slot of the model with this fingerprint.
+
+    metric "kl": nats a token, baseline 0; "perplexity": baseline is the model's own. folded: measured with the norms'
+    gains in the weights, as recipes that rotate have it. Slots are held in the natural order of their names.
+    """
+
+    version: Literal[1] = VERSION
+    fingerprint: str
+    model_type: str
+    metric: Literal["kl", "perplexity"]
+    text: MeasuredText
+    folded: bool
+    seed: int
+    baseline: FiniteFloat
+    slots: Annotated[dict[str, MeasuredSlot], Field(min_length=1), AfterValidator(in_natural_order)]
+
+    def alphas(self, kind: str = "weight") -> dict[str, float]:
+        """Name -> slope of each slot of a kind."""
+        return {name: slot.alpha for name, slot in self.slots.items() if slot.kind == kind}
+
+    def check_fingerprint(self, actual: str) -> Self:
+        """-> self; raises where the slopes are those of another model than that of fingerprint `actual`."""
+        if actual != self.fingerprint:
+            raise PaleyError(
+                f"these sensitivities are of a {self.model_type} model with fingerprint {self.fingerprint}, "
+                f"the model here has {actual}; use that model, or measure this one with `paley sensitivity`"
+            )
+        return self
+
+    def check_slots(self, names: Iterable[str]) -> Self:
+        """-> self; raises where one of the slots `names` was not measured."""
+        for name in names:
+            if name not in self.slots:
+                raise PaleyError(f"sensitivity: {name} has no slope{nearest_name(name, self.slots)}; {AGAIN}")
+        return self
+
+    def to_json(self) -> str:
+        """The file's text: the same for equal sensitivities, one line for each slot."""
+        return json_lines(self.model_dump(mode="json"), levels=2) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        """Write the file; it is either the old one or the whole new one, also where this is cut off."""
+        save_text(path, self.to_json(), "sensitivity file")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """The sensitivities in a file; raises where there are none, or no valid ones of this version."""
+        data = load_json(Path(path), "sensitivity file")
+        if isinstance(data, dict) and data.get("version") != VERSION:
+            got = json.dumps(data.get("version"))
+            raise PaleyError(f"{path}: is a sensitivity file of version {got}, this Paley reads version {VERSION}")
+        return validate(cls, data, str(path))

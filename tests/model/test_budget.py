@@ -1,0 +1,180 @@
+"""Budgets through slots: every byte is counted as stored, overrides stay, and what slopes do not know is refused."""
+
+from dataclasses import replace
+from math import prod
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from paley.core import grids
+from paley.core.errors import PaleyError
+from paley.core.schemes import LinearSlot
+from paley.format import spec
+from paley.methods.sensitivity import MAX_T
+from paley.model.adapter import Adapter
+from paley.model.budget import Slots, decide_grids
+from paley.model.rotation import input_blocks
+from paley.model.sensitivity import KINDS, noise_slots
+from paley.recipe import apply_settings, preset
+from paley.sensitivity import MeasuredSlot, MeasuredText, Sensitivity
+
+TEXT = MeasuredText(source="random", sha256="0", tokens=1)
+
+
+@pytest.fixture(scope="module")
+def adapter():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    return Adapter(LlamaForCausalLM(config).eval())
+
+
+def slopes(adapter, kinds=("weight",), folded=False, **alphas) -> Sensitivity:
+    """alpha 1 for every slot, but for those whose name ends as a key of alphas says."""
+
+    def slot(s):
+        alpha = next((a for end, a in alphas.items() if s.name.endswith(end)), 1.0)
+        return MeasuredSlot(kind=s.kind, numel=s.numel, alpha=alpha, stderr=0.0, levels=())
+
+    found = {s.name: slot(s) for s in noise_slots(adapter, kinds)}
+    return Sensitivity(
+        fingerprint="x", model_type="llama", metric="kl", text=TEXT, seed=0, baseline=0.0, folded=folded, slots=found
+    )
+
+
+def recipe(*settings, name="higgs-4"):
+    return apply_settings(preset(name), ["hadamard=null", *settings])
+
+
+def slots_of(recipe, adapter) -> Slots:
+    linears = {path: recipe.linear_slot(path) for block in adapter.blocks for _, path in block.linears()}
+    attentions = {p: recipe.attention_slot(p) for p in (b.path("attention") for b in adapter.blocks)}
+    return Slots(linears, attentions)
+
+
+def stored_bits(slots, adapter) -> tuple[int, int]:
+    """Bits that the linears' weights take, by the format's own account, and how many weights there are."""
+    bits = weights = 0
+    for path, slot in slots.linears.items():
+        out_features, in_features = adapter.model.get_submodule(path).weight.shape
+        tensors = spec.expected_tensors(path, slot, in_features, out_features).values()
+        bits += sum(8 * (dtype.itemsize if dtype else 2) * prod(shape) for dtype, shape in tensors)
+        weights += out_features * in_features
+    return bits, weights
+
+
+@pytest.mark.parametrize("limit", [2.6, 3.0, 3.3, 4.125, 6.0, 16.0])
+def test_what_is_stored_meets_the_budget_and_more_bits_never_cost_accuracy(adapter, limit):
+    wanted, sensitivity = recipe(f"budget={{weights: {limit}}}"), slopes(adapter, q_proj=0.01, down_proj=5.0)
+    found, allocation = decide_grids(wanted, adapter, slots_of(wanted, adapter), sensitivity)
+    bits, weights = stored_bits(found, adapter)
+    assert limit - 0.2 < bits / weights <= limit
+    assert allocation.costs == (bits,)
+    errors = {
+        path: 0.0 if slot.weight is None else grids.load(slot.weight.grid).mse for path, slot in found.linears.items()
+    }
+    assert allocation.loss == pytest.approx(sum(sensitivity.slots[path].alpha * e for path, e in errors.items()))
+    least, most = (max(e for path, e in errors.items() if path.endswith(end)) for end in ("down_proj", "q_proj"))
+    assert least <= most
+    _, more = decide_grids(recipe(f"budget={{weights: {limit + 0.5}}}") if limit < 16 else wanted, adapter,
+                           slots_of(wanted, adapter), sensitivity)  # fmt: skip
+    assert more.loss <= allocation.loss
+
+
+def test_grids_beyond_the_linear_range_are_taken_only_where_they_must(adapter):
+    for limit, beyond in ((3.2, False), (2.13, True)):
+        wanted = recipe(f"budget={{weights: {limit}}}")
+        found, _ = decide_grids(wanted, adapter, slots_of(wanted, adapter), slopes(adapter, k_proj=1e-6))
+        assert any(grids.load(s.weight.grid).mse > MAX_T**2 for s in found.linears.values() if s.weight) == beyond
+
+
+def test_overrides_stay_and_are_paid_for(adapter):
+    overrides = (
+        "overrides=[{pattern: '*.0.mlp.*', weight: {grid: int8, method: nearest, scale_search: absmax}}, "
+        "{pattern: '*.1.mlp.up_proj', keep: true}]"
+    )
+    wanted = recipe("budget={weights: 5.0}", overrides)
+    start = slots_of(wanted, adapter)
+    found, allocation = decide_grids(wanted, adapter, start, slopes(adapter))
+    for path, slot in found.linears.items():
+        if ".0.mlp." in path or path.endswith("1.mlp.up_proj"):
+            assert slot == start.linears[path]
+    # The layer that is kept is none of the quantized linears, whose average the budget limits.
+    counted = Slots({p: s for p, s in found.linears.items() if not p.endswith("1.mlp.up_proj")}, {})
+    bits, weights = stored_bits(counted, adapter)
+    assert allocation.costs == (bits,)
+    assert bits <= 5.0 * weights
+
+
+def test_a_size_on_disk_counts_everything(adapter):
+    everything = sum(p.numel() for p in adapter.model.parameters())
+    wanted = recipe("budget={size: 150000}")
+    found, _ = decide_grids(wanted, adapter, slots_of(wanted, adapter), slopes(adapter))
+    bits, weights = stored_bits(found, adapter)
+    total = bits // 8 + 2 * (everything - weights)
+    assert 145_000 < total <= 150_000
+
+
+def test_cache_and_inputs_have_budgets_of_their_own(adapter):
+    wanted = recipe("budget={weights: 4.2, kv: 4.5, inputs: 5.0}", name="higgs-w4a4kv4")
+    sensitivity = slopes(adapter, KINDS, keys=20.0, down_input=20.0)
+    found, allocation = decide_grids(wanted, adapter, slots_of(wanted, adapter), sensitivity)
+    keys = [grids.load(s.keys.grid).bits for s in found.attentions.values()]
+    values = [grids.load(s.values.grid).bits for s in found.attentions.values()]
+    assert sum(keys) > sum(values)
+    heads, dim = 2, 32
+    per_token = sum(heads * (dim * b + 24) for b in (*keys, *values))
+    assert per_token == allocation.costs[1]
+    assert per_token <= 4.5 * 4 * heads * dim
+    down = [s.input for p, s in found.linears.items() if p.endswith("down_proj")]
+    gate = [s.input for p, s in found.linears.items() if p.endswith("gate_proj")]
+    assert min(grids.load(s.grid).bits for s in down) > max(grids.load(s.grid).bits for s in gate)
+    block = found.linears["model.layers.0.self_attn.q_proj"], found.linears["model.layers.0.self_attn.v_proj"]
+    assert block[0].input == block[1].input  # one tensor, rounded once
+
+
+def test_stored_bytes_and_bytes_read_are_one_problem(adapter):
+    settings = "budget={weights: 4.0, read: %d, context: 1000}"
+    sensitivity = slopes(adapter, KINDS)
+    start = recipe(settings % 10**9, name="higgs-w4a16kv4")
+    loose, unlimited = decide_grids(start, adapter, slots_of(start, adapter), sensitivity)
+    assert {s.keys.grid for s in loose.attentions.values()} == {"uint8"}  # nothing but `read` limits the cache
+    head = 2 * adapter.part("head").weight.numel()
+    limit = unlimited.costs[1] // 8 + head - 100_000
+    wanted = recipe(settings % limit, name="higgs-w4a16kv4")
+    _, limited = decide_grids(wanted, adapter, slots_of(wanted, adapter), sensitivity)
+    assert limited.costs[0] <= unlimited.costs[0] * 1.001
+    assert limited.costs[1] // 8 + head <= limit
+    assert limited.loss > unlimited.loss
+
+
+@pytest.mark.parametrize(
+    ("settings", "change", "complaint"),
+    [
+        (["budget={weights: 0.5}"], {}, r"budget.weights: 0.5 bits are out of reach; 1.\d+ to 16 can be had here"),
+        (["budget={weights: 17}"], {}, r"17 bits are out of reach; 1.\d+ to 16"),
+        (["budget={weights: 4, kv: 3}"], {"kinds": KINDS}, "budget.kv: this recipe quantizes no keys or values"),
+        (["budget={size: 1000}"], {}, r"bits on disk"),
+        (["budget={weights: 4}"], {"folded": True}, "measured with the norms' gains in the weights"),
+        (["budget={weights: 4, inputs: 5}"], {"name": "higgs-w4a4"}, "have no slope for .*--activations"),
+    ],
+)
+def test_what_cannot_be_is_refused(adapter, settings, change, complaint):
+    wanted = recipe(*settings, name=change.pop("name", "higgs-4"))
+    sensitivity = slopes(adapter, **change)
+    with pytest.raises(PaleyError, match=complaint):
+        decide_grids(wanted, adapter, slots_of(wanted, adapter), sensitivity)
+
+
+def test_a_kept_layer_needs_no_rotation(adapter):
+    wanted = recipe("hadamard=32", "budget={weights: 16}")
+    start = slots_of(wanted, adapter)
+    rotated = {
+        path: replace(slot, transform=input_blocks(adapter.model.get_submodule(path).in_features, 32, 0))
+        for path, slot in start.linears.items()
+    }
+    found, _ = decide_grids(wanted, adapter, Slots(rotated, start.attentions), slopes(adapter))
+    assert set(found.linears.values()) == {LinearSlot()}
