@@ -18,7 +18,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src"
 # A unit is a folder or a file right under src/paley; "__init__" is the public door.
 FLOORS = {
     "core": 1,
-    **dict.fromkeys(("recipe", "plan", "data", "methods", "format", "kernels", "report", "theory"), 2),
+    **dict.fromkeys(("recipe", "plan", "sensitivity", "data", "methods", "format", "kernels", "report", "theory"), 2),
     **dict.fromkeys(("model", "runtime"), 3),
     "eval": 4,
     **dict.fromkeys(("pipeline", "hf", "export"), 5),
@@ -28,6 +28,7 @@ FLOORS = {
 # Units of one floor do not know each other, but for these: (who, whom): why.
 EXCEPTIONS = {
     ("plan", "recipe"): "a plan holds the recipe that it decides for",
+    ("sensitivity", "recipe"): "it is read and written by the same functions as a recipe and a plan",
     ("cli", "__init__"): "the command line is a guest of the public door",
     ("serve", "__init__"): "the server is a guest of the public door",
     ("pipeline", "hf"): "what was saved is reloaded the way a user loads it",

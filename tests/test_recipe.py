@@ -75,16 +75,32 @@ def test_recipes_are_frozen():
 
 
 def test_packaged_methods():
-    assert preset_methods() == ["gbs", "quarot", "quarot-clipped", "rtn"]
+    assert preset_methods() == ["gbs", "higgs", "quarot", "quarot-clipped", "rtn"]
 
 
-@pytest.mark.parametrize("method", ["gbs", "quarot", "quarot-clipped", "rtn"])
+@pytest.mark.parametrize("method", ["gbs", "higgs", "quarot", "quarot-clipped", "rtn"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_every_method_loads_at_every_width(method, bits):
     recipe = preset(f"{method}-w{bits}a{bits}kv{bits}")
     for scheme in (recipe.weights, recipe.inputs, recipe.keys, recipe.values):
         assert scheme is not None
-        assert scheme.grid.endswith(str(bits))
+        assert grids.load(scheme.grid).bits == bits
+
+
+@pytest.mark.parametrize(
+    ("name", "grid"), [("higgs-2", "p2n16"), ("higgs-3", "p2n64"), ("higgs-3.25", "p2n88"), ("HIGGS-4", "p2n256")]
+)
+def test_higgs_for_weights_alone(name, grid):
+    recipe = preset(name)
+    assert recipe.weights == WeightScheme(grid, None, "nearest", "rms")
+    assert (recipe.inputs, recipe.keys, recipe.values) == (None, None, None)
+    assert (recipe.rotate, recipe.hadamard, recipe.search.method) == (False, 1024, "none")
+
+
+@pytest.mark.parametrize("name", ["higgs-0.5", "higgs-9"])
+def test_higgs_says_what_it_reaches(name):
+    with pytest.raises(PaleyError, match="HIGGS in two dimensions reaches 1 to 6 bits"):
+        preset(name)
 
 
 def test_the_facts_of_rtn():
@@ -152,7 +168,7 @@ def test_sixteen_bits_leave_unquantized():
         ("w4a4 kv4", r"expected \[METHOD-\]W<bits>"),
         (
             "quaro-w4a4",
-            r"unknown method 'quaro'; did you mean 'quarot'\?; known: gbs, quarot, quarot-clipped, rtn",
+            r"unknown method 'quaro'; did you mean 'quarot'\?; known: gbs, higgs, quarot, quarot-clipped, rtn",
         ),
         ("../gbs-w4a4", r"unknown method '\.\./gbs'"),
         ("w4g0a4", r"group_size must be a positive integer"),

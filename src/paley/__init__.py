@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from paley import hf, pipeline
+from paley import hf, kernels, pipeline
 from paley.core.errors import PaleyError
 from paley.core.hadamard import hadamard
 from paley.eval.perplexity import evaluate
@@ -16,6 +16,7 @@ from paley.model.kv_cache import PackedKVCache
 from paley.pipeline import Monitor, Outcome
 from paley.plan import Plan
 from paley.recipe import Recipe, load_recipe, preset
+from paley.sensitivity import Sensitivity
 
 __all__ = [
     "PackedKVCache",
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 _RECIPE_FILES = (".yaml", ".yml", ".json")
 
 hf.register()
+kernels.register()
 
 
 def quantize(
@@ -43,34 +45,44 @@ def quantize(
     *,
     output: str | Path,
     plan: Plan | None = None,
+    sensitivity: Sensitivity | None = None,
     resume: bool = False,
     overwrite: bool = False,
     device: str = "cpu",
+    workers: int = 1,
     monitor: Monitor | None = None,
 ) -> Outcome:
     """Quantizes the checkpoint folder or Hub name `model` into the new folder `output`.
 
     recipe: a Recipe, a preset's name such as "w4a4kv4", or a .yaml or .json file; or give a plan that was
-    made for this model. A run that was stopped goes on with resume=True. Errors: PaleyError, and nothing in
-    `output`.
+    made for this model. sensitivity: what a recipe with a budget goes by; without it, it is measured. workers:
+    processes that share the weights of a data-free recipe. A run that was stopped goes on with resume=True.
+    Errors: PaleyError, and nothing in `output`.
     """
     return pipeline.quantize(
         model,
         None if recipe is None else _recipe(recipe),
         output=output,
         plan=plan,
+        sensitivity=sensitivity,
         resume=resume,
         overwrite=overwrite,
         device=device,
+        workers=workers,
         monitor=monitor,
     )
 
 
 def make_plan(
-    model: str | Path, recipe: Recipe | str | Path, *, device: str = "cpu", monitor: Monitor | None = None
+    model: str | Path,
+    recipe: Recipe | str | Path,
+    *,
+    sensitivity: Sensitivity | None = None,
+    device: str = "cpu",
+    monitor: Monitor | None = None,
 ) -> Plan:
     """Decides only: the plan that `quantize` with this recipe (as there) would execute."""
-    return pipeline.make_plan(model, _recipe(recipe), device=device, monitor=monitor)
+    return pipeline.make_plan(model, _recipe(recipe), sensitivity=sensitivity, device=device, monitor=monitor)
 
 
 def _recipe(recipe: Recipe | str | Path) -> Recipe:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from paley.core.schemes import ActivationScheme, WeightScheme
 from paley.pipeline import Outcome
+from paley.pipeline.curve import CurvePoint
 from paley.plan import Plan
 from paley.recipe import Recipe
 from paley.theory import PeakPoint
@@ -23,6 +24,7 @@ __all__ = [
     "Cost",
     "Row",
     "clip",
+    "curve_table",
     "emit",
     "eval_table",
     "line",
@@ -79,8 +81,10 @@ def emit(found: dict[str, Any]) -> None:
 
 
 def scores(measured: dict[str, Any]) -> list[Row]:
-    """The fields of an EvalResult -> rows of (what, original, quantized)."""
+    """The fields of an EvalResult -> rows of (what, original, quantized); none where nothing was measured."""
     m = measured
+    if not m:
+        return []
     here = with_error(float(m["perplexity"]), m["perplexity_stderr"], ".4f")
     if m["reference_nll"] is None:
         return [("perplexity", "", here)]
@@ -182,13 +186,27 @@ def outcome_table(outcome: Outcome, cost: Cost) -> Table:
     measured, bits = results["evaluation"], results["bits_per_weight"]
     ratio = results["original_bytes"] / results["bytes"]
     rows = [
-        *scores(measured),
+        *scores(measured or {}),
         ("bits per weight, all tensors", f"{bits * ratio:.3f}", f"{bits:.3f}"),
         ("bytes on disk", f"{results['original_bytes']:,}", f"{results['bytes']:,}"),
-        _cache_row(measured),
+        *([_cache_row(measured)] if measured else []),
         *cost.rows(),
     ]
     return table(("", "original", "quantized"), rows)
+
+
+def curve_table(curve: Sequence[CurvePoint]) -> Table:
+    """Budgets and what they cost in accuracy."""
+    rows = [
+        (
+            f"{point.budget:g}",
+            f"{point.bits_per_weight:.3f}",
+            f"{point.predicted_loss:.5f}",
+            "  ".join(f"{grid} × {count}" for grid, count in point.grids.items()),
+        )
+        for point in curve
+    ]
+    return table(("bits allowed", "used", "predicted loss", "grids"), rows, left=0)
 
 
 def eval_table(measured: dict[str, Any], cost: Cost) -> Table:
@@ -209,7 +227,9 @@ def _cache_row(measured: dict[str, Any]) -> Row:
     return "KV cache, bytes per token", f"{original:,.0f}", f"{here:,.0f}"
 
 
-def scored_on(measured: dict[str, Any]) -> str:
+def scored_on(measured: dict[str, Any] | None) -> str:
     """The text behind the scores of an EvalResult's fields."""
+    if measured is None:
+        return "not scored: the recipe has no test text; `paley eval OUT --against MODEL` measures what was lost"
     tokens, sequences = measured["tokens"], measured["sequences"]
     return f"scored on {tokens:,} tokens in {sequences} sequences of {measured['source']}"

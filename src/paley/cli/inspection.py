@@ -113,5 +113,5 @@ class Inspection:
         if results:
             rows.append(("bytes of the original", f"{results['original_bytes']:,}"))
             rows.append(("bits per weight, every byte counted", f"{results['bits_per_weight']:.3f}"))
-            rows += [(what, here) for what, _, here in scores(results["evaluation"])]
+            rows += [(what, here) for what, _, here in scores(results["evaluation"] or {})]
         return rows

@@ -15,9 +15,12 @@ from paley.cli import display, options
 from paley.cli.app import app
 from paley.cli.process import STOPPED, peak_memory, say, shell, typed
 from paley.cli.progress import watching
-from paley.cli.work import Wish, check_device, is_paley
+from paley.cli.wish import Wish
+from paley.cli.work import check_device, is_paley
 from paley.core.errors import PaleyError
+from paley.pipeline.curve import accuracy_size_curve
 from paley.pipeline.run_directory import RunDirectory
+from paley.sensitivity import Sensitivity
 
 __all__ = ["plan_verb", "quantize_verb"]
 
@@ -31,11 +34,18 @@ def quantize_verb(
     recipe: options.RecipeFile = None,
     plan: options.PlanFile = None,
     settings: options.Settings = None,
+    grid: options.Grid = None,
     expand: options.Expand = None,
     seed: options.Seed = None,
     calibration: options.Calibration = None,
     test: options.Test = None,
+    no_score: options.NoScore = False,
+    target_bpw: options.TargetBpw = None,
+    target_size: options.TargetSize = None,
+    kv_bpw: options.KvBpw = None,
+    sensitivity: options.Sensitivity = None,
     device: options.Device = "cpu",
+    workers: options.Workers = 1,
     resume: options.Resume = False,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
@@ -48,7 +58,12 @@ def quantize_verb(
     Example: `paley quantize ./llama --preset w4a4kv4 --output llama-w4`
     """
     start = time.monotonic()
-    chosen = Wish(preset, recipe, plan, tuple(settings or ()), calibration, test, expand, seed).chosen()
+    wish = Wish(
+        preset, recipe, plan, tuple(settings or ()), calibration, test, expand, seed, grid, no_score, target_bpw,
+        target_size, kv_bpw,
+    )  # fmt: skip
+    chosen = wish.chosen()
+    slopes = _slopes(sensitivity, chosen)
     decided = isinstance(chosen, paley.Plan)
     try:
         with watching() as monitor:
@@ -56,10 +71,12 @@ def quantize_verb(
                 model,
                 None if decided else chosen,
                 plan=chosen if decided else None,
+                sensitivity=slopes,
                 output=output,
                 resume=resume,
                 overwrite=overwrite,
                 device=check_device(device),
+                workers=workers,
                 monitor=monitor,
             )
     except KeyboardInterrupt:
@@ -75,6 +92,21 @@ def quantize_verb(
     layers = f"; each layer: {shell('inspect', str(outcome.output))}" if is_paley(outcome.output) else ""
     display.line(f"written to {outcome.output}{layers}")
     display.line(f"next: {shell('generate', str(outcome.output), 'Once upon a time')}")
+
+
+def _numbers(text: str | None) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise PaleyError(f"--target-bpw {text}: expected numbers with commas between them, such as 2.5,3,4") from None
+
+
+def _slopes(file: Path | None, chosen: paley.Recipe | paley.Plan) -> Sensitivity | None:
+    if file is None:
+        return None
+    if isinstance(chosen, paley.Plan) or chosen.budget is None:
+        raise PaleyError("--sensitivity serves a budget: give --target-bpw, --target-size, --kv-bpw, or a recipe's own")
+    return Sensitivity.load(file)
 
 
 def _how_to_resume(ctx: typer.Context, output: Path) -> str:
@@ -93,10 +125,15 @@ def plan_verb(
     preset: options.Preset = None,
     recipe: options.RecipeFile = None,
     settings: options.Settings = None,
+    grid: options.Grid = None,
     expand: options.Expand = None,
     seed: options.Seed = None,
     calibration: options.Calibration = None,
     test: options.Test = None,
+    target_bpw: options.TargetBpws = None,
+    target_size: options.TargetSize = None,
+    kv_bpw: options.KvBpw = None,
+    sensitivity: options.Sensitivity = None,
     device: options.Device = "cpu",
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
@@ -106,19 +143,35 @@ def plan_verb(
     A plan has a line for each layer. Read it, change it, compare it with another, and execute it with
     `paley quantize MODEL --plan FILE`: the same plan on the same model gives the same bytes.
 
+    With several budgets it only prints what each would cost: predicted loss against stored bits, nothing written.
+
     Example: `paley plan ./llama --preset w3a3kv3 --output plan.json`
     """
     start = time.monotonic()
+    budgets = _numbers(target_bpw)
+    wish = Wish(
+        preset, recipe, None, tuple(settings or ()), calibration, test, expand, seed, grid, False,
+        budgets[0] if budgets else None, target_size, kv_bpw,
+    )  # fmt: skip
+    chosen = wish.chosen()
+    assert isinstance(chosen, paley.Recipe)
+    slopes = _slopes(sensitivity, chosen)
+    if len(budgets) > 1:
+        with watching() as monitor:
+            curve = accuracy_size_curve(model, chosen, budgets, sensitivity=slopes, device=device, monitor=monitor)
+        if as_json:
+            display.emit({"model": model, "curve": [asdict(point) for point in curve]})
+        else:
+            display.show(display.curve_table(curve))
+        return
     if output.is_dir():
         raise PaleyError(f"{output}: is a folder; give the plan's file")
     if output.exists() and not overwrite:
         raise PaleyError(f"{output}: exists already; choose another --output, or replace it with --overwrite")
     if not output.absolute().parent.is_dir():
         raise PaleyError(f"{output}: there is no folder {output.parent}; make it first")
-    chosen = Wish(preset, recipe, None, tuple(settings or ()), calibration, test, expand, seed).chosen()
-    assert isinstance(chosen, paley.Recipe)
     with watching() as monitor:
-        made = paley.make_plan(model, chosen, device=check_device(device), monitor=monitor)
+        made = paley.make_plan(model, chosen, sensitivity=slopes, device=check_device(device), monitor=monitor)
     made.save(output)
     if as_json:
         cost = display.Cost(time.monotonic() - start, peak_memory())

@@ -17,10 +17,13 @@ __all__ = [
     "DrawSeed",
     "Expand",
     "Folder",
+    "Grid",
     "Json",
+    "KvBpw",
     "MaxNewTokens",
     "Model",
     "NewFolder",
+    "NoScore",
     "Overwrite",
     "PlanFile",
     "Preset",
@@ -28,11 +31,16 @@ __all__ = [
     "RecipeFile",
     "Resume",
     "Seed",
+    "Sensitivity",
     "SeqLen",
     "Sequences",
     "Settings",
+    "TargetBpw",
+    "TargetBpws",
+    "TargetSize",
     "Temperature",
     "Test",
+    "Workers",
 ]
 
 _HOW, _TEXT = "What to do", "Texts"
@@ -59,6 +67,29 @@ Settings = Annotated[
     list[str] | None,
     _option("--set", "Changes to the recipe: search.sequences=8 inputs.clip_ratio=0.9", "KEY=VALUE ...", _HOW),
 ]
+Grid = Annotated[
+    str | None,
+    _option(
+        "--grid",
+        "The weights' grid: p2n256, gauss3, ..., or a .safetensors file of points.",
+        "NAME",
+        _HOW,
+    ),
+]
+_BUDGET = "Under a budget"
+TargetBpw = Annotated[
+    float | None, _option("--target-bpw", "Stored bits for each weight, on average.", "BITS", _BUDGET)
+]
+TargetBpws = Annotated[
+    str | None,
+    _option("--target-bpw", "Stored bits for each weight; several, 2.5,3,4, print a curve.", "BITS,...", _BUDGET),
+]
+TargetSize = Annotated[str | None, _option("--target-size", "Of all tensors on disk: 4GB, 3.5GiB.", "SIZE", _BUDGET)]
+KvBpw = Annotated[float | None, _option("--kv-bpw", "Bits for each cached key and value, on average.", "BITS", _BUDGET)]
+Sensitivity = Annotated[
+    Path | None,
+    _option("--sensitivity", "What `paley sensitivity` measured; without it, measured now.", "FILE", _BUDGET),
+]
 Expand = Annotated[str | None, _option("--expand", "Dimensions that the residual stream gains.", "N|auto", _HOW)]
 Seed = Annotated[int | None, _option("--seed", "Draws rotations and calibration text.", panel=_HOW)]
 Calibration = Annotated[
@@ -70,9 +101,15 @@ Test = Annotated[
     _option("--test", "Text to score on; without it, a part of the calibration's.", "SOURCE", _TEXT),
 ]
 
+NoScore = Annotated[
+    bool,
+    _option("--no-score", "Score nothing: for models too large to run here, data-free recipes only.", panel=_TEXT),
+]
+
 NewFolder = Annotated[Path, typer.Option("--output", help="The new folder.", show_default=False)]
 Draw = Annotated[Path | None, _option("--output", "Also draw it: .png, .svg or .pdf.", "FILE")]
 Device = Annotated[str, _option("--device", "cpu or cuda.")]
+Workers = Annotated[int, _option("--workers", "Processes that share the weights of a data-free recipe.", min=1)]
 Resume = Annotated[bool, _option("--resume", "Go on with a run that was stopped.")]
 Overwrite = Annotated[bool, _option("--overwrite", "Make it anew, and replace what is there.")]
 Json = Annotated[bool, _option("--json", "Print one JSON object and nothing else.")]

@@ -1,9 +1,8 @@
-"""Between the verbs' arguments and the library: the recipe meant, the models, the text to score."""
+"""Between the verbs' arguments and the library: the models, and the text to score."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,10 +18,9 @@ from paley.model.loading import load_tokenizer, open_source, resolve
 from paley.pipeline import Monitor
 from paley.pipeline.texts import is_tuned_on, test_blocks
 from paley.plan import Plan
-from paley.recipe import Recipe, apply_settings, load_recipe, preset, preset_methods
+from paley.recipe import Recipe, Test
 
 __all__ = [
-    "Wish",
     "check_device",
     "evaluate_model",
     "is_paley",
@@ -32,50 +30,6 @@ __all__ = [
 
 # Settings that errors about a text name, as `paley eval` calls them.
 _AS_OPTIONS = {"test.sequences": "--sequences", "test.seq_len": "--seq-len", "test.source": "--data"}
-
-
-@dataclass(frozen=True)
-class Wish:
-    """The options of `quantize` and `plan` that say what is wanted."""
-
-    preset: str | None = None
-    recipe: Path | None = None
-    plan: Path | None = None
-    settings: tuple[str, ...] = ()
-    calibration: str | None = None
-    test: str | None = None
-    expand: str | None = None
-    seed: int | None = None
-
-    def chosen(self) -> Recipe | Plan:
-        """The recipe with all settings put in, or the plan; raises unless one of the three is named."""
-        given = {"--preset": self.preset, "--recipe": self.recipe, "--plan": self.plan}
-        named = [option for option, value in given.items() if value is not None]
-        if not named:
-            methods = ", ".join(f"{m}-w4a4kv4" for m in preset_methods())
-            raise PaleyError(
-                "say what to do: --preset NAME (w4a4kv4, w3a3kv3, w4a16, ...; by another method: "
-                f"{methods}; see `paley presets`), --recipe FILE or --plan FILE"
-            )
-        if len(named) > 1:
-            raise PaleyError(f"{' and '.join(named)} exclude each other: give one of them")
-        settings = self._all_settings()
-        if self.plan is not None:
-            if settings:
-                raise PaleyError(
-                    f"--plan is executed as it stands, but {settings[0]!r} would change it; edit the file, "
-                    "or make a new one with `paley plan`"
-                )
-            return Plan.load(self.plan)
-        recipe = preset(self.preset) if self.preset is not None else load_recipe(self.recipe or "")
-        return apply_settings(recipe, settings)
-
-    def _all_settings(self) -> list[str]:
-        """--set, then the options that are shorter names of settings; text quoted, as values are YAML."""
-        quoted = {"calibration.source": self.calibration, "test.source": self.test}
-        plain = {"expand": self.expand, "seed": self.seed}
-        found = [f"{key}={json.dumps(v, ensure_ascii=False)}" for key, v in quoted.items() if v is not None]
-        return [*self.settings, *found, *(f"{key}={v}" for key, v in plain.items() if v is not None)]
 
 
 def check_device(name: str) -> str:
@@ -123,7 +77,8 @@ def scored_text(model: str, data: str | None, sequences: int | None, seq_len: in
         )
     recipe = plan.recipe if plan is not None else Recipe()
     given = {"source": data, "sequences": sequences, "seq_len": seq_len}
-    test = recipe.test.model_copy(update={name: value for name, value in given.items() if value is not None})
+    changes = {name: value for name, value in given.items() if value is not None}
+    test = (recipe.test or Test()).model_copy(update=changes)
     try:
         return test_blocks(recipe.model_copy(update={"test": test}), load_tokenizer(path))
     except PaleyError as error:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from math import prod
 
-from torch import nn
-
+from paley.format.checkpoint import Checkpoint
 from paley.model.calibrate import LayerReport
 from paley.model.loading import Source
+from paley.plan import Plan
 
 __all__ = ["parameter_count", "quantized_bits", "untouched"]
 
@@ -27,12 +27,14 @@ def quantized_bits(reports: Iterable[LayerReport], source: Source) -> float | No
     return bits / weights if weights else None
 
 
-def untouched(model: nn.Module) -> dict[str, int]:
-    """Name -> number of values, of every parameter left unquantized; vectors and mean keys as one entry each."""
-    left = dict(model.named_parameters())
-    found = {name: p.numel() for name, p in left.items() if p.dim() > 1}
-    if vectors := sum(p.numel() for p in left.values() if p.dim() <= 1):
-        found["norms and biases"] = vectors
-    if means := sum(b.numel() for name, b in model.named_buffers() if name.endswith(".key_mean")):
-        found["mean keys"] = means
+def untouched(checkpoint: Checkpoint, plan: Plan) -> dict[str, int]:
+    """Name -> number of values, of every tensor left unquantized; vectors and mean keys as one entry each."""
+    quantized = {name for name, slot in plan.linears.items() if slot.weight is not None}
+    found: dict[str, int] = {}
+    for name, info in checkpoint.infos.items():
+        layer, _, part = name.rpartition(".")
+        if layer in quantized and part != "bias":
+            continue
+        entry = "mean keys" if part == "key_mean" else name if len(info.shape) > 1 else "norms and biases"
+        found[entry] = found.get(entry, 0) + prod(info.shape)
     return found

@@ -25,12 +25,8 @@ tags: [paley, quantized]
 | rotation | {rotation} |
 | bits per weight, every stored byte counted | {bits:.3f} |
 | size | {size:,} bytes (original {original_size:,}) |
-| perplexity | {perplexity:.4f} ± {perplexity_stderr:.4f} (original {reference:.4f}) |
-| KL divergence to the original | {kl:.4f} ± {kl_stderr:.4f} nats per token |
-| same most likely token | {top1:.2%} |
-
-Measured on {tokens:,} tokens of `{source}`, through the quantized KV cache in chunks; on a text of another domain the
-figures differ. `results.json` has every figure, `plan.json` every decision.
+{scores}
+`results.json` has every figure, `plan.json` every decision.
 
 ```python
 import paley                                   # registers the format with transformers
@@ -40,12 +36,27 @@ model = paley.load("THIS FOLDER")              # or AutoModelForCausalLM.from_pr
 Without `import paley` transformers does not know this format: it only warns, and returns random weights.
 """
 
+_SCORES = """\
+| perplexity | {perplexity:.4f} ± {perplexity_stderr:.4f} (original {reference:.4f}) |
+| KL divergence to the original | {kl:.4f} ± {kl_stderr:.4f} nats per token |
+| same most likely token | {top1:.2%} |
+
+Measured on {tokens:,} tokens of `{source}`, through the quantized KV cache in chunks; on a text of another domain the
+figures differ.
+"""
+
+_NO_SCORES = """
+Nobody has measured this model: it was quantized without a test text. `paley eval THIS FOLDER --against ORIGINAL` does.
+"""
+
 
 def model_card(results: dict[str, Any], plan: Plan) -> str:
     """results: as in results.json."""
-    recipe, measured = plan.recipe, results["evaluation"]
+    recipe = plan.recipe
     residual = plan.rotation.residual if plan.rotation else None
-    rotation = "none"
+    rotation = (
+        "none" if recipe.hadamard is None else f"inputs in Hadamard blocks of up to {recipe.hadamard}, at run time"
+    )
     if residual is not None:
         rotation = f"Hadamard of order {residual.order}"
         if residual.out_dim > residual.in_dim:
@@ -60,6 +71,14 @@ def model_card(results: dict[str, Any], plan: Plan) -> str:
         bits=results["bits_per_weight"],
         size=results["bytes"],
         original_size=results["original_bytes"],
+        scores=_scores(results["evaluation"]),
+    )
+
+
+def _scores(measured: dict[str, Any] | None) -> str:
+    if measured is None:
+        return _NO_SCORES
+    return _SCORES.format(
         perplexity=measured["perplexity"],
         perplexity_stderr=measured["perplexity_stderr"] or math.nan,
         reference=math.exp(measured["reference_nll"]),

@@ -8,21 +8,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from paley.core.errors import PaleyError
+from paley.data import TokenBlocks
 from paley.eval.perplexity import evaluate
 from paley.eval.reference import Reference
-from paley.format import spec
+from paley.format.checkpoint import Checkpoint
 from paley.format.files import write_atomic, write_json
 from paley.model.loading import Source, open_source
 from paley.pipeline.accounting import parameter_count, quantized_bits, untouched
 from paley.pipeline.card import model_card
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.run_directory import RESULTS, RunDirectory, check_output, open_run
-from paley.pipeline.saving import first_logits, save_checkpoint, verify
+from paley.pipeline.saving import first_logits, load_stored, save_checkpoint, verify
 from paley.pipeline.stages import decide, execute, storage_dtype
+from paley.pipeline.streaming import is_data_free, stream_checkpoint
 from paley.pipeline.texts import Texts, gather
 from paley.plan import Plan
 from paley.recipe import Recipe
+from paley.sensitivity import Sensitivity
 
 __all__ = ["Outcome", "make_plan", "quantize"]
 
@@ -44,16 +49,19 @@ def quantize(
     *,
     output: str | Path,
     plan: Plan | None = None,
+    sensitivity: Sensitivity | None = None,
     resume: bool = False,
     overwrite: bool = False,
     device: str = "cpu",
+    workers: int = 1,
     monitor: Monitor | None = None,
 ) -> Outcome:
     """Quantizes the checkpoint folder or Hub name `model` into the new folder `output`.
 
-    Give a recipe, or a plan made for this model. A run that was stopped goes on with resume=True. Errors:
-    PaleyError, with nothing written to `output`. overwrite=True makes everything anew, also where the folder
-    there came of the same settings.
+    Give a recipe, or a plan made for this model. sensitivity: what a recipe with a budget goes by; without it, it is
+    measured. workers: processes that share the weights of a data-free recipe; others use one. A run that was stopped
+    goes on with resume=True. Errors: PaleyError, with nothing written to `output`. overwrite=True makes everything
+    anew, also where the folder there came of the same settings.
     """
     monitor, output = monitor or Monitor(), Path(output)
     if (recipe is None) == (plan is None):
@@ -66,57 +74,86 @@ def quantize(
     _check_not_inside(output, source.path)
     if plan is not None:
         plan.check_fingerprint(source.fingerprint)
-    key = _key(source, plan.to_json() if plan is not None else wanted.hash())
+    if sensitivity is not None:
+        sensitivity.check_fingerprint(source.fingerprint)
+    key = _key(source, plan.to_json() if plan is not None else wanted.hash() + _digest(sensitivity))
     with open_run(output, key, resume=resume, overwrite=overwrite) as run:
         if not (resume and run.finished) and not (run.checkpoint / RESULTS).exists():
-            _make(source, wanted, plan, run, monitor, device)
+            _make(source, wanted, plan, sensitivity, run, monitor, device, workers)
         run.publish()
     return Outcome(output, Plan.load(output / "plan.json"), json.loads((output / RESULTS).read_text()))
 
 
-def make_plan(model: str | Path, recipe: Recipe, *, device: str = "cpu", monitor: Monitor | None = None) -> Plan:
+def make_plan(
+    model: str | Path,
+    recipe: Recipe,
+    *,
+    sensitivity: Sensitivity | None = None,
+    device: str = "cpu",
+    monitor: Monitor | None = None,
+) -> Plan:
     """Decides only: the plan that `quantize` with this recipe would execute."""
     source = open_source(model)
     texts = gather(recipe, source, device)
-    return decide(source, recipe, texts, None, monitor or Monitor(), device)
+    return decide(source, recipe, texts, None, monitor or Monitor(), device, sensitivity)
 
 
-def _make(source: Source, recipe: Recipe, plan: Plan | None, run: RunDirectory, monitor: Monitor, device: str) -> None:
+def _make(
+    source: Source,
+    recipe: Recipe,
+    plan: Plan | None,
+    sensitivity: Sensitivity | None,
+    run: RunDirectory,
+    monitor: Monitor,
+    device: str,
+    workers: int,
+) -> None:
     texts = gather(recipe, source, device)
-    run.check_texts({b.role: b.sha256 for b in (texts.calibration, texts.search, texts.test) if b is not None})
-    reference = _reference(source, texts, run, monitor, device)
-    plan = plan or _plan(source, recipe, texts, run, monitor, device)
-    model, reports = execute(source, plan, texts, run, monitor, device)
-    monitor.stage("saving and reading back", 1)
+    run.check_texts({b.role: b.sha256 for b in texts.all()})
+    reference = _reference(source, texts.test, run, monitor, device) if texts.test is not None else None
+    plan = plan or _plan(source, recipe, texts, sensitivity, run, monitor, device)
     dtype = storage_dtype(recipe, source)
-    save_checkpoint(run.checkpoint, model, plan, source, dtype)
-    expected = first_logits(model, texts.test)
-    del model  # never two copies
-    reloaded = verify(run.checkpoint, plan, expected, texts.test, device)
-    monitor.step()
-    batches = -(-len(texts.test.ids) // EVAL_BATCH)
-    monitor.stage("evaluating through the quantized cache", batches)
-    measured = evaluate(reloaded, texts.test, reference, batch=EVAL_BATCH, progress=lambda done, total: monitor.step())
-    size = spec.stored_bytes(run.checkpoint)
-    original = spec.stored_bytes(source.path)
+    if is_data_free(plan):
+        reports = stream_checkpoint(source, plan, run, monitor, dtype, workers)
+        model = load_stored(run.checkpoint, plan, device) if texts.test is not None else None
+    elif texts.test is not None:
+        model, reports = execute(source, plan, texts, run, monitor, device)
+        monitor.stage("saving and reading back", 1)
+        save_checkpoint(run.fresh_checkpoint(), model, plan, source, dtype)
+        expected = first_logits(model, texts.test)
+        del model  # never two copies
+        model = verify(run.checkpoint, plan, expected, texts.test, device)
+        monitor.step()
+    else:
+        raise PaleyError("test: null leaves nothing to verify this model on; only data-free recipes can go without")
+    measured = None
+    if model is not None and texts.test is not None:
+        measured = _evaluate(model, texts.test, reference, monitor)
+    stored = Checkpoint.open(run.checkpoint)
     weights = parameter_count(source)
-    plan = plan.model_copy(update={"bits_per_weight": size * 8 / weights})
+    bits = stored.nbytes * 8 / weights
+    plan = plan.model_copy(update={"bits_per_weight": bits})
     plan.save(run.checkpoint / "plan.json")
     results = {
         "run": run.key,
         "model_type": source.config.model_type,
         "fingerprint": source.fingerprint,
         "parameters": weights,
-        "bits_per_weight": size * 8 / weights,
+        "bits_per_weight": bits,
         "bits_per_quantized_weight": quantized_bits(reports, source),
-        "bytes": size,
-        "original_bytes": original,
-        "untouched": untouched(reloaded),
-        "evaluation": measured.to_dict(),
+        "bytes": stored.nbytes,
+        "original_bytes": source.checkpoint.nbytes,
+        "untouched": untouched(stored, plan),
+        "evaluation": measured,
         "layers": {r.name: {"rel_error": r.rel_error} for r in reports},
     }
     write_atomic(run.checkpoint / "README.md", model_card(results, plan))
     write_json(run.checkpoint / RESULTS, results)
+
+
+def _evaluate(model: PreTrainedModel, test: TokenBlocks, reference: Reference | None, monitor: Monitor) -> dict:
+    monitor.stage("evaluating through the quantized cache", -(-len(test.ids) // EVAL_BATCH))
+    return evaluate(model, test, reference, batch=EVAL_BATCH, progress=lambda done, total: monitor.step()).to_dict()
 
 
 def _check_not_inside(output: Path, model: Path) -> None:
@@ -126,20 +163,32 @@ def _check_not_inside(output: Path, model: Path) -> None:
             raise PaleyError(f"{output}: holds {what} {path.resolve()}; choose another --output")
 
 
-def _reference(source: Source, texts: Texts, run: RunDirectory, monitor: Monitor, device: str) -> Reference:
+def _reference(source: Source, test: TokenBlocks, run: RunDirectory, monitor: Monitor, device: str) -> Reference:
     file = run.path / "reference.safetensors"
     if not file.exists():
         monitor.stage("measuring the original", 1)
-        Reference.of(source.load(device=device), texts.test).save(file)
+        Reference.of(source.load(device=device), test).save(file)
         monitor.step()
-    return Reference.load(file, texts.test)
+    return Reference.load(file, test)
 
 
-def _plan(source: Source, recipe: Recipe, texts: Texts, run: RunDirectory, monitor: Monitor, device: str) -> Plan:
+def _plan(
+    source: Source,
+    recipe: Recipe,
+    texts: Texts,
+    sensitivity: Sensitivity | None,
+    run: RunDirectory,
+    monitor: Monitor,
+    device: str,
+) -> Plan:
     file = run.path / "plan.json"
     if not file.exists():
-        decide(source, recipe, texts, run, monitor, device).save(file)
+        decide(source, recipe, texts, run, monitor, device, sensitivity).save(file)
     return Plan.load(file)
+
+
+def _digest(sensitivity: Sensitivity | None) -> str:
+    return "" if sensitivity is None else hashlib.sha256(sensitivity.to_json().encode()).hexdigest()
 
 
 def _key(source: Source, wanted: str) -> str:

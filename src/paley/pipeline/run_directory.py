@@ -47,6 +47,18 @@ class RunDirectory:
         folder.mkdir(exist_ok=True)
         return folder / f"block-{index:04d}.safetensors"
 
+    def tensor_file(self, name: str) -> Path:
+        """Where the codes of the weight `name` are kept while a run takes tensors one by one."""
+        folder = self.path / "final"
+        folder.mkdir(exist_ok=True)
+        return folder / f"{name}.safetensors"
+
+    def fresh_checkpoint(self) -> Path:
+        """An empty folder for the checkpoint, whatever a killed run left there."""
+        shutil.rmtree(self.checkpoint, ignore_errors=True)
+        self.checkpoint.mkdir(parents=True)
+        return self.checkpoint
+
     @property
     def finished(self) -> bool:
         """Whether the output folder is what this run makes, and not an older one that it is still to replace."""
@@ -56,7 +68,7 @@ class RunDirectory:
     @property
     def has_progress(self) -> bool:
         """Whether a resumed run would have anything but the original's scores to start from."""
-        kept = ("trace.jsonl", "plan.json", "checkpoint", "draft", "final")
+        kept = ("slopes.jsonl", "trace.jsonl", "plan.json", "checkpoint", "draft", "final")
         return any((self.path / name).exists() for name in kept)
 
     def check_texts(self, hashes: dict[str, str]) -> None:

@@ -22,7 +22,7 @@ from paley.model.linear import QuantLinear
 from paley.model.loading import Source
 from paley.plan import Plan
 
-__all__ = ["first_logits", "save_checkpoint", "verify"]
+__all__ = ["cast_to_store", "finish_checkpoint", "first_logits", "load_stored", "save_checkpoint", "verify"]
 
 # Carried over as they are; everything else in a source folder is weights, or not the model's.
 _COPIED = (
@@ -32,9 +32,7 @@ _COPIED = (
 
 
 def save_checkpoint(folder: Path, model: PreTrainedModel, plan: Plan, source: Source, dtype: torch.dtype) -> None:
-    """Weights, config.json, tokenizer files and plan.json into a new folder; unquantized floats as `dtype`."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    """Weights, config.json, tokenizer files and plan.json into an empty folder; unquantized floats as `dtype`."""
     writer = ShardWriter(folder)
     packed = {
         f"{name}.{buffer}"
@@ -51,6 +49,22 @@ def save_checkpoint(folder: Path, model: PreTrainedModel, plan: Plan, source: So
         else:
             writer.add(name, tensor if name in packed else tensor.to(dtype))
     writer.close()
+    finish_checkpoint(folder, model, plan, source, dtype)
+
+
+def cast_to_store(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor that stays unquantized, in the type it is stored in; raises where that cannot hold its values."""
+    stored = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    if stored is not tensor and stored.is_floating_point() and not stored.isfinite().all():
+        raise PaleyError(
+            f"{name}: its largest value {float(tensor.abs().max()):.3g} does not fit {dtype}; "
+            "set dtype=float32 or dtype=bfloat16"
+        )
+    return stored
+
+
+def finish_checkpoint(folder: Path, model: PreTrainedModel, plan: Plan, source: Source, dtype: torch.dtype) -> None:
+    """Puts config.json, plan.json, and the source's tokenizer files beside the weights; model may be a skeleton."""
     write_json(folder / "config.json", _config(model, plan, dtype))
     for name in _COPIED:
         if (source.path / name).is_file():
@@ -64,8 +78,8 @@ def _config(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> dict[str,
     config["dtype"] = str(dtype).removeprefix("torch.")
     if _is_quantized(plan):
         config["quantization_config"] = spec.QuantizationConfig(
-            linears=plan.linears, attentions=plan.attentions
-        ).model_dump(mode="json")
+            grids=plan.grids, linears=plan.linears, attentions=plan.attentions
+        ).to_dict()
     if config["model_type"] == "llama" and config["hidden_size"] % config["num_attention_heads"]:
         # transformers' LlamaConfig insists on hidden_size being a multiple of the heads, even where head_dim is
         # explicit. Mistral without a window is the same decoder, and has no such rule; nor has it biases.
@@ -92,11 +106,7 @@ def first_logits(model: PreTrainedModel, blocks: TokenBlocks, count: int = 2) ->
 
 def verify(folder: Path, plan: Plan, expected: Tensor, blocks: TokenBlocks, device: str) -> PreTrainedModel:
     """Loads the folder -> the model; raises unless its KL divergence to `expected` logits is exactly 0."""
-    if _is_quantized(plan):
-        model = hf.load(folder, device=device, dense=True)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-        model.to(device)  # type: ignore[arg-type]
+    model = load_stored(folder, plan, device)
     divergence = float(kl_divergence(expected, first_logits(model, blocks, len(expected))).abs().max())
     if divergence != 0.0:
         raise PaleyError(
@@ -104,3 +114,11 @@ def verify(folder: Path, plan: Plan, expected: Tensor, blocks: TokenBlocks, devi
             "nothing was published; please report this"
         )
     return model
+
+
+def load_stored(folder: Path, plan: Plan, device: str) -> PreTrainedModel:
+    """The model that was written to the folder, its weights unpacked for speed."""
+    if _is_quantized(plan):
+        return hf.load(folder, device=device, dense=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    return model.to(device)  # type: ignore[arg-type]

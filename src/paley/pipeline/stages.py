@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from paley.core.errors import PaleyError, nearest_name
+from paley.core.grids import custom_points
 from paley.core.rounding import Quantized
 from paley.core.schemes import AttentionSlot, LinearSlot
 from paley.format import spec
@@ -17,16 +18,21 @@ from paley.format.checkpoint import read_tensors
 from paley.format.writer import write_tensors
 from paley.methods.gbs import Outcome
 from paley.model.adapter import Adapter, Block
+from paley.model.budget import Slots, decide_grids
 from paley.model.calibrate import BlockQuantizer, LayerReport, wrap_
 from paley.model.capture import BlockRunner
+from paley.model.fold import rotate_input_
 from paley.model.loading import Source
-from paley.model.rotation import decide_rotation, rotate_
+from paley.model.rotation import decide_rotation, input_blocks, rotate_
 from paley.model.search import ClipSearch
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.run_directory import RunDirectory
+from paley.pipeline.saving import cast_to_store
+from paley.pipeline.sensitivities import measure_for
 from paley.pipeline.texts import Texts
 from paley.plan import Plan, Rotation, Trial
 from paley.recipe import Recipe
+from paley.sensitivity import Sensitivity
 
 __all__ = ["decide", "execute", "prepare_", "storage_dtype"]
 
@@ -34,21 +40,36 @@ _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torc
 
 
 def decide(
-    source: Source, recipe: Recipe, texts: Texts, run: RunDirectory | None, monitor: Monitor, device: str
+    source: Source,
+    recipe: Recipe,
+    texts: Texts,
+    run: RunDirectory | None,
+    monitor: Monitor,
+    device: str,
+    sensitivity: Sensitivity | None = None,
 ) -> Plan:
-    """What to do to each slot of the model: the recipe's schemes, with clip ratios searched where it says so.
+    """What to do to each slot of the model: the recipe's schemes, with grids allocated and clip ratios searched where
+    it says so. sensitivity: what grids are allocated by; measured now unless given.
 
     The search sees weights quantized under the recipe's own clip ratios; executing the plan calibrates them
     anew under the found ones.
     """
-    adapter = Adapter(source.load(device=device))
+    searches = recipe.search.method != "none"
+    adapter = Adapter(source.load(device=device) if searches else source.skeleton())
     rotation = decide_rotation(recipe, adapter)
     linears, attentions = _slots(recipe, adapter, rotation)
+    predicted = None
+    if recipe.budget is not None:
+        sensitivity = sensitivity or measure_for(recipe, source, run, monitor, device)
+        sensitivity.check_fingerprint(source.fingerprint)
+        slots, allocation = decide_grids(recipe, adapter, Slots(linears, attentions), sensitivity)
+        linears, attentions, predicted = slots.linears, slots.attentions, allocation.loss
     plan = Plan(
         fingerprint=source.fingerprint, model_type=source.config.model_type, recipe=recipe, rotation=rotation,
-        linears=linears, attentions=attentions,
+        grids=custom_points(slot.weight.grid for slot in linears.values() if slot.weight is not None),
+        linears=linears, attentions=attentions, predicted_loss=predicted,
     )  # fmt: skip
-    if recipe.search.method == "none":
+    if not searches:
         return plan
     assert texts.search is not None
     ids = texts.search.ids.to(device)
@@ -109,11 +130,23 @@ def _slots(
     for block in adapter.blocks:
         for role, path in block.linears():
             online = {"o": rotation.output, "down": rotation.mlp}.get(role)
-            linears[path] = recipe.linear_slot(path, online)
+            slot = recipe.linear_slot(path, online)
+            if recipe.hadamard is not None and slot.weight is not None:
+                slot = _in_hadamard_blocks(slot, block.part(role).in_features, recipe)
+            linears[path] = slot
         path = block.path("attention")
         attentions[path] = recipe.attention_slot(path, rotation.head)
     recipe.check_overrides(linears, attentions)
     return linears, attentions
+
+
+def _in_hadamard_blocks(slot: LinearSlot, width: int, recipe: Recipe) -> LinearSlot:
+    """The slot with its input rotated block by block, and a scale for each block of a row unless it says otherwise."""
+    assert recipe.hadamard is not None
+    assert slot.weight is not None
+    transform = input_blocks(width, recipe.hadamard, recipe.seed)
+    group_size = slot.weight.group_size or transform.order
+    return replace(slot, transform=transform, weight=replace(slot.weight, group_size=group_size))
 
 
 def _check_plan(plan: Plan, adapter: Adapter) -> None:
@@ -125,7 +158,8 @@ def _check_plan(plan: Plan, adapter: Adapter) -> None:
                 raise PaleyError(f"plan: {name} has no slot; write one, with nulls to leave it unquantized")
             if name not in wanted:
                 raise PaleyError(f"plan: {name} is no layer of this model{nearest_name(name, wanted)}")
-            if given[name].transform != wanted[name].transform:
+            kept = plan.recipe.hadamard is not None and given[name] == LinearSlot()
+            if given[name].transform != wanted[name].transform and not kept:
                 raise PaleyError(
                     f"plan: {name} has transform {given[name].transform}, but the plan's rotation makes it "
                     f"{wanted[name].transform}; the two must agree"
@@ -135,18 +169,17 @@ def _check_plan(plan: Plan, adapter: Adapter) -> None:
 def prepare_(source: Source, adapter: Adapter, plan: Plan) -> None:
     """Rotates the model, rounds what stays unquantized to its storage type, and wraps the linears."""
     rotate_(adapter, plan.rotation)
+    if plan.recipe.hadamard is not None:
+        for block in adapter.blocks:
+            for role, path in block.linears():
+                if (transform := plan.linears[path].transform) is not None:
+                    rotate_input_(block.part(role), transform)
     dtype = storage_dtype(plan.recipe, source)
     quantized = {f"{name}.weight" for name, slot in plan.linears.items() if slot.weight is not None}
     for name, parameter in adapter.model.named_parameters():
         if name in quantized:
             continue
-        stored = parameter.data.to(dtype)
-        if not stored.isfinite().all():
-            raise PaleyError(
-                f"{name}: its largest value {float(parameter.abs().max()):.3g} does not fit {dtype}; "
-                "set dtype=float32 or dtype=bfloat16"
-            )
-        parameter.data = stored.to(parameter.dtype)
+        parameter.data = cast_to_store(name, parameter.data, dtype).to(parameter.dtype)
     wrap_(adapter, plan.linears, plan.attentions)
 
 

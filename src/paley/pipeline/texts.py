@@ -21,11 +21,14 @@ SELF = "self"
 
 @dataclass(frozen=True)
 class Texts:
-    """calibration and search are None where the recipe needs none."""
+    """None where the recipe needs none."""
 
     calibration: TokenBlocks | None
     search: TokenBlocks | None
-    test: TokenBlocks
+    test: TokenBlocks | None
+
+    def all(self) -> list[TokenBlocks]:
+        return [blocks for blocks in (self.calibration, self.search, self.test) if blocks is not None]
 
 
 def gather(recipe: Recipe, source: Source, device: str = "cpu") -> Texts:
@@ -33,11 +36,13 @@ def gather(recipe: Recipe, source: Source, device: str = "cpu") -> Texts:
 
     The source `self` is text that the model writes itself, which no score may be reported on.
     """
-    tokenizer = source.tokenizer()
-    test = test_blocks(recipe, tokenizer)
     tuning = _tuning_sources(recipe)
+    if not tuning and recipe.test is None:
+        return Texts(None, None, None)
+    tokenizer = source.tokenizer()
+    test = test_blocks(recipe, tokenizer) if recipe.test is not None else None
     settings = {"calibration": recipe.calibration, "search": recipe.search}
-    identities = [_identity(text) for text in (test.source, *tuning.values())]
+    identities = [_identity(text) for text in (*([test.source] if test else []), *tuning.values())]
 
     def blocks(role: Role) -> TokenBlocks | None:
         if role not in tuning:
@@ -51,7 +56,7 @@ def gather(recipe: Recipe, source: Source, device: str = "cpu") -> Texts:
         )  # fmt: skip
 
     texts = Texts(blocks("calibration"), blocks("search"), test)
-    check_disjoint(*(b for b in (texts.calibration, texts.search, texts.test) if b is not None))
+    check_disjoint(*texts.all())
     return texts
 
 
@@ -60,11 +65,14 @@ def test_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> TokenBloc
 
     Recipes that name the same sources are scored on the same text, whatever they tune.
     """
-    source = recipe.test.source or recipe.calibration.source
+    test = recipe.test
+    if test is None:
+        raise PaleyError("this recipe has no test text (test: null); give a text to score on, as paley eval --data")
+    source = test.source or recipe.calibration.source
     if source == SELF:
         raise PaleyError("a score on text that the model wrote itself says little: set test.source to a file or pydoc")
     return token_blocks(
-        source, tokenizer, role="test", count=recipe.test.sequences, seq_len=recipe.test.seq_len, seed=None,
+        source, tokenizer, role="test", count=test.sequences, seq_len=test.seq_len, seed=None,
         whole=_identity(source) not in map(_identity, filter(None, (recipe.calibration.source, recipe.search.source))),
     )  # fmt: skip
 

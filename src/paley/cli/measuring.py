@@ -1,0 +1,151 @@
+"""The verb that measures the original model: sensitivity."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from paley.cli import display, options
+from paley.cli.app import app
+from paley.cli.process import STOPPED, peak_memory, say, shell, typed
+from paley.cli.progress import watching
+from paley.cli.work import check_device
+from paley.core.errors import PaleyError
+from paley.methods.sensitivity import LEVELS
+from paley.model.sensitivity import KINDS
+from paley.pipeline.sensitivities import measure_sensitivity
+from paley.sensitivity import MeasuredSlot, Sensitivity
+
+__all__ = ["sensitivity_verb"]
+
+_SHOWN = 10
+# Settings that errors about a text name, as this verb calls them.
+_AS_OPTIONS = {
+    "calibration.sequences": "--sequences",
+    "calibration.seq_len": "--seq-len",
+    "calibration.source": "--text",
+    "--calibration": "--text",
+}
+
+
+@app.command("sensitivity")
+def sensitivity_verb(
+    ctx: typer.Context,
+    model: options.Model,
+    output: Annotated[Path, typer.Option("--output", help="The file.")] = Path("alpha.json"),
+    metric: Annotated[
+        Literal["kl", "perplexity"], typer.Option("--metric", help="What noise is judged by: KL to the model as it is.")
+    ] = "kl",
+    text: Annotated[
+        str,
+        typer.Option(
+            "--text",
+            metavar="SOURCE|random",
+            help="A file, pydoc, hub:DATASET[:CONFIG][:SPLIT], self (sampled), or random tokens (kl only).",
+        ),
+    ] = "pydoc",
+    sequences: Annotated[int, typer.Option("--sequences", min=1, help="How many sequences.")] = 16,
+    seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens of each.")] = 512,
+    activations: Annotated[
+        bool, typer.Option("--activations", help="Also the linear layers' inputs, keys and values.")
+    ] = False,
+    fold: Annotated[
+        bool, typer.Option(help="Measure with the norms' gains in the weights, as recipes that rotate have it.")
+    ] = False,
+    levels: Annotated[int, typer.Option("--levels", help="Noise levels of a slot, at most.")] = LEVELS,
+    seed: Annotated[int, typer.Option("--seed", help="Draws the noise, and the text's order.")] = 0,
+    device: options.Device = "cpu",
+    resume: options.Resume = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+) -> None:
+    """Measure how much each layer matters: what noise in it adds to the model's loss, per relative squared error.
+
+    The slopes belong to the model and serve every budget of `paley quantize`. Finished trials are kept in
+    OUT.partial.jsonl until all are there, and a stopped run goes on with --resume.
+
+    Example: `paley sensitivity ./llama --output alpha.json`
+    """
+    start = time.monotonic()
+    partial = Path(f"{output}.partial.jsonl")
+    _check_output(output, partial, resume=resume, overwrite=overwrite)
+    device = check_device(device)
+    if overwrite and not resume:
+        partial.unlink(missing_ok=True)
+    try:
+        with watching() as monitor:
+            found = measure_sensitivity(
+                model, metric=metric, source=text, sequences=sequences, seq_len=seq_len,
+                kinds=KINDS if activations else ("weight",), fold=fold, levels=levels, seed=seed, device=device,
+                monitor=monitor, progress_file=partial,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        say(_how_to_resume(ctx, partial))
+        raise typer.Exit(STOPPED) from None
+    except PaleyError as error:
+        message = str(error)
+        for setting, option in _AS_OPTIONS.items():
+            message = message.replace(setting, option)
+        raise PaleyError(message) from error
+    found.save(output)
+    partial.unlink(missing_ok=True)
+    cost = display.Cost(time.monotonic() - start, peak_memory())
+    if as_json:
+        display.emit({"output": str(output), **asdict(cost), "sensitivity": json.loads(found.to_json())})
+        return
+    _show(found, cost)
+    display.line(f"written to {output}")
+    # The plain --target-bpw quantizes the weights as they are; recipes that rotate fold.
+    recipe = ["--preset", "w3a16"] if fold else []
+    budget = [*recipe, "--target-bpw", "3.25", "--sensitivity", str(output)]
+    display.line(f"next: {shell('quantize', model, *budget, '--output', 'OUT')}")
+
+
+def _check_output(output: Path, partial: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raises where the file or an unfinished measurement is in the way."""
+    if output.is_dir():
+        raise PaleyError(f"{output}: is a folder; give the file for the sensitivities")
+    if not output.absolute().parent.is_dir():
+        raise PaleyError(f"{output}: there is no folder {output.parent}; make it first")
+    if output.exists() and not overwrite and not (resume and partial.exists()):
+        raise PaleyError(f"{output}: exists already; choose another --output, or replace it with --overwrite")
+    if partial.exists() and not (resume or overwrite):
+        raise PaleyError(
+            f"{partial}: an unfinished measurement is here; go on with --resume, or start anew with --overwrite"
+        )
+
+
+def _how_to_resume(ctx: typer.Context, partial: Path) -> str:
+    if not partial.exists():
+        return "stopped; nothing was begun"
+    args = typed(ctx)
+    command = shell(*args, *([] if "--resume" in args else ["--resume"]))
+    return f"stopped; what is finished is kept in {partial}. Go on with:\n  {command}"
+
+
+def _show(found: Sensitivity, cost: display.Cost) -> None:
+    """Tables on stdout: the steepest slots, means by type, and what it took."""
+    steepest = sorted(found.slots.items(), key=lambda item: -item[1].alpha)
+    rows = [
+        (name, slot.kind, display.with_error(slot.alpha, slot.stderr, ".4g"), f"{len(slot.levels)}")
+        for name, slot in steepest[:_SHOWN]
+    ]
+    display.show(display.table((f"largest of {len(steepest)} slopes", "", "alpha", "levels"), rows, left=2))
+    types: dict[str, list[MeasuredSlot]] = {}
+    for name, slot in found.slots.items():
+        types.setdefault(name.rpartition(".")[2].removesuffix("_proj"), []).append(slot)
+    means = {kind: statistics.mean(slot.alpha for slot in slots) for kind, slots in types.items()}
+    ordered = sorted(means.items(), key=lambda item: -item[1])
+    display.show(display.table(("type", "mean alpha"), [(kind, f"{mean:.4g}") for kind, mean in ordered]))
+    clamped = sum(slot.clamped for slot in found.slots.values())
+    if clamped:
+        display.line(f"{clamped} slopes were not positive and were set to a small number (clamped in the file)")
+    display.show(display.table(("", ""), [(what, here) for what, _, here in cost.rows()]))
+    unit = "KL, nats a token" if found.metric == "kl" else f"perplexity, {found.baseline:.4f} without noise"
+    display.line(f"{unit}, on {found.text.tokens:,} tokens of {found.text.source}; it grows by alpha · t²")

@@ -1,0 +1,107 @@
+"""What `quantize` and `plan` are asked for: their options -> a recipe, or a plan."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from paley.core import grids
+from paley.core.errors import PaleyError
+from paley.format.checkpoint import read_tensors
+from paley.plan import Plan
+from paley.recipe import Recipe, apply_settings, load_recipe, preset, preset_methods
+
+__all__ = ["Wish"]
+
+BUDGETED = "higgs-4"  # what a budget alone stands for: HIGGS, whose grids it then chooses
+
+
+@dataclass(frozen=True)
+class Wish:
+    """The options of `quantize` and `plan` that say what is wanted."""
+
+    preset: str | None = None
+    recipe: Path | None = None
+    plan: Path | None = None
+    settings: tuple[str, ...] = ()
+    calibration: str | None = None
+    test: str | None = None
+    expand: str | None = None
+    seed: int | None = None
+    grid: str | None = None
+    no_score: bool = False
+    target_bpw: float | None = None
+    target_size: str | None = None
+    kv_bpw: float | None = None
+
+    def chosen(self) -> Recipe | Plan:
+        """The recipe with all settings put in, or the plan; raises unless one of the three is named."""
+        given = {"--preset": self.preset, "--recipe": self.recipe, "--plan": self.plan}
+        named = [option for option, value in given.items() if value is not None]
+        budget = self._budget()
+        if not named and not budget:
+            methods = ", ".join(f"{m}-w4a4kv4" for m in preset_methods())
+            raise PaleyError(
+                "say what to do: --preset NAME (w4a4kv4, w3a3kv3, w4a16, ...; by another method: "
+                f"{methods}; see `paley presets`), --recipe FILE or --plan FILE"
+            )
+        if len(named) > 1:
+            raise PaleyError(f"{' and '.join(named)} exclude each other: give one of them")
+        settings = self._all_settings()
+        if self.plan is not None:
+            if settings or self.grid or budget:
+                other = settings[0] if settings else "--grid" if self.grid else next(iter(budget))
+                raise PaleyError(
+                    f"--plan is executed as it stands, but {other!r} would change it; edit the file, "
+                    "or make a new one with `paley plan`"
+                )
+            return Plan.load(self.plan)
+        recipe = load_recipe(self.recipe) if self.recipe is not None else preset(self.preset or BUDGETED)
+        if budget:
+            kept = {} if recipe.budget is None else recipe.budget.model_dump(exclude_none=True, mode="json")
+            settings = [f"budget={json.dumps(kept | budget)}", *settings]
+        recipe = apply_settings(recipe, settings)
+        return recipe if self.grid is None else _with_grid(recipe, self.grid)
+
+    def _budget(self) -> dict[str, float]:
+        given = {
+            "weights": self.target_bpw,
+            "size": None if self.target_size is None else _bytes(self.target_size),
+            "kv": self.kv_bpw,
+        }
+        return {key: value for key, value in given.items() if value is not None}
+
+    def _all_settings(self) -> list[str]:
+        """--set, then the options that are shorter names of settings; text quoted, as values are YAML."""
+        quoted = {"calibration.source": self.calibration, "test.source": self.test}
+        plain = {"expand": self.expand, "seed": self.seed}
+        found = [f"{key}={json.dumps(v, ensure_ascii=False)}" for key, v in quoted.items() if v is not None]
+        unscored = ["test=null"] if self.no_score else []
+        return [*self.settings, *found, *(f"{key}={v}" for key, v in plain.items() if v is not None), *unscored]
+
+
+def _bytes(text: str) -> int:
+    """'4GB' -> 4,000,000,000; '4GiB' -> 2^32; a plain number is bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([kKMGT]?)(i?)B?", text.strip())
+    if match is None:
+        raise PaleyError(f"--target-size {text}: expected a size such as 4GB, 3.5GiB or 500MB")
+    power = " kMGT".index(match[2].replace("K", "k") or " ")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+
+
+def _with_grid(recipe: Recipe, name: str) -> Recipe:
+    """recipe with its weights on another grid, a packaged one or a file's; vectors are scaled by their rms."""
+    if recipe.weights is None:
+        raise PaleyError(f"--grid {name}: this recipe leaves weights unquantized")
+    if name.endswith(".safetensors"):
+        tensors = read_tensors(name)
+        if set(tensors) != {"points"}:
+            raise PaleyError(f"{name}: a grid's file holds one tensor, points [n, p], got {', '.join(sorted(tensors))}")
+        grid = grids.custom(tensors["points"], name)
+    else:
+        grid = grids.load(name)
+    scale_search = "rms" if grid.p > 1 else recipe.weights.scale_search
+    weights = replace(recipe.weights, grid=grid.name, scale_search=scale_search)
+    return recipe.model_copy(update={"weights": weights})

@@ -1,0 +1,68 @@
+"""What each budget would cost in accuracy, without quantizing anything."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from paley.core.errors import PaleyError
+from paley.format import spec
+from paley.model.loading import Source, open_source
+from paley.pipeline.monitor import Monitor
+from paley.pipeline.stages import decide, measure_for
+from paley.pipeline.texts import Texts
+from paley.plan import Plan
+from paley.recipe import Recipe
+from paley.sensitivity import Sensitivity
+
+__all__ = ["CurvePoint", "accuracy_size_curve"]
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """A budget in bits per weight, what of it is used, the predicted gain of the loss, and how often each grid is."""
+
+    budget: float
+    bits_per_weight: float
+    predicted_loss: float
+    grids: dict[str, int]
+
+
+def accuracy_size_curve(
+    model: str | Path,
+    recipe: Recipe,
+    budgets: Sequence[float],
+    *,
+    sensitivity: Sensitivity | None = None,
+    device: str = "cpu",
+    monitor: Monitor | None = None,
+) -> list[CurvePoint]:
+    """The optimum under each of the budgets, in stored bits per weight, everything else as the recipe says."""
+    if recipe.budget is None:
+        raise PaleyError("curve: the recipe has no budget to vary; give it budget.weights")
+    monitor, source = monitor or Monitor(), open_source(model)
+    sensitivity = sensitivity or measure_for(recipe, source, None, monitor, device)
+    unsearched = recipe.model_copy(update={"search": recipe.search.model_copy(update={"method": "none"})})
+    points = []
+    for bits in budgets:
+        budget = recipe.budget.model_copy(update={"weights": bits})
+        wanted = unsearched.model_copy(update={"budget": budget})
+        plan = decide(source, wanted, Texts(None, None, None), None, monitor, device, sensitivity)
+        points.append(_point(bits, plan, source))
+    return points
+
+
+def _point(budget: float, plan: Plan, source: Source) -> CurvePoint:
+    bits = weights = 0
+    for name, slot in plan.linears.items():
+        out_features, in_features = source.checkpoint.shape(name + spec.WEIGHT)
+        weights += out_features * in_features
+        width = in_features if slot.transform is None else slot.transform.out_dim
+        tensors = spec.expected_tensors(name, slot, width, out_features).values()
+        bits += sum(8 * (dtype.itemsize if dtype else 2) * prod(shape) for dtype, shape in tensors)
+    assert plan.predicted_loss is not None
+    used = Counter("keep" if slot.weight is None else slot.weight.grid for slot in plan.linears.values())
+    return CurvePoint(budget, bits / weights, plan.predicted_loss, dict(used.most_common()))

@@ -1,0 +1,163 @@
+"""`paley.measure_sensitivity`: from a checkpoint and a text to the slope of each of its slots, resumable."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import cast
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from paley.core.errors import PaleyError
+from paley.data import TokenBlocks, blocks_from_ids, token_blocks
+from paley.eval.sampling import sample_documents
+from paley.methods.sensitivity import AGREEMENT, LEVELS, measure_slopes, noise_levels
+from paley.model.adapter import Adapter
+from paley.model.capture import BlockRunner
+from paley.model.fold import fold_norms_, untie_
+from paley.model.loading import Source, open_source
+from paley.model.sensitivity import KINDS, NoiseProbe
+from paley.model.trials import Metric
+from paley.pipeline.monitor import Monitor
+from paley.pipeline.run_directory import RunDirectory
+from paley.pipeline.texts import SELF
+from paley.pipeline.trial_log import remembering
+from paley.recipe import Recipe
+from paley.sensitivity import MeasuredSlot, MeasuredText, Sensitivity
+
+__all__ = ["RANDOM", "measure_for", "measure_on", "measure_sensitivity", "random_ids"]
+
+RANDOM = "random"
+
+
+def measure_sensitivity(
+    model: str | Path | Source,
+    *,
+    metric: Metric = "kl",
+    source: str = "pydoc",
+    sequences: int = 16,
+    seq_len: int = 512,
+    kinds: Collection[str] = ("weight",),
+    fold: bool = False,
+    levels: int = LEVELS,
+    seed: int = 0,
+    device: str = "cpu",
+    monitor: Monitor | None = None,
+    progress_file: str | Path | None = None,
+) -> Sensitivity:
+    """Measures a checkpoint folder, a Hub name or an opened source on the calibration part of the text `source`.
+
+    source: as in `paley.data.documents`, `self` (text that the model samples), or `random` (uniform random tokens:
+    no data at all, metric kl only). fold: with the norms' gains in the weights, as recipes that rotate have it: the
+    slopes of q, k, v, gate and up depend on that, while rotations change none. Finished trials are kept in
+    progress_file, and taken from it where it exists.
+    """
+    monitor = monitor or Monitor()
+    if source == RANDOM and metric != "kl":
+        raise PaleyError(f"sensitivity: the {metric} of random tokens means nothing; use metric kl, or a text")
+    noise_levels(levels)  # refused before anything is read
+    monitor.stage("checking the checkpoint", 1)
+    opened = model if isinstance(model, Source) else open_source(model)
+    blocks = _blocks(opened, source, sequences, seq_len, seed, device)
+    monitor.step()
+    return measure_on(
+        opened, blocks, metric=metric, kinds=kinds, fold=fold, levels=levels, seed=seed, device=device,
+        monitor=monitor, progress_file=progress_file,
+    )  # fmt: skip
+
+
+def measure_on(
+    source: Source,
+    blocks: TokenBlocks,
+    *,
+    metric: Metric,
+    kinds: Collection[str] = ("weight",),
+    fold: bool = False,
+    levels: int = LEVELS,
+    agreement: float | None = AGREEMENT,
+    seed: int = 0,
+    device: str = "cpu",
+    monitor: Monitor | None = None,
+    progress_file: str | Path | None = None,
+) -> Sensitivity:
+    """As `measure_sensitivity`, on given tokens; agreement: see `measure_slopes`."""
+    monitor = monitor or Monitor()
+    adapter = Adapter(source.load(device=device))
+    if fold:
+        untie_(adapter)
+        fold_norms_(adapter)
+    probe = NoiseProbe(BlockRunner(adapter), blocks.ids.to(device), metric=metric, kinds=kinds, seed=seed)
+    settings = {
+        "fingerprint": source.fingerprint, "metric": metric, "sha256": blocks.sha256, "folded": fold,
+        "levels": levels, "seed": seed,
+    }  # fmt: skip
+    rounds: list[int] = []
+
+    def on_round(trials: int) -> None:
+        rounds.append(trials)
+        monitor.stage("measuring sensitivities" if len(rounds) == 1 else f"measuring close ones, {len(rounds)}", trials)
+
+    with remembering(probe.delta, progress_file, settings) as remembered:
+
+        def delta(slot: str, t: float, draw: int) -> float:
+            value = remembered(slot, t, draw)
+            monitor.step(f"{slot}  t² {t * t:.4f}  {metric} {value:+.5f}")
+            return value
+
+        slopes = measure_slopes(list(probe.slots), delta, levels=levels, agreement=agreement, on_round=on_round)
+    return Sensitivity(
+        fingerprint=source.fingerprint,
+        model_type=source.config.model_type,
+        metric=metric,
+        text=MeasuredText(source=blocks.source, sha256=blocks.sha256, tokens=blocks.ids.numel()),
+        folded=fold,
+        seed=seed,
+        baseline=probe.baseline,
+        slots={
+            name: MeasuredSlot(
+                kind=probe.slots[name].kind, numel=probe.slots[name].numel, alpha=slope.alpha, stderr=slope.stderr,
+                clamped=slope.clamped, levels=slope.levels,
+            )
+            for name, slope in slopes.items()
+        },
+    )  # fmt: skip
+
+
+def measure_for(
+    recipe: Recipe, source: Source, run: RunDirectory | None, monitor: Monitor, device: str
+) -> Sensitivity:
+    """The slopes that the recipe's budget needs, measured as it says; finished trials are kept in the run directory."""
+    budget = recipe.budget
+    assert budget is not None
+    activations = (budget.kv, budget.inputs, budget.read)
+    kinds = KINDS if any(limit is not None for limit in activations) else ("weight",)
+    return measure_on(
+        source, _blocks(source, budget.source, budget.sequences, budget.seq_len, recipe.seed, device),
+        metric=budget.metric, kinds=kinds, fold=recipe.rotate, levels=budget.levels, seed=recipe.seed, device=device,
+        monitor=monitor, progress_file=run.path / "slopes.jsonl" if run else None,
+    )  # fmt: skip
+
+
+def _blocks(source: Source, text: str, sequences: int, seq_len: int, seed: int, device: str) -> TokenBlocks:
+    tokenizer = source.tokenizer()
+    if text == SELF:
+        ids = sample_documents(source.load(device=device), tokenizer, count=sequences, tokens=seq_len, seed=seed)
+        return blocks_from_ids(ids, "calibration", SELF)
+    if text == RANDOM:
+        return blocks_from_ids(random_ids(tokenizer, source, sequences, seq_len, seed), "calibration", RANDOM)
+    return token_blocks(text, tokenizer, role="calibration", count=sequences, seq_len=seq_len, seed=seed)
+
+
+def random_ids(
+    tokenizer: PreTrainedTokenizerBase, source: Source, sequences: int, seq_len: int, seed: int
+) -> torch.Tensor:
+    """-> ids [sequences, seq_len], uniform over the tokenizer's vocabulary, each sequence from BOS if there is one."""
+    if sequences < 1 or seq_len < 2:
+        raise PaleyError(f"random: needs sequences >= 1 and seq_len >= 2, got {sequences} and {seq_len}")
+    # The embedding may have rows for padding that no text reaches.
+    vocabulary = min(len(tokenizer), source.config.vocab_size)
+    ids = torch.randint(vocabulary, (sequences, seq_len), generator=torch.Generator().manual_seed(seed))
+    if (bos := cast("int | None", tokenizer.bos_token_id)) is not None:
+        ids[:, 0] = bos
+    return ids

@@ -1,0 +1,168 @@
+"""Quantizes a checkpoint tensor by tensor, without data and without ever holding the model.
+
+What needs no text and no folding needs no model either: the unit of work is one weight, read from its shard, rounded
+a few rows at a time, and written to a file of its own. Units share nothing, so that any number of processes can take
+them, and a killed run loses those at work.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from paley.core.errors import PaleyError
+from paley.core.rounding import Quantized
+from paley.core.schemes import LinearSlot
+from paley.format import spec
+from paley.format.checkpoint import Checkpoint, read_tensors
+from paley.format.header import TensorInfo, read_metadata
+from paley.format.writer import ShardWriter, write_tensors
+from paley.methods.nearest import quantize_nearest
+from paley.model.calibrate import LayerReport
+from paley.model.loading import Source
+from paley.pipeline.monitor import Monitor
+from paley.pipeline.run_directory import RunDirectory
+from paley.pipeline.saving import cast_to_store, finish_checkpoint
+from paley.plan import Plan
+
+__all__ = ["TensorJob", "is_data_free", "quantize_tensor", "stream_checkpoint"]
+
+_CHUNK = 2**22  # values rounded together
+_SHARD = 2**28  # bytes; a shard is in memory while it fills
+
+
+def is_data_free(plan: Plan) -> bool:
+    """Whether each weight is quantized by itself: nothing is calibrated, folded or averaged over a text."""
+    weights = [slot.weight for slot in plan.linears.values() if slot.weight is not None]
+    centered = any(slot.center_keys and slot.keys for slot in plan.attentions.values())
+    return plan.rotation is None and not centered and all(scheme.method == "nearest" for scheme in weights)
+
+
+@dataclass(frozen=True)
+class TensorJob:
+    """One weight: where it is read, what is done to it, and the file that its codes go to."""
+
+    name: str
+    weight: TensorInfo
+    slot: LinearSlot
+    file: Path
+
+
+def quantize_tensor(job: TensorJob) -> LayerReport:
+    """Reads, rotates, rounds and writes one weight; the file appears whole or not at all."""
+    scheme, transform = job.slot.weight, job.slot.transform
+    assert scheme is not None
+    weight = job.weight.read()
+    parts: list[Quantized] = []
+    error = norm = 0.0
+    for rows in weight.split(max(1, _CHUNK // weight.shape[1])):
+        rows = rows.double() if transform is None else transform.apply(rows.double())
+        rows = rows.float()
+        part = quantize_nearest(rows, scheme, where=job.name)
+        error += float((part.dequantize() - rows).double().square().sum())
+        norm += float(rows.double().square().sum())
+        parts.append(part)
+    quantized = _stacked(parts)
+    tensors = spec.encode_linear(job.name, quantized)
+    rel_error = error / norm if norm else error
+    write_tensors(job.file, tensors, {"rel_error": repr(rel_error)})
+    return LayerReport(job.name, rel_error, 8 * sum(t.nbytes for t in tensors.values()), None)
+
+
+def _stacked(parts: list[Quantized]) -> Quantized:
+    """Rows of one weight, put together again."""
+    zeros = [part.zeros for part in parts if part.zeros is not None]
+    first = parts[0]
+    return Quantized(
+        torch.cat([part.codes for part in parts]),
+        torch.cat([part.scales for part in parts]),
+        torch.cat(zeros) if zeros else None,
+        first.grid,
+        first.columns,
+    )
+
+
+def stream_checkpoint(
+    source: Source, plan: Plan, run: RunDirectory, monitor: Monitor, dtype: torch.dtype, workers: int = 1
+) -> list[LayerReport]:
+    """Quantizes every weight of the plan and writes the checkpoint folder of the run -> a report for each weight."""
+    jobs = [
+        TensorJob(name, source.checkpoint.info(name + spec.WEIGHT), slot, run.tensor_file(name))
+        for name, slot in plan.linears.items()
+        if slot.weight is not None
+    ]
+    monitor.stage("quantizing weights", len(jobs))
+    reports = {}
+    for report in _run(jobs, workers):
+        reports[report.name] = report
+        monitor.step(f"{report.name}  rel_error {report.rel_error:.4f}")
+    files = {job.name: job.file for job in jobs}
+    monitor.stage("writing the checkpoint", len(source.checkpoint))
+    skeleton = source.skeleton()
+    with ShardWriter(run.fresh_checkpoint(), max_shard_bytes=_SHARD) as writer:
+        for name, tensor in _tensors(source, files, set(skeleton.all_tied_weights_keys), dtype):
+            writer.add(name, tensor, own=True)
+            monitor.step(name)
+    finish_checkpoint(run.checkpoint, skeleton, plan, source, dtype)
+    _check_stored(run.checkpoint, jobs)
+    return [reports[job.name] for job in jobs]
+
+
+def _run(jobs: list[TensorJob], workers: int) -> Iterator[LayerReport]:
+    """Reports as they come; a weight whose file is there already is not made again."""
+    waiting = []
+    for job in jobs:
+        if job.file.exists():
+            yield _finished(job)
+        else:
+            waiting.append(job)
+    if workers <= 1 or len(waiting) <= 1:
+        yield from map(quantize_tensor, waiting)
+        return
+    # Spawned, as torch's threads do not survive a fork; one thread each, as there are as many processes.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        for done in as_completed([pool.submit(quantize_tensor, job) for job in waiting]):
+            yield done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _finished(job: TensorJob) -> LayerReport:
+    tensors = read_tensors(job.file)
+    bits = 8 * sum(t.nbytes for t in tensors.values())
+    return LayerReport(job.name, float(read_metadata(job.file)["rel_error"]), bits, None)
+
+
+def _tensors(
+    source: Source, files: dict[str, Path], tied: set[str], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of the new checkpoint, one in memory at a time: codes from their files, the rest as it was."""
+    for name in source.checkpoint.names:
+        layer = name.removesuffix(spec.WEIGHT)
+        if name.endswith(spec.WEIGHT) and layer in files:
+            yield from read_tensors(files[layer]).items()
+        elif name not in tied:
+            yield name, cast_to_store(name, source.checkpoint.tensor(name), dtype)
+
+
+def _check_stored(folder: Path, jobs: list[TensorJob]) -> None:
+    """Raises unless the folder holds, of every quantized weight, just the tensors that its slot asks for."""
+    stored = Checkpoint.open(folder)
+    for job in jobs:
+        out_features, in_features = job.weight.shape
+        width = in_features if job.slot.transform is None else job.slot.transform.out_dim
+        for name, (dtype, shape) in spec.expected_tensors(job.name, job.slot, width, out_features).items():
+            info = stored.info(name)
+            if (info.dtype, info.shape) != (dtype, shape):
+                raise PaleyError(
+                    f"{info.file}: {name} is {info.dtype} {list(info.shape)}, must be {dtype} {list(shape)}; "
+                    "nothing was published; please report this"
+                )

@@ -1,0 +1,184 @@
+"""Quantizing tensor by tensor: the same model as in memory, however it is cut up, stopped or shared out."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from paley import hf
+from paley.core import grids
+from paley.core.errors import PaleyError
+from paley.format.checkpoint import Checkpoint
+from paley.format.files import write_json
+from paley.model.loading import open_source
+from paley.pipeline import Monitor, quantize
+from paley.pipeline.stages import decide, execute
+from paley.pipeline.texts import Texts
+from paley.recipe import apply_settings, preset
+
+NO_TEXTS = Texts(None, None, None)
+
+
+def save(folder: Path, tokenizer, *, qwen: bool = False, **changes) -> Path:
+    """A random model of two layers; MLP width 37 is no multiple of any block, and Qwen has biases."""
+    torch.manual_seed(0)
+    kind, config = (Qwen2ForCausalLM, Qwen2Config) if qwen else (LlamaForCausalLM, LlamaConfig)
+    settings = {
+        "vocab_size": len(tokenizer), "hidden_size": 48, "intermediate_size": 37, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    model = kind(config(**settings | changes))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(folder, max_shard_size="40KB")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2 tied"])
+def folder(request, tmp_path_factory, tiny_tokenizer):
+    qwen = request.param.startswith("qwen2")
+    return save(tmp_path_factory.mktemp("model"), tiny_tokenizer, qwen=qwen, tie_word_embeddings=qwen)
+
+
+def recipe(*settings: str, name: str = "higgs-3"):
+    return apply_settings(preset(name), ["test=null", "hadamard=16", *settings])
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (),
+        ("weights.grid=p3n64", "seed=5"),
+        ("weights.grid=int4", "weights.scale_search=mse", "weights.group_size=8"),
+        ("weights.grid=uint3", "weights.scale_search=absmax", "hadamard=null"),
+        ('overrides=[{pattern: "*.1.mlp.*", keep: true}]',),
+    ],
+)
+@torch.no_grad()
+def test_it_is_the_model_that_is_made_in_memory(folder, settings, tmp_path):
+    wanted, source = recipe(*settings), open_source(folder)
+    plan = decide(source, wanted, NO_TEXTS, None, Monitor(), "cpu")
+    expected, reports = execute(source, plan, NO_TEXTS, None, Monitor(), "cpu")
+    outcome = quantize(folder, wanted, output=tmp_path / "out")
+    ids = torch.arange(3, 40)[None]
+    assert torch.equal(hf.load(outcome.output, dense=True)(ids).logits, expected(ids).logits)
+    assert outcome.plan.linears == plan.linears
+    errors = {name: layer["rel_error"] for name, layer in outcome.results["layers"].items()}
+    assert errors == pytest.approx({report.name: report.rel_error for report in reports}, rel=1e-5)
+
+
+def test_biases_and_ties_are_kept_and_every_byte_counts(folder, tmp_path):
+    source, outcome = open_source(folder), quantize(folder, recipe(), output=tmp_path / "out")
+    stored = Checkpoint.open(outcome.output)
+    for name in source.checkpoint.names:
+        if name.endswith("bias"):
+            assert torch.equal(stored[name], source.checkpoint[name].half())
+    assert ("lm_head.weight" in stored) == (source.config.tie_word_embeddings is False)
+    assert outcome.results["bytes"] == stored.nbytes
+    assert outcome.results["evaluation"] is None
+    assert "Nobody has measured this model" in (outcome.output / "README.md").read_text()
+    # An MLP of 37 is padded to 48 = 3 * 16; its codes are read as they are, the zeros cost what they cost.
+    assert outcome.plan.linears["model.layers.0.mlp.down_proj"].transform.out_dim == 48
+
+
+def test_gaussian_layers_have_the_error_of_the_grid(tmp_path, tiny_tokenizer):
+    folder = save(tmp_path / "model", tiny_tokenizer, hidden_size=256, intermediate_size=512)
+    results = quantize(folder, recipe("hadamard=1024"), output=tmp_path / "out").results
+    expected = grids.load("p2n64").mse
+    assert [layer["rel_error"] for layer in results["layers"].values()] == pytest.approx([expected] * 14, rel=0.03)
+
+
+def test_processes_share_the_work_without_changing_it(folder, tmp_path):
+    alone = quantize(folder, recipe(), output=tmp_path / "one")
+    shared = quantize(folder, recipe(), output=tmp_path / "two", workers=2)
+    assert contents(alone.output) == contents(shared.output)
+
+
+def test_a_stopped_run_makes_no_weight_twice(folder, tmp_path, monkeypatch):
+    whole = contents(quantize(folder, recipe(), output=tmp_path / "whole").output)
+
+    class Stopping(Monitor):
+        steps = 0
+
+        def step(self, detail: str = "") -> None:
+            self.steps += "rel_error" in detail
+            if self.steps == 5:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(folder, recipe(), output=tmp_path / "out", monitor=Stopping())
+    made = sorted((tmp_path / "out.run" / "final").iterdir())
+    assert len(made) == 5
+    times = [file.stat().st_mtime_ns for file in made]
+    resumed = quantize(folder, recipe(), output=tmp_path / "out", resume=True, monitor=Watching(made, times))
+    assert contents(resumed.output) == whole
+
+
+class Watching(Monitor):
+    """Sees that files written before the kill are still the same ones while the run is at work."""
+
+    def __init__(self, files: list[Path], times: list[int]):
+        self.files, self.times = files, times
+
+    def step(self, detail: str = "") -> None:
+        if self.files[0].exists():
+            assert [file.stat().st_mtime_ns for file in self.files] == self.times
+
+
+def _run(folder: Path, output: Path) -> None:
+    torch.set_num_threads(1)
+    quantize(folder, recipe(), output=output, resume=output.with_name(output.name + ".run").exists())
+
+
+def test_killed_it_ends_in_the_same_bytes(folder, tmp_path):
+    torch.set_num_threads(1)
+    whole = contents(quantize(folder, recipe(), output=tmp_path / "whole").output)
+    context, output, kills = multiprocessing.get_context("fork"), tmp_path / "out", 0
+    while not output.exists():
+        child = context.Process(target=_run, args=(folder, output))
+        child.start()
+        child.join(0.05 + 0.07 * kills)
+        if child.is_alive():
+            os.kill(child.pid, signal.SIGKILL)
+            kills += 1
+        child.join()
+        if child.exitcode not in (0, -signal.SIGKILL):
+            pytest.fail(f"a resumed run failed with {child.exitcode}")
+        time.sleep(0)
+    assert kills
+    assert contents(output) == whole
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"hidden_size": 64}, "config.json and the weights disagree: .* has shape"),
+        ({"num_hidden_layers": 1}, "disagree: .* tensors too many, the first is model.layers.1"),
+        ({"num_hidden_layers": 3}, "no tensor 'model.layers.2"),
+    ],
+)
+def test_a_config_of_another_model_is_refused(tmp_path, tiny_tokenizer, change, complaint):
+    folder = save(tmp_path / "model", tiny_tokenizer)
+    config = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", config | change)
+    with pytest.raises(PaleyError, match=complaint):
+        quantize(folder, recipe(), output=tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+
+
+def test_what_needs_data_cannot_go_without_a_test(folder, tmp_path):
+    wanted = recipe("hadamard=null", name="rtn-w4a4kv4").model_copy(update={"rotate": True, "expand_mlp": "auto"})
+    with pytest.raises(PaleyError, match="only data-free recipes can go without"):
+        quantize(folder, wanted, output=tmp_path / "out")
