@@ -14,6 +14,7 @@ from paley.eval.perplexity import evaluate
 from paley.hf import load
 from paley.model.kv_cache import PackedKVCache
 from paley.pipeline import Monitor, Outcome
+from paley.pipeline.sensitivities import measure_sensitivity
 from paley.plan import Plan
 from paley.recipe import Recipe, load_recipe, preset
 from paley.sensitivity import Sensitivity
@@ -23,11 +24,13 @@ __all__ = [
     "PaleyError",
     "Plan",
     "Recipe",
+    "Sensitivity",
     "__version__",
     "evaluate",
     "hadamard",
     "load",
     "make_plan",
+    "measure_sensitivity",
     "quantize",
 ]
 

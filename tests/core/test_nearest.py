@@ -87,7 +87,7 @@ def test_meta_tensors_and_the_rules_for_ops():
 @pytest.mark.parametrize("p", [1, 2, 4])
 def test_a_gpu_gives_the_same_codes(p):
     x, points = normal(20000, p), normal(256, p, seed=1)
-    x[: 256 * 255] = torch.combinations(points[:, 0]).mean(1)[: len(x), None]  # ties and near ties
+    x[:10000] = points[torch.randint(256, (10000, 2), generator=torch.Generator().manual_seed(2))].mean(1)  # near ties
     assert torch.equal(nearest_points(x.cuda(), points.cuda()).cpu(), reference(x, points))
 
 

@@ -330,6 +330,8 @@ class _Knapsack:
                 filtered = max(32, len(kept))
             if len(kept) > width:
                 kept, complete = _lowest(kept, excess, width), False
+            if not complete:  # the proof is lost: go on for a good allocation only, at the least price
+                width = min(width, _WIDTHS[0])
             if not len(kept):
                 return None, complete
             loss, costs = loss[kept], costs[kept]

@@ -56,9 +56,7 @@ class _Item:
     bits: dict[str, int]  # stored once for a weight, for each token otherwise
 
 
-def decide_grids(
-    recipe: Recipe, adapter: Adapter, slots: Slots, sensitivity: Sensitivity
-) -> tuple[Slots, Allocation]:
+def decide_grids(recipe: Recipe, adapter: Adapter, slots: Slots, sensitivity: Sensitivity) -> tuple[Slots, Allocation]:
     """The slots with the grids of least predicted loss that the recipe's budget can pay for.
 
     adapter: the original model, or its skeleton. Slots that an override of the recipe sets are left as they are, and
@@ -70,9 +68,10 @@ def decide_grids(
     items = [item for item in _items(recipe, adapter, slots) if _is_budgeted(item.kind, budget)]
     amounts = _amounts(budget, recipe, adapter, slots, items)
     _check_reach(budget, adapter, items)
+    sensitivity.check_slots(item.name for item in items if len(item.bits) > 1)
     choices = {}
     for item in _within_linear_range(items, amounts, budget):
-        alpha = _alpha(sensitivity, item) if len(item.bits) > 1 else 0.0
+        alpha = sensitivity.slots[item.name].alpha if len(item.bits) > 1 else 0.0
         choices[item.name] = [
             Choice(name, alpha * item.errors[name], tuple(_costs(item.kind, bits, amounts, budget)))
             for name, bits in item.bits.items()
@@ -104,13 +103,6 @@ def _up_to(item: _Item, threshold: float) -> _Item:
     return replace(item, bits={name: bits for name, bits in item.bits.items() if item.errors[name] <= limit})
 
 
-def _alpha(sensitivity: Sensitivity, item: _Item) -> float:
-    if item.name not in sensitivity.slots:
-        more = "" if item.kind == "weight" else " --activations"
-        raise PaleyError(f"the sensitivities have no slope for {item.name}; measure it with `paley sensitivity{more}`")
-    return sensitivity.slots[item.name].alpha
-
-
 def _check_reach(budget: Budget, adapter: Adapter, items: list[_Item]) -> None:
     """Raises where bits per value are asked for that no choice gives, and says which there are."""
     for key, kinds in _AVERAGES.items():
@@ -136,9 +128,7 @@ def _is_budgeted(kind: str, budget: Budget) -> bool:
     return any(limit is not None for limit in limits[kind])
 
 
-def _amounts(
-    budget: Budget, recipe: Recipe, adapter: Adapter, slots: Slots, items: list[_Item]
-) -> dict[str, int]:
+def _amounts(budget: Budget, recipe: Recipe, adapter: Adapter, slots: Slots, items: list[_Item]) -> dict[str, int]:
     """Resource -> how much of it there is, in bits."""
     found: dict[str, float] = {}
     for key, kinds in _AVERAGES.items():
@@ -178,9 +168,7 @@ def _items(recipe: Recipe, adapter: Adapter, slots: Slots) -> Iterator[_Item]:
                 )
 
 
-def _input_items(
-    recipe: Recipe, block: Block, name: str, roles: tuple[str, ...], slots: Slots
-) -> Iterator[_Item]:
+def _input_items(recipe: Recipe, block: Block, name: str, roles: tuple[str, ...], slots: Slots) -> Iterator[_Item]:
     """One item for the linears that read one tensor and round it alike; overrides may set members apart."""
     by_scheme: dict[ActivationScheme, list[str]] = {}
     for path in map(block.path, roles):

@@ -124,9 +124,7 @@ def measure_on(
     )  # fmt: skip
 
 
-def measure_for(
-    recipe: Recipe, source: Source, run: RunDirectory | None, monitor: Monitor, device: str
-) -> Sensitivity:
+def measure_for(recipe: Recipe, source: Source, run: RunDirectory | None, monitor: Monitor, device: str) -> Sensitivity:
     """The slopes that the recipe's budget needs, measured as it says; finished trials are kept in the run directory."""
     budget = recipe.budget
     assert budget is not None
