@@ -87,7 +87,9 @@ class Sensitivity(_Frozen):
         """-> self; raises where one of the slots `names` was not measured."""
         for name in names:
             if name not in self.slots:
-                raise PaleyError(f"sensitivity: {name} has no slope{nearest_name(name, self.slots)}; {AGAIN}")
+                more = "" if name.endswith("_proj") else " --activations"
+                hint = nearest_name(name, self.slots)
+                raise PaleyError(f"sensitivity: {name} has no slope{hint}; measure it with `paley sensitivity{more}`")
         return self
 
     def to_json(self) -> str:

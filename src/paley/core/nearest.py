@@ -16,7 +16,8 @@ from paley.core.errors import PaleyError
 __all__ = ["MAX_DIM", "MAX_POINTS", "check", "nearest_points", "prepare", "reference"]
 
 MAX_DIM, MAX_POINTS = 8, 65536
-_BLOCK = 2**21  # scores at a time: 16 MB, and as much again for a product
+_BLOCK = 2**17  # scores at a time: 1 MB stays in a CPU's cache
+_GPU_BLOCK = 2**22
 
 
 def nearest_points(x: Tensor, points: Tensor) -> Tensor:
@@ -46,7 +47,8 @@ def reference(x: Tensor, points: Tensor) -> Tensor:
     squares = torch.zeros_like(coordinates[0])
     for c in coordinates:
         squares += c * c
-    codes = [_codes(block, squares, coordinates) for block in x.split(max(1, _BLOCK // len(points)))]
+    block = _BLOCK if x.device.type == "cpu" else _GPU_BLOCK
+    codes = [_codes(part, squares, coordinates) for part in x.split(max(1, block // len(points)))]
     return torch.cat(codes).view(shape)
 
 
@@ -54,8 +56,8 @@ def _codes(x: Tensor, squares: Tensor, coordinates: tuple[Tensor, ...]) -> Tenso
     """x [block, p], squares and each of the p coordinates [n] -> int32 [block]."""
     scores = (squares * -0.5).expand(len(x), -1).contiguous()
     for a, c in zip(x.double().unbind(1), coordinates, strict=True):
-        scores += a[:, None] * c  # no matmul: its order of summation is the library's own
-    return scores.argmax(1).int()
+        scores.addcmul_(a[:, None], c)  # no matmul: its order of summation is the library's own
+    return scores.max(1).indices.int()  # the first of equal ones
 
 
 def check(x: Tensor, points: Tensor) -> None:
