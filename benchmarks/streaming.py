@@ -48,7 +48,7 @@ def make(folder: Path, layers: int) -> None:
 
 
 def command(model: Path, output: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "paley", "quantize", str(model), "--preset", PRESET, "--no-score",
+    return [str(Path(sys.executable).with_name("paley")), "quantize", str(model), "--preset", PRESET, "--no-score",
             "--output", str(output), *more]  # fmt: skip
 
 

@@ -35,7 +35,7 @@ SIZES = [
     "test.sequences=4",
     "test.seq_len=64",
 ]
-VERBS = ("quantize", "plan", "sensitivity", "eval", "generate", "inspect", "theory", "presets")
+VERBS = ("quantize", "plan", "sensitivity", "eval", "generate", "inspect", "dequantize", "theory", "presets")
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ from paley import hf, kernels, pipeline
 from paley.core.errors import PaleyError
 from paley.core.hadamard import hadamard
 from paley.eval.perplexity import evaluate
+from paley.export.plain import dequantize
 from paley.hf import load
 from paley.model.kv_cache import PackedKVCache
 from paley.pipeline import Monitor, Outcome
@@ -26,6 +27,7 @@ __all__ = [
     "Recipe",
     "Sensitivity",
     "__version__",
+    "dequantize",
     "evaluate",
     "hadamard",
     "load",

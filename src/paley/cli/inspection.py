@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from paley.cli.display import Row, clip, line, scheme, scores, show, table
-from paley.core.errors import PaleyError
 from paley.format.checkpoint import Checkpoint
 from paley.format.files import read_json
-from paley.format.spec import CODES, QUANT_METHOD, SCALES, WEIGHT, ZEROS, QuantizationConfig
+from paley.format.spec import CODES, SCALES, WEIGHT, ZEROS, QuantizationConfig, quantization_of
 
 __all__ = ["Inspection"]
 
@@ -33,13 +32,7 @@ class Inspection:
     def of(cls, folder: Path) -> Inspection:
         """Reads headers and JSON files only; PaleyError for a folder that is not ours, or damaged."""
         checkpoint = Checkpoint.open(folder)
-        section = checkpoint.config.get("quantization_config")
-        if not isinstance(section, dict) or section.get("quant_method") != QUANT_METHOD:
-            raise PaleyError(
-                f"{folder}: is no Paley checkpoint: nothing here is quantized, or by another tool; "
-                "give a folder that `paley quantize` wrote"
-            )
-        config = QuantizationConfig.from_dict(section, f"{folder}/config.json: quantization_config")
+        config = quantization_of(checkpoint)
         results = folder / "results.json"
         return cls(checkpoint, config, read_json(results) if results.exists() else {})
 

@@ -15,6 +15,7 @@ __all__ = [
     "Device",
     "Draw",
     "DrawSeed",
+    "Dtype",
     "Expand",
     "Folder",
     "Grid",
@@ -40,6 +41,7 @@ __all__ = [
     "TargetSize",
     "Temperature",
     "Test",
+    "WeightsOnly",
     "Workers",
 ]
 
@@ -122,3 +124,11 @@ SeqLen = Annotated[int | None, _option("--seq-len", "Tokens of each.", min=2)]
 MaxNewTokens = Annotated[int, _option("--max-new-tokens", "Stop after so many.", min=1)]
 Temperature = Annotated[float, _option("--temperature", "0: the most likely token each time.", min=0)]
 DrawSeed = Annotated[int, _option("--seed", "Draws the tokens at temperatures above 0.")]
+
+WeightsOnly = Annotated[
+    bool,
+    _option("--weights-only", "Leave out the rounding of inputs, keys and values, which an ordinary model cannot do."),
+]
+Dtype = Annotated[
+    str | None, _option("--dtype", "Of the weights: float16, bfloat16 or float32; the folder's own.", "DTYPE")
+]

@@ -13,9 +13,15 @@ from typing import Any, BinaryIO
 
 from paley.core.errors import PaleyError
 
-__all__ = ["read_json", "write_atomic", "write_json"]
+__all__ = ["copy_companions", "read_json", "temporary", "write_atomic", "write_json"]
 
 Chunk = bytes | memoryview
+
+# Carried over as they are; everything else in a model's folder is weights, or not the model's.
+_COMPANIONS = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _AGAIN = "copy or download it again"
@@ -47,6 +53,14 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise PaleyError(f"{path}: must be a JSON object, got {type(found).__name__}; {_AGAIN}")
     return found
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copies what stands beside a model's weights into `folder`: tokenizer, generation config, chat template."""
+    for name in _COMPANIONS:
+        if (source / name).is_file():
+            with _disk(folder / name, (source / name).stat().st_size):
+                shutil.copyfile(source / name, folder / name)
 
 
 def temporary(path: Path) -> Path:

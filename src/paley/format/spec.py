@@ -18,7 +18,8 @@ from paley.format.config import FORMAT_VERSION, QUANT_METHOD, QuantizationConfig
 
 __all__ = [
     "BIAS", "CODES", "FORMAT_VERSION", "QUANT_METHOD", "SCALES", "WEIGHT", "ZEROS", "QuantizationConfig",
-    "bits_per_weight", "decode_linear", "encode_linear", "expected_tensors", "stored_bytes", "unpack_weight",
+    "bits_per_weight", "decode_linear", "encode_linear", "expected_tensors", "quantization_of", "stored_bytes",
+    "unpack_weight",
 ]  # fmt: skip
 
 CODES, SCALES, ZEROS = ".codes", ".scales", ".zeros"  # suffixes of a quantized linear's name
@@ -33,6 +34,17 @@ class Tensors(Protocol):
 
     def __contains__(self, name: object, /) -> bool: ...
     def __getitem__(self, name: str, /) -> Tensor: ...
+
+
+def quantization_of(checkpoint: Checkpoint) -> QuantizationConfig:
+    """What config.json says under "quantization_config", checked; PaleyError where the folder is not ours."""
+    folder, section = checkpoint.folder, checkpoint.config.get("quantization_config")
+    if not isinstance(section, dict) or section.get("quant_method") != QUANT_METHOD:
+        raise PaleyError(
+            f"{folder}: is no Paley checkpoint: nothing here is quantized, or by another tool; "
+            "give a folder that `paley quantize` wrote"
+        )
+    return QuantizationConfig.from_dict(section, f"{folder}/config.json: quantization_config")
 
 
 def expected_tensors(name: str, slot: LinearSlot, in_features: int, out_features: int) -> Expected:

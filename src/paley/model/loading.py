@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from paley.core.errors import PaleyError
+from paley.core.errors import PaleyError, nearest_name
 from paley.format.checkpoint import Checkpoint
 from paley.model.adapter import architecture
 
-__all__ = ["Source", "load_tokenizer", "open_source", "resolve"]
+__all__ = ["Source", "check_fit", "empty_model", "load_tokenizer", "open_source", "resolve"]
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
@@ -58,28 +59,40 @@ class Source:
 
     def skeleton(self) -> PreTrainedModel:
         """The model without its weights; raises where the files and the config disagree."""
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(self.config, attn_implementation="sdpa", dtype=torch.float32)
-        tied, wanted = set(model.all_tied_weights_keys), model.state_dict()
-        for name, tensor in wanted.items():
-            if name not in self.checkpoint and name in tied:
-                continue
-            shape = self.checkpoint.shape(name)
-            if shape != tuple(tensor.shape):
-                raise PaleyError(
-                    f"{self.path}: config.json and the weights disagree: {name} has shape {list(shape)}, the config "
-                    f"makes it {list(tensor.shape)}; use the config.json these weights came with"
-                )
-        if extra := [name for name in self.checkpoint if name not in wanted]:
-            raise PaleyError(
-                f"{self.path}: config.json and the weights disagree: {len(extra)} tensors too many, the first is "
-                f"{extra[0]}; use the config.json these weights came with"
-            )
-        return model.eval()
+        model = empty_model(self.config)
+        check_fit(self.path, {name: info.shape for name, info in self.checkpoint.infos.items()}, model)
+        return model
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that came with the weights."""
         return load_tokenizer(self.path)
+
+
+def empty_model(config: Any) -> PreTrainedModel:
+    """The model that a config describes, without weights, in eval mode."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    return model.eval()
+
+
+def check_fit(folder: Path, shapes: Mapping[str, tuple[int, ...]], model: PreTrainedModel) -> None:
+    """Raises unless tensors of these names and shapes, those of a folder, are just what fills the model."""
+    tied, wanted = set(model.all_tied_weights_keys), model.state_dict()
+    for name, tensor in wanted.items():
+        if name not in shapes:
+            if name in tied:
+                continue
+            raise PaleyError(f"{folder}: no tensor {name!r}{nearest_name(name, shapes)}")
+        if shapes[name] != tuple(tensor.shape):
+            raise PaleyError(
+                f"{folder}: config.json and the weights disagree: {name} has shape {list(shapes[name])}, the config "
+                f"makes it {list(tensor.shape)}; use the config.json these weights came with"
+            )
+    if extra := [name for name in shapes if name not in wanted]:
+        raise PaleyError(
+            f"{folder}: config.json and the weights disagree: {len(extra)} tensors too many, the first is "
+            f"{extra[0]}; use the config.json these weights came with"
+        )
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:

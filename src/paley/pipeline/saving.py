@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +15,13 @@ from paley.core.errors import PaleyError
 from paley.core.metrics import kl_divergence
 from paley.data import TokenBlocks
 from paley.format import spec
-from paley.format.files import write_json
+from paley.format.files import copy_companions, write_json
 from paley.format.writer import ShardWriter
 from paley.model.linear import QuantLinear
 from paley.model.loading import Source
 from paley.plan import Plan
 
 __all__ = ["cast_to_store", "finish_checkpoint", "first_logits", "load_stored", "save_checkpoint", "verify"]
-
-# Carried over as they are; everything else in a source folder is weights, or not the model's.
-_COPIED = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
 
 
 def save_checkpoint(folder: Path, model: PreTrainedModel, plan: Plan, source: Source, dtype: torch.dtype) -> None:
@@ -66,9 +59,7 @@ def cast_to_store(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def finish_checkpoint(folder: Path, model: PreTrainedModel, plan: Plan, source: Source, dtype: torch.dtype) -> None:
     """Puts config.json, plan.json, and the source's tokenizer files beside the weights; model may be a skeleton."""
     write_json(folder / "config.json", _config(model, plan, dtype))
-    for name in _COPIED:
-        if (source.path / name).is_file():
-            shutil.copyfile(source.path / name, folder / name)
+    copy_companions(source.path, folder)
     plan.save(folder / "plan.json")
 
 

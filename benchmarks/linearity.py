@@ -1,0 +1,233 @@
+"""The linearity theorem on whole models: writes benchmarks/results/linearity-MODEL.json.
+
+python benchmarks/linearity.py MODEL [--sequences 16] [--test 96] [--processes 1]
+python benchmarks/linearity.py --draw
+Slopes on text of the model's own domain, on text that it samples itself and on random tokens; then random and uniform
+allocations of the two-dimensional grids to the linears (HIGGS, weights alone), and for each the predicted sum of
+alpha t^2, t^2 the grid's own, beside the measured KL and growth of perplexity on test text. --draw draws them all into
+docs/figures/linearity.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import multiprocessing
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+
+import numpy as np
+import torch
+from domain import MODELS, model_folder, texts
+from quality import RESULTS, provenance
+from scipy.stats import pearsonr, spearmanr
+
+from paley.core import grids, tables
+from paley.core.packing import stored_bits
+from paley.data import blocks_from_ids
+from paley.eval.perplexity import evaluate
+from paley.eval.reference import Reference
+from paley.eval.sampling import sample_documents
+from paley.methods.sensitivity import MAX_T
+from paley.model.loading import Source, open_source
+from paley.pipeline.accounting import quantized_bits
+from paley.pipeline.monitor import Monitor
+from paley.pipeline.sensitivities import measure_on, random_ids
+from paley.pipeline.stages import decide, execute
+from paley.pipeline.texts import Texts
+from paley.plan import Plan
+from paley.recipe import preset
+from paley.recipe.saving import json_lines
+
+FIGURE = RESULTS.parents[1] / "docs" / "figures" / "linearity.png"
+SLOPES = {"kl, text": "kl", "perplexity, text": "perplexity", "kl, self": "kl", "kl, random": "kl"}
+UNIFORM = ("p2n16", "p2n24", "p2n32", "p2n64", "p2n88", "p2n128", "p2n256", "p2n512")
+GAUSSIAN = ("p2n256", "p2n64", "p2n16")  # uniform models whose every layer is compared with its grid's t^2
+RANDOM = (("3 to 5 bits", 30, 3.0, 5.0, MAX_T**2), ("2 to 3 bits", 10, 2.0, 3.0, 1.0))  # last: largest t^2
+RANGES = (1.5, 2.25, 2.75, 3.25, 3.75, 4.25, 5.25)
+LINEAR = 0.67, 1.5
+
+
+@functools.cache
+def setting(model: str, sequences: int, test: int) -> tuple[Source, Texts, Reference, Plan]:
+    source = open_source(model_folder(model))
+    blocks = texts(model, source.tokenizer(), calibration=sequences, search=0, test=test)
+    plan = decide(source, preset("higgs-2"), blocks, None, Monitor(), "cpu")
+    return source, blocks, Reference.of(source.load(), blocks.test), plan
+
+
+def slopes(name: str, model: str, sequences: int, test: int) -> dict:
+    source, blocks, _, _ = setting(model, sequences, test)
+    tokenizer, seq_len = source.tokenizer(), MODELS[model].seq_len
+    text = blocks.calibration
+    if name.endswith("self"):
+        ids = sample_documents(source.load(), tokenizer, count=sequences, tokens=seq_len, seed=0)
+        text = blocks_from_ids(ids, "calibration", "self")
+    elif name.endswith("random"):
+        text = blocks_from_ids(random_ids(tokenizer, source, sequences, seq_len, 0), "calibration", "random")
+    found = measure_on(source, text, metric=SLOPES[name])
+    values = {n: [s.alpha, s.stderr, *(["clamped"] if s.clamped else [])] for n, s in found.slots.items()}
+    return {"source": text.source, "tokens": text.ids.numel(), "baseline": found.baseline, "slopes": values}
+
+
+def allocations(sizes: dict[str, int]) -> dict[str, dict[str, str]]:
+    """Row -> grid of each linear; random ones are normal around a level, shifted until the mean bits are as drawn."""
+    found = {f"uniform {name}": dict.fromkeys(sizes, name) for name in UNIFORM}
+    weights = np.array(list(sizes.values())) / sum(sizes.values())
+    generator = np.random.default_rng(0)
+    for label, count, low, high, largest in RANDOM:
+        names = [n for n in tables.names() if n.startswith("p2") and grids.load(n).mse <= largest]
+        rates = np.array([stored_bits(grids.load(n)) for n in names])
+        for index in range(count):
+            target = low + (high - low) * (index + generator.random()) / count
+            wanted = generator.uniform(0.2, 1.5) * generator.standard_normal(len(sizes))
+            shifted = [np.abs(rates - (wanted + s)[:, None]).argmin(1) for s in np.linspace(-1, 9, 1001)]
+            chosen = min(shifted, key=lambda c: abs(rates[c] @ weights - target))
+            found[f"random {label} {index}"] = {n: names[c] for n, c in zip(sizes, chosen, strict=True)}
+    return found
+
+
+def row(name: str, chosen: dict[str, str], model: str, sequences: int, test: int) -> dict:
+    source, blocks, reference, plan = setting(model, sequences, test)
+    linears = {n: replace(s, weight=replace(s.weight, grid=chosen[n])) for n, s in plan.linears.items()}
+    quantized, reports = execute(source, plan.model_copy(update={"linears": linears}), blocks, None, Monitor(), "cpu")
+    score = evaluate(quantized, blocks.test, reference)
+    original = float(reference.nll.double().mean().exp())
+    weights = np.array([plan_size(source, n) for n in chosen])
+    bits = [stored_bits(grids.load(g)) for g in chosen.values()]
+    return {
+        "grid_bits": float(bits @ weights / weights.sum()), "stored_bits": quantized_bits(reports, source),
+        "largest_t2": max(grids.load(g).mse for g in chosen.values()), "kl": score.kl, "kl_stderr": score.kl_stderr,
+        "perplexity": score.perplexity - original, "perplexity_stderr": score.gap_stderr * score.perplexity,
+        "grids": " ".join(chosen.values()),
+    } | ({"rel_error": {r.name: r.rel_error for r in reports}} if name.split()[-1] in GAUSSIAN else {})  # fmt: skip
+
+
+def plan_size(source: Source, linear: str) -> int:
+    out_features, in_features = source.checkpoint.shape(f"{linear}.weight")
+    return out_features * in_features
+
+
+def summary(result: dict) -> dict:
+    """Adds to each row what the slopes predict for it -> how well they do."""
+    rows, t2 = result["rows"], result["t2"]
+    of = {key: np.array([found["slopes"][n][0] for n in result["linears"]]) for key, found in result["slopes"].items()}
+    found: dict = {}
+    for metric in ("kl", "perplexity"):
+        for values in rows.values():
+            values[f"{metric}_predicted"] = float(of[f"{metric}, text"] @ [t2[g] for g in values["grids"].split()])
+        columns = ("grid_bits", metric, f"{metric}_predicted")
+        found[metric] = agreement(np.array([[r[c] for c in columns] for r in rows.values()]).T, np.array(list(rows)))
+    found["rank correlations of slopes"] = {
+        f"{a}; {b}": float(spearmanr(of[a], of[b])[0]) for a, b in itertools.combinations(of, 2)
+    }
+    for grid in GAUSSIAN:
+        off = {n: error / t2[grid] - 1 for n, error in rows[f"uniform {grid}"]["rel_error"].items()}
+        found[f"rel_error / t2 - 1, {grid}"] = {
+            "largest": max(off.values(), key=abs), "mean": float(np.mean(list(off.values()))),
+            "not Gaussian": {n: round(d, 4) for n, d in off.items() if abs(d) > 0.03},
+        }  # fmt: skip
+    return found
+
+
+def agreement(columns: np.ndarray, names: np.ndarray) -> dict:
+    """columns [bits, measured, predicted] [3, rows]; correlations are of the random rows at 3 to 5 bits."""
+    drawn = np.char.startswith(names, "random 3")
+    (bits, measured, predicted), ratio = columns[:, drawn], columns[1] / columns[2]
+    grown = measured > 0
+    logs = np.log(columns[1:, drawn][:, grown])
+    # Mean bits alone order such a range well too: what do slopes know beyond them?
+    left = [x - np.polyval(np.polyfit(bits[grown], x, 1), bits[grown]) for x in logs]
+    outside = (ratio < LINEAR[0]) | (ratio > LINEAR[1])
+    medians = {}
+    for low, high in itertools.pairwise(RANGES):
+        inside = ratio[(columns[0] >= low) & (columns[0] < high)]
+        medians[f"{low:g} to {high:g}"] = [float(np.median(inside)), len(inside)]
+    return {
+        "spearman": float(spearmanr(predicted, measured)[0]), "pearson of logs": float(pearsonr(*logs)[0]),
+        "spearman of mean bits": float(spearmanr(-bits, measured)[0]),
+        "pearson of logs, bits regressed out": float(pearsonr(*left)[0]), "not grown": int((~grown).sum()),
+        "median, smallest and largest ratio": np.quantile(ratio[drawn], [0.5, 0, 1]).tolist(),
+        "median ratio by bits": medians,
+        "outside": {n: round(float(r), 3) for n, r in zip(names[outside], ratio[outside], strict=True)},
+        "least predicted outside": float(columns[2][outside].min()) if outside.any() else None,
+    }  # fmt: skip
+
+
+def draw() -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("linearity-*.json"))]
+    figure, axes = plt.subplots(1, len(found), figsize=(5 * len(found) + 0.8, 4.4), squeeze=False, layout="constrained")
+    for axis, result in zip(axes[0], found, strict=True):
+        rows = list(result["rows"].values())
+        x, y = ([r[key] for r in rows] for key in ("kl_predicted", "kl"))
+        ends = min(x + y) / 1.4, max(x + y) * 1.4
+        axis.plot(ends, ends, color="0.6", linewidth=1, zorder=0)
+        colours = plt.cm.ScalarMappable(plt.Normalize(2, 5), "viridis")
+        for name, r in result["rows"].items():
+            colour = colours.to_rgba(r["grid_bits"])
+            inside = colour if r["largest_t2"] <= MAX_T**2 else "none"
+            marker = "s" if name.startswith("uniform") else "o"
+            axis.scatter(r["kl_predicted"], r["kl"], s=34, marker=marker, facecolor=inside, edgecolor=colour)
+        axis.set(xscale="log", yscale="log", xlim=ends, ylim=ends, aspect="equal")
+        axis.set(title=result["model"], xlabel="predicted KL, sum of $\\alpha\\,t^2$ (nats a token)")
+    axes[0][0].set_ylabel("measured KL on test text")
+    for marker, inside, label in (
+        ("o", "0.4", "random grids"), ("s", "0.4", "one grid for all"), ("o", "none", "a layer beyond $t^2=4^{-1.7}$")
+    ):  # fmt: skip
+        axes[0][0].scatter([], [], s=34, marker=marker, facecolor=inside, edgecolor="0.4", label=label)
+    axes[0][0].legend(loc="upper left", frameon=False)
+    figure.colorbar(colours, ax=axes, label="mean bits of the grids")
+    FIGURE.parent.mkdir(exist_ok=True)
+    figure.savefig(FIGURE, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", choices=MODELS, nargs="?")
+    parser.add_argument("--sequences", type=int, default=16)
+    parser.add_argument("--test", type=int, default=96)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--draw", action="store_true", help="only draw what was measured")
+    arguments = parser.parse_args()
+    if arguments.draw:
+        draw()
+        return
+    if arguments.model is None:
+        parser.error("give a model, or --draw")
+    where = arguments.model, arguments.sequences, arguments.test
+    source, blocks, reference, plan = setting(*where)
+    rows = allocations({name: plan_size(source, name) for name in plan.linears})
+    result: dict = {
+        "model": arguments.model, "command": " ".join(["python benchmarks/linearity.py", *sys.argv[1:]]),
+        **provenance(), "test": blocks.test.source, "sequences": len(blocks.test.ids),
+        "original_perplexity": float(reference.nll.double().mean().exp()),
+        "linears": list(plan.linears), "t2": {n: grids.load(n).mse for n in tables.names() if n.startswith("p2")},
+        "slopes": {}, "rows": {},
+    }  # fmt: skip
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(arguments.processes, spawn, torch.set_num_threads, (1,)) as pool:
+        jobs = {pool.submit(slopes, name, *where): ("slopes", name) for name in SLOPES}
+        jobs |= {pool.submit(row, name, chosen, *where): ("rows", name) for name, chosen in rows.items()}
+        for job in as_completed(jobs):
+            kind, name = jobs[job]
+            result[kind][name] = job.result()
+            print(
+                name, {k: v for k, v in job.result().items() if k not in ("slopes", "grids", "rel_error")}, flush=True
+            )
+    result["slopes"] = {name: result["slopes"][name] for name in SLOPES}
+    result["rows"] = {name: result["rows"][name] for name in rows}
+    result["summary"] = summary(result)
+    (RESULTS / f"linearity-{arguments.model}.json").write_text(json_lines(result, levels=3) + "\n")
+    print(json.dumps(result["summary"], indent=1))
+
+
+if __name__ == "__main__":
+    main()
