@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import tables_weights
 from quality import RESULTS
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "results.md"
@@ -127,7 +128,7 @@ def main() -> None:
     lines = [HEAD]
     for model in MODELS:
         lines += quality(model)
-    lines += search_cost() + cost()
+    lines += search_cost() + cost() + tables_weights.all_lines()
     readme()
     OUT.write_text("\n".join(lines).rstrip() + "\n")
 

@@ -172,3 +172,189 @@ def test_no_network(tmp_path, monkeypatch):
 def test_no_such_folder(tmp_path):
     result = run("quantize", tmp_path / "nowhere", "--preset", "w4a4kv4", "--output", tmp_path / "out")
     assert_refused(result, r"no such folder", tmp_path, [])
+
+
+SLOPES = ["--text", "random", "--sequences", 1, "--seq-len", 8, "--levels", 3]
+
+
+@pytest.fixture(scope="module")
+def slopes(good, tmp_path_factory):
+    """What `paley sensitivity` measured of the good model."""
+    file = tmp_path_factory.mktemp("slopes") / "alpha.json"
+    code, output = run("sensitivity", good, "--output", file, *SLOPES)
+    assert code == 0, output
+    return file
+
+
+def edit_json(file, change):
+    data = json.loads(file.read_text())
+    change(data)
+    file.write_text(json.dumps(data))
+
+
+UP = "model.layers.0.mlp.up_proj"
+SENSITIVITIES = {
+    "another model": (lambda d: d.update(fingerprint="f00d"), r"of a llama model with fingerprint f00d.*paley sens"),
+    "NaN slope": (lambda d: d["slots"][UP].update(alpha=float("nan")), r"up_proj'\]\.alpha: should be a finite"),
+    "another version": (lambda d: d.update(version=2), r"version 2, this Paley reads version 1"),
+    "missing slot": (lambda d: d["slots"].pop(UP), r"up_proj has no slope.*`paley sensitivity`"),
+    "folded": (lambda d: d.update(folded=True), r"measured with the norms' gains.*paley sensitivity --no-fold"),
+    "unknown key": (lambda d: d.update(metrics="kl"), r"metrics: unknown key; did you mean 'metric'"),
+}
+
+
+@pytest.mark.parametrize("name", SENSITIVITIES)
+def test_bad_sensitivities(name, model, slopes, tmp_path):
+    change, pattern = SENSITIVITIES[name]
+    file = shutil.copy(slopes, tmp_path / "alpha.json")
+    edit_json(file, change)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    for arguments in (["quantize", "--no-score", "--output", tmp_path / "out"], ["plan", "--set", "test=null"]):
+        verb, *rest = arguments
+        out = ["--output", tmp_path / "plan.json"] if verb == "plan" else []
+        result = run(verb, model, "--target-bpw", "4", "--sensitivity", file, *rest, *out)
+        assert_refused(result, pattern, tmp_path, before)
+        assert "Traceback" not in result[1]
+
+
+BUDGETS = {
+    "too few bits": ("--target-bpw 1.5", r"--target-bpw: 1\.5 bits are out of reach; [\d.]+ to [\d.]+ can be had"),
+    "too many bits": ("--target-bpw 33", r"--target-bpw: 33 bits are out of reach; [\d.]+ to [\d.]+ can be had"),
+    "no bits": ("--target-bpw 0", r"--target-bpw: should be greater than 0 \(got 0"),
+    "no number": ("--target-bpw abc", r"--target-bpw abc: expected .*such as"),
+    "not a number": ("--target-bpw nan", r"--target-bpw.*number"),
+    "several": ("--target-bpw 2,3", r"--target-bpw 2,3: one model takes one budget; `paley plan` compares"),
+    "nothing": ("--target-bpw=", r"--target-bpw : expected"),
+    "unknown unit": ("--target-size 4XB", r"--target-size 4XB: expected a size such as 4GB"),
+    "too small": ("--target-size 1KB", r"--target-size: 1,000 bytes are out of reach; [\d,]+ to [\d,]+ can be had"),
+    "no cache": ("--kv-bpw 4", r"--kv-bpw: this recipe quantizes no keys or values"),
+    "slopes without a budget": ("--preset higgs-4 --sensitivity SLOPES", r"--sensitivity serves a budget: give --tar"),
+    "no such slopes": ("--target-bpw 4 --sensitivity no.json", r"no\.json: no such sensitivity file"),
+    "unmeasured": ("--target-bpw 1.5", r"--target-bpw: 1\.5 bits are out of reach"),
+    "too long to measure": ("--target-bpw 4 --set budget.seq_len=4096", r"budget\.seq_len=4096: .*at most 2048 tokens"),
+}
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_bad_budgets(name, model, slopes, tmp_path):
+    line, pattern = BUDGETS[name]
+    flags = [slopes if flag == "SLOPES" else flag for flag in line.split()]
+    measured = "unmeasured" in name or "too long" in name or "--sensitivity" in flags
+    flags += ["--no-score", *([] if measured else ["--sensitivity", slopes])]
+    before = sorted(p.name for p in tmp_path.iterdir())
+    result = run("quantize", model, *flags, "--output", tmp_path / "out")
+    assert_refused(result, pattern, tmp_path, before)
+    assert "measuring sensitivities" not in result[1]
+
+
+@pytest.mark.parametrize("budgets", ["3,abc", "3,,4", "1.5,4", "3,33"])
+def test_bad_curves(budgets, model, slopes, tmp_path):
+    before = sorted(p.name for p in tmp_path.iterdir())
+    result = run("plan", model, "--target-bpw", budgets, "--output", tmp_path / "plan.json")
+    assert_refused(result, r"--target-bpw", tmp_path, before)
+    assert "measuring sensitivities" not in result[1]
+
+
+def write_points(*shape, change=lambda points: None):
+    def write(file):
+        points = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        change(points)
+        save_file({"points": points}, file)
+
+    return write
+
+
+def write_two(file):
+    save_file({"points": torch.randn(8, 2), "weights": torch.randn(3)}, file)
+
+
+def write_truncated(file):
+    write_points(16, 2)(file)
+    file.write_bytes(file.read_bytes()[:-5])
+
+
+GRIDS = {
+    "wrong shape": (write_points(2, 3, 4), r"my\.safetensors: points must be floats \[n, p\], got .*\[2, 3, 4\]"),
+    "too wide": (
+        write_points(16, 9),
+        r"my\.safetensors: needs 2 to \d+ points in 1 to 8 dimensions, got shape \[16, 9",
+    ),
+    "one point": (write_points(1, 2), r"my\.safetensors: needs 2 to"),
+    "NaN": (write_points(16, 2, change=lambda p: p[3].fill_(float("nan"))), r"my\.safetensors: holds NaN"),
+    "twice": (write_points(16, 2, change=lambda p: p[3].copy_(p[2])), r"my\.safetensors: .*same point twice"),
+    "integers": (lambda f: save_file({"points": torch.arange(8)[:, None]}, f), r"points must be floats"),
+    "two tensors": (write_two, r"my\.safetensors: .*holds one tensor, points \[n, p\], got points, weights"),
+    "another name": (lambda f: save_file({"grid": torch.randn(8, 2)}, f), r"one tensor, points \[n, p\], got grid"),
+    "not safetensors": (lambda f: f.write_text("points"), r"my\.safetensors: no safetensors file"),
+    "truncated": (write_truncated, r"my\.safetensors: truncated"),
+    "missing": (lambda f: None, r"my\.safetensors: cannot be read: No such file"),
+}
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_bad_grids(name, model, tmp_path):
+    write, pattern = GRIDS[name]
+    file = tmp_path / "my.safetensors"
+    write(file)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    args = ["--preset", "higgs-4", "--grid", file, "--no-score"]
+    assert_refused(run("quantize", model, *args, "--output", tmp_path / "out"), pattern, tmp_path, before)
+
+
+def test_an_unknown_grid_is_no_file(model, tmp_path):
+    before = sorted(p.name for p in tmp_path.iterdir())
+    result = run("quantize", model, "--preset", "higgs-4", "--grid", "p2n65", "--output", tmp_path / "out")
+    assert_refused(result, r"unknown grid 'p2n65'", tmp_path, before)
+
+
+def test_points_edited_in_a_plan(model, tmp_path):
+    write_points(16, 2)(tmp_path / "my.safetensors")
+    plan = tmp_path / "plan.json"
+    args = ["--preset", "higgs-4", "--grid", tmp_path / "my.safetensors", "--set", "test=null"]
+    code, output = run("plan", model, *args, "--output", plan)
+    assert code == 0, output
+    edit_json(plan, lambda data: next(iter(data["grids"].values()))[3].__setitem__(0, 0.25))
+    before = sorted(p.name for p in tmp_path.iterdir())
+    result = run("quantize", model, "--plan", plan, "--output", tmp_path / "out")
+    assert_refused(
+        result, r"plan\.json: grids: .*custom-\w+': these points are .*the file was changed", tmp_path, before
+    )
+
+
+CONTRADICTIONS = {
+    "a plan has its budget": ("--plan PLAN --target-bpw 4", r"executed as it stands, but '--target-bpw' would change"),
+    "a plan has its size": (
+        "--plan PLAN --target-size 4GB",
+        r"executed as it stands, but '--target-size' would change",
+    ),
+    "a plan needs no slopes": ("--plan PLAN --sensitivity SLOPES", r"--sensitivity serves a budget"),
+    "a plan has its grid": ("--plan PLAN --grid p2n64", r"executed as it stands, but '--grid' would change"),
+    "scored and not": ("--preset higgs-4 --no-score --test pydoc", r"--no-score and --test exclude each other"),
+    "needs data to rotate": ("--preset w4a16 --no-score", r"\(--no-score\).*only data-free recipes.*higgs-4"),
+    "needs data to search": ("--preset w4a4kv4 --no-score", r"\(--no-score\).*only data-free recipes.*higgs-4"),
+    "needs data for GPTQ": ("--preset higgs-4 --set weights.method=gptq --no-score", r"only data-free recipes"),
+    "longer than the model": (
+        "--preset higgs-4 --set test.seq_len=4096",
+        r"test\.seq_len=4096: .*set test\.seq_len=2048",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_contradictions(name, model, slopes, tmp_path):
+    line, pattern = CONTRADICTIONS[name]
+    plan = tmp_path / "plan.json"
+    if "PLAN" in line:
+        code, output = run("plan", model, "--preset", "higgs-4", "--set", "test=null", "--output", plan)
+        assert code == 0, output
+    flags = [{"SLOPES": slopes, "PLAN": plan}.get(flag, flag) for flag in line.split()]
+    before = sorted(p.name for p in tmp_path.iterdir())
+    assert_refused(run("quantize", model, *flags, "--output", tmp_path / "out"), pattern, tmp_path, before)
+
+
+def test_sequences_longer_than_the_model_reads(model, tmp_path):
+    before = sorted(p.name for p in tmp_path.iterdir())
+    for verb in ("eval", "sensitivity"):
+        rest = ["--output", tmp_path / "alpha.json"] if verb == "sensitivity" else []
+        result = run(verb, model, "--seq-len", 2049, *rest)
+        assert_refused(result, r"--seq-len=2049: .*at most 2048 tokens.* set --seq-len=2048", tmp_path, before)

@@ -277,7 +277,7 @@ def test_help_has_an_example(verb):
         ("quantize MODEL --preset w4a4kv4 --recipe r.yaml --output OUT", "--preset and --recipe exclude"),
         ("quantize MODEL --preset w4a4kv4 --set serch.sequences=4 --output OUT", "did you mean 'search'?"),
         ("quantize MODEL --preset w4a4kv4 --expand wide --output OUT", "expand"),
-        ("quantize MODEL --preset w4a4kv4 --calibration no.txt --output OUT", "no.txt: no such text file"),
+        ("quantize MODEL --preset w4a4kv4 --calibration no.txt --output OUT SIZES", "no.txt: no such text file"),
         ("quantize MODEL --plan no.json --output OUT", "no.json: no such plan"),
         ("quantize MODEL --recipe no.yaml --output OUT", "no.yaml: no such recipe"),
         ("quantize MODEL --preset w4a4kv4 --output OUT --device tpu", "--device tpu: no such device"),
@@ -290,11 +290,14 @@ def test_help_has_an_example(verb):
         ("inspect NO_MODEL", "no such folder"),
         ("eval NO_MODEL", "no such folder"),
         ("generate NO_MODEL x", "no such folder"),
+        ("generate MODEL x --max-new-tokens 128", "use --max-new-tokens 127"),
+        ("generate MODEL LONG", "use a shorter prompt"),
     ],
 )
 def test_bad_input_ends_in_one_line_and_code_2(made, tmp_path, monkeypatch, args, complaint):
     monkeypatch.chdir(tmp_path)
-    shown = paley_(*(made.model if arg == "MODEL" else arg for arg in args.split()), code=2)
+    words = [word for arg in args.split() for word in {"SIZES": SIZES, "LONG": ["x" * 128]}.get(arg, [arg])]
+    shown = paley_(*(made.model if word == "MODEL" else word for word in words), code=2)
     assert shown.out == ""
     assert complaint in shown.err.splitlines()[-1]
     assert shown.err.splitlines()[-1].startswith("error: ")

@@ -70,7 +70,8 @@ def test_tables_file_and_what_to_type_next(model, tmp_path):
     assert f"written to {output}" in shown.out
     following = next(line for line in shown.out.splitlines() if line.startswith("next: "))
     assert shlex.split(following)[1:] == [
-        "paley", "quantize", str(model), "--target-bpw", "3.25", "--sensitivity", str(output), "--output", "OUT",
+        "paley", "quantize", str(model), "--target-bpw", "3.25", "--sensitivity", str(output),
+        "--set", "test.seq_len=128", "--output", "OUT",
     ]  # fmt: skip
     assert [line.split(" s  ")[1] for line in shown.err.splitlines()][:2] == [
         "checking the checkpoint",
@@ -132,10 +133,13 @@ def test_overwrite_starts_anew(model, tmp_path):
     ("args", "complaint"),
     [
         ("NO_MODEL --output a.json", "NO_MODEL: no such folder"),
-        ("MODEL --output a.json --text no.txt", "no.txt: no such text file"),
+        ("MODEL --output a.json --seq-len 24 --text no.txt", "no.txt: no such text file"),
         ("MODEL --output a.json --text random --metric perplexity", "perplexity of random tokens means nothing"),
         ("MODEL --output a.json --levels 1", "at least 3 noise levels"),
-        ("MODEL --output a.json --sequences 100000", "use fewer or shorter sequences (--sequences, --seq-len)"),
+        (
+            "MODEL --output a.json --seq-len 24 --sequences 100000",
+            "use fewer or shorter sequences (--sequences, --seq",
+        ),
         ("MODEL --output a.json --device tpu", "--device tpu: no such device"),
         ("MODEL --output .", ".: is a folder"),
         ("MODEL --output no/a.json", "there is no folder no"),

@@ -38,10 +38,11 @@ def recipe(name: str, *settings: str) -> Recipe:
         ("w4a4kv4", ["test.source=B", "search.source=B", "search.method=none"], True),
         ("rtn-w4a16", [], True),
         ("rtn-w4a16", ["test.source=B"], False),
+        ("higgs-4", ["test.source=B", "budget={weights: 4, source: B}"], True),  # slopes are measured on a part
     ],
 )
 def test_the_score_of_a_run_is_on_test_blocks(files, tiny_tokenizer, name, settings, split):
-    settings = [s.replace("=B", f"={files[1]}") for s in settings]
+    settings = [s.replace("=B", f"={files[1]}").replace(" B}", f" {files[1]}}}") for s in settings]
     made = recipe(name, f"calibration.source={files[0]}", *settings)
     source: Any = SimpleNamespace(tokenizer=lambda: tiny_tokenizer)
     blocks = texts.test_blocks(made, tiny_tokenizer)
@@ -73,6 +74,7 @@ def test_a_file_is_known_by_any_of_its_names(files, tmp_path, monkeypatch):
         ("w16a16", [], False),
         ("w16a16kv4", ["search.method=none"], True),  # mean keys are calibrated
         ("w16a16kv4", ["search.method=none", "center_keys=false"], False),
+        ("higgs-4", ["budget={weights: 4, source: pydoc}"], True),
     ):
         assert texts.is_tuned_on(recipe(name, *settings), "pydoc") == tuned, (name, settings)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -136,7 +137,7 @@ def plan_table(plan: Plan) -> Table:
     """What a plan does, summed up."""
     recipe, rotation = plan.recipe, plan.rotation
     rows: list[Row] = [
-        ("weights", scheme(recipe.weights)),
+        ("weights", scheme(recipe.weights) if recipe.budget is None else _shares(_grids(plan))),
         ("linear inputs", scheme(recipe.inputs)),
         ("keys, values", f"{scheme(recipe.keys)}, {scheme(recipe.values)}"),
     ]
@@ -150,10 +151,22 @@ def plan_table(plan: Plan) -> Table:
     found = [s.clip_ratio for s in _activations(plan)]
     if found:
         rows.append(("clip ratios", f"{min(found):.3f} to {max(found):.3f} in {len(found)} places"))
-    rows.append(("trials of the search", str(len(plan.trace))))
+    if plan.trace:
+        rows.append(("trials of the search", str(len(plan.trace))))
     if plan.predicted_loss is not None:
-        rows.append((f"{recipe.search.objective} on the search text", f"{plan.predicted_loss:.4f}"))
+        what = f"{recipe.search.objective} on the search text" if plan.trace else "predicted loss, by the slopes"
+        rows.append((what, f"{plan.predicted_loss:.4f}"))
     return table(("", ""), rows, left=2)
+
+
+def _grids(plan: Plan) -> dict[str, int]:
+    """How many linears have each grid, the most frequent first."""
+    found = Counter("16 bits" if slot.weight is None else slot.weight.grid for slot in plan.linears.values())
+    return dict(found.most_common())
+
+
+def _shares(grids: dict[str, int]) -> str:
+    return "  ".join(f"{grid} × {count}" for grid, count in grids.items())
 
 
 def _activations(plan: Plan) -> list[ActivationScheme]:
@@ -184,10 +197,11 @@ def outcome_table(outcome: Outcome, cost: Cost) -> Table:
     """A run's original and quantized model side by side."""
     results = outcome.results
     measured, bits = results["evaluation"], results["bits_per_weight"]
-    ratio = results["original_bytes"] / results["bytes"]
+    ratio, layers = results["original_bytes"] / results["bytes"], results["bits_per_quantized_weight"]
     rows = [
         *scores(measured or {}),
         ("bits per weight, all tensors", f"{bits * ratio:.3f}", f"{bits:.3f}"),
+        *([("bits per weight, quantized layers", "", f"{layers:.3f}")] if layers is not None else []),
         ("bytes on disk", f"{results['original_bytes']:,}", f"{results['bytes']:,}"),
         *([_cache_row(measured)] if measured else []),
         *cost.rows(),
@@ -202,11 +216,13 @@ def curve_table(curve: Sequence[CurvePoint]) -> Table:
             f"{point.budget:g}",
             f"{point.bits_per_weight:.3f}",
             f"{point.predicted_loss:.5f}",
-            "  ".join(f"{grid} × {count}" for grid, count in point.grids.items()),
+            _shares(point.grids),
         )
         for point in curve
     ]
-    return table(("bits allowed", "used", "predicted loss", "grids"), rows, left=0)
+    made = table(("bits allowed", "used", "predicted loss", "grids"), rows, left=0)
+    made.columns[-1].justify = "left"
+    return made
 
 
 def eval_table(measured: dict[str, Any], cost: Cost) -> Table:

@@ -75,6 +75,7 @@ def generate(
 ) -> Generated:
     """Continues the prompt; temperature 0 takes the most likely token each time, else `seed` draws."""
     ids = _ids(tokenizer, prompt).to(model.device)
+    _check_room(model, ids.shape[1], max_new_tokens)
     cache, stream = PackedKVCache(model), _Stream(tokenizer, write)
     # The model's own top_k and top_p would be cuts that nobody asked for.
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
@@ -96,6 +97,17 @@ def generate(
         seconds=stream.times[-1] - stream.times[1],
         kv_cache_bytes=cache.nbytes,
     )
+
+
+def _check_room(model: PreTrainedModel, prompt_tokens: int, new: int) -> None:
+    """Raises where prompt and continuation are longer than what the model was made to read."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and prompt_tokens + new > limit:
+        way_out = f"use --max-new-tokens {limit - prompt_tokens}" if prompt_tokens < limit else "use a shorter prompt"
+        raise PaleyError(
+            f"--max-new-tokens {new}: with a prompt of {prompt_tokens} tokens that is more than the {limit} tokens "
+            f"that this model reads (max_position_embeddings); {way_out}"
+        )
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:

@@ -60,11 +60,15 @@ class Inspection:
         caches = [
             (name, scheme(slot.keys), clip(slot.keys), scheme(slot.values), clip(slot.values))
             for name, slot in self.config.attentions.items()
+            if slot.keys or slot.values
         ]
-        show(table(("cache of", "keys", "clip", "values", "clip"), caches, left=2))
+        if caches:
+            show(table(("cache of", "keys", "clip", "values", "clip"), caches, left=2))
         left = [(name, f"{nbytes:,}") for name, nbytes in self.untouched().items()]
         show(table(("left unquantized", "bytes"), left))
         show(table(("", ""), self._totals()))
+        if not caches:
+            line("keys and values are cached in 16 bits")
         if not self.results:
             line("no results.json in this folder: measured errors and scores are not known")
 
@@ -106,5 +110,7 @@ class Inspection:
         if results:
             rows.append(("bytes of the original", f"{results['original_bytes']:,}"))
             rows.append(("bits per weight, every byte counted", f"{results['bits_per_weight']:.3f}"))
+            if (layers := results.get("bits_per_quantized_weight")) is not None:
+                rows.append(("bits per weight, quantized layers", f"{layers:.3f}"))
             rows += [(what, here) for what, _, here in scores(results["evaluation"] or {})]
         return rows

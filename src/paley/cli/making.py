@@ -13,7 +13,7 @@ import typer
 import paley
 from paley.cli import display, options
 from paley.cli.app import app
-from paley.cli.process import STOPPED, peak_memory, say, shell, typed
+from paley.cli.process import STOPPED, naming, peak_memory, say, shell, typed
 from paley.cli.progress import watching
 from paley.cli.wish import Wish
 from paley.cli.work import check_device, is_paley
@@ -58,15 +58,20 @@ def quantize_verb(
     Example: `paley quantize ./llama --preset w4a4kv4 --output llama-w4`
     """
     start = time.monotonic()
+    budgets = _numbers(target_bpw)
+    if len(budgets) > 1:
+        raise PaleyError(
+            f"--target-bpw {target_bpw}: one model takes one budget; `paley plan` compares several before you choose"
+        )
     wish = Wish(
-        preset, recipe, plan, tuple(settings or ()), calibration, test, expand, seed, grid, no_score, target_bpw,
-        target_size, kv_bpw,
+        preset, recipe, plan, tuple(settings or ()), calibration, test, expand, seed, grid, no_score,
+        budgets[0] if budgets else None, target_size, kv_bpw,
     )  # fmt: skip
     chosen = wish.chosen()
     slopes = _slopes(sensitivity, chosen)
     decided = isinstance(chosen, paley.Plan)
     try:
-        with watching() as monitor:
+        with naming(wish.options()), watching() as monitor:
             outcome = paley.quantize(
                 model,
                 None if decided else chosen,
@@ -96,7 +101,7 @@ def quantize_verb(
 
 def _numbers(text: str | None) -> list[float]:
     try:
-        return [float(part) for part in text.split(",")] if text else []
+        return [] if text is None else [float(part) for part in text.split(",")]
     except ValueError:
         raise PaleyError(f"--target-bpw {text}: expected numbers with commas between them, such as 2.5,3,4") from None
 
@@ -157,8 +162,10 @@ def plan_verb(
     assert isinstance(chosen, paley.Recipe)
     slopes = _slopes(sensitivity, chosen)
     if len(budgets) > 1:
-        with watching() as monitor:
-            curve = accuracy_size_curve(model, chosen, budgets, sensitivity=slopes, device=device, monitor=monitor)
+        with naming(wish.options()), watching() as monitor:
+            curve = accuracy_size_curve(
+                model, chosen, budgets, sensitivity=slopes, device=check_device(device), monitor=monitor
+            )
         if as_json:
             display.emit({"model": model, "curve": [asdict(point) for point in curve]})
         else:
@@ -170,7 +177,7 @@ def plan_verb(
         raise PaleyError(f"{output}: exists already; choose another --output, or replace it with --overwrite")
     if not output.absolute().parent.is_dir():
         raise PaleyError(f"{output}: there is no folder {output.parent}; make it first")
-    with watching() as monitor:
+    with naming(wish.options()), watching() as monitor:
         made = paley.make_plan(model, chosen, sensitivity=slopes, device=check_device(device), monitor=monitor)
     made.save(output)
     if as_json:

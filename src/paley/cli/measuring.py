@@ -13,13 +13,15 @@ import typer
 
 from paley.cli import display, options
 from paley.cli.app import app
-from paley.cli.process import STOPPED, peak_memory, say, shell, typed
+from paley.cli.process import STOPPED, naming, peak_memory, say, shell, typed
 from paley.cli.progress import watching
 from paley.cli.work import check_device
 from paley.core.errors import PaleyError
 from paley.methods.sensitivity import LEVELS
+from paley.model.loading import read_config, resolve
 from paley.model.sensitivity import KINDS
 from paley.pipeline.sensitivities import measure_sensitivity
+from paley.recipe import Test
 from paley.sensitivity import MeasuredSlot, Sensitivity
 
 __all__ = ["sensitivity_verb"]
@@ -79,7 +81,7 @@ def sensitivity_verb(
     if overwrite and not resume:
         partial.unlink(missing_ok=True)
     try:
-        with watching() as monitor:
+        with naming(_AS_OPTIONS), watching() as monitor:
             found = measure_sensitivity(
                 model, metric=metric, source=text, sequences=sequences, seq_len=seq_len,
                 kinds=KINDS if activations else ("weight",), fold=fold, levels=levels, seed=seed, device=device,
@@ -88,11 +90,6 @@ def sensitivity_verb(
     except KeyboardInterrupt:
         say(_how_to_resume(ctx, partial))
         raise typer.Exit(STOPPED) from None
-    except PaleyError as error:
-        message = str(error)
-        for setting, option in _AS_OPTIONS.items():
-            message = message.replace(setting, option)
-        raise PaleyError(message) from error
     found.save(output)
     partial.unlink(missing_ok=True)
     cost = display.Cost(time.monotonic() - start, peak_memory())
@@ -103,8 +100,14 @@ def sensitivity_verb(
     display.line(f"written to {output}")
     # The plain --target-bpw quantizes the weights as they are; recipes that rotate fold.
     recipe = ["--preset", "w3a16"] if fold else []
-    budget = [*recipe, "--target-bpw", "3.25", "--sensitivity", str(output)]
+    budget = [*recipe, "--target-bpw", "3.25", "--sensitivity", str(output), *_short_test(model)]
     display.line(f"next: {shell('quantize', model, *budget, '--output', 'OUT')}")
+
+
+def _short_test(model: str) -> list[str]:
+    """The setting that a model needs which reads fewer tokens than a test's sequences have."""
+    limit = getattr(read_config(resolve(model)), "max_position_embeddings", None)
+    return ["--set", f"test.seq_len={limit}"] if limit is not None and limit < Test().seq_len else []
 
 
 def _check_output(output: Path, partial: Path, *, resume: bool, overwrite: bool) -> None:

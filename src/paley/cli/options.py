@@ -79,9 +79,7 @@ Grid = Annotated[
     ),
 ]
 _BUDGET = "Under a budget"
-TargetBpw = Annotated[
-    float | None, _option("--target-bpw", "Stored bits for each weight, on average.", "BITS", _BUDGET)
-]
+TargetBpw = Annotated[str | None, _option("--target-bpw", "Stored bits for each weight, on average.", "BITS", _BUDGET)]
 TargetBpws = Annotated[
     str | None,
     _option("--target-bpw", "Stored bits for each weight; several, 2.5,3,4, print a curve.", "BITS,...", _BUDGET),

@@ -8,7 +8,8 @@ import re
 import resource
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from typer.core import TyperGroup
 
 from paley.core.errors import PaleyError
 
-__all__ = ["Verbs", "peak_memory", "quiet", "say", "shell", "spread_settings", "typed"]
+__all__ = ["Verbs", "naming", "peak_memory", "quiet", "say", "shell", "spread_settings", "typed"]
 
 STOPPED = 130  # 128 + SIGINT, as shells have it
 _SETTING = re.compile(r"[a-z_][a-z_.]*=")
@@ -68,6 +69,18 @@ def spread_settings(args: Sequence[str]) -> list[str]:
                 in_settings = arg == "--set"
         spread.append(arg)
     return spread
+
+
+@contextmanager
+def naming(options: Mapping[str, str]) -> Iterator[None]:
+    """Errors about settings speak of them as the options that the user typed: setting -> option."""
+    try:
+        yield
+    except PaleyError as error:
+        message = str(error)
+        for setting, option in options.items():
+            message = message.replace(setting, option)
+        raise PaleyError(message) from error
 
 
 def typed(ctx: Any) -> list[str]:

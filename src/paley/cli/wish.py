@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from paley.cli.process import naming
 from paley.core import grids
 from paley.core.errors import PaleyError
 from paley.format.checkpoint import read_tensors
@@ -15,6 +16,7 @@ from paley.recipe import Recipe, apply_settings, load_recipe, preset, preset_met
 
 __all__ = ["Wish"]
 
+_OPTIONS = {"weights": "--target-bpw", "size": "--target-size", "kv": "--kv-bpw"}  # of a budget's keys
 BUDGETED = "higgs-4"  # what a budget alone stands for: HIGGS, whose grids it then chooses
 
 
@@ -39,6 +41,8 @@ class Wish:
     def chosen(self) -> Recipe | Plan:
         """The recipe with all settings put in, or the plan; raises unless one of the three is named."""
         given = {"--preset": self.preset, "--recipe": self.recipe, "--plan": self.plan}
+        if self.no_score and self.test is not None:
+            raise PaleyError("--no-score and --test exclude each other: give one of them")
         named = [option for option, value in given.items() if value is not None]
         budget = self._budget()
         if not named and not budget:
@@ -52,7 +56,7 @@ class Wish:
         settings = self._all_settings()
         if self.plan is not None:
             if settings or self.grid or budget:
-                other = settings[0] if settings else "--grid" if self.grid else next(iter(budget))
+                other = settings[0] if settings else "--grid" if self.grid else _OPTIONS[next(iter(budget))]
                 raise PaleyError(
                     f"--plan is executed as it stands, but {other!r} would change it; edit the file, "
                     "or make a new one with `paley plan`"
@@ -62,8 +66,13 @@ class Wish:
         if budget:
             kept = {} if recipe.budget is None else recipe.budget.model_dump(exclude_none=True, mode="json")
             settings = [f"budget={json.dumps(kept | budget)}", *settings]
-        recipe = apply_settings(recipe, settings)
+        with naming(self.options()):
+            recipe = apply_settings(recipe, settings)
         return recipe if self.grid is None else _with_grid(recipe, self.grid)
+
+    def options(self) -> dict[str, str]:
+        """Setting -> the option that was given for it."""
+        return {f"budget.{key}": _OPTIONS[key] for key in self._budget()}
 
     def _budget(self) -> dict[str, float]:
         given = {

@@ -9,12 +9,13 @@ import torch
 from transformers import PreTrainedModel
 
 from paley import hf
+from paley.cli.process import naming
 from paley.core.errors import PaleyError
 from paley.data import TokenBlocks
 from paley.eval.perplexity import EvalResult, evaluate
 from paley.eval.reference import Reference
 from paley.format.spec import QUANT_METHOD
-from paley.model.loading import load_tokenizer, open_source, resolve
+from paley.model.loading import check_seq_len, load_tokenizer, open_source, read_config, resolve
 from paley.pipeline import Monitor
 from paley.pipeline.texts import is_tuned_on, test_blocks
 from paley.plan import Plan
@@ -79,13 +80,9 @@ def scored_text(model: str, data: str | None, sequences: int | None, seq_len: in
     given = {"source": data, "sequences": sequences, "seq_len": seq_len}
     changes = {name: value for name, value in given.items() if value is not None}
     test = (recipe.test or Test()).model_copy(update=changes)
-    try:
+    with naming(_AS_OPTIONS):
+        check_seq_len(read_config(path), {"test.seq_len": test.seq_len})
         return test_blocks(recipe.model_copy(update={"test": test}), load_tokenizer(path))
-    except PaleyError as error:
-        message = str(error)
-        for setting, option in _AS_OPTIONS.items():
-            message = message.replace(setting, option)
-        raise PaleyError(message) from error
 
 
 def evaluate_model(model: str, against: str | None, blocks: TokenBlocks, device: str, monitor: Monitor) -> EvalResult:

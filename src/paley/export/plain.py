@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
 from paley.core.errors import PaleyError, nearest_name
 from paley.core.rounding import Quantized
@@ -24,7 +23,7 @@ from paley.format import spec
 from paley.format.checkpoint import Checkpoint
 from paley.format.files import copy_companions, read_json, temporary, write_atomic, write_json
 from paley.format.writer import ShardWriter
-from paley.model.loading import check_fit, empty_model
+from paley.model.loading import check_fit, empty_model, read_config
 
 __all__ = ["Plain", "dequantize"]
 
@@ -102,15 +101,15 @@ def dequantize(
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     config["dtype"] = _dtype_name(folder, dtype, config)
     config.pop("torch_dtype", None)  # its older name
+    # Softmax does not notice what all scores of a query have in common, so keys need no mean taken off.
+    means = {f"{name}.key_mean" for name, slot in section.attentions.items() if slot.keys and slot.center_keys}
+    linears = _linears(checkpoint, section, means)
+    kept = _kept(checkpoint, linears, means)
     work = temporary(output.resolve())
     try:
         shutil.rmtree(work, ignore_errors=True)  # of a killed run
         work.mkdir(parents=True)
         write_json(work / "config.json", config)
-        # Softmax does not notice what all scores of a query have in common, so keys need no mean taken off.
-        means = {f"{name}.key_mean" for name, slot in section.attentions.items() if slot.keys and slot.center_keys}
-        linears = _linears(checkpoint, section, means, work)
-        kept = _kept(checkpoint, linears, means)
         with ShardWriter(work, max_shard_bytes=_SHARD) as writer:
             tensors = _tensors(checkpoint, linears, kept, _DTYPES[config["dtype"]], cast=dtype is not None)
             for name, tensor in tensors:
@@ -164,15 +163,9 @@ def _dtype_name(folder: Path, asked: str | None, config: dict[str, Any]) -> str:
     return name
 
 
-def _linears(
-    checkpoint: Checkpoint, section: spec.QuantizationConfig, means: set[str], plain: Path
-) -> dict[str, _Linear]:
-    """The linears to decode, by name; raises where they and the other tensors do not fill the model of `plain`."""
-    try:
-        model = empty_model(AutoConfig.from_pretrained(plain, local_files_only=True, trust_remote_code=False))
-    except (OSError, ValueError, KeyError) as error:
-        where = f"{checkpoint.folder}/config.json"
-        raise PaleyError(f"{where}: transformers does not understand it: {error}") from error
+def _linears(checkpoint: Checkpoint, section: spec.QuantizationConfig, means: set[str]) -> dict[str, _Linear]:
+    """The linears to decode, by name; raises where they and the other tensors do not fill the model."""
+    model = empty_model(read_config(checkpoint.folder))
     widths = {name: m.in_features for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     found, shapes = {}, {name: info.shape for name, info in checkpoint.infos.items()}
     for name, slot in section.linears.items():

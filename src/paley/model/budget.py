@@ -28,11 +28,12 @@ from paley.model.adapter import SHARED_INPUTS, Adapter, Block
 from paley.recipe import Budget, Recipe
 from paley.sensitivity import Sensitivity
 
-__all__ = ["Slots", "decide_grids", "weight_candidates"]
+__all__ = ["Slots", "check_budget", "decide_grids", "weight_candidates"]
 
 KEEP = "keep"
 _FAMILY = re.compile(r"([a-z]+)\d+")
 _SAMPLES = 2**17
+_TOTALS = {"size": "bits on disk", "read": "bits read a token"}  # limits in bytes, and what they limit
 _AVERAGES = {"weights": ("weight",), "kv": ("keys", "values"), "inputs": ("input",)}  # limits in bits per value
 
 
@@ -65,9 +66,9 @@ def decide_grids(recipe: Recipe, adapter: Adapter, slots: Slots, sensitivity: Se
     budget = recipe.budget
     assert budget is not None
     _check_slopes(recipe, sensitivity)
-    items = [item for item in _items(recipe, adapter, slots) if _is_budgeted(item.kind, budget)]
+    items = _budgeted(recipe, adapter, slots)
+    _check_reach(recipe, adapter, items)
     amounts = _amounts(budget, recipe, adapter, slots, items)
-    _check_reach(budget, adapter, items)
     sensitivity.check_slots(item.name for item in items if len(item.bits) > 1)
     choices = {}
     for item in _within_linear_range(items, amounts, budget):
@@ -78,6 +79,17 @@ def decide_grids(recipe: Recipe, adapter: Adapter, slots: Slots, sensitivity: Se
         ]
     found = allocate(choices, list(amounts.values()), resources=list(amounts))
     return _with_choices(slots, items, found, recipe), found
+
+
+def check_budget(recipe: Recipe, adapter: Adapter, slots: Slots) -> None:
+    """As `decide_grids`, without slopes: raises for budgets out of reach, before anybody measures for them."""
+    _check_reach(recipe, adapter, _budgeted(recipe, adapter, slots))
+
+
+def _budgeted(recipe: Recipe, adapter: Adapter, slots: Slots) -> list[_Item]:
+    budget = recipe.budget
+    assert budget is not None
+    return [item for item in _items(recipe, adapter, slots) if _is_budgeted(item.kind, budget)]
 
 
 def _within_linear_range(items: list[_Item], amounts: dict[str, int], budget: Budget) -> list[_Item]:
@@ -103,8 +115,10 @@ def _up_to(item: _Item, threshold: float) -> _Item:
     return replace(item, bits={name: bits for name, bits in item.bits.items() if item.errors[name] <= limit})
 
 
-def _check_reach(budget: Budget, adapter: Adapter, items: list[_Item]) -> None:
-    """Raises where bits per value are asked for that no choice gives, and says which there are."""
+def _check_reach(recipe: Recipe, adapter: Adapter, items: list[_Item]) -> None:
+    """Raises where a limit is asked for that no choice meets, and says which there are."""
+    budget = recipe.budget
+    assert budget is not None
     for key, kinds in _AVERAGES.items():
         of_kind = [item for item in items if item.kind in kinds]
         if (limit := getattr(budget, key)) is None:
@@ -116,6 +130,18 @@ def _check_reach(budget: Budget, adapter: Adapter, items: list[_Item]) -> None:
         high = sum(max(item.bits.values()) for item in of_kind) / values
         if not low <= limit <= max(high, 16):
             raise PaleyError(f"budget.{key}: {limit:g} bits are out of reach; {low:.4g} to {high:.4g} can be had here")
+    for key, beside in _BESIDE.items():
+        if (limit := getattr(budget, key)) is None:
+            continue
+        low, high = (
+            beside(recipe, adapter, items)
+            + sum(next(_costs(i.kind, end(i.bits.values()), {_TOTALS[key]: 0}, budget)) for i in items) / 8
+            for end in (min, max)
+        )
+        if limit < low:
+            raise PaleyError(
+                f"budget.{key}: {limit:,} bytes are out of reach; {low:,.0f} to {high:,.0f} can be had here"
+            )
 
 
 def _is_budgeted(kind: str, budget: Budget) -> bool:
@@ -134,11 +160,9 @@ def _amounts(budget: Budget, recipe: Recipe, adapter: Adapter, slots: Slots, ite
     for key, kinds in _AVERAGES.items():
         if (limit := getattr(budget, key)) is not None:
             found[f"bits of {key}"] = limit * sum(_values(adapter, item) for item in items if item.kind in kinds)
-    if budget.size is not None:
-        weights = {module for item in items if item.kind == "weight" for module, _ in item.places}
-        found["bits on disk"] = 8 * (budget.size - _other_bytes(recipe, adapter, weights))
-    if budget.read is not None:
-        found["bits read a token"] = 8 * (budget.read - _head_bytes(recipe, adapter))
+    for key, beside in _BESIDE.items():
+        if (limit := getattr(budget, key)) is not None:
+            found[_TOTALS[key]] = 8 * (limit - beside(recipe, adapter, items))
     return {name: int(amount) for name, amount in found.items()}
 
 
@@ -146,7 +170,7 @@ def _costs(kind: str, bits: int, amounts: dict[str, int], budget: Budget) -> Ite
     """What a choice of `bits` takes of each resource."""
     # A weight is read once for each token, and the cache as long as it is.
     reads = {"weight": 1, "keys": budget.context, "values": budget.context, "input": 0}
-    counts = {"bits on disk": {"weight": 1}, "bits read a token": reads}
+    counts = {_TOTALS["size"]: {"weight": 1}, _TOTALS["read"]: reads}
     counts |= {f"bits of {key}": dict.fromkeys(kinds, 1) for key, kinds in _AVERAGES.items()}
     for resource in amounts:
         yield counts[resource].get(kind, 0) * bits
@@ -233,7 +257,9 @@ def weight_candidates(recipe: Recipe) -> list[str]:
     if family is not None and family[1] in grids.FAMILIES:
         return [f"{family[1]}{bits}" for bits in range(grids.MIN_BITS, grids.MAX_BITS + 1)] + [KEEP]
     dimension = grids.load(scheme.grid).p
-    return [name for name in grids.names() if name.startswith(f"p{dimension}n")] + [KEEP]
+    packaged = [name for name in grids.names() if name.startswith(f"p{dimension}n")]
+    own = [] if scheme.grid in packaged else [scheme.grid]  # one from a file
+    return [*own, *packaged, KEEP]
 
 
 def _with_choices(slots: Slots, items: list[_Item], found: Allocation, recipe: Recipe) -> Slots:
@@ -280,21 +306,25 @@ def _values(adapter: Adapter, item: _Item) -> int:
     return adapter.num_kv_heads * adapter.head_dim
 
 
-def _other_bytes(recipe: Recipe, adapter: Adapter, budgeted: set[str]) -> int:
+def _other_bytes(recipe: Recipe, adapter: Adapter, items: list[_Item]) -> int:
     """Bytes on disk of everything but the weights that the budget decides."""
     if recipe.expand or recipe.expand_mlp not in (0, "auto"):
         raise PaleyError("budget.size: with expand the size of the other tensors changes too; give budget.weights")
-    skipped = {f"{name}.weight" for name in budgeted}
+    skipped = {f"{name}.weight" for item in items if item.kind == "weight" for name, _ in item.places}
     values = sum(p.numel() for name, p in adapter.model.named_parameters() if name not in skipped)
     if recipe.rotate and adapter.model.config.tie_word_embeddings:
         values += adapter.part("embedding").weight.numel()  # untied
     return values * _itemsize(recipe)
 
 
-def _head_bytes(recipe: Recipe, adapter: Adapter) -> int:
+def _head_bytes(recipe: Recipe, adapter: Adapter, items: list[_Item]) -> int:
     """What is read for every token besides: lm_head; of the embedding a row, of the norms next to nothing."""
     return adapter.part("head").weight.numel() * _itemsize(recipe)
 
 
 def _itemsize(recipe: Recipe) -> int:
     return 4 if recipe.dtype == "float32" else 2
+
+
+# Bytes that each of `_TOTALS` counts beside the items.
+_BESIDE = {"size": _other_bytes, "read": _head_bytes}

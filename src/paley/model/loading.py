@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +24,9 @@ from paley.core.errors import PaleyError, nearest_name
 from paley.format.checkpoint import Checkpoint
 from paley.model.adapter import architecture
 
-__all__ = ["Source", "check_fit", "empty_model", "load_tokenizer", "open_source", "resolve"]
+__all__ = [
+    "Source", "check_fit", "check_seq_len", "empty_model", "load_tokenizer", "open_source", "read_config", "resolve",
+]  # fmt: skip
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
@@ -68,8 +71,17 @@ class Source:
         return load_tokenizer(self.path)
 
 
+def read_config(path: Path) -> Any:
+    """The configuration in a local folder, as transformers understands it; PaleyError where it does not."""
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise PaleyError(f"{path}/config.json: transformers does not understand it: {error}") from error
+
+
 def empty_model(config: Any) -> PreTrainedModel:
     """The model that a config describes, without weights, in eval mode."""
+    config = copy.deepcopy(config)  # from_config writes the dtype into what it is given
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
     return model.eval()
@@ -95,6 +107,19 @@ def check_fit(folder: Path, shapes: Mapping[str, tuple[int, ...]], model: PreTra
         )
 
 
+def check_seq_len(config: Any, lengths: Mapping[str, int]) -> None:
+    """Raises where one of the lengths, by the names of their settings, is beyond what the model was made to read."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None:
+        return
+    if long := {name: length for name, length in lengths.items() if length > limit}:
+        found = ", ".join(f"{name}={length}" for name, length in long.items())
+        raise PaleyError(
+            f"{found}: this model reads sequences of at most {limit} tokens (max_position_embeddings); "
+            f"set {' '.join(f'{name}={limit}' for name in long)}, or less"
+        )
+
+
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a local folder; PaleyError where there is none, or a damaged one."""
     try:
@@ -107,10 +132,7 @@ def open_source(model: str | Path) -> Source:
     """Checks the folder or Hub name `model`: architecture, files, and that every weight is finite."""
     path = resolve(model)
     checkpoint = Checkpoint.open(path)
-    try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise PaleyError(f"{path}/config.json: transformers does not understand it: {error}") from error
+    config = read_config(path)
     architecture(config.model_type)
     if getattr(config, "quantization_config", None) is not None:
         raise PaleyError(f"{path}: is quantized already; give the original, full-precision checkpoint")

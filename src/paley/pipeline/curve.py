@@ -10,9 +10,10 @@ from pathlib import Path
 
 from paley.core.errors import PaleyError
 from paley.format import spec
-from paley.model.loading import Source, open_source
+from paley.model.loading import Source, check_seq_len, open_source
 from paley.pipeline.monitor import Monitor
-from paley.pipeline.stages import decide, measure_for
+from paley.pipeline.sensitivities import measure_for
+from paley.pipeline.stages import check_reach, decide
 from paley.pipeline.texts import Texts
 from paley.plan import Plan
 from paley.recipe import Recipe
@@ -44,13 +45,19 @@ def accuracy_size_curve(
     if recipe.budget is None:
         raise PaleyError("curve: the recipe has no budget to vary; give it budget.weights")
     monitor, source = monitor or Monitor(), open_source(model)
-    sensitivity = sensitivity or measure_for(recipe, source, None, monitor, device)
     unsearched = recipe.model_copy(update={"search": recipe.search.model_copy(update={"method": "none"})})
+    wanted = {
+        bits: unsearched.model_copy(update={"budget": recipe.budget.model_copy(update={"weights": bits})})
+        for bits in budgets
+    }
+    for each in wanted.values():
+        check_reach(source, each)
+    if sensitivity is None:
+        check_seq_len(source.config, {"budget.seq_len": recipe.budget.seq_len})
+        sensitivity = measure_for(recipe, source, None, monitor, device)
     points = []
-    for bits in budgets:
-        budget = recipe.budget.model_copy(update={"weights": bits})
-        wanted = unsearched.model_copy(update={"budget": budget})
-        plan = decide(source, wanted, Texts(None, None, None), None, monitor, device, sensitivity)
+    for bits, each in wanted.items():
+        plan = decide(source, each, Texts(None, None, None), None, monitor, device, sensitivity)
         points.append(_point(bits, plan, source))
     return points
 

@@ -24,7 +24,7 @@ from paley.pipeline.run_directory import RESULTS, RunDirectory, check_output, op
 from paley.pipeline.saving import first_logits, load_stored, save_checkpoint, verify
 from paley.pipeline.stages import decide, execute, storage_dtype
 from paley.pipeline.streaming import is_data_free, stream_checkpoint
-from paley.pipeline.texts import Texts, gather
+from paley.pipeline.texts import Texts, check_lengths, gather, needs_data
 from paley.plan import Plan
 from paley.recipe import Recipe
 from paley.sensitivity import Sensitivity
@@ -69,9 +69,15 @@ def quantize(
     wanted = plan.recipe if plan is not None else recipe
     assert wanted is not None
     check_output(output, resume=resume, overwrite=overwrite)
+    if wanted.test is None and not (is_data_free(plan) if plan is not None else not needs_data(wanted)):
+        raise PaleyError(
+            "test: null (--no-score) leaves nothing to verify this model on; only data-free recipes can go without, "
+            "such as the preset higgs-4"
+        )
     monitor.stage("checking the checkpoint", 1)
     source = open_source(model)
     _check_not_inside(output, source.path)
+    check_lengths(wanted, source, measures=_measures(wanted, plan, sensitivity))
     if plan is not None:
         plan.check_fingerprint(source.fingerprint)
     if sensitivity is not None:
@@ -94,8 +100,14 @@ def make_plan(
 ) -> Plan:
     """Decides only: the plan that `quantize` with this recipe would execute."""
     source = open_source(model)
+    check_lengths(recipe, source, measures=_measures(recipe, None, sensitivity))
     texts = gather(recipe, source, device)
     return decide(source, recipe, texts, None, monitor or Monitor(), device, sensitivity)
+
+
+def _measures(recipe: Recipe, plan: Plan | None, sensitivity: Sensitivity | None) -> bool:
+    """Whether a budget's slopes are still to be measured."""
+    return recipe.budget is not None and plan is None and sensitivity is None
 
 
 def _make(
@@ -116,7 +128,10 @@ def _make(
     if is_data_free(plan):
         reports = stream_checkpoint(source, plan, run, monitor, dtype, workers)
         model = load_stored(run.checkpoint, plan, device) if texts.test is not None else None
-    elif texts.test is not None:
+    else:
+        assert texts.test is not None  # refused in `quantize`
+        if workers > 1:
+            monitor.note("this recipe quantizes blocks one after the other: one process is at work, not more")
         model, reports = execute(source, plan, texts, run, monitor, device)
         monitor.stage("saving and reading back", 1)
         save_checkpoint(run.fresh_checkpoint(), model, plan, source, dtype)
@@ -124,8 +139,6 @@ def _make(
         del model  # never two copies
         model = verify(run.checkpoint, plan, expected, texts.test, device)
         monitor.step()
-    else:
-        raise PaleyError("test: null leaves nothing to verify this model on; only data-free recipes can go without")
     measured = None
     if model is not None and texts.test is not None:
         measured = _evaluate(model, texts.test, reference, monitor)

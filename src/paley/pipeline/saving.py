@@ -15,6 +15,7 @@ from paley.core.errors import PaleyError
 from paley.core.metrics import kl_divergence
 from paley.data import TokenBlocks
 from paley.format import spec
+from paley.format.checkpoint import first_not_finite
 from paley.format.files import copy_companions, write_json
 from paley.format.writer import ShardWriter
 from paley.model.linear import QuantLinear
@@ -48,7 +49,7 @@ def save_checkpoint(folder: Path, model: PreTrainedModel, plan: Plan, source: So
 def cast_to_store(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor that stays unquantized, in the type it is stored in; raises where that cannot hold its values."""
     stored = tensor.to(dtype) if tensor.is_floating_point() else tensor
-    if stored is not tensor and stored.is_floating_point() and not stored.isfinite().all():
+    if stored is not tensor and first_not_finite(stored) is not None:
         raise PaleyError(
             f"{name}: its largest value {float(tensor.abs().max()):.3g} does not fit {dtype}; "
             "set dtype=float32 or dtype=bfloat16"

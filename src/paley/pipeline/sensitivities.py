@@ -16,7 +16,7 @@ from paley.methods.sensitivity import AGREEMENT, LEVELS, measure_slopes, noise_l
 from paley.model.adapter import Adapter
 from paley.model.capture import BlockRunner
 from paley.model.fold import fold_norms_, untie_
-from paley.model.loading import Source, open_source
+from paley.model.loading import Source, check_seq_len, open_source
 from paley.model.sensitivity import KINDS, NoiseProbe
 from paley.model.trials import Metric
 from paley.pipeline.monitor import Monitor
@@ -59,6 +59,7 @@ def measure_sensitivity(
     noise_levels(levels)  # refused before anything is read
     monitor.stage("checking the checkpoint", 1)
     opened = model if isinstance(model, Source) else open_source(model)
+    check_seq_len(opened.config, {"calibration.seq_len": seq_len})
     blocks = _blocks(opened, source, sequences, seq_len, seed, device)
     monitor.step()
     return measure_on(

@@ -18,7 +18,7 @@ from paley.format.checkpoint import read_tensors
 from paley.format.writer import write_tensors
 from paley.methods.gbs import Outcome
 from paley.model.adapter import Adapter, Block
-from paley.model.budget import Slots, decide_grids
+from paley.model.budget import Slots, check_budget, decide_grids
 from paley.model.calibrate import BlockQuantizer, LayerReport, wrap_
 from paley.model.capture import BlockRunner
 from paley.model.fold import rotate_input_
@@ -34,7 +34,7 @@ from paley.plan import Plan, Rotation, Trial
 from paley.recipe import Recipe
 from paley.sensitivity import Sensitivity
 
-__all__ = ["decide", "execute", "prepare_", "storage_dtype"]
+__all__ = ["check_reach", "decide", "execute", "prepare_", "storage_dtype"]
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -60,6 +60,7 @@ def decide(
     linears, attentions = _slots(recipe, adapter, rotation)
     predicted = None
     if recipe.budget is not None:
+        check_budget(recipe, adapter, Slots(linears, attentions))
         sensitivity = sensitivity or measure_for(recipe, source, run, monitor, device)
         sensitivity.check_fingerprint(source.fingerprint)
         slots, allocation = decide_grids(recipe, adapter, Slots(linears, attentions), sensitivity)
@@ -100,6 +101,12 @@ def decide(
             "predicted_loss": list(slot_losses.values())[-1] if slot_losses else None,
         }
     )
+
+
+def check_reach(source: Source, recipe: Recipe) -> None:
+    """Raises where `decide` would, for a budget that no choice of grids meets; nothing is measured."""
+    adapter = Adapter(source.skeleton())
+    check_budget(recipe, adapter, Slots(*_slots(recipe, adapter, decide_rotation(recipe, adapter))))
 
 
 def execute(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,9 +124,10 @@ def _run(jobs: list[TensorJob], workers: int) -> Iterator[LayerReport]:
         else:
             waiting.append(job)
     if workers <= 1 or len(waiting) <= 1:
-        yield from map(quantize_tensor, waiting)
+        with _one_thread():
+            yield from map(quantize_tensor, waiting)
         return
-    # Spawned, as torch's threads do not survive a fork; one thread each, as there are as many processes.
+    # Spawned, as torch's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,))
     try:
@@ -133,6 +135,17 @@ def _run(jobs: list[TensorJob], workers: int) -> Iterator[LayerReport]:
             yield done.result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """On pieces as small as these threads wait for each other more than they work; processes share the work instead."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _finished(job: TensorJob) -> LayerReport:

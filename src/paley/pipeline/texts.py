@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerBase
 from paley.core.errors import PaleyError
 from paley.data import Role, TokenBlocks, blocks_from_ids, check_disjoint, token_blocks
 from paley.eval.sampling import sample_documents
-from paley.model.loading import Source
+from paley.model.loading import Source, check_seq_len
 from paley.recipe import Recipe
 
-__all__ = ["SELF", "Texts", "gather", "is_tuned_on", "test_blocks"]
+__all__ = ["SELF", "Texts", "check_lengths", "gather", "is_tuned_on", "needs_data", "test_blocks"]
 
 SELF = "self"
 
@@ -60,6 +60,19 @@ def gather(recipe: Recipe, source: Source, device: str = "cpu") -> Texts:
     return texts
 
 
+def check_lengths(recipe: Recipe, source: Source, *, measures: bool) -> None:
+    """Raises where the recipe's sequences are longer than the model reads; measures: also those for slopes."""
+    parts = {role: getattr(recipe, role) for role in (*_tuning_sources(recipe), "test")}
+    if measures:
+        parts["budget"] = recipe.budget
+    check_seq_len(source.config, {f"{name}.seq_len": part.seq_len for name, part in parts.items() if part is not None})
+
+
+def needs_data(recipe: Recipe) -> bool:
+    """Whether a weight's codes depend on more than that weight: on a text, or on what is folded into it."""
+    return recipe.rotate or bool(_tuning_sources(recipe))
+
+
 def test_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> TokenBlocks:
     """The text that a model made by `recipe` is scored on: the test part, or all of a source given for tests alone.
 
@@ -73,13 +86,20 @@ def test_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> TokenBloc
         raise PaleyError("a score on text that the model wrote itself says little: set test.source to a file or pydoc")
     return token_blocks(
         source, tokenizer, role="test", count=test.sequences, seq_len=test.seq_len, seed=None,
-        whole=_identity(source) not in map(_identity, filter(None, (recipe.calibration.source, recipe.search.source))),
+        whole=_identity(source) not in map(_identity, filter(None, _named_sources(recipe))),
     )  # fmt: skip
 
 
 def is_tuned_on(recipe: Recipe, source: str) -> bool:
     """Whether `recipe` calibrates or searches on `source`, by whatever name of the file."""
-    return _identity(source) in map(_identity, _tuning_sources(recipe).values())
+    slopes = [] if recipe.budget is None else [recipe.budget.source]
+    return _identity(source) in map(_identity, [*_tuning_sources(recipe).values(), *slopes])
+
+
+def _named_sources(recipe: Recipe) -> list[str | None]:
+    """What the recipe tunes on, or would with other methods."""
+    slopes = None if recipe.budget is None else recipe.budget.source
+    return [recipe.calibration.source, recipe.search.source, slopes]
 
 
 def _tuning_sources(recipe: Recipe) -> dict[Role, str]:

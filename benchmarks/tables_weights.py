@@ -1,0 +1,178 @@
+"""The part of docs/results.md on weights alone: grids, methods at equal bits, slopes, linearity, streaming, speed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+MODELS = ("ref-llama", "babyllama-tok361-969k", "tinystories-656k-llama", "stories260k-llama")
+
+
+def _read(name: str) -> dict[str, Any] | None:
+    file = RESULTS / name
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def grids() -> list[str]:
+    """Every grid with its t2 and its distance to Shannon's bound."""
+    if (found := _read("grids.json")) is None:
+        return []
+    lines = [
+        "## Grids",
+        "",
+        "Relative squared error t² on N(0, 1), and decibels above Shannon's bound 4^−bits; p = 1 by",
+        "exact integration, others on",
+        "at least 2 million samples that they were not made from. nf and af are scaled by the largest of",
+        "64 values: their 16/64",
+        "bits of scale are not in *bits*. `python benchmarks/grid_table.py`",
+        "",
+        "| grid | p | n | bits | t² | published | dB above Shannon |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for g in sorted(found["grids"], key=lambda g: (round(g["bits"], 2), g["t2"])):
+        published = "" if g["published"] is None else f"{g['published']:.4g}"
+        lines.append(
+            f"| {g['name']} | {g['p']} | {g['n']:,} | {g['bits']:.2f} | {g['t2']:.4g} | {published} "
+            f"| {g['decibels_to_shannon']:.2f} |"
+        )
+    return [*lines, ""]
+
+
+def weights() -> list[str]:
+    """A row a method, a column a budget; the gap, and the bits that are really stored where they fall short."""
+    lines = [
+        "## Weights alone, at equal stored bits",
+        "",
+        "Loss gained, nats per token, ± one standard error; inputs and caches unquantized. Each budget",
+        "has one float16 scale a",
+        "row (or 1024 columns of it) on top; in brackets the bits that a row stores where it has no",
+        "finer setting. `rtn`, `nf`,",
+        "`af`, `gptq`, `hqq` quantize the weights as they are, `higgs` needs no data but for `gptq`,",
+        "allocation goes by slopes on",
+        "text that the model sampled itself, and *ours* is `--preset w4a16`: rotations folded, GPTQ",
+        "aimed at the residual stream.",
+        "",
+    ]
+    for model in MODELS:
+        if (found := _read(f"weights-{model}.json")) is None:
+            continue
+        rows: dict[str, dict[str, dict]] = {}
+        for key, row in found["rows"].items():
+            budget, _, method = key.partition(" ")
+            rows.setdefault(method, {})[budget] = row
+        budgets = sorted({b for row in rows.values() for b in row}, key=float)
+        lines += [
+            f"**{model}**, {found['sequences']['test']} test sequences, commit {found['commit'][:10]}. "
+            f"`python benchmarks/weights.py {model} --test {found['sequences']['test']} "
+            f"--calibration {found['sequences']['calibration']}`",
+            "",
+            "| | " + " | ".join(budgets) + " |",
+            "|---" * (len(budgets) + 1) + "|",
+        ]
+        most = {b: max(row[b]["bits"] for row in rows.values() if b in row) for b in budgets}
+        for method, row in rows.items():
+            cells = [_cell(row[b], most[b]) if b in row else "" for b in budgets]
+            lines.append(f"| {method} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return lines
+
+
+def _cell(row: dict, most: float) -> str:
+    short = f" ({row['bits']:.2f})" if row["bits"] < most - 0.05 else ""
+    digits = 3 if row["gap"] < 1 else 2
+    return f"{row['gap']:.{digits}f} ± {row['gap_stderr']:.{digits}f}{short}"
+
+
+def linearity() -> list[str]:
+    lines = []
+    for model in MODELS:
+        if (found := _read(f"linearity-{model}.json")) is None:
+            continue
+        lines += [f"**{model}**: " + found["summary"], ""] if "summary" in found else []
+    if lines:
+        lines = [
+            "## Predicted and measured loss",
+            "",
+            "![predicted against measured](figures/linearity.png)",
+            "",
+            *lines,
+        ]
+    return lines
+
+
+def sensitivities() -> list[str]:
+    lines = [
+        "## Slopes",
+        "",
+        "Rank correlation (Spearman) of the slopes of all linear layers, measured with norms folded. `python",
+        "benchmarks/sensitivity.py MODEL`",
+        "",
+        "| model | " + " | ".join(["KL, perplexity", "KL, random tokens", "another seed", "folded, unfolded"]) + " |",
+        "|---|---|---|---|---|",
+    ]
+    for model in MODELS:
+        if (found := _read(f"sensitivity-{model}.json")) is None:
+            continue
+        ranks = found["rank correlations"]
+        more = [found[key]["rank correlation"] for key in ("kl text, another seed", "kl text, unfolded")]
+        cells = [ranks["kl text, ppl text"], ranks["kl random, kl text"], *more]
+        lines.append(f"| {model} | " + " | ".join(f"{c:.3f}" for c in cells) + " |")
+    return [*lines, ""]
+
+
+def streaming() -> list[str]:
+    if (r := _read("streaming.json")) is None:
+        return []
+    lines = [
+        "## A checkpoint larger than memory",
+        "",
+        f"`--preset {r['preset']} --no-score` of a random LLaMA of {r['parameters'] / 1e9:.2f} billion parameters, "
+        f"{r['original_bytes'] / 1e9:.2f} GB in bfloat16, {r['bytes'] / 1e9:.2f} GB afterwards; "
+        f"checking the original (each "
+        f"weight finite, fingerprint) included. Commit {r['commit'][:10]}, on two busy cores. "
+        f"`python benchmarks/streaming.py "
+        "FOLDER`",
+        "",
+        "| | seconds | a billion | peak of a process | of all |",
+        "|---|---|---|---|---|",
+    ]
+    for name in ("one_process", "two_processes"):
+        m = r[name]
+        lines.append(
+            f"| {name.replace('_', ' ')} | {m['seconds']:.0f} | {m['seconds_per_billion']:.1f} "
+            f"| {m['peak_bytes'] / 1e9:.2f} GB | {m['peak_bytes_all_processes'] / 1e9:.2f} GB |"
+        )
+    same = "the same bytes" if r["same_bytes"] else "OTHER BYTES"
+    return [
+        *lines,
+        "",
+        f"Killed after {r['killed']['seconds']:.0f} s with {r['killed']['weights_done']} weights done and resumed in "
+        f"{r['resumed']['seconds']:.0f} s: {same}, as with two processes.",
+        "",
+    ]
+
+
+def speed() -> list[str]:
+    if (r := _read("nearest-speed.json")) is None:
+        return []
+    one = r["threads"]["1"]
+    lines = [
+        "## Speed of rounding",
+        "",
+        "Million weights a second of processor time, one thread, of a busy machine "
+        f"({r['machine']}). Commit {r['commit'][:10]}. `python benchmarks/nearest_speed.py`",
+        "",
+        "| | native | torch reference |",
+        "|---|---|---|",
+    ]
+    for name, row in one["paley"].items():
+        lines.append(f"| nearest point, {name} | {row['native'][1]:.0f} | {row['reference'][1]:.2g} |")
+    for name, pair in one["peers"].items():
+        lines.append(f"| {name} | {pair[1]:.3g} | |")
+    return [*lines, ""]
+
+
+def all_lines() -> list[str]:
+    return [*grids(), *weights(), *sensitivities(), *linearity(), *streaming(), *speed()]
