@@ -94,13 +94,14 @@ def allocations(sizes: dict[str, int]) -> dict[str, dict[str, str]]:
 def row(name: str, chosen: dict[str, str], model: str, sequences: int, test: int) -> dict:
     source, blocks, reference, plan = setting(model, sequences, test)
     linears = {n: replace(s, weight=replace(s.weight, grid=chosen[n])) for n, s in plan.linears.items()}
-    quantized, reports = execute(source, plan.model_copy(update={"linears": linears}), blocks, None, Monitor(), "cpu")
+    plan = plan.model_copy(update={"linears": linears})
+    quantized, reports = execute(source, plan, blocks, None, Monitor(), "cpu")
     score = evaluate(quantized, blocks.test, reference)
     original = float(reference.nll.double().mean().exp())
     weights = np.array([prod(source.checkpoint.shape(f"{n}.weight")) for n in chosen])
     bits = [stored_bits(grids.load(g)) for g in chosen.values()]
     return {
-        "grid_bits": float(bits @ weights / weights.sum()), "stored_bits": quantized_bits(reports, source),
+        "grid_bits": float(bits @ weights / weights.sum()), "stored_bits": quantized_bits(plan, source),
         "largest_t2": max(grids.load(g).mse for g in chosen.values()), "kl": score.kl, "kl_stderr": score.kl_stderr,
         "perplexity": score.perplexity - original, "perplexity_stderr": score.gap_stderr * score.perplexity,
         "grids": " ".join(chosen.values()),
@@ -115,7 +116,7 @@ def summary(result: dict) -> dict:
     for metric in ("kl", "perplexity"):
         for values in rows.values():
             values[f"{metric}_predicted"] = float(of[f"{metric}, text"] @ [t2[g] for g in values["grids"].split()])
-        columns = ("grid_bits", metric, f"{metric}_predicted")
+        columns = ("grid_bits", metric, f"{metric}_predicted", f"{metric}_stderr")
         found[metric] = agreement(np.array([[r[c] for c in columns] for r in rows.values()]).T, np.array(list(rows)))
     found["rank correlations of slopes"] = {
         f"{a}; {b}": float(spearmanr(of[a], of[b])[0]) for a, b in itertools.combinations(of, 2)
@@ -143,14 +144,15 @@ def spread(grid: str) -> float:
 
 
 def agreement(columns: np.ndarray, names: np.ndarray) -> dict:
-    """columns [bits, measured, predicted] [3, rows]; correlations are of the random rows at 3 to 5 bits."""
+    """columns [bits, measured, predicted, stderr] [4, rows]; correlations are of the random rows at 3 to 5 bits."""
     drawn = np.char.startswith(names, "random 3")
-    (bits, measured, predicted), ratio = columns[:, drawn], columns[1] / columns[2]
+    (bits, measured, predicted), ratio = columns[:3, drawn], columns[1] / columns[2]
     grown = measured > 0
-    logs = np.log(columns[1:, drawn][:, grown])
+    logs = np.log(columns[1:3, drawn][:, grown])
     # Mean bits alone order such a range well too: what do slopes know beyond them?
     left = [x - np.polyval(np.polyfit(bits[grown], x, 1), bits[grown]) for x in logs]
-    outside = (ratio < LINEAR[0]) | (ratio > LINEAR[1])
+    error = 2 * columns[3] / columns[2]
+    outside = (ratio + error < LINEAR[0]) | (ratio - error > LINEAR[1])
     medians = {}
     for low, high in itertools.pairwise(RANGES):
         inside = ratio[(columns[0] >= low) & (columns[0] < high)]
@@ -197,7 +199,7 @@ def draw() -> None:
         ("o", "0.4", "random grids"), ("s", "0.4", "one grid for all"), ("o", "none", "a layer beyond $t^2=4^{-1.7}$")
     ):  # fmt: skip
         axes[0][0].scatter([], [], s=34, marker=marker, facecolor=inside, edgecolor="0.4", label=label)
-    axes[0][0].legend(loc="upper left", frameon=False)
+    axes[0][0].legend(loc="lower right", frameon=False)
     figure.colorbar(colours, ax=axes, label="mean bits of the grids")
     FIGURE.parent.mkdir(exist_ok=True)
     figure.savefig(FIGURE, dpi=110)

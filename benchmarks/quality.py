@@ -55,11 +55,11 @@ def measure(source, recipe: Recipe, blocks, reference: Reference) -> dict:
     start = time.time()
     plan = decide(source, recipe, blocks, None, Monitor(), "cpu")
     decided = time.time() - start
-    model, reports = execute(source, plan, blocks, None, Monitor(), "cpu")
+    model, _ = execute(source, plan, blocks, None, Monitor(), "cpu")
     executed = time.time() - start - decided
     result = evaluate(model, blocks.test, reference).to_dict()
     return result | {
-        "bits_per_quantized_weight": quantized_bits(reports, source),
+        "bits_per_quantized_weight": quantized_bits(plan, source),
         "linear_flops_ratio": _linear_work(model) / _linear_work(source.load()),
         "trials": len(plan.trace),
         "seconds": {"decide": round(decided, 1), "execute": round(executed, 1)},

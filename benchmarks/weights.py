@@ -68,13 +68,15 @@ def recipes(budget: float, widths: dict[int, int]) -> Iterator[tuple[str, Recipe
     for dimension in (1, 2, 3, 4):
         grid = _best_grid([n for n in tables.names() if n.startswith(f"p{dimension}")], budget - overhead)
         if grid is not None:
-            yield f"higgs p={dimension}", _higgs(grid)
+            yield f"higgs p={dimension}", _higgs(grid, "rms")
+            if dimension in (2, 4):
+                yield f"unbiased p={dimension}", _higgs(grid)
             if dimension == 2:
-                yield "higgs p=2 + gptq", _calibrated(_higgs(grid))
-                yield "rotated p=2 + gptq, ours", _ours(grid)
+                yield "p=2 + gptq", _calibrated(_higgs(grid))
+                yield "p=2 + gptq, ours", _ours(grid)
     grid = _best_grid([n for n in grids.names() if n.startswith("e8")], budget - overhead)
     if grid is not None:
-        yield "e8", _higgs(grid)
+        yield "e8", _higgs(grid, "rms")
 
 
 def _best_grouped(budget: float, widths: dict[int, int], families: tuple[str, ...]) -> tuple[str, int | None] | None:
@@ -98,8 +100,9 @@ def _best_grid(names: list[str], bits: float) -> str | None:
     return min(fitting, key=lambda name: grids.load(name).mse, default=None)
 
 
-def _higgs(grid: str) -> Recipe:
-    return apply_settings(preset("higgs-2"), [f"weights.grid={grid}"])
+def _higgs(grid: str, scale_search: str = "unbiased") -> Recipe:
+    """rms: as published."""
+    return apply_settings(preset("higgs-2"), [f"weights.grid={grid}", f"weights.scale_search={scale_search}"])
 
 
 def _calibrated(recipe: Recipe) -> Recipe:
@@ -117,9 +120,9 @@ def allocated(budget: float) -> dict[str, Recipe]:
     every = [n for n in tables.names() if n[1] in "234"] + [n for n in grids.names() if n.startswith("e8")]
     mixed = apply_settings(base, [f"budget={{weights: {budget}, seq_len: 256, grids: [{', '.join(every)}, keep]}}"])
     return {
-        "higgs p=2 + allocation": base,
-        "higgs p=2 + allocation + gptq": _calibrated(base),
-        "p=2..4, e8 + allocation": mixed,
+        "unbiased p=2 + allocation": base,
+        "unbiased p=2..4, e8 + allocation": mixed,
+        "p=2 + allocation + gptq": _calibrated(base),
     }
 
 
@@ -127,18 +130,11 @@ def measure(source: Source, recipe: Recipe, blocks: Texts, reference: Reference,
     start = time.time()
     plan = decide(source, recipe, blocks, None, Monitor(), "cpu", slopes)
     model, reports = execute(source, plan, blocks, None, Monitor(), "cpu")
-    bits = quantized_bits(reports, source)
-    weights = {r.name: source.checkpoint.shape(f"{r.name}.weight") for r in reports}
-    kept = [n for n, s in plan.linears.items() if s.weight is None]
-    if kept:  # counted at 16 bits: a budget pays for them
-        total = bits * sum(a * b for a, b in weights.values())
-        sizes = {n: source.checkpoint.shape(f"{n}.weight") for n in kept}
-        more = sum(a * b for a, b in sizes.values())
-        bits = (total + 16 * more) / (more + sum(a * b for a, b in weights.values()))
     grid = recipe.weights.grid if recipe.budget is None else "allocated"
     group = recipe.weights.group_size
     return evaluate(model, blocks.test, reference).to_dict() | {
-        "bits": bits, "setting": grid + (f" /{group}" if group else ""), "predicted": plan.predicted_loss,
+        "bits": quantized_bits(plan, source), "setting": grid + (f" /{group}" if group else ""),
+        "predicted": plan.predicted_loss,
         "rel_error": {r.name: r.rel_error for r in reports}, "seconds": round(time.time() - start, 1),
     }  # fmt: skip
 
@@ -196,7 +192,7 @@ def main() -> None:
         "original_nll": float(reference.nll.double().mean()),
         "rows": rows,
     }
-    slopes = measure_for(allocated(4)["higgs p=2 + allocation"], source, None, Monitor(), "cpu")
+    slopes = measure_for(allocated(4)["unbiased p=2 + allocation"], source, None, Monitor(), "cpu")
     for nominal in map(float, arguments.bits.split(",")):
         budget = nominal + scale_bits(widths)
         work: dict[str, Callable[[], dict | None]] = {}

@@ -92,7 +92,7 @@ def test_every_method_loads_at_every_width(method, bits):
 )
 def test_higgs_for_weights_alone(name, grid):
     recipe = preset(name)
-    assert recipe.weights == WeightScheme(grid, None, "nearest", "rms")
+    assert recipe.weights == WeightScheme(grid, None, "nearest", "unbiased")
     assert (recipe.inputs, recipe.keys, recipe.values) == (None, None, None)
     assert (recipe.rotate, recipe.hadamard, recipe.search.method) == (False, 1024, "none")
 

@@ -133,18 +133,13 @@ def load(
 
 def _replace_linear_(model: PreTrainedModel, name: str, linear: nn.Linear, slot: LinearSlot) -> None:
     """Puts a QuantLinear in place of `linear`, the module called `name`, on its device."""
-    stored_width = linear.in_features
-    if slot.transform is not None:
-        if slot.transform.in_dim != linear.in_features:
-            raise PaleyError(
-                f"{name}: transform.in_dim={slot.transform.in_dim}, but the layer reads {linear.in_features}"
-            )
-        stored_width = slot.transform.out_dim
+    if slot.transform is not None and slot.transform.in_dim != linear.in_features:
+        raise PaleyError(f"{name}: transform.in_dim={slot.transform.in_dim}, but the layer reads {linear.in_features}")
     tied = model.all_tied_weights_keys
     if slot.weight is not None and f"{name}.weight" in {*tied.keys(), *tied.values()}:
         raise PaleyError(f"{name}: its weight is tied to another; set tie_word_embeddings to false in config.json")
     quantized = QuantLinear(
-        stored_width,
+        slot.stored_width(linear.in_features),
         linear.out_features,
         bias=linear.bias is not None,
         slot=slot,

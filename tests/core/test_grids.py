@@ -131,3 +131,17 @@ def test_a_lloyd_max_grid_beats_every_even_grid(bits):
 def test_unknown_grids_are_refused(name, complaint):
     with pytest.raises(PaleyError, match=complaint):
         grids.load(name)
+
+
+def test_a_family_is_what_is_packaged_of_a_kind():
+    assert grids.family("uint4") == [f"uint{bits}" for bits in BITS]
+    assert grids.family("int2") == [f"int{bits}" for bits in BITS]
+    assert grids.family("nf4") == ["nf2", "nf3", "nf4"]
+    assert grids.family("af3") == ["af3", "af4"]
+    assert grids.family("e8q14k4") == [name for name in grids.names() if name.startswith("e8")]
+    pairs = [name for name in grids.names() if name.startswith("p2n")]
+    assert grids.family("p2n88") == pairs
+    own = grids.custom(torch.tensor([[0.0, 1.0], [1.0, -2.0]]))
+    assert grids.family(own.name) == [own.name, *pairs]
+    with pytest.raises(PaleyError, match="unknown grid 'nope4'"):
+        grids.family("nope4")

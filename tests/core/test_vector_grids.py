@@ -120,3 +120,36 @@ def test_a_grid_of_ones_own_is_known_by_its_points(tmp_path):
 def test_a_bad_grid_is_refused(points, complaint):
     with pytest.raises(PaleyError, match=complaint):
         grids.custom(points, "my.safetensors")
+
+
+@pytest.mark.parametrize("size", [88, 255, 3, 3000, 9 * 3**8])
+def test_symbols_that_no_codes_make_are_refused(size):
+    k, bits = symbol(size)
+    packed = torch.tensor(list((size**k).to_bytes(-(-bits // 8), "little")), dtype=torch.uint8)
+    with pytest.raises(PaleyError, match="the file is damaged"):
+        unpack_codes(packed, size, 1)
+
+
+@pytest.mark.parametrize("points", [[-3.0, -1.0, 0.0], [-3.0, 0.0, 0.1], [1e-9, 2e-9, 5e-9, 1.1e-8], [-0.3, 0.77]])
+def test_any_points_on_a_line_are_a_grid(points):
+    grid = grids.custom(torch.tensor(points)[:, None])
+    assert grid.gaussian_scale == 1
+    assert grid.peak == max(map(abs, grid.points.flatten().tolist()))
+    x = normal(64, 16) * grid.peak
+    nearest = (x[..., None] - grid.points[:, 0].float()).abs().argmin(-1)
+    assert torch.equal(grid.nearest(x.reshape(-1, 1).clone()).long(), nearest.flatten())
+    assert torch.equal(grid.round(x.reshape(-1, 1).clone()), grid.decode(nearest.flatten()))
+
+
+@pytest.mark.parametrize("name", ["p2n16", "p2n88", "p3n64", "p4n256", "gauss2", "int3"])
+def test_unbiased_scales_give_every_group_its_length_along_itself(name):
+    scheme, weight = WeightScheme(name, 64, "nearest", "unbiased"), normal(128, 512)
+    weight[3] = 0
+    q = quantize_nearest(weight, scheme)
+    along = (q.dequantize() * weight).unflatten(-1, (-1, 64)).sum(-1)
+    assert torch.allclose(along, weight.unflatten(-1, (-1, 64)).square().sum(-1), rtol=1e-3)  # float16 scales
+    by_rms = quantize_nearest(weight, WeightScheme(name, 64, "nearest", "rms"))
+    assert torch.equal(q.codes, by_rms.codes)
+    rows = WeightScheme(name, None, "nearest", "unbiased")
+    error = float((quantize_nearest(weight, rows).dequantize() - weight).square().sum() / weight.square().sum())
+    assert error == pytest.approx(gaussian_error(rows, 512), rel=0.03)

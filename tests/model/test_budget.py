@@ -9,11 +9,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from paley.core import grids
 from paley.core.errors import PaleyError
-from paley.core.schemes import LinearSlot
+from paley.core.schemes import ActivationScheme, LinearSlot
+from paley.core.transforms import Transform
 from paley.format import spec
+from paley.methods.nearest import gaussian_error
 from paley.methods.sensitivity import MAX_T
 from paley.model.adapter import Adapter
-from paley.model.budget import Slots, decide_grids
+from paley.model.budget import Slots, check_budget, decide_grids, weight_candidates
 from paley.model.rotation import input_blocks
 from paley.model.sensitivity import KINDS, noise_slots
 from paley.recipe import apply_settings, preset
@@ -74,7 +76,7 @@ def test_what_is_stored_meets_the_budget_and_more_bits_never_cost_accuracy(adapt
     assert limit - 0.2 < bits / weights <= limit
     assert allocation.costs == (bits,)
     errors = {
-        path: 0.0 if slot.weight is None else grids.load(slot.weight.grid).mse for path, slot in found.linears.items()
+        path: 0.0 if slot.weight is None else gaussian_error(slot.weight, 128) for path, slot in found.linears.items()
     }
     assert allocation.loss == pytest.approx(sum(sensitivity.slots[path].alpha * e for path, e in errors.items()))
     least, most = (max(e for path, e in errors.items() if path.endswith(end)) for end in ("down_proj", "q_proj"))
@@ -178,3 +180,101 @@ def test_a_kept_layer_needs_no_rotation(adapter):
     }
     found, _ = decide_grids(wanted, adapter, Slots(rotated, start.attentions), slopes(adapter))
     assert set(found.linears.values()) == {LinearSlot()}
+
+
+INT8 = "{grid: int8, scale: absmax}"
+
+
+@pytest.mark.parametrize("module", ["q_proj", "k_proj", "v_proj"])
+def test_inputs_that_share_a_tensor_may_be_rounded_apart(adapter, module):
+    overrides = f"overrides=[{{pattern: '*{module}', input: {INT8}}}]"
+    wanted = recipe("budget={inputs: 5}", "inputs={grid: int4, scale: absmax}", overrides)
+    found, allocation = decide_grids(wanted, adapter, slots_of(wanted, adapter), slopes(adapter, ("input",)))
+    for path, slot in found.linears.items():
+        assert (slot.input == ActivationScheme("int8")) == path.endswith(module)
+    apart = [name for name in allocation.choices if name.endswith("attn_input-1")]
+    assert len(apart) == 2
+
+
+def test_an_override_with_the_scheme_of_the_rest_still_stays(adapter):
+    own = "{grid: int4, scale: absmax}"
+    wanted = recipe("budget={inputs: 7}", f"inputs={own}", f"overrides=[{{pattern: '*k_proj', input: {own}}}]")
+    found, _ = decide_grids(wanted, adapter, slots_of(wanted, adapter), slopes(adapter, ("input",)))
+    got = {path.rsplit(".", 1)[1]: slot.input.grid for path, slot in found.linears.items()}
+    assert got["k_proj"] == "int4"
+    assert got["q_proj"] == got["v_proj"] != "int4"
+
+
+def test_a_kept_weight_is_charged_as_it_is_stored(adapter):
+    plain = "inputs=null", "budget={weights: 40, grids: [p2n256, keep]}", "dtype=float32"
+    wanted = recipe(*plain)
+    _, allocation = decide_grids(recipe(*plain[:1], "budget={weights: 16, grids: [p2n256, keep]}"), adapter,
+                                 slots_of(wanted, adapter), slopes(adapter))  # fmt: skip
+    weights = sum(m.weight.numel() for b in adapter.blocks for m in (b.part(role) for role, _ in b.linears()))
+    assert allocation.costs == (16 * weights,)
+    with pytest.raises(PaleyError, match="to 32 can be had here"):
+        check_budget(wanted, adapter, slots_of(wanted, adapter))
+    wanted = recipe("budget={weights: 32, grids: [p2n256, keep]}", "dtype=float32")
+    _, allocation = decide_grids(wanted, adapter, slots_of(wanted, adapter), slopes(adapter))
+    assert allocation.costs == (32 * weights,)
+
+
+def test_a_kept_weight_is_as_wide_as_its_rotated_input(adapter):
+    wanted = recipe("inputs={grid: int8, scale: absmax}", "budget={weights: 17, grids: [p2n256, keep]}")
+    start = slots_of(wanted, adapter)
+    wide = {
+        path: replace(slot, transform=Transform(256, 328, 8, 0)) if path.endswith("down_proj") else slot
+        for path, slot in start.linears.items()
+    }
+    found, allocation = decide_grids(wanted, adapter, Slots(wide, start.attentions), slopes(adapter))
+    assert {slot.weight for slot in found.linears.values()} == {None}
+    weights = sum(m.weight.numel() for b in adapter.blocks for m in (b.part(role) for role, _ in b.linears()))
+    assert allocation.costs == (16 * (weights + 2 * 128 * 72),)
+
+
+@pytest.mark.parametrize("budget", ["weights: 4", "size: 150000", "read: 150000", "kv: 4"])
+def test_expansion_and_a_budget_exclude_each_other(adapter, budget):
+    for setting, complaint in (("expand=64", "from 128 to 192"), ("expand_mlp=64", "from 256 to 320")):
+        wanted = apply_settings(preset("w4a4kv4"), [f"budget={{{budget}}}", "search.method=none", "expand_mlp=0",
+                                                    setting])  # fmt: skip
+        with pytest.raises(PaleyError, match=rf"budget: {setting} widens .* {complaint}.*plan"):
+            check_budget(wanted, adapter, slots_of(wanted, adapter))
+    unchanged = apply_settings(preset("w4a4kv4"), ["budget={weights: 4.2}", "expand_mlp=auto"])
+    check_budget(unchanged, adapter, slots_of(unchanged, adapter))
+
+
+def least_read(wanted, adapter) -> int:
+    """Bytes that the message of a budget out of reach gives as the fewest."""
+    with pytest.raises(PaleyError, match=r"budget\.read: 1 bytes are out of reach") as error:
+        check_budget(wanted, adapter, slots_of(wanted, adapter))
+    return int(str(error.value).split("out of reach; ")[1].split(" to ")[0].replace(",", ""))
+
+
+def test_bytes_read_count_what_is_kept(adapter):
+    plain = recipe("budget={read: 1, context: 1000}", "overrides=[{pattern: '*.mlp.*', keep: true}]")
+    mlp, cache = 2 * 2 * 3 * 128 * 256, 1000 * 2 * 2 * 2 * 64  # 16 bits; two layers, keys and values
+    smallest = LinearSlot(replace(plain.weights, grid="p2n4"))  # two bits for two values, and a scale a row
+    attention = 2 * sum(spec.linear_bytes("x", smallest, 128, out, 2) for out in (128, 64, 64, 128))
+    head = 2 * 50 * 128
+    assert least_read(plain, adapter) == attention + mlp + cache + head
+    values_only = plain.model_copy(update={"values": ActivationScheme("uint4")})
+    uint2 = 1000 * 2 * (2 * (32 // 4 + 3))
+    assert least_read(values_only, adapter) == attention + mlp + cache // 2 + uint2 + head
+
+
+def test_a_size_counts_the_mean_keys(adapter):
+    settings = ["budget={size: 1}", "search.method=none", "rotate=false", "expand_mlp=0"]
+    least = []
+    for centered in ("true", "false"):
+        wanted = apply_settings(preset("w4a4kv4"), [*settings, f"center_keys={centered}"])
+        with pytest.raises(PaleyError, match="out of reach") as error:
+            check_budget(wanted, adapter, slots_of(wanted, adapter))
+        least.append(int(str(error.value).split("out of reach; ")[1].split(" to ")[0].replace(",", "")))
+    assert least[0] - least[1] == 2 * 2 * 32 * 2  # layers, heads, dimensions, bytes
+
+
+def test_candidates_are_the_kin_of_the_recipes_grid():
+    for grid in ("e8q14k4", "nf4", "af3", "int4", "p3n64"):
+        scale = "rms" if grids.load(grid).p > 1 else "absmax"
+        wanted = recipe("budget={weights: 4}", f"weights={{grid: {grid}, method: nearest, scale_search: {scale}}}")
+        assert weight_candidates(wanted) == [*grids.family(grid), "keep"]

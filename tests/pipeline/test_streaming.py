@@ -5,15 +5,18 @@ import multiprocessing
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from paley import hf
 from paley.core import grids
 from paley.core.errors import PaleyError
+from paley.core.schemes import LinearSlot
 from paley.format.checkpoint import Checkpoint
 from paley.format.files import write_json
 from paley.model.loading import open_source
@@ -64,6 +67,7 @@ def contents(path: Path) -> dict[str, bytes]:
         ("weights.grid=int4", "weights.scale_search=mse", "weights.group_size=8"),
         ("weights.grid=uint3", "weights.scale_search=absmax", "hadamard=null"),
         ('overrides=[{pattern: "*.1.mlp.*", keep: true}]',),
+        ("weights.grid=e8q4k4",),
     ],
 )
 @torch.no_grad()
@@ -95,7 +99,8 @@ def test_biases_and_ties_are_kept_and_every_byte_counts(folder, tmp_path):
 
 def test_gaussian_layers_have_the_error_of_the_grid(tmp_path, tiny_tokenizer):
     folder = save(tmp_path / "model", tiny_tokenizer, hidden_size=256, intermediate_size=512)
-    results = quantize(folder, recipe("hadamard=1024"), output=tmp_path / "out").results
+    wanted = recipe("hadamard=1024", "weights.scale_search=rms")
+    results = quantize(folder, wanted, output=tmp_path / "out").results
     expected = grids.load("p2n64").mse
     assert [layer["rel_error"] for layer in results["layers"].values()] == pytest.approx([expected] * 14, rel=0.03)
 
@@ -182,3 +187,68 @@ def test_what_needs_data_cannot_go_without_a_test(folder, tmp_path):
     wanted = recipe("hadamard=null", name="rtn-w4a4kv4").model_copy(update={"rotate": True, "expand_mlp": "auto"})
     with pytest.raises(PaleyError, match="only data-free recipes can go without"):
         quantize(folder, wanted, output=tmp_path / "out")
+
+
+@torch.no_grad()
+def test_a_kept_weight_is_turned_where_its_input_is(folder, tmp_path):
+    wanted = apply_settings(preset("higgs-w3a8"), ["test=null", "hadamard=16"])
+    source = open_source(folder)
+    plan = decide(source, wanted, NO_TEXTS, None, Monitor(), "cpu")
+    name = "model.layers.0.mlp.down_proj"  # padded from 37 to 48
+    plan = plan.model_copy(update={"linears": plan.linears | {name: replace(plan.linears[name], weight=None)}})
+    expected, _ = execute(source, plan, NO_TEXTS, None, Monitor(), "cpu")
+    outcome = quantize(folder, plan=plan, output=tmp_path / "out")
+    ids = torch.arange(3, 40)[None]
+    assert torch.equal(hf.load(outcome.output, dense=True)(ids).logits, expected(ids).logits)
+
+
+def test_processes_know_a_grid_of_ones_own(folder, tmp_path):
+    grid = grids.custom(torch.randn(9, 2, generator=torch.Generator().manual_seed(3)))
+    wanted = recipe(f"weights.grid={grid.name}")
+    alone = quantize(folder, wanted, output=tmp_path / "one")
+    shared = quantize(folder, wanted, output=tmp_path / "two", workers=2)
+    assert contents(alone.output) == contents(shared.output)
+    assert list(alone.plan.grids) == [grid.name]
+
+
+def test_a_grid_that_only_the_recipe_names_is_carried_too(folder, tmp_path):
+    grid = grids.custom(torch.randn(9, 2, generator=torch.Generator().manual_seed(4)))
+    keep = "overrides=[{pattern: '*', keep: true}]"
+    plan = quantize(folder, recipe(f"weights.grid={grid.name}", keep), output=tmp_path / "out").plan
+    assert list(plan.grids) == [grid.name]
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda linears: linears.pop("model.layers.0.mlp.down_proj"), "model.layers.0.mlp.down_proj has no slot"),
+        (lambda linears: linears.update({"../x": LinearSlot()}), r"'?\.\./x'? is no layer of this model"),
+    ],
+)
+def test_an_edited_plan_must_fit(folder, tmp_path, change, complaint):
+    plan = decide(open_source(folder), recipe(), NO_TEXTS, None, Monitor(), "cpu")
+    linears = dict(plan.linears)
+    change(linears)
+    with pytest.raises(PaleyError, match=complaint):
+        quantize(folder, plan=plan.model_copy(update={"linears": linears}), output=tmp_path / "out")
+    assert not (tmp_path / "out.run").exists()
+
+
+def test_tables_that_old_checkpoints_hold_are_passed_over(tmp_path, tiny_tokenizer):
+    folder = save(tmp_path / "model", tiny_tokenizer)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    save_file({name: torch.ones(6)}, folder / "old.safetensors")
+    index["weight_map"][name] = "old.safetensors"
+    write_json(folder / "model.safetensors.index.json", index)
+    outcome = quantize(folder, recipe(), output=tmp_path / "out")
+    assert name not in Checkpoint.open(outcome.output)
+    hf.load(outcome.output)
+
+
+def test_a_head_that_is_not_the_embedding_it_is_tied_to_is_refused(tmp_path, tiny_tokenizer):
+    folder = save(tmp_path / "model", tiny_tokenizer)
+    config = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", config | {"tie_word_embeddings": True})
+    with pytest.raises(PaleyError, match=r"lm_head.weight is not model.embed_tokens.weight; set it to false"):
+        quantize(folder, recipe(), output=tmp_path / "out")

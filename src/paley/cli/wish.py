@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from paley.cli.process import naming
@@ -111,6 +111,5 @@ def _with_grid(recipe: Recipe, name: str) -> Recipe:
         grid = grids.custom(tensors["points"], name)
     else:
         grid = grids.load(name)
-    scale_search = "rms" if grid.p > 1 else recipe.weights.scale_search
-    weights = replace(recipe.weights, grid=grid.name, scale_search=scale_search)
+    weights = recipe.weights.on_grid(grid.name)
     return recipe.model_copy(update={"weights": weights})

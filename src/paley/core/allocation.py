@@ -20,7 +20,7 @@ from torch import Tensor
 
 from paley.core.errors import PaleyError
 
-__all__ = ["Allocation", "Choice", "allocate", "curve"]
+__all__ = ["Allocation", "Choice", "allocate"]
 
 _WIDTHS = (2**11, 2**15, 2**18)  # states kept at a step: a narrow search that loses some still finds a good delta
 _QUANTILES = 8  # cuts in each direction: more prune better and cost more
@@ -90,18 +90,6 @@ def allocate(
     loss = math.fsum(choice.loss for choice in choices.values())
     costs = tuple(map(sum, zip(*(choice.costs for choice in choices.values()), strict=True)))
     return Allocation(choices, loss, costs, min(lower_bound, loss) if tolerance else loss)
-
-
-def curve(
-    items: Mapping[str, Sequence[Choice]],
-    budgets: Sequence[int],
-    *,
-    others: Sequence[int] = (),
-    resources: Sequence[str] | None = None,
-    tolerance: float = 0.0,
-) -> tuple[Allocation, ...]:
-    """The best allocation at each of several `budgets` of resource 0; `others`: the budgets of the other resources."""
-    return tuple(allocate(items, (b, *others), resources=resources, tolerance=tolerance) for b in budgets)
 
 
 def _check_items(items: Mapping[str, Sequence[Choice]], resources: tuple[str, ...]) -> None:

@@ -26,7 +26,7 @@ from paley.core.lattice import E8Grid
 from paley.core.nearest import nearest_points
 
 __all__ = [
-    "FAMILIES", "AnyGrid", "Grid", "code_dtype", "custom", "custom_points", "know", "load", "names",
+    "FAMILIES", "AnyGrid", "Grid", "code_dtype", "custom", "custom_points", "family", "know", "load", "names",
 ]  # fmt: skip
 
 FAMILIES = ("int", "uint", "odd", "gauss")
@@ -40,13 +40,15 @@ _CUSTOM: dict[str, Grid] = {}  # grids that came from files, under names that ar
 class Grid:
     """points [n, p] float64, ascending for p = 1; affine: values are scale * (point - zero), zero a code.
 
-    known_mse: E |x - round(x)|^2 / p on N(0, I), where it was measured.
+    known_mse: E |x - round(x)|^2 / p on N(0, I), where it was measured. unit: made for values of unit rms, so that
+    no other scale is looked for.
     """
 
     name: str
     points: Tensor
     affine: bool = False
     known_mse: float | None = None
+    unit: bool = False
 
     @property
     def size(self) -> int:
@@ -63,16 +65,19 @@ class Grid:
 
     @functools.cached_property
     def peak(self) -> float:
-        """The point that max|x| is scaled to."""
-        return float(self.points.max())
+        """The point that max|x| is scaled to: of two's complement the last, which the first one exceeds."""
+        return float(self.points.abs().max() if self.unit else self.points.max())
 
     @functools.cached_property
     def step(self) -> float | None:
         """The distance of neighbours where it is constant, else None."""
         if self.p != 1:
             return None
-        steps = self.points[:, 0].diff()
-        return float(steps[0]) if torch.allclose(steps, steps[:1], rtol=1e-12) else None
+        points, n = self.points[:, 0], torch.arange(self.size)
+        step = float(points[1] - points[0])
+        # In float32, in which rounding computes: the formula has to meet the very points of the table.
+        even = torch.equal(n.float() * step + float(points[0]), points.float())
+        return step if even else None
 
     @functools.cached_property
     def edges(self) -> Tensor:
@@ -120,8 +125,8 @@ class Grid:
 
     @functools.cached_property
     def gaussian_scale(self) -> float:
-        """The scale of least error on N(0, 1): 1 for p > 1, else a golden-section minimum of `gaussian_mse`."""
-        if self.p > 1:
+        """The scale of least error on N(0, 1): 1 for `unit` grids, else a golden-section minimum of `gaussian_mse`."""
+        if self.unit:
             return 1.0
         ratio = (math.sqrt(5) - 1) / 2
         low, high = 0.5 / self.peak, 8.0 / self.peak
@@ -158,7 +163,7 @@ def code_dtype(grid: AnyGrid) -> torch.dtype:
 def _load(name: str) -> AnyGrid:
     if name in tables.names():
         points, mse = tables.gaussian_grid(name)
-        return Grid(name, points.double(), known_mse=mse)
+        return Grid(name, points.double(), known_mse=mse, unit=True)
     if name in lattice.names():
         return lattice.load(name)
     if name in _absmax_points():
@@ -207,7 +212,7 @@ def custom(points: Tensor, where: str = "grid") -> Grid:
         raise PaleyError(f"{where}: holds the same point twice")
     digest = hashlib.sha256(f"{n} {p} ".encode() + points.numpy().tobytes()).hexdigest()
     name = f"custom-{digest[:16]}"
-    return _CUSTOM.setdefault(name, Grid(name, points.double()))
+    return _CUSTOM.setdefault(name, Grid(name, points.double(), unit=True))
 
 
 def custom_points(used: Iterable[str]) -> dict[str, list[list[float]]]:
@@ -229,6 +234,15 @@ def names() -> list[str]:
     """Every packaged grid."""
     plain = [f"{family}{bits}" for family in FAMILIES for bits in range(MIN_BITS, MAX_BITS + 1)]
     return [*plain, *_absmax_points(), *tables.names(), *lattice.names()]
+
+
+def family(name: str) -> list[str]:
+    """The packaged grids of the kind of `name`, and itself: other bits, or other points in as many dimensions."""
+    p = load(name).p
+    if kind := re.fullmatch(r"([a-z]+)\d+", name):
+        return [other for other in names() if re.fullmatch(rf"{kind[1]}\d+", other)]
+    kin = [other for other in (*tables.names(), *lattice.names()) if load(other).p == p]
+    return kin if name in kin else [name, *kin]
 
 
 @functools.cache

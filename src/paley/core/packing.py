@@ -54,7 +54,7 @@ def pack_codes(codes: Tensor, size: int) -> Tensor:
     if low < 0 or high >= size:
         raise PaleyError(f"pack: codes must be between 0 and {size - 1}, got {low} to {high}")
     if k == 1:
-        return pack(codes, bits) if bits <= 8 else _pack_wide(codes.long(), bits)
+        return pack(codes.to(torch.uint8), bits) if bits <= 8 else _pack_wide(codes.long(), bits)
     symbols = torch.nn.functional.pad(codes.long(), (0, -codes.shape[-1] % k)).unflatten(-1, (-1, k))
     powers = torch.tensor([size**i for i in range(k)], device=codes.device)
     symbols = (symbols * powers).sum(-1)
@@ -62,10 +62,15 @@ def pack_codes(codes: Tensor, size: int) -> Tensor:
 
 
 def unpack_codes(packed: Tensor, size: int, n: int) -> Tensor:
-    """packed uint8 [..., packed_bytes(n, size)] -> codes [..., n] below `size`: uint8 up to 256, else int64."""
+    """packed uint8 [..., packed_bytes(n, size)] -> codes [..., n] below `size`: uint8 up to 256, else int64.
+
+    PaleyError for symbols that no codes make.
+    """
     k, bits = symbol(size)
     count = -(-n // k)
     symbols = unpack(packed, bits, count) if bits <= 8 else _unpack_wide(packed, bits, count)
+    if size**k < 1 << bits and symbols.numel() and (largest := int(symbols.max())) >= size**k:
+        raise PaleyError(f"unpack: {largest} stands for no {k} codes below {size}; the file is damaged")
     if k == 1:
         return symbols
     powers = torch.tensor([size**i for i in range(k)], device=packed.device)

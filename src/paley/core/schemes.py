@@ -6,7 +6,7 @@ they come from a file (a plan, a recipe, a checkpoint's configuration).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from paley.core import grids
@@ -25,9 +25,10 @@ def _check_group_size(where: str, group_size: int | None) -> None:
 
 def _check_scale(where: str, key: str, name: str, scale: str) -> None:
     grid = grids.load(name)
-    if grid.affine and scale == "rms":
+    by_rms = scale in ("rms", "unbiased")
+    if grid.affine and by_rms:
         raise PaleyError(f"{where}: grid {name!r} has a zero point and needs {key} 'absmax'")
-    if grid.p > 1 and scale != "rms":
+    if grid.p > 1 and not by_rms:
         raise PaleyError(
             f"{where}: grid {name!r} is made for Gaussian vectors of {grid.p} values and needs {key} 'rms'"
         )
@@ -38,7 +39,8 @@ class WeightScheme:
     """grid: a name of `paley.core.grids`; group_size: input columns that share a scale (None: the whole row).
 
     scale_search "absmax" lets the grid's end meet the largest weight; "mse" tries smaller scales and keeps
-    the one of least error; "rms" takes the best scale for Gaussian values of the group's rms, as HIGGS does.
+    the one of least error; "rms" takes the best scale for Gaussian values of the group's rms, as HIGGS does; "unbiased"
+    finds the codes so, and then stretches each group to the length of its weight (gptq refits its scales itself).
     sweeps: rounds of scale refit and coordinate descent after GPTQ.
     """
 
@@ -47,7 +49,7 @@ class WeightScheme:
     grid: str
     group_size: int | None = None
     method: Literal["nearest", "gptq"] = "gptq"
-    scale_search: Literal["absmax", "mse", "rms"] = "mse"
+    scale_search: Literal["absmax", "mse", "rms", "unbiased"] = "mse"
     sweeps: int = 4
 
     def __post_init__(self) -> None:
@@ -55,6 +57,16 @@ class WeightScheme:
         _check_group_size("weight scheme", self.group_size)
         if not 0 <= self.sweeps <= 100:
             raise PaleyError(f"weight scheme: sweeps must be between 0 and 100, got {self.sweeps}")
+
+    def on_grid(self, name: str) -> WeightScheme:
+        """The same on another grid; scales by rms where that has vectors, or was made for values of unit rms."""
+        grid, scale_search = grids.load(name), self.scale_search
+        by_rms = scale_search in ("rms", "unbiased")
+        if not by_rms and (grid.p > 1 or name.startswith("custom-")):
+            scale_search = "rms"
+        elif by_rms and grid.affine:
+            scale_search = "absmax"
+        return replace(self, grid=name, scale_search=scale_search)
 
 
 @dataclass(frozen=True)
@@ -88,6 +100,10 @@ class LinearSlot:
     weight: WeightScheme | None = None
     input: ActivationScheme | None = None
     transform: Transform | None = None
+
+    def stored_width(self, in_features: int) -> int:
+        """Columns of the stored weight of a layer that reads `in_features` values: more where its input is expanded."""
+        return in_features if self.transform is None else self.transform.out_dim
 
 
 @dataclass(frozen=True)

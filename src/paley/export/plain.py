@@ -70,7 +70,7 @@ class _Linear:
 
     @property
     def stored_width(self) -> int:
-        return self.in_features if self.slot.transform is None else self.slot.transform.out_dim
+        return self.slot.stored_width(self.in_features)
 
 
 def dequantize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -18,8 +19,8 @@ from paley.format.config import FORMAT_VERSION, QUANT_METHOD, QuantizationConfig
 
 __all__ = [
     "BIAS", "CODES", "FORMAT_VERSION", "QUANT_METHOD", "SCALES", "WEIGHT", "ZEROS", "QuantizationConfig",
-    "bits_per_weight", "decode_linear", "encode_linear", "expected_tensors", "quantization_of", "stored_bytes",
-    "unpack_weight",
+    "bits_per_weight", "decode_linear", "encode_linear", "expected_tensors", "linear_bytes", "quantization_of",
+    "stored_bytes", "unpack_weight",
 ]  # fmt: skip
 
 CODES, SCALES, ZEROS = ".codes", ".scales", ".zeros"  # suffixes of a quantized linear's name
@@ -73,6 +74,12 @@ def expected_tensors(name: str, slot: LinearSlot, in_features: int, out_features
     if grid.affine:
         found[name + ZEROS] = (torch.uint8, groups)
     return found
+
+
+def linear_bytes(name: str, slot: LinearSlot, in_features: int, out_features: int, itemsize: int) -> int:
+    """Bytes that store the weight of a linear, without its bias; itemsize: of a value that stays unquantized."""
+    tensors = expected_tensors(name, slot, slot.stored_width(in_features), out_features).values()
+    return sum((dtype.itemsize if dtype else itemsize) * math.prod(shape) for dtype, shape in tensors)
 
 
 def encode_linear(name: str, q: Quantized) -> dict[str, Tensor]:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,13 +23,13 @@ from paley.format import spec
 from paley.methods.nearest import gaussian_error
 from paley.methods.sensitivity import MAX_T
 from paley.model.adapter import SHARED_INPUTS, Adapter, Block
+from paley.model.rotation import decide_rotation
 from paley.recipe import Budget, Recipe
 from paley.sensitivity import Sensitivity
 
 __all__ = ["Slots", "check_budget", "decide_grids", "weight_candidates"]
 
 KEEP = "keep"
-_FAMILY = re.compile(r"([a-z]+)\d+")
 _SAMPLES = 2**17
 _TOTALS = {"size": "bits on disk", "read": "bits read a token"}  # limits in bytes, and what they limit
 _AVERAGES = {"weights": ("weight",), "kv": ("keys", "values"), "inputs": ("input",)}  # limits in bits per value
@@ -47,9 +45,13 @@ class Slots:
 
 @dataclass(frozen=True)
 class _Item:
-    """A slot that the budget decides: `places` (module, field) get the scheme that a choice stands for."""
+    """A slot that the budget decides: `places` (module, field) get the scheme that a choice stands for.
+
+    slope: the name of the slot that its slope was measured of.
+    """
 
     name: str
+    slope: str
     kind: str
     places: tuple[tuple[str, str], ...]
     schemes: dict[str, WeightScheme | ActivationScheme | None]
@@ -67,12 +69,12 @@ def decide_grids(recipe: Recipe, adapter: Adapter, slots: Slots, sensitivity: Se
     assert budget is not None
     _check_slopes(recipe, sensitivity)
     items = _budgeted(recipe, adapter, slots)
-    _check_reach(recipe, adapter, items)
+    _check_reach(recipe, adapter, slots, items)
     amounts = _amounts(budget, recipe, adapter, slots, items)
-    sensitivity.check_slots(item.name for item in items if len(item.bits) > 1)
+    sensitivity.check_slots(item.slope for item in items if len(item.bits) > 1)
     choices = {}
     for item in _within_linear_range(items, amounts, budget):
-        alpha = sensitivity.slots[item.name].alpha if len(item.bits) > 1 else 0.0
+        alpha = sensitivity.slots[item.slope].alpha if len(item.bits) > 1 else 0.0
         choices[item.name] = [
             Choice(name, alpha * item.errors[name], tuple(_costs(item.kind, bits, amounts, budget)))
             for name, bits in item.bits.items()
@@ -83,12 +85,13 @@ def decide_grids(recipe: Recipe, adapter: Adapter, slots: Slots, sensitivity: Se
 
 def check_budget(recipe: Recipe, adapter: Adapter, slots: Slots) -> None:
     """As `decide_grids`, without slopes: raises for budgets out of reach, before anybody measures for them."""
-    _check_reach(recipe, adapter, _budgeted(recipe, adapter, slots))
+    _check_reach(recipe, adapter, slots, _budgeted(recipe, adapter, slots))
 
 
 def _budgeted(recipe: Recipe, adapter: Adapter, slots: Slots) -> list[_Item]:
     budget = recipe.budget
     assert budget is not None
+    _check_widths(recipe, adapter)
     return [item for item in _items(recipe, adapter, slots) if _is_budgeted(item.kind, budget)]
 
 
@@ -115,7 +118,20 @@ def _up_to(item: _Item, threshold: float) -> _Item:
     return replace(item, bits={name: bits for name, bits in item.bits.items() if item.errors[name] <= limit})
 
 
-def _check_reach(recipe: Recipe, adapter: Adapter, items: list[_Item]) -> None:
+def _check_widths(recipe: Recipe, adapter: Adapter) -> None:
+    """Raises where the recipe expands the model, whose weights here still have their own widths."""
+    rotation = decide_rotation(recipe, adapter)
+    if rotation is None:
+        return
+    for key, what, transform in (("expand", "hidden states", rotation.residual), ("expand_mlp", "MLPs", rotation.mlp)):
+        if transform is not None and transform.out_dim != transform.in_dim:
+            raise PaleyError(
+                f"budget: {key}={getattr(recipe, key)} widens the {what} from {transform.in_dim} to "
+                f"{transform.out_dim}, which no budget counts; set {key}=0 (and expand in the plan), or drop the budget"
+            )
+
+
+def _check_reach(recipe: Recipe, adapter: Adapter, slots: Slots, items: list[_Item]) -> None:
     """Raises where a limit is asked for that no choice meets, and says which there are."""
     budget = recipe.budget
     assert budget is not None
@@ -134,7 +150,7 @@ def _check_reach(recipe: Recipe, adapter: Adapter, items: list[_Item]) -> None:
         if (limit := getattr(budget, key)) is None:
             continue
         low, high = (
-            beside(recipe, adapter, items)
+            beside(recipe, adapter, slots, items)
             + sum(next(_costs(i.kind, end(i.bits.values()), {_TOTALS[key]: 0}, budget)) for i in items) / 8
             for end in (min, max)
         )
@@ -162,7 +178,7 @@ def _amounts(budget: Budget, recipe: Recipe, adapter: Adapter, slots: Slots, ite
             found[f"bits of {key}"] = limit * sum(_values(adapter, item) for item in items if item.kind in kinds)
     for key, beside in _BESIDE.items():
         if (limit := getattr(budget, key)) is not None:
-            found[_TOTALS[key]] = 8 * (limit - beside(recipe, adapter, items))
+            found[_TOTALS[key]] = 8 * (limit - beside(recipe, adapter, slots, items))
     return {name: int(amount) for name, amount in found.items()}
 
 
@@ -194,20 +210,19 @@ def _items(recipe: Recipe, adapter: Adapter, slots: Slots) -> Iterator[_Item]:
 
 def _input_items(recipe: Recipe, block: Block, name: str, roles: tuple[str, ...], slots: Slots) -> Iterator[_Item]:
     """One item for the linears that read one tensor and round it alike; overrides may set members apart."""
-    by_scheme: dict[ActivationScheme, list[str]] = {}
+    groups: dict[tuple[ActivationScheme, bool], list[str]] = {}
     for path in map(block.path, roles):
         if (scheme := slots.linears[path].input) is not None:
-            by_scheme.setdefault(scheme, []).append(path)
-    for scheme, paths in by_scheme.items():
-        transform = slots.linears[paths[0]].transform
-        width = block.part(roles[0]).in_features if transform is None else transform.out_dim
+            groups.setdefault((scheme, _is_overridden(recipe, path, "input")), []).append(path)
+    for n, ((scheme, _), paths) in enumerate(groups.items()):
+        width = slots.linears[paths[0]].stored_width(block.part(roles[0]).in_features)
         places = tuple((path, "input") for path in paths)
-        yield _activation_item(name, "input", places, _options(recipe, paths[0], "input", scheme), width, 1)
+        item = _activation_item(name, "input", places, _options(recipe, paths[0], "input", scheme), width, 1)
+        yield replace(item, name=f"{name}-{n}") if n else item
 
 
 def _weight_item(recipe: Recipe, linear: Any, path: str, slot: LinearSlot) -> _Item:
     out_features, in_features = linear.weight.shape
-    width = in_features if slot.transform is None else slot.transform.out_dim
     scheme = slot.weight
     assert scheme is not None
     schemes: dict[str, WeightScheme | ActivationScheme | None] = {}
@@ -215,14 +230,19 @@ def _weight_item(recipe: Recipe, linear: Any, path: str, slot: LinearSlot) -> _I
     names = [scheme.grid] if _is_overridden(recipe, path, "weight") else weight_candidates(recipe)
     for name in names:
         if name == KEEP:
-            schemes[name], errors[name], bits[name] = None, 0.0, 16 * linear.weight.numel()
-            continue
-        grid = grids.load(name)
-        made = replace(scheme, grid=name, scale_search="rms" if grid.p > 1 else scheme.scale_search)
-        tensors = spec.expected_tensors(path, replace(slot, weight=made), width, out_features)
-        schemes[name], errors[name] = made, gaussian_error(made, width)
-        bits[name] = 8 * sum(d.itemsize * math.prod(shape) for d, shape in tensors.values() if d is not None)
-    return _Item(path, "weight", ((path, "weight"),), schemes, errors, bits)
+            chosen, errors[name] = _kept(recipe, slot), 0.0
+        else:
+            chosen = replace(slot, weight=scheme.on_grid(name))
+            errors[name] = gaussian_error(chosen.weight, slot.stored_width(in_features))
+        schemes[name] = chosen.weight
+        bits[name] = 8 * spec.linear_bytes(path, chosen, in_features, out_features, _itemsize(recipe))
+    return _Item(path, path, "weight", ((path, "weight"),), schemes, errors, bits)
+
+
+def _kept(recipe: Recipe, slot: LinearSlot) -> LinearSlot:
+    """The slot with its weight unquantized, and without a rotation that has nothing left to serve."""
+    needless = recipe.hadamard is not None and slot.input is None
+    return replace(slot, weight=None, transform=None if needless else slot.transform)
 
 
 def _activation_item(
@@ -236,15 +256,14 @@ def _activation_item(
         beside = groups * (16 + 8 * grid.affine)
         bits[scheme.grid] = rows * (8 * packing.packed_bytes(codes_per_row(width, grid.p), grid.size) + beside)
     schemes: dict[str, WeightScheme | ActivationScheme | None] = {scheme.grid: scheme for scheme in options}
-    return _Item(name, kind, places, schemes, {s.grid: _activation_error(s, width) for s in options}, bits)
+    return _Item(name, name, kind, places, schemes, {s.grid: _activation_error(s, width) for s in options}, bits)
 
 
 def _options(recipe: Recipe, path: str, kind: str, scheme: ActivationScheme) -> list[ActivationScheme]:
-    """The scheme with every width of its grid's family, or itself where an override set it."""
-    family = _FAMILY.fullmatch(scheme.grid)
-    if _is_overridden(recipe, path, kind) or family is None or family[1] not in grids.FAMILIES:
+    """The scheme with every grid of its grid's family, or itself where an override set it."""
+    if _is_overridden(recipe, path, kind):
         return [scheme]
-    return [replace(scheme, grid=f"{family[1]}{bits}") for bits in range(grids.MIN_BITS, grids.MAX_BITS + 1)]
+    return [replace(scheme, grid=name) for name in grids.family(scheme.grid)]
 
 
 def weight_candidates(recipe: Recipe) -> list[str]:
@@ -253,13 +272,7 @@ def weight_candidates(recipe: Recipe) -> list[str]:
     if budget is not None and budget.grids is not None:
         return list(budget.grids)
     assert scheme is not None
-    family = _FAMILY.fullmatch(scheme.grid)
-    if family is not None and family[1] in grids.FAMILIES:
-        return [f"{family[1]}{bits}" for bits in range(grids.MIN_BITS, grids.MAX_BITS + 1)] + [KEEP]
-    dimension = grids.load(scheme.grid).p
-    packaged = [name for name in grids.names() if name.startswith(f"p{dimension}n")]
-    own = [] if scheme.grid in packaged else [scheme.grid]  # one from a file
-    return [*own, *packaged, KEEP]
+    return [*grids.family(scheme.grid), KEEP]
 
 
 def _with_choices(slots: Slots, items: list[_Item], found: Allocation, recipe: Recipe) -> Slots:
@@ -270,9 +283,8 @@ def _with_choices(slots: Slots, items: list[_Item], found: Allocation, recipe: R
             if module in attentions:
                 attentions[module] = replace(attentions[module], **{place: scheme})
                 continue
-            linears[module] = replace(linears[module], **{place: scheme})
-            if recipe.hadamard is not None and scheme is None and linears[module].input is None:
-                linears[module] = replace(linears[module], transform=None)  # nothing is left to rotate for
+            slot = linears[module]
+            linears[module] = _kept(recipe, slot) if scheme is None else replace(slot, **{place: scheme})
     return Slots(linears, attentions)
 
 
@@ -306,20 +318,32 @@ def _values(adapter: Adapter, item: _Item) -> int:
     return adapter.num_kv_heads * adapter.head_dim
 
 
-def _other_bytes(recipe: Recipe, adapter: Adapter, items: list[_Item]) -> int:
+def _other_bytes(recipe: Recipe, adapter: Adapter, slots: Slots, items: list[_Item]) -> int:
     """Bytes on disk of everything but the weights that the budget decides."""
-    if recipe.expand or recipe.expand_mlp not in (0, "auto"):
-        raise PaleyError("budget.size: with expand the size of the other tensors changes too; give budget.weights")
     skipped = {f"{name}.weight" for item in items if item.kind == "weight" for name, _ in item.places}
     values = sum(p.numel() for name, p in adapter.model.named_parameters() if name not in skipped)
     if recipe.rotate and adapter.model.config.tie_word_embeddings:
         values += adapter.part("embedding").weight.numel()  # untied
-    return values * _itemsize(recipe)
+    means = sum(slot.center_keys and slot.keys is not None for slot in slots.attentions.values())
+    return values * _itemsize(recipe) + means * 2 * adapter.num_kv_heads * adapter.head_dim
 
 
-def _head_bytes(recipe: Recipe, adapter: Adapter, items: list[_Item]) -> int:
-    """What is read for every token besides: lm_head; of the embedding a row, of the norms next to nothing."""
-    return adapter.part("head").weight.numel() * _itemsize(recipe)
+def _other_reads(recipe: Recipe, adapter: Adapter, slots: Slots, items: list[_Item]) -> int:
+    """Bytes read for every token beside the items: lm_head, kept weights, a cache of 16 bits a value.
+
+    Of the embedding that is a row, of the norms next to nothing.
+    """
+    decided = {name for item in items if item.kind == "weight" for name, _ in item.places}
+    kept = sum(
+        block.part(role).weight.numel()
+        for block in adapter.blocks
+        for role, path in block.linears()
+        if path not in decided
+    )
+    sides = sum((slot.keys is None) + (slot.values is None) for slot in slots.attentions.values())
+    assert recipe.budget is not None
+    cache = 2 * recipe.budget.context * sides * adapter.num_kv_heads * adapter.head_dim
+    return (adapter.part("head").weight.numel() + kept) * _itemsize(recipe) + cache
 
 
 def _itemsize(recipe: Recipe) -> int:
@@ -327,4 +351,4 @@ def _itemsize(recipe: Recipe) -> int:
 
 
 # Bytes that each of `_TOTALS` counts beside the items.
-_BESIDE = {"size": _other_bytes, "read": _head_bytes}
+_BESIDE = {"size": _other_bytes, "read": _other_reads}

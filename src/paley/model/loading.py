@@ -25,7 +25,8 @@ from paley.format.checkpoint import Checkpoint
 from paley.model.adapter import architecture
 
 __all__ = [
-    "Source", "check_fit", "check_seq_len", "empty_model", "load_tokenizer", "open_source", "read_config", "resolve",
+    "Source", "check_fit", "check_seq_len", "empty_model", "is_ignored", "load_tokenizer", "open_source", "read_config",
+    "resolve",
 ]  # fmt: skip
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -71,6 +72,19 @@ class Source:
         return load_tokenizer(self.path)
 
 
+def _check_tie(path: Path, checkpoint: Checkpoint, config: Any) -> None:
+    """Raises where the config ties lm_head to the embedding, but the files hold another weight for it."""
+    row = architecture(config.model_type)
+    head, embedding = f"{row.head}.weight", f"{row.embedding}.weight"
+    if not config.tie_word_embeddings or head not in checkpoint or embedding not in checkpoint:
+        return
+    if not torch.equal(checkpoint.tensor(head), checkpoint.tensor(embedding)):
+        raise PaleyError(
+            f"{path}: config.json says tie_word_embeddings, but {head} is not {embedding}; set it to false there if "
+            "the head is meant to be its own, or remove the tensor"
+        )
+
+
 def read_config(path: Path) -> Any:
     """The configuration in a local folder, as transformers understands it; PaleyError where it does not."""
     try:
@@ -100,11 +114,17 @@ def check_fit(folder: Path, shapes: Mapping[str, tuple[int, ...]], model: PreTra
                 f"{folder}: config.json and the weights disagree: {name} has shape {list(shapes[name])}, the config "
                 f"makes it {list(tensor.shape)}; use the config.json these weights came with"
             )
-    if extra := [name for name in shapes if name not in wanted]:
+    if extra := [name for name in shapes if name not in wanted and not is_ignored(name, model)]:
         raise PaleyError(
             f"{folder}: config.json and the weights disagree: {len(extra)} tensors too many, the first is "
             f"{extra[0]}; use the config.json these weights came with"
         )
+
+
+def is_ignored(name: str, model: PreTrainedModel) -> bool:
+    """Whether transformers passes a tensor of this name over: old checkpoints hold tables that are computed now."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return any(re.search(pattern, name) for pattern in patterns) or name.endswith("rotary_emb.inv_freq")
 
 
 def check_seq_len(config: Any, lengths: Mapping[str, int]) -> None:
@@ -137,6 +157,7 @@ def open_source(model: str | Path) -> Source:
     if getattr(config, "quantization_config", None) is not None:
         raise PaleyError(f"{path}: is quantized already; give the original, full-precision checkpoint")
     checkpoint.check_finite()
+    _check_tie(path, checkpoint, config)
     return Source(path, checkpoint, checkpoint.fingerprint(), config)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from math import prod
 
+from paley.format import spec
 from paley.format.checkpoint import Checkpoint
-from paley.model.calibrate import LayerReport
+from paley.model.adapter import RESIDUAL_WRITERS, Adapter
 from paley.model.loading import Source
+from paley.pipeline.stages import storage_dtype
 from paley.plan import Plan
 
 __all__ = ["parameter_count", "quantized_bits", "untouched"]
@@ -18,13 +19,28 @@ def parameter_count(source: Source) -> int:
     return sum(prod(source.checkpoint.shape(name)) for name in source.checkpoint.names)
 
 
-def quantized_bits(reports: Iterable[LayerReport], source: Source) -> float | None:
-    """Bits per original weight of the quantized linears: codes, scales, zeros, expansion; None where there are none."""
-    bits = weights = 0
-    for report in reports:
-        bits += report.stored_bits
-        weights += prod(source.checkpoint.shape(f"{report.name}.weight"))
-    return bits / weights if weights else None
+def quantized_bits(plan: Plan, source: Source) -> float | None:
+    """Stored bits for each original weight of the linears that the recipe quantizes; None where it quantizes none.
+
+    Codes, scales, zeros and expansion count, and at its full width what the budget chose to keep; what an override
+    keeps does not.
+    """
+    itemsize = storage_dtype(plan.recipe, source).itemsize
+    residual = plan.rotation.residual if plan.rotation is not None else None
+    stored = weights = 0
+    for block in Adapter(source.skeleton()).blocks:
+        for role, path in block.linears():
+            slot = plan.linears[path]
+            if slot.weight is None and plan.recipe.linear_slot(path).weight is None:
+                continue
+            out_features, in_features = block.part(role).weight.shape
+            weights += out_features * in_features
+            if residual is not None and role in RESIDUAL_WRITERS:
+                out_features = residual.out_dim
+            elif residual is not None:
+                in_features = residual.out_dim
+            stored += spec.linear_bytes(path, slot, in_features, out_features, itemsize)
+    return 8 * stored / weights if weights else None
 
 
 def untouched(checkpoint: Checkpoint, plan: Plan) -> dict[str, int]:

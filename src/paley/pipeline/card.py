@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
+from paley.core.schemes import ActivationScheme, WeightScheme
 from paley.plan import Plan
 
 __all__ = ["model_card"]
@@ -63,10 +66,10 @@ def model_card(results: dict[str, Any], plan: Plan) -> str:
             rotation += f", residual stream widened from {residual.in_dim}"
     return _CARD.format(
         model_type=results["model_type"],
-        weights=_scheme(recipe.weights),
-        inputs=_scheme(recipe.inputs),
-        keys=_scheme(recipe.keys),
-        values=_scheme(recipe.values),
+        weights=_schemes(slot.weight for slot in plan.linears.values()),
+        inputs=_schemes(slot.input for slot in plan.linears.values()),
+        keys=_schemes(slot.keys for slot in plan.attentions.values()),
+        values=_schemes(slot.values for slot in plan.attentions.values()),
         rotation=rotation,
         bits=results["bits_per_weight"],
         size=results["bytes"],
@@ -90,8 +93,7 @@ def _scores(measured: dict[str, Any] | None) -> str:
     )
 
 
-def _scheme(scheme: Any) -> str:
-    if scheme is None:
-        return "16 bits"
-    group = f", groups of {scheme.group_size}" if scheme.group_size else ""
-    return f"{scheme.grid}{group}"
+def _schemes(schemes: Iterable[WeightScheme | ActivationScheme | None]) -> str:
+    """'p2n64 × 12, p2n256 × 2': what is really in the slots, the most frequent first."""
+    found = Counter("16 bits" if scheme is None else scheme.grid for scheme in schemes)
+    return ", ".join(f"{grid} × {count}" if len(found) > 1 else grid for grid, count in found.most_common())

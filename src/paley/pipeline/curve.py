@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 from paley.core.errors import PaleyError
-from paley.format import spec
 from paley.model.loading import Source, check_seq_len, open_source
+from paley.pipeline.accounting import quantized_bits
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.sensitivities import measure_for
 from paley.pipeline.stages import check_reach, decide
@@ -57,19 +56,15 @@ def accuracy_size_curve(
         sensitivity = measure_for(recipe, source, None, monitor, device)
     points = []
     for bits, each in wanted.items():
-        plan = decide(source, each, Texts(None, None, None), None, monitor, device, sensitivity)
+        heard = Monitor() if points else monitor  # a note holds for all of them
+        plan = decide(source, each, Texts(None, None, None), None, heard, device, sensitivity)
         points.append(_point(bits, plan, source))
     return points
 
 
 def _point(budget: float, plan: Plan, source: Source) -> CurvePoint:
-    bits = weights = 0
-    for name, slot in plan.linears.items():
-        out_features, in_features = source.checkpoint.shape(name + spec.WEIGHT)
-        weights += out_features * in_features
-        width = in_features if slot.transform is None else slot.transform.out_dim
-        tensors = spec.expected_tensors(name, slot, width, out_features).values()
-        bits += sum(8 * (dtype.itemsize if dtype else 2) * prod(shape) for dtype, shape in tensors)
+    bits = quantized_bits(plan, source)
+    assert bits is not None
     assert plan.predicted_loss is not None
     used = Counter("keep" if slot.weight is None else slot.weight.grid for slot in plan.linears.values())
-    return CurvePoint(budget, bits / weights, plan.predicted_loss, dict(used.most_common()))
+    return CurvePoint(budget, bits, plan.predicted_loss, dict(used.most_common()))

@@ -82,7 +82,7 @@ def quantize(
         plan.check_fingerprint(source.fingerprint)
     if sensitivity is not None:
         sensitivity.check_fingerprint(source.fingerprint)
-    key = _key(source, plan.to_json() if plan is not None else wanted.hash() + _digest(sensitivity))
+    key = _key(source, wanted, plan.to_json() if plan is not None else wanted.hash() + _digest(sensitivity))
     with open_run(output, key, resume=resume, overwrite=overwrite) as run:
         if not (resume and run.finished) and not (run.checkpoint / RESULTS).exists():
             _make(source, wanted, plan, sensitivity, run, monitor, device, workers)
@@ -126,6 +126,8 @@ def _make(
     plan = plan or _plan(source, recipe, texts, sensitivity, run, monitor, device)
     dtype = storage_dtype(recipe, source)
     if is_data_free(plan):
+        if device != "cpu":
+            monitor.note("weights are quantized on the CPU, one after the other; --workers shares them among processes")
         reports = stream_checkpoint(source, plan, run, monitor, dtype, workers)
         model = load_stored(run.checkpoint, plan, device) if texts.test is not None else None
     else:
@@ -153,7 +155,7 @@ def _make(
         "fingerprint": source.fingerprint,
         "parameters": weights,
         "bits_per_weight": bits,
-        "bits_per_quantized_weight": quantized_bits(reports, source),
+        "bits_per_quantized_weight": quantized_bits(plan, source),
         "bytes": stored.nbytes,
         "original_bytes": source.checkpoint.nbytes,
         "untouched": untouched(stored, plan),
@@ -204,5 +206,7 @@ def _digest(sensitivity: Sensitivity | None) -> str:
     return "" if sensitivity is None else hashlib.sha256(sensitivity.to_json().encode()).hexdigest()
 
 
-def _key(source: Source, wanted: str) -> str:
-    return hashlib.sha256(f"{source.fingerprint} {wanted}".encode()).hexdigest()
+def _key(source: Source, recipe: Recipe, wanted: str) -> str:
+    # The fingerprint says what the model computes, not the type that its config asks for.
+    text = f"{source.fingerprint} {storage_dtype(recipe, source)} {wanted}"
+    return hashlib.sha256(text.encode()).hexdigest()

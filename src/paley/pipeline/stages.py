@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +36,7 @@ from paley.plan import Plan, Rotation, Trial
 from paley.recipe import Recipe
 from paley.sensitivity import Sensitivity
 
-__all__ = ["check_reach", "decide", "execute", "prepare_", "storage_dtype"]
+__all__ = ["check_plan", "check_reach", "decide", "execute", "prepare_", "storage_dtype"]
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -63,13 +65,16 @@ def decide(
         check_budget(recipe, adapter, Slots(linears, attentions))
         sensitivity = sensitivity or measure_for(recipe, source, run, monitor, device)
         sensitivity.check_fingerprint(source.fingerprint)
+        if not recipe.rotate and recipe.hadamard is None:
+            monitor.note("budget: the predicted loss counts on Gaussian values, but nothing is rotated to make them so")
         slots, allocation = decide_grids(recipe, adapter, Slots(linears, attentions), sensitivity)
         linears, attentions, predicted = slots.linears, slots.attentions, allocation.loss
     plan = Plan(
         fingerprint=source.fingerprint, model_type=source.config.model_type, recipe=recipe, rotation=rotation,
-        grids=custom_points(slot.weight.grid for slot in linears.values() if slot.weight is not None),
         linears=linears, attentions=attentions, predicted_loss=predicted,
     )  # fmt: skip
+    # Whatever names a grid of a user's file, the recipe too, must be readable elsewhere.
+    plan = plan.model_copy(update={"grids": custom_points(_texts(plan.model_dump(mode="json")))})
     if not searches:
         return plan
     assert texts.search is not None
@@ -115,7 +120,7 @@ def execute(
     """-> the quantized model, ready to run or to save, and a report for each quantized layer."""
     plan.check_fingerprint(source.fingerprint)
     adapter = Adapter(source.load(device=device))
-    _check_plan(plan, adapter)
+    check_plan(plan, adapter)
     prepare_(source, adapter, plan)
     reports = _quantize_blocks(BlockRunner(adapter), plan, texts, run, "final", monitor)
     return adapter.model, reports
@@ -127,6 +132,15 @@ def storage_dtype(recipe: Recipe, source: Source) -> torch.dtype:
         return _DTYPES[recipe.dtype]
     own = getattr(source.config, "dtype", None)
     return own if own in (torch.float16, torch.bfloat16) else torch.float16
+
+
+def _texts(data: Any) -> Iterator[str]:
+    """Every text in plain data."""
+    if isinstance(data, str):
+        yield data
+    elif isinstance(data, dict | list):
+        for value in data.values() if isinstance(data, dict) else data:
+            yield from _texts(value)
 
 
 def _slots(
@@ -156,7 +170,7 @@ def _in_hadamard_blocks(slot: LinearSlot, width: int, recipe: Recipe) -> LinearS
     return replace(slot, transform=transform, weight=replace(slot.weight, group_size=group_size))
 
 
-def _check_plan(plan: Plan, adapter: Adapter) -> None:
+def check_plan(plan: Plan, adapter: Adapter) -> None:
     """Raises where an edited plan no longer fits the model, or its slots no longer fit its rotation."""
     linears, attentions = _slots(plan.recipe, adapter, plan.rotation)
     for wanted, given in ((linears, plan.linears), (attentions, plan.attentions)):

@@ -10,26 +10,31 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from paley.core.errors import PaleyError
-from paley.core.rounding import Quantized
+from paley.core.grids import know
 from paley.core.schemes import LinearSlot
+from paley.core.transforms import Transform
 from paley.format import spec
 from paley.format.checkpoint import Checkpoint, read_tensors
 from paley.format.header import TensorInfo, read_metadata
 from paley.format.writer import ShardWriter, write_tensors
 from paley.methods.nearest import quantize_nearest
+from paley.model.adapter import Adapter
 from paley.model.calibrate import LayerReport
-from paley.model.loading import Source
+from paley.model.loading import Source, is_ignored
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.run_directory import RunDirectory
 from paley.pipeline.saving import cast_to_store, finish_checkpoint
+from paley.pipeline.stages import check_plan
 from paley.plan import Plan
 
 __all__ = ["TensorJob", "is_data_free", "quantize_tensor", "stream_checkpoint"]
@@ -60,7 +65,7 @@ def quantize_tensor(job: TensorJob) -> LayerReport:
     scheme, transform = job.slot.weight, job.slot.transform
     assert scheme is not None
     weight = job.weight.read()
-    parts: list[Quantized] = []
+    parts: dict[str, list[Tensor]] = {}
     error = norm = 0.0
     for rows in weight.split(max(1, _CHUNK // weight.shape[1])):
         rows = rows.double() if transform is None else transform.apply(rows.double())
@@ -68,31 +73,20 @@ def quantize_tensor(job: TensorJob) -> LayerReport:
         part = quantize_nearest(rows, scheme, where=job.name)
         error += float(torch.linalg.vector_norm(part.dequantize() - rows)) ** 2
         norm += float(torch.linalg.vector_norm(rows)) ** 2
-        parts.append(part)
-    quantized = _stacked(parts)
-    tensors = spec.encode_linear(job.name, quantized)
+        for name, stored in spec.encode_linear(job.name, part).items():  # rows are packed each by itself
+            parts.setdefault(name, []).append(stored)
+    tensors = {name: torch.cat(rows) for name, rows in parts.items()}
     rel_error = error / norm if norm else error
     write_tensors(job.file, tensors, {"rel_error": repr(rel_error)})
     return LayerReport(job.name, rel_error, 8 * sum(t.nbytes for t in tensors.values()), None)
-
-
-def _stacked(parts: list[Quantized]) -> Quantized:
-    """Rows of one weight, put together again."""
-    zeros = [part.zeros for part in parts if part.zeros is not None]
-    first = parts[0]
-    return Quantized(
-        torch.cat([part.codes for part in parts]),
-        torch.cat([part.scales for part in parts]),
-        torch.cat(zeros) if zeros else None,
-        first.grid,
-        first.columns,
-    )
 
 
 def stream_checkpoint(
     source: Source, plan: Plan, run: RunDirectory, monitor: Monitor, dtype: torch.dtype, workers: int = 1
 ) -> list[LayerReport]:
     """Quantizes every weight of the plan and writes the checkpoint folder of the run -> a report for each weight."""
+    skeleton = source.skeleton()
+    check_plan(plan, Adapter(skeleton))
     jobs = [
         TensorJob(name, source.checkpoint.info(name + spec.WEIGHT), slot, run.tensor_file(name))
         for name, slot in plan.linears.items()
@@ -100,22 +94,21 @@ def stream_checkpoint(
     ]
     monitor.stage("quantizing weights", len(jobs))
     reports = {}
-    for report in _run(jobs, workers):
+    for report in _run(jobs, plan, workers):
         reports[report.name] = report
         monitor.step(f"{report.name}  rel_error {report.rel_error:.4f}")
     files = {job.name: job.file for job in jobs}
     monitor.stage("writing the checkpoint", len(source.checkpoint))
-    skeleton = source.skeleton()
     with ShardWriter(run.fresh_checkpoint(), max_shard_bytes=_SHARD) as writer:
-        for name, tensor in _tensors(source, files, set(skeleton.all_tied_weights_keys), dtype):
+        for name, tensor in _tensors(source, plan, files, skeleton, dtype):
             writer.add(name, tensor, own=True)
             monitor.step(name)
     finish_checkpoint(run.checkpoint, skeleton, plan, source, dtype)
-    _check_stored(run.checkpoint, jobs)
+    _check_stored(run.checkpoint, source, plan, files)
     return [reports[job.name] for job in jobs]
 
 
-def _run(jobs: list[TensorJob], workers: int) -> Iterator[LayerReport]:
+def _run(jobs: list[TensorJob], plan: Plan, workers: int) -> Iterator[LayerReport]:
     """Reports as they come; a weight whose file is there already is not made again."""
     waiting = []
     for job in jobs:
@@ -129,12 +122,23 @@ def _run(jobs: list[TensorJob], workers: int) -> Iterator[LayerReport]:
         return
     # Spawned, as torch's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,))
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(plan.grids,))
     try:
         for done in as_completed([pool.submit(quantize_tensor, job) for job in waiting]):
             yield done.result()
+    except BrokenProcessPool:
+        raise PaleyError(
+            f"one of the {workers} processes was ended from outside, as a system does that runs out of memory; go on "
+            "with --resume and fewer --workers"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _begin(grids: dict[str, list[list[float]]]) -> None:
+    """What a new process must know: the grids that came from files, and to use one thread."""
+    know(grids)
+    torch.set_num_threads(1)
 
 
 @contextmanager
@@ -155,27 +159,41 @@ def _finished(job: TensorJob) -> LayerReport:
 
 
 def _tensors(
-    source: Source, files: dict[str, Path], tied: set[str], dtype: torch.dtype
+    source: Source, plan: Plan, files: dict[str, Path], skeleton: PreTrainedModel, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of the new checkpoint, one in memory at a time: codes from their files, the rest as it was."""
+    tied = set(skeleton.all_tied_weights_keys)
     for name in source.checkpoint.names:
         layer = name.removesuffix(spec.WEIGHT)
         if name.endswith(spec.WEIGHT) and layer in files:
             yield from read_tensors(files[layer]).items()
-        elif name not in tied:
-            yield name, cast_to_store(name, source.checkpoint.tensor(name), dtype)
+        elif name not in tied and not is_ignored(name, skeleton):
+            tensor = source.checkpoint.tensor(name)
+            if name.endswith(spec.WEIGHT) and layer in plan.linears:
+                tensor = _rotated(tensor, plan.linears[layer].transform)
+            yield name, cast_to_store(name, tensor, dtype)
 
 
-def _check_stored(folder: Path, jobs: list[TensorJob]) -> None:
-    """Raises unless the folder holds, of every quantized weight, just the tensors that its slot asks for."""
+def _rotated(weight: Tensor, transform: Transform | None) -> Tensor:
+    """A weight that stays unquantized, in the coordinates that its input is turned to at run time."""
+    if transform is None:
+        return weight
+    rows = weight.split(max(1, _CHUNK // weight.shape[1]))
+    return torch.cat([transform.apply(part.double()).float() for part in rows])
+
+
+def _check_stored(folder: Path, source: Source, plan: Plan, files: dict[str, Path]) -> None:
+    """Reads the folder back; raises unless it holds, of every linear, just what its slot asks for and was made."""
     stored = Checkpoint.open(folder)
-    for job in jobs:
-        out_features, in_features = job.weight.shape
-        width = in_features if job.slot.transform is None else job.slot.transform.out_dim
-        for name, (dtype, shape) in spec.expected_tensors(job.name, job.slot, width, out_features).items():
+    for layer, slot in plan.linears.items():
+        out_features, in_features = source.checkpoint.shape(layer + spec.WEIGHT)
+        expected = spec.expected_tensors(layer, slot, slot.stored_width(in_features), out_features)
+        made = read_tensors(files[layer]) if layer in files else {}
+        for name, (dtype, shape) in expected.items():
             info = stored.info(name)
-            if (info.dtype, info.shape) != (dtype, shape):
+            good = info.shape == shape and dtype in (None, info.dtype)
+            if not good or (name in made and not torch.equal(stored.tensor(name), made[name])):
                 raise PaleyError(
-                    f"{info.file}: {name} is {info.dtype} {list(info.shape)}, must be {dtype} {list(shape)}; "
+                    f"{info.file}: {name} reads back as {info.dtype} {list(info.shape)}, not as it was written; "
                     "nothing was published; please report this"
                 )

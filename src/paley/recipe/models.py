@@ -87,8 +87,9 @@ class Budget(_Frozen):
 
     weights: stored bits for each weight of the quantized linears, scales included. size: bytes of all tensors on disk.
     kv, inputs: bits for each cached value, and for each value that a linear reads. read: bytes read to generate a token
-    with `context` tokens in the cache. grids: candidates for weights, `keep` for unquantized; null: all of the kind
-    that the recipe's weights have. Slopes come from a file, or are measured on `source` (see Sensitivity).
+    with `context` tokens in the cache, quantized or not. grids: candidates for weights, `keep` for unquantized; null:
+    all of the kind that the recipe's weights have. Slopes come from a file, or are measured on `source` (see
+    Sensitivity). A budget counts the model's own widths, and excludes expansion.
     """
 
     weights: Bits | None = None
