@@ -40,7 +40,7 @@ from paley.pipeline.sensitivities import measure_on, random_ids
 from paley.pipeline.stages import decide, execute
 from paley.pipeline.texts import Texts
 from paley.plan import Plan
-from paley.recipe import preset
+from paley.recipe import apply_settings, preset
 from paley.recipe.saving import json_lines
 
 FIGURE = RESULTS.parents[1] / "docs" / "figures" / "linearity.png"
@@ -56,7 +56,8 @@ LINEAR = 0.67, 1.5
 def setting(model: str, sequences: int, test: int) -> tuple[Source, Texts, Reference, Plan]:
     source = open_source(model_folder(model))
     blocks = texts(model, source.tokenizer(), calibration=sequences, search=0, test=test)
-    plan = decide(source, preset("higgs-2"), blocks, None, Monitor(), "cpu")
+    as_published = apply_settings(preset("higgs-2"), ["weights.scale_search=rms"])
+    plan = decide(source, as_published, blocks, None, Monitor(), "cpu")
     return source, blocks, Reference.of(source.load(), blocks.test), plan
 
 

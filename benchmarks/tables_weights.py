@@ -86,20 +86,39 @@ def _cell(row: dict, most: float) -> str:
 
 
 def linearity() -> list[str]:
-    lines = []
-    for model in MODELS:
-        if (found := _read(f"linearity-{model}.json")) is None:
-            continue
-        lines += [f"**{model}**: " + found["summary"], ""] if "summary" in found else []
-    if lines:
-        lines = [
-            "## Predicted and measured loss",
-            "",
-            "![predicted against measured](figures/linearity.png)",
-            "",
-            *lines,
-        ]
-    return lines
+    """Predicted loss against measured, by bits, and the layers whose error is not their grid's."""
+    found = {model: r["summary"] for model in MODELS if (r := _read(f"linearity-{model}.json")) is not None}
+    if not found:
+        return []
+    lines = [
+        "## Predicted and measured loss",
+        "",
+        "![predicted against measured](figures/linearity.png)",
+        "",
+        "48 allocations of p = 2 grids with scales by rms, HIGGS alone: what the slopes predict against what was",
+        "measured, KL in nats per token. `python benchmarks/linearity.py MODEL`",
+        "",
+        "| | " + " | ".join(found) + " |",
+        "|---" * (len(found) + 1) + "|",
+    ]
+    rows: dict[str, list[str]] = {"rank correlation, 30 random ones of 3 to 5 bits": []}
+    for summary in found.values():
+        kl = summary["kl"]
+        rows["rank correlation, 30 random ones of 3 to 5 bits"].append(f"{kl['spearman']:.3f}")
+        rows.setdefault("correlation of logs, mean bits regressed out", []).append(
+            f"{kl['pearson of logs, bits regressed out']:.3f}"
+        )
+        for bits, (ratio, count) in kl["median ratio by bits"].items():
+            rows.setdefault(f"measured / predicted, {bits} bits", []).append(f"{ratio:.2f} ({count})")
+        for pair, rank in summary["rank correlations of slopes"].items():
+            rows.setdefault(f"slopes: {pair}", []).append(f"{rank:.3f}")
+        for grid in ("p2n256", "p2n64", "p2n16"):
+            layers = summary[f"rel_error / t2 - 1, {grid}"]
+            beyond = len(layers["beyond 3%, and in standard errors"])
+            rows.setdefault(f"layers' error / t² − 1, {grid}: mean, largest, layers beyond 3%", []).append(
+                f"{layers['mean']:+.1%}, {layers['largest']:+.1%}, {beyond}"
+            )
+    return [*lines, *(f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items()), ""]
 
 
 def sensitivities() -> list[str]:
