@@ -192,3 +192,14 @@ def test_processes_that_cannot_share_the_work_are_mentioned(made, tmp_path):
     args = ["--preset", "w4a16", "--workers", 2, "--set", *sizes]
     shown = paley_("quantize", made.model, *args, "--output", tmp_path / "o")
     assert "one process is at work, not more" in shown.err
+
+
+def test_no_score_is_reported_on_the_text_behind_the_slopes(made, tmp_path):
+    text, slopes, out = tmp_path / "t.txt", tmp_path / "alpha.json", tmp_path / "o"
+    sentences = (f"{i} green bottles hang on a wall of {i * i} stones. " * 4 for i in range(60))
+    text.write_text("\n<|endoftext|>\n".join(sentences))
+    paley_("sensitivity", made.model, "--output", slopes, "--text", text, *SLOPES[2:])
+    test = ["--test", text, "--set", "test.sequences=2", "test.seq_len=32"]
+    paley_("quantize", made.model, "--target-bpw", 4.2, "--sensitivity", slopes, *test, "--output", out)
+    assert paley.Plan.load(out / "plan.json").recipe.budget.source == str(text)
+    assert "tuned on this text" in paley_("eval", out, "--data", text, code=2).err

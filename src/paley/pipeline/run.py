@@ -68,6 +68,7 @@ def quantize(
         raise PaleyError("quantize: give either a recipe or a plan")
     wanted = plan.recipe if plan is not None else recipe
     assert wanted is not None
+    wanted = _as_measured(wanted, sensitivity)
     check_output(output, resume=resume, overwrite=overwrite)
     if wanted.test is None and not (is_data_free(plan) if plan is not None else not needs_data(wanted)):
         raise PaleyError(
@@ -99,10 +100,18 @@ def make_plan(
     monitor: Monitor | None = None,
 ) -> Plan:
     """Decides only: the plan that `quantize` with this recipe would execute."""
-    source = open_source(model)
+    source, recipe = open_source(model), _as_measured(recipe, sensitivity)
     check_lengths(recipe, source, measures=_measures(recipe, None, sensitivity))
     texts = gather(recipe, source, device)
     return decide(source, recipe, texts, None, monitor or Monitor(), device, sensitivity)
+
+
+def _as_measured(recipe: Recipe, sensitivity: Sensitivity | None) -> Recipe:
+    """The recipe with the text and metric that its slopes really have: no score is reported on that text."""
+    if recipe.budget is None or sensitivity is None:
+        return recipe
+    measured = {"source": sensitivity.text.source, "metric": sensitivity.metric}
+    return recipe.model_copy(update={"budget": recipe.budget.model_copy(update=measured)})
 
 
 def _measures(recipe: Recipe, plan: Plan | None, sensitivity: Sensitivity | None) -> bool:
