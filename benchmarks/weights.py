@@ -116,9 +116,10 @@ def _ours(grid: str) -> Recipe:
 
 
 def allocated(budget: float) -> dict[str, Recipe]:
-    base = apply_settings(preset("higgs-2"), [f"budget={{weights: {budget}, sequences: 4, seq_len: 256}}"])
+    limit = f"weights: {budget}, sequences: 4, seq_len: 256"
+    base = apply_settings(preset("higgs-2"), [f"budget={{{limit}}}"])
     every = [n for n in tables.names() if n[1] in "234"] + [n for n in grids.names() if n.startswith("e8")]
-    mixed = apply_settings(base, [f"budget={{weights: {budget}, sequences: 4, seq_len: 256, grids: [{', '.join(every)}, keep]}}"])
+    mixed = apply_settings(base, [f"budget={{{limit}, grids: [{', '.join(every)}, keep]}}"])
     return {
         "unbiased p=2 + allocation": base,
         "unbiased p=2..4, e8 + allocation": mixed,

@@ -15,13 +15,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from huggingface_hub.utils import enable_progress_bars
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.utils import logging
-from typer.testing import CliRunner
 
 import paley
-from paley.cli import app, using
+from command_line import paley_
+from paley.cli import using
 from paley.cli.process import spread_settings
 from paley.cli.progress import LineMonitor, watching
 
@@ -36,23 +34,6 @@ SIZES = [
     "test.seq_len=64",
 ]
 VERBS = ("quantize", "plan", "sensitivity", "eval", "generate", "inspect", "dequantize", "theory", "presets")
-
-
-@pytest.fixture(autouse=True)
-def _libraries_as_before():
-    """The command line silences transformers; other tests want to hear it."""
-    level = logging.get_verbosity()
-    yield
-    logging.set_verbosity(level)
-    logging.enable_progress_bar()
-    enable_progress_bars()
-
-
-def paley_(*args: object, code: int = 0) -> SimpleNamespace:
-    """Runs the command line in this process -> its stdout and stderr; the exit code must be `code`."""
-    result = CliRunner().invoke(app, [str(arg) for arg in args])
-    assert result.exit_code == code, f"{result.exit_code}: {result.output}\n{result.exception!r}"
-    return SimpleNamespace(out=result.stdout, err=result.stderr)
 
 
 @pytest.fixture(scope="module")

@@ -10,34 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from huggingface_hub.utils import enable_progress_bars
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.utils import logging
-from typer.testing import CliRunner
 
 import paley
-from paley.cli import app
+from command_line import paley_
 
 SLOPES = ["--text", "random", "--sequences", 2, "--seq-len", 24, "--levels", 3]
 MEASURED = ["--set", "budget.source=random", "budget.sequences=2", "budget.seq_len=24", "budget.levels=3"]
-
-
-@pytest.fixture(autouse=True)
-def _libraries_as_before():
-    """The command line silences transformers; other tests want to hear it."""
-    level = logging.get_verbosity()
-    yield
-    logging.set_verbosity(level)
-    logging.enable_progress_bar()
-    enable_progress_bars()
-
-
-def paley_(*args: object, code: int = 0) -> SimpleNamespace:
-    """Runs the command line in this process -> its stdout and stderr; the exit code must be `code`."""
-    result = CliRunner().invoke(app, [str(arg) for arg in args])
-    assert result.exit_code == code, f"{result.exit_code}: {result.output}\n{result.exception!r}"
-    return SimpleNamespace(out=result.stdout, err=result.stderr)
 
 
 @pytest.fixture(scope="module")

@@ -5,37 +5,16 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from huggingface_hub.utils import enable_progress_bars
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.utils import logging
-from typer.testing import CliRunner
 
-from paley.cli import app
+from command_line import paley_
 from paley.model.sensitivity import NoiseProbe
 from paley.sensitivity import Sensitivity
 
 SIZES = ["--sequences", 2, "--seq-len", 24, "--levels", 3]
-
-
-@pytest.fixture(autouse=True)
-def _libraries_as_before():
-    """The command line silences transformers; other tests want to hear it."""
-    level = logging.get_verbosity()
-    yield
-    logging.set_verbosity(level)
-    logging.enable_progress_bar()
-    enable_progress_bars()
-
-
-def paley_(*args: object, code: int = 0) -> SimpleNamespace:
-    """Runs the command line in this process -> its stdout and stderr; the exit code must be `code`."""
-    result = CliRunner().invoke(app, ["sensitivity", *(str(arg) for arg in args)])
-    assert result.exit_code == code, f"{result.exit_code}: {result.output}\n{result.exception!r}"
-    return SimpleNamespace(out=result.stdout, err=result.stderr)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +33,7 @@ def model(tiny_tokenizer, tmp_path_factory) -> Path:
 
 def test_tables_file_and_what_to_type_next(model, tmp_path):
     output = tmp_path / "alpha.json"
-    shown = paley_(model, "--output", output, "--text", "random", *SIZES, "--activations")
+    shown = paley_("sensitivity", model, "--output", output, "--text", "random", *SIZES, "--activations")
     found = Sensitivity.load(output)
     assert len(found.slots) == 14 + 12
     steepest = max(found.slots, key=lambda name: found.slots[name].alpha)
@@ -83,7 +62,7 @@ def test_tables_file_and_what_to_type_next(model, tmp_path):
 def test_json_is_one_object_that_holds_the_file(model, tmp_path):
     output = tmp_path / "alpha.json"
     args = [model, "--output", output, "--metric", "perplexity", *SIZES, "--fold", "--json"]
-    found = json.loads(paley_(*args).out)
+    found = json.loads(paley_("sensitivity", *args).out)
     assert found.keys() == {"output", "seconds", "peak_memory_bytes", "sensitivity"}
     assert found["output"] == str(output)
     assert found["sensitivity"] == json.loads(output.read_text())
@@ -95,7 +74,7 @@ def test_json_is_one_object_that_holds_the_file(model, tmp_path):
 def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(model, tmp_path, monkeypatch):
     output, partial = tmp_path / "alpha.json", tmp_path / "alpha.json.partial.jsonl"
     args = [model, "--text", "random", *SIZES, "--output"]
-    paley_(*args, tmp_path / "whole.json")
+    paley_("sensitivity", *args, tmp_path / "whole.json")
     delta, calls = NoiseProbe.delta, []
 
     def interrupted(self, slot, t, draw):
@@ -105,13 +84,13 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(model, tmp_path, mo
         return delta(self, slot, t, draw)
 
     monkeypatch.setattr(NoiseProbe, "delta", interrupted)
-    shown = paley_(*args, output, code=130)
+    shown = paley_("sensitivity", *args, output, code=130)
     assert f"what is finished is kept in {partial}" in shown.err
     assert not output.exists()
-    assert "an unfinished measurement is here; go on with --resume" in paley_(*args, output, code=2).err
+    assert "an unfinished measurement is here; go on with --resume" in paley_("sensitivity", *args, output, code=2).err
     command = shlex.split(shown.err.splitlines()[-1])
     assert command == ["paley", "sensitivity", *map(str, args), str(output), "--resume"]
-    paley_(*command[2:])
+    paley_("sensitivity", *command[2:])
     assert output.read_bytes() == (tmp_path / "whole.json").read_bytes()
     assert not partial.exists()
 
@@ -121,12 +100,12 @@ def test_overwrite_starts_anew(model, tmp_path):
     output.write_text("old")
     partial.write_text("of another run\n")
     args = [model, "--output", output, "--text", "random", *SIZES]
-    assert "exists already" in paley_(*args, code=2).err
+    assert "exists already" in paley_("sensitivity", *args, code=2).err
     assert output.read_text() == "old"
-    paley_(*args, "--overwrite")
+    paley_("sensitivity", *args, "--overwrite")
     assert Sensitivity.load(output).seed == 0
     assert not partial.exists()
-    assert "exists already" in paley_(*args, "--resume", code=2).err
+    assert "exists already" in paley_("sensitivity", *args, "--resume", code=2).err
 
 
 @pytest.mark.parametrize(
@@ -147,7 +126,7 @@ def test_overwrite_starts_anew(model, tmp_path):
 )
 def test_bad_input_ends_in_one_line_and_code_2(model, tmp_path, monkeypatch, args, complaint):
     monkeypatch.chdir(tmp_path)
-    shown = paley_(*(model if arg == "MODEL" else arg for arg in args.split()), code=2)
+    shown = paley_("sensitivity", *(model if arg == "MODEL" else arg for arg in args.split()), code=2)
     assert shown.out == ""
     assert complaint in shown.err.splitlines()[-1]
     assert shown.err.splitlines()[-1].startswith("error: ")
@@ -155,4 +134,4 @@ def test_bad_input_ends_in_one_line_and_code_2(model, tmp_path, monkeypatch, arg
 
 
 def test_help_has_an_example():
-    assert "Example: paley sensitivity" in paley_("--help").out
+    assert "Example: paley sensitivity" in paley_("sensitivity", "--help").out
