@@ -118,6 +118,7 @@ def readme() -> None:
         found = [r["rows"].get(f"{width} {c}") for c in columns]
         cells = [plus(row, "gap", 3) if row else "not measured" for row in found]
         lines.append(f"| {width.upper()} | " + " | ".join(cells) + " |")
+    lines += ["", *tables_weights.readme()]
     text = README.read_text()
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
