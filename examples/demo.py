@@ -83,7 +83,7 @@ def _sample(console: Console) -> None:
         "temperature": 0.7,
         "pad_token_id": tokenizer.eos_token_id,
     }
-    made = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **settings)
+    made = model.generate(ids, attention_mask=torch.ones_like(ids), **paley.cache_argument(model, cache), **settings)
     console.print("\nA sample of what the 3-bit model writes (the original is small and undertrained too):")
     console.print(tokenizer.decode(made[0], skip_special_tokens=True), style="italic")
 

@@ -9,5 +9,6 @@ print(f"{outcome.results['bits_per_weight']:.2f} bits per weight, every stored b
 
 model, tokenizer = paley.load(outcome.output), AutoTokenizer.from_pretrained(outcome.output)
 prompt = tokenizer("The history of", return_tensors="pt")
-ids = model.generate(**prompt, past_key_values=paley.PackedKVCache(model), max_new_tokens=40)
+cache = paley.cache_argument(model, paley.PackedKVCache(model))  # by the name that this transformers has for it
+ids = model.generate(**prompt, **cache, max_new_tokens=40)
 print(tokenizer.decode(ids[0]))

@@ -25,7 +25,7 @@ from paley.core.schemes import ActivationScheme, AttentionSlot, LinearSlot, Weig
 from paley.core.transforms import Transform
 from paley.format.spec import QuantizationConfig
 from paley.model.attention import attach_slots
-from paley.model.kv_cache import PackedKVCache
+from paley.model.kv_cache import PackedKVCache, cache_argument
 from paley.model.linear import QuantLinear
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3], [2, 7, 1, 8, 2, 8, 1, 8, 2, 8]])
@@ -122,7 +122,7 @@ def test_what_comes_back_is_what_was_written(tmp_path, name):
         assert isinstance(model.get_submodule("model.layers.0.mlp.up_proj"), QuantLinear)
     with torch.no_grad():
         cache = PackedKVCache(model)
-        chunked = torch.cat([model(x, past_key_values=cache).logits for x in IDS.split(4, 1)], 1)
+        chunked = torch.cat([model(x, **cache_argument(model, cache)).logits for x in IDS.split(4, 1)], 1)
     torch.testing.assert_close(chunked, want, rtol=0, atol=1e-4)
     assert torch.equal(logits(hf.load(tmp_path, dense=True)), want)
 

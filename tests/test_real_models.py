@@ -66,7 +66,7 @@ def test_the_demo_model_generates_from_packed_keys_and_values(tmp_path):
     cache = paley.PackedKVCache(model)
     ids = torch.tensor([[0, 400, 500, 600]])
     settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 1}
-    made = model.generate(ids, past_key_values=cache, **settings)
+    made = model.generate(ids, **paley.cache_argument(model, cache), **settings)
     plain = model.generate(ids, **settings)
     assert torch.equal(made, plain)
     # 6 layers x (64 keys + 64 values) x 4 bits, a scale and a zero each

@@ -13,7 +13,7 @@ from paley.core.hadamard import hadamard
 from paley.eval.perplexity import evaluate
 from paley.export.plain import dequantize
 from paley.hf import load
-from paley.model.kv_cache import PackedKVCache
+from paley.model.kv_cache import PackedKVCache, cache_argument
 from paley.pipeline import Monitor, Outcome
 from paley.pipeline.sensitivities import measure_sensitivity
 from paley.plan import Plan
@@ -27,6 +27,7 @@ __all__ = [
     "Recipe",
     "Sensitivity",
     "__version__",
+    "cache_argument",
     "dequantize",
     "evaluate",
     "hadamard",

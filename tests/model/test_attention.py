@@ -20,7 +20,7 @@ from paley.core.errors import PaleyError
 from paley.core.schemes import ActivationScheme, AttentionSlot
 from paley.core.transforms import Transform
 from paley.model.attention import attach_slots, attention, register
-from paley.model.kv_cache import PackedKVCache
+from paley.model.kv_cache import PackedKVCache, cache_argument
 
 NAMES = ["llama", "mistral", "mistral-full", "qwen2", "qwen3"]
 VOCAB = 61
@@ -78,7 +78,7 @@ def some_ids(batch: int, tokens: int) -> torch.Tensor:
 @torch.no_grad()
 def in_chunks(model: PreTrainedModel, ids: torch.Tensor, size: int) -> torch.Tensor:
     cache = PackedKVCache(model)
-    return torch.cat([model(chunk, past_key_values=cache).logits for chunk in ids.split(size, 1)], 1)
+    return torch.cat([model(chunk, **cache_argument(model, cache)).logits for chunk in ids.split(size, 1)], 1)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -141,7 +141,7 @@ def test_attention_by_hand(width):
 
 
 def generate(model: PreTrainedModel, ids: torch.Tensor, *, packed: bool, **options) -> torch.Tensor:
-    cache = {"past_key_values": PackedKVCache(model)} if packed else {}
+    cache = cache_argument(model, PackedKVCache(model)) if packed else {}
     torch.manual_seed(3)
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 14, "do_sample": False, **options}
     return model.generate(ids, **cache, **options)
@@ -170,9 +170,9 @@ def test_a_cache_goes_on_after_a_crop():
     ids = some_ids(1, 12)
     cache = PackedKVCache(model)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **cache_argument(model, cache))
         cache.crop(-4)
-        again = model(ids[:, 8:], past_key_values=cache).logits
+        again = model(ids[:, 8:], **cache_argument(model, cache)).logits
         torch.testing.assert_close(again, model(ids, use_cache=False).logits[:, 8:], rtol=0, atol=1e-10)
 
 
@@ -233,7 +233,7 @@ def test_a_cache_made_for_other_slots_is_refused():
     cache = PackedKVCache(model)
     attach(model, slot_for(model, keys="uint4"))
     with torch.no_grad(), pytest.raises(PaleyError, match="build a new PackedKVCache"):
-        model(some_ids(1, 3), past_key_values=cache)
+        model(some_ids(1, 3), **cache_argument(model, cache))
 
 
 @pytest.mark.parametrize("name", NAMES)

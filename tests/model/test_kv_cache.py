@@ -7,7 +7,7 @@ from paley.core.errors import PaleyError
 from paley.core.schemes import ActivationScheme, AttentionSlot
 from paley.core.transforms import Transform
 from paley.model.attention import attach_slots
-from paley.model.kv_cache import PackedKV, PackedKVCache, PackedKVLayer, pack_kv
+from paley.model.kv_cache import PackedKV, PackedKVCache, PackedKVLayer, cache_argument, pack_kv
 
 HEAD_DIM = 16
 R3 = Transform(HEAD_DIM, HEAD_DIM, HEAD_DIM)
@@ -49,7 +49,7 @@ def test_bytes_of_a_whole_cache():
     attach_slots(model, {"model.layers.1.self_attn": SLOT})
     cache = PackedKVCache(model)
     with torch.no_grad():
-        model(torch.arange(2 * 9).view(2, 9), past_key_values=cache)
+        model(torch.arange(2 * 9).view(2, 9), **cache_argument(model, cache))
     vectors = 2 * 2 * 9  # batch, kv heads, tokens
     plain = vectors * HEAD_DIM * 4 * 2
     packed = vectors * ((6 + 2) + (8 + 2 * (2 + 1)))

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from paley.core.errors import PaleyError
-from paley.model.kv_cache import PackedKVCache
+from paley.model.kv_cache import PackedKVCache, cache_argument
 
 __all__ = ["Generated", "generate"]
 
@@ -83,7 +83,7 @@ def generate(
     whole = cast(Any, model).generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
+        **cache_argument(model, cache),
         streamer=stream,
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,

@@ -21,7 +21,7 @@ from paley.data import TokenBlocks, require
 from paley.eval.reference import Reference
 from paley.eval.scoring import CHUNK, check, check_finite, token_nll
 from paley.model.adapter import Adapter
-from paley.model.kv_cache import PackedKVCache
+from paley.model.kv_cache import PackedKVCache, cache_argument
 
 __all__ = ["EvalResult", "evaluate"]
 
@@ -126,7 +126,7 @@ def _hidden(model: PreTrainedModel, ids: Tensor, cache: PackedKVCache | None, ch
         yield from model.base_model(ids, use_cache=False).last_hidden_state[:, :-1].split(chunk, 1)
         return
     for piece in ids[:, :-1].split(chunk, 1):
-        yield model.base_model(piece, past_key_values=cache, use_cache=True).last_hidden_state
+        yield model.base_model(piece, use_cache=True, **cache_argument(model, cache)).last_hidden_state
 
 
 def _has_quantized_cache(model: PreTrainedModel) -> bool:

@@ -8,6 +8,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from paley.core.errors import PaleyError
 from paley.eval.scoring import check_mode
+from paley.model.kv_cache import cache_argument
 
 __all__ = ["sample_documents"]
 
@@ -46,7 +47,7 @@ def _sample_batch(
     ids = torch.full((len(generators), tokens), bos)
     for t in range(1, tokens):
         step = ids[:, t - 1 : t].to(model.device)
-        logits = model(step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        logits = model(step, use_cache=True, logits_to_keep=1, **cache_argument(model, cache)).logits[:, -1]
         # On the CPU, whose generators give the same numbers for every device of the model.
         probabilities = logits.float().softmax(-1).cpu()
         if not probabilities.isfinite().all():

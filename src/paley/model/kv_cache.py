@@ -6,6 +6,7 @@ forward through it measures no loss at all. Here whatever attention reads has be
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from paley.core.errors import PaleyError
 from paley.core.schemes import ActivationScheme, AttentionSlot
 from paley.core.transforms import Transform
 
-__all__ = ["PackedKV", "PackedKVCache", "PackedKVLayer", "pack_kv"]
+__all__ = ["PackedKV", "PackedKVCache", "PackedKVLayer", "cache_argument", "pack_kv"]
 
 SCALE_DTYPE = torch.float16
 _STEP = 64  # tokens; a store grows by an eighth, rounded up to whole steps
@@ -60,6 +61,12 @@ class PackedKV:
         grid = grids.load(self.scheme.grid)
         codes = packing.unpack_codes(self.codes, grid.size, rounding.codes_per_row(self.width, grid.p))
         return rounding.dequantize(codes, self.scales, self.zeros, grid, self.width).to(dtype)
+
+
+def cache_argument(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
+    """What hands a cache to the model's forward and generate: `cache`, or `past_key_values` before transformers 5.24."""
+    known = inspect.signature(model.forward).parameters
+    return {"cache" if "cache" in known else "past_key_values": cache}
 
 
 def pack_kv(x: Tensor, scheme: ActivationScheme, transform: Transform | None = None) -> PackedKV:
