@@ -64,7 +64,7 @@ class PackedKV:
 
 
 def cache_argument(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
-    """What hands a cache to the model's forward and generate: `cache`, or `past_key_values` before transformers 5.24."""
+    """What hands a cache to the model and to generate: `cache`, or `past_key_values` before transformers 5.24."""
     known = inspect.signature(model.forward).parameters
     return {"cache" if "cache" in known else "past_key_values": cache}
 
