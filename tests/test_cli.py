@@ -137,6 +137,8 @@ def test_sigint_leaves_a_run_that_the_printed_command_finishes(made, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", "from paley.cli import main; main()", *args],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": source},
+        # A shell's background jobs ignore SIGINT, and so would what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     assert process.stderr is not None
     while "for the search" not in (line := process.stderr.readline()):
