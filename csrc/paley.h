@@ -7,7 +7,7 @@
 
 #include <stdint.h>
 
-#define PALEY_ABI_VERSION 1
+#define PALEY_ABI_VERSION 2
 
 #if defined(_WIN32)
 #define PALEY_EXPORT __declspec(dllexport)
@@ -43,6 +43,28 @@ PALEY_EXPORT int32_t paley_best_level(void);
 // In x infinities count as the largest float32 and NaN as 0. The codes depend on neither level nor threads.
 PALEY_EXPORT int32_t paley_nearest_points(const float* x, int64_t count, const float* points, int32_t n, int32_t p,
                                           int32_t level, int32_t threads, int32_t* codes);
+
+// How paley_planes_matmul computes: all give the same bits, where a level has no such path too.
+enum paley_path {
+  PALEY_AUTO = 0,
+  PALEY_POPCOUNT = 1,  // AND and popcount of bit planes
+  PALEY_DOTS = 2,      // integer dot products of bytes
+  PALEY_TABLES = 3,    // sums of four inputs, looked up
+};
+
+// Weights of four values for each row and group of columns. codes [out, groups * group_size] in 0..3, centroids, as
+// float16, finite, [out, groups, 4] -> blob, for any level. group_size: a multiple of 32, at most 512.
+// bytes: the blob's, 64 + ceil(out / 16) * groups * (4 * group_size + 128).
+PALEY_EXPORT int32_t paley_pack_planes(const uint8_t* codes, const uint16_t* centroids, int32_t out, int32_t groups,
+                                       int32_t group_size, int64_t bytes, uint8_t* blob);
+
+// codes [tokens, groups * group_size] in 0..15, scales and zeros, 0..15, [tokens, groups]; the blob of these shapes
+// -> y [tokens, out], the product of scales (codes - zeros) with the weights transposed. Sums within a group are exact,
+// the rest is float32 in one order: y depends on neither path nor level nor threads. Larger codes or zeros give
+// wrong numbers, no more.
+PALEY_EXPORT int32_t paley_planes_matmul(const uint8_t* codes, const float* scales, const uint8_t* zeros,
+                                         int64_t tokens, const uint8_t* blob, int32_t out, int32_t groups,
+                                         int32_t group_size, int32_t path, int32_t level, int32_t threads, float* y);
 
 #ifdef __cplusplus
 }

@@ -12,7 +12,7 @@ import os
 import torch
 from torch import Tensor
 
-from paley.core import nearest
+from paley.core import nearest, planes
 from paley.core.errors import PaleyError, nearest_name
 from paley.kernels import native
 
@@ -62,6 +62,8 @@ def register() -> torch.library.Library:
     """Puts the kernels behind core's ops on the CPU, once; the backend is chosen when one first runs."""
     library = torch.library.Library("paley", "FRAGMENT")
     library.impl("nearest_points", _nearest_points, "CPU")
+    library.impl("planes_pack", _planes_pack, "CPU")
+    library.impl("planes_matmul", _planes_matmul, "CPU")
     return library
 
 
@@ -69,3 +71,18 @@ def _nearest_points(x: Tensor, points: Tensor) -> Tensor:
     if backend() == "native":
         return native.nearest_points(x, points)
     return nearest.reference(x, points)
+
+
+def _planes_pack(codes: Tensor, centroids: Tensor) -> Tensor:
+    planes.check_weight(codes, centroids)
+    if backend() == "native" and native.fits(codes.shape[1] // centroids.shape[1]):
+        return native.pack_planes(codes, centroids)
+    return codes.clone()
+
+
+def _planes_matmul(
+    x_codes: Tensor, x_scales: Tensor, x_zeros: Tensor, weight: Tensor, centroids: Tensor | None, out: int
+) -> Tensor:
+    if backend() == "native" and centroids is None:
+        return native.planes_matmul(x_codes, x_scales, x_zeros, weight, out)
+    return planes.reference(x_codes, x_scales, x_zeros, weight, centroids, out)

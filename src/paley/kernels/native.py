@@ -12,15 +12,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paley.core import nearest
-from paley.core.errors import PaleyError
+from paley.core import nearest, planes
+from paley.core.errors import PaleyError, nearest_name
 
-__all__ = ["ABI_VERSION", "LEVELS", "best_level", "load", "nearest_points", "why_missing"]
+__all__ = [
+    "ABI_VERSION",
+    "LEVELS",
+    "PATHS",
+    "best_level",
+    "fits",
+    "load",
+    "nearest_points",
+    "pack_planes",
+    "planes_matmul",
+    "why_missing",
+]
 
-ABI_VERSION = 1  # PALEY_ABI_VERSION in csrc/paley.h
+ABI_VERSION = 2  # PALEY_ABI_VERSION in csrc/paley.h
 LEVELS = ("portable", "avx2", "avx512")  # paley_level there
+PATHS = ("auto", "popcount", "dots", "tables")  # paley_path there
 _STATUS = ("ok", "bad argument", "out of memory", "internal error")
 _SHARE = 2**18  # scores that a thread should have to itself at least: starting one takes some 30 microseconds
+_PLANES_SHARE = 2**23  # likewise products of a weight and an input: some 0.1 ms
 
 LIBRARY = Path(__file__).with_name("libpaley" + {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so"))
 _BUILD = "install a C++ compiler and run `make setup` (or `pip install -e .`) again"
@@ -30,6 +43,14 @@ _SIGNATURES: dict[str, list[Any]] = {
     "paley_nearest_points": [
         ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32,
         ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p,
+    ],
+    "paley_pack_planes": [
+        ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32, ctypes.c_int64,
+        ctypes.c_void_p,
+    ],
+    "paley_planes_matmul": [
+        ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32,
+        ctypes.c_int32, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p,
     ],
 }  # fmt: skip
 
@@ -89,6 +110,71 @@ def nearest_points(x: Tensor, points: Tensor, *, level: str | None = None, threa
         LEVELS.index(level or best_level()), threads, codes.data_ptr(),
     )  # fmt: skip
     return codes.view(shape)
+
+
+def fits(group_size: int) -> bool:
+    """Whether the planes kernels take groups of so many columns: whole words of 32, and sums that stay exact."""
+    return group_size % 32 == 0 and 32 <= group_size <= 512
+
+
+def pack_planes(codes: Tensor, centroids: Tensor) -> Tensor:
+    """codes [out, n], centroids [out, groups, 4] as in `core.planes` -> uint8 [bytes], what `planes_matmul` reads.
+
+    No more than codes and centroids take: 2 + 64 / group_size bits a weight, rows rounded up to 16. For any level.
+    """
+    library = load()
+    planes.check_weight(codes, centroids)
+    out, groups, _ = centroids.shape
+    group_size = codes.shape[1] // groups
+    if not fits(group_size):
+        raise PaleyError(f"pack_planes: group_size={group_size} is no multiple of 32 up to 512; take the reference")
+    codes, centroids = codes.contiguous(), centroids.contiguous()
+    blob = torch.empty(64 + -(-out // 16) * groups * (4 * group_size + 128), dtype=torch.uint8)
+    _call(
+        library.paley_pack_planes,
+        codes.data_ptr(), centroids.data_ptr(), out, groups, group_size, len(blob), blob.data_ptr(),
+    )  # fmt: skip
+    return blob
+
+
+def planes_matmul(
+    x_codes: Tensor,
+    x_scales: Tensor,
+    x_zeros: Tensor,
+    blob: Tensor,
+    out: int,
+    *,
+    path: str = "auto",
+    level: str | None = None,
+    threads: int | None = None,
+) -> Tensor:
+    """`core.planes.reference` for a blob of `pack_planes`, on the CPU -> float32 [tokens, out].
+
+    path: of PATHS; level: of LEVELS, the best by default; threads: torch's number by default, fewer where there is
+    little to do. None of them changes a bit of the result.
+    """
+    library = load()
+    if path not in PATHS:
+        raise PaleyError(f"planes_matmul: path {path!r} is none of {', '.join(PATHS)}{nearest_name(path, PATHS)}")
+    planes.check_inputs(x_codes, x_scales, x_zeros)
+    tokens, n = x_codes.shape
+    groups = x_scales.shape[1]
+    blocks, record = -(-out // 16), 4 * (n // groups) + 128
+    if blob.dtype != torch.uint8 or blob.dim() != 1 or len(blob) != 64 + blocks * groups * record:
+        raise PaleyError(
+            f"planes_matmul: a blob of {blob.dtype} {list(blob.shape)} is not of {out} rows, {groups} groups and {n} "
+            "columns; the inputs must have the weight's shape"
+        )
+    x_codes, x_scales, x_zeros, blob = (x.contiguous() for x in (x_codes, x_scales, x_zeros, blob))
+    y = torch.empty(tokens, out)
+    if threads is None:
+        threads = max(1, min(torch.get_num_threads(), tokens * out * n // _PLANES_SHARE))
+    _call(
+        library.paley_planes_matmul,
+        x_codes.data_ptr(), x_scales.data_ptr(), x_zeros.data_ptr(), tokens, blob.data_ptr(), out, groups, n // groups,
+        PATHS.index(path), LEVELS.index(level or best_level()), threads, y.data_ptr(),
+    )  # fmt: skip
+    return y
 
 
 def _call(function: Callable[..., int], *arguments: int) -> None:

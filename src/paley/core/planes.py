@@ -1,0 +1,199 @@
+"""Products of two-bit weights and four-bit inputs, by bit planes: the op `paley::planes_matmul` and what it means.
+
+A weight is one of four values for its row and group of columns, c[q + 2s]; an input is scale · (code - zero), its code
+in 0..15. With the bit maps Q and S of a row, the planes X_a of a token's codes, and P for popcount, a group's part of
+the product is (W(1+1)A(1×4), arXiv:2504.05352)
+
+    scale · { Σ_a 2^a · [ c₀·P(X_a) + (c₂-c₀)·P(X_a&S) + (c₁-c₀)·P(X_a&Q) + (c₃-c₂-c₁+c₀)·P(X_a&S&Q) ] - zero · Σw }
+
+`reference` is the meaning: the weight written out, and a matmul. `binary_arithmetic` is this formula, literally; native
+kernels (`paley.kernels`) compute the same integers. The paper's two-scale weights are mirrored centroids -b, -a, a, b:
+there the last coefficient is zero, and a kernel needs only two of the three sums.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from paley.core.errors import PaleyError
+
+__all__ = [
+    "PreparedWeight",
+    "binary_arithmetic",
+    "bit_planes",
+    "check_inputs",
+    "check_weight",
+    "matmul",
+    "plane_sums",
+    "prepare",
+    "reference",
+]
+
+_BLOCK = 2**22  # weights that the reference writes out at a time
+
+
+@dataclass(frozen=True)
+class PreparedWeight:
+    """A weight as the backend wants it: made by `prepare`, taken by `matmul`.
+
+    weight: codes uint8 [out, n] with centroids float16 [out, groups, 4]; or, of native kernels, one uint8 [bytes].
+    """
+
+    weight: Tensor
+    centroids: Tensor | None
+    out: int
+
+
+def prepare(codes: Tensor, centroids: Tensor) -> PreparedWeight:
+    """codes uint8 [out, n] in 0..3, centroids float16 [out, groups, 4] -> the weight for `matmul`, on their device.
+
+    W[r, i] = centroids[r, i // group_size, codes[r, i]] with group_size = n / groups. To be done once. Errors:
+    PaleyError on other shapes and dtypes, on larger codes, and on centroids that are not finite.
+    """
+    check_weight(codes, centroids)
+    if codes.numel() and (largest := int(codes.max())) > 3:
+        raise PaleyError(f"planes: weight codes must be 0 to 3, got {largest}")
+    if not centroids.isfinite().all():
+        raise PaleyError("planes: the centroids hold NaN or infinities; give finite ones")
+    weight = torch.ops.paley.planes_pack(codes, centroids)
+    return PreparedWeight(weight, centroids if weight.dim() == 2 else None, len(codes))
+
+
+def matmul(x_codes: Tensor, x_scales: Tensor, x_zeros: Tensor, prepared: PreparedWeight) -> Tensor:
+    """x_codes uint8 [tokens, n], x_scales float32 and x_zeros [tokens, groups] -> float32 [tokens, out]: y = X Wᵀ.
+
+    X[t, i] = x_scales[t, g] · (x_codes[t, i] - x_zeros[t, g]) with g = i // group_size. Zeros are uint8, or whole
+    numbers of any dtype. Codes and zeros are 0 to 15: looking at all of them would take as long as some products
+    do, so it is not done, and larger ones may give wrong numbers. Errors: PaleyError. Not differentiable.
+    """
+    if x_zeros.dtype != torch.uint8:
+        x_zeros = x_zeros.to(torch.uint8)
+    return torch.ops.paley.planes_matmul(x_codes, x_scales, x_zeros, prepared.weight, prepared.centroids, prepared.out)
+
+
+def reference(
+    x_codes: Tensor, x_scales: Tensor, x_zeros: Tensor, weight: Tensor, centroids: Tensor | None, out: int
+) -> Tensor:
+    """As `matmul`, of codes and centroids, in plain torch on any device: both sides dequantized, in float32."""
+    check_inputs(x_codes, x_scales, x_zeros)
+    if centroids is None:
+        raise PaleyError("planes: this weight was packed for native kernels, which are off now; prepare it again")
+    check_weight(weight, centroids)
+    _check_pair(x_codes, x_scales, weight, centroids, out)
+    groups = x_scales.shape[1]
+    x = (x_codes.unflatten(1, (groups, -1)).float() - x_zeros.float()[..., None]) * x_scales[..., None]
+    y = x_codes.new_empty(len(x_codes), out, dtype=torch.float32)
+    step = max(1, _BLOCK // max(1, weight.shape[1]))
+    for row in range(0, out, step):
+        rows = slice(row, row + step)
+        columns = weight[rows].unflatten(1, (groups, -1)).long()
+        y[:, rows] = x.flatten(1) @ centroids[rows].float().gather(2, columns).flatten(1).T
+    return y
+
+
+def bit_planes(codes: Tensor, bits: int = 4) -> Tensor:
+    """codes uint8 [...] -> bool [bits, ...]: bit a of each code, so that codes = Σ 2^a · planes[a]."""
+    return torch.stack([(codes >> a & 1).bool() for a in range(bits)])
+
+
+def plane_sums(x_codes: Tensor, codes: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x_codes uint8 [tokens, n], codes uint8 [out, n] -> int64 [tokens, out, groups] for the maps S, Q and S & Q.
+
+    Each is Σ_a 2^a · popcount(X_a & map) over a group's columns, the sum of the codes where the map has a bit.
+    """
+    planes = bit_planes(x_codes).unflatten(2, (groups, -1))
+    q, s = bit_planes(codes, 2).unflatten(2, (groups, -1))
+    S, Q, both = (
+        sum((((x[:, None] & m).sum(-1)) << a for a, x in enumerate(planes)), torch.tensor(0)) for m in (s, q, s & q)
+    )
+    return S, Q, both
+
+
+def binary_arithmetic(
+    x_codes: Tensor,
+    x_scales: Tensor,
+    x_zeros: Tensor,
+    codes: Tensor,
+    centroids: Tensor,
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """As `matmul`, by the formula above: integer sums, then `dtype` -> dtype [tokens, out]. Slow; it documents."""
+    check_inputs(x_codes, x_scales, x_zeros)
+    check_weight(codes, centroids)
+    _check_pair(x_codes, x_scales, codes, centroids, len(codes))
+    groups = x_scales.shape[1]
+    S, Q, both = (x.to(dtype) for x in plane_sums(x_codes, codes, groups))
+    every = x_codes.unflatten(1, (groups, -1)).sum(-1)[:, None].to(dtype)  # Σ_a 2^a P(X_a), one for all rows
+    c = centroids.to(dtype)
+    c0, c1, c2, c3 = c.unbind(-1)
+    total = c.gather(2, codes.unflatten(1, (groups, -1)).long()).sum(-1)  # Σ w, [out, groups]
+    part = c0 * every + (c2 - c0) * S + (c1 - c0) * Q + (c3 - c2 - c1 + c0) * both
+    return ((part - x_zeros[:, None].to(dtype) * total) * x_scales[:, None].to(dtype)).sum(-1)
+
+
+def check_weight(codes: Tensor, centroids: Tensor) -> None:
+    if codes.dtype != torch.uint8 or centroids.dtype != torch.float16:
+        raise PaleyError(f"planes: takes codes uint8 and centroids float16, got {codes.dtype} and {centroids.dtype}")
+    if codes.dim() != 2 or centroids.dim() != 3 or centroids.shape[2] != 4 or len(codes) != len(centroids):
+        raise PaleyError(
+            "planes: codes must be [out, n] and centroids [out, groups, 4], "
+            f"got {list(codes.shape)} and {list(centroids.shape)}"
+        )
+    n, groups = codes.shape[1], centroids.shape[1]
+    if 0 in codes.shape or groups == 0 or n % groups:
+        raise PaleyError(f"planes: {n} columns do not make {groups} equal groups in {len(codes)} rows; pad the weight")
+    if codes.device != centroids.device:
+        raise PaleyError(f"planes: codes are on {codes.device} and centroids on {centroids.device}; move one")
+
+
+def check_inputs(x_codes: Tensor, x_scales: Tensor, x_zeros: Tensor) -> None:
+    if (x_codes.dtype, x_scales.dtype, x_zeros.dtype) != (torch.uint8, torch.float32, torch.uint8):
+        raise PaleyError(
+            "planes: takes input codes uint8, scales float32 and zeros uint8, "
+            f"got {x_codes.dtype}, {x_scales.dtype} and {x_zeros.dtype}"
+        )
+    if x_codes.dim() != 2 or x_scales.dim() != 2 or x_scales.shape != x_zeros.shape or len(x_codes) != len(x_scales):
+        raise PaleyError(
+            "planes: input codes must be [tokens, n], scales and zeros [tokens, groups], "
+            f"got {list(x_codes.shape)}, {list(x_scales.shape)} and {list(x_zeros.shape)}"
+        )
+    n, groups = x_codes.shape[1], x_scales.shape[1]
+    if groups == 0 or n == 0 or n % groups:
+        raise PaleyError(f"planes: {n} input columns do not make {groups} equal groups")
+    if not x_codes.device == x_scales.device == x_zeros.device:
+        raise PaleyError(f"planes: inputs are on {x_codes.device}, {x_scales.device} and {x_zeros.device}; move them")
+
+
+def _check_pair(x_codes: Tensor, x_scales: Tensor, codes: Tensor, centroids: Tensor, out: int) -> None:
+    have, want = (x_codes.shape[1], x_scales.shape[1], out), (codes.shape[1], centroids.shape[1], len(codes))
+    if have != want:
+        raise PaleyError(f"planes: the inputs are for (columns, groups, out) = {have}, but the weight is of {want}")
+
+
+def _as_they_are(codes: Tensor, centroids: Tensor) -> Tensor:
+    """The reference packs nothing; an op may not return what it was given."""
+    check_weight(codes, centroids)
+    return codes.clone()
+
+
+# A fragment, as other files declare ops in the same namespace. It must live: with it the ops would go.
+_LIBRARY = torch.library.Library("paley", "FRAGMENT")
+_LIBRARY.define("planes_pack(Tensor codes, Tensor centroids) -> Tensor")
+_LIBRARY.define(
+    "planes_matmul(Tensor x_codes, Tensor x_scales, Tensor x_zeros, "
+    "Tensor weight, Tensor? centroids, int out) -> Tensor"
+)
+_LIBRARY.impl("planes_pack", _as_they_are, "CompositeExplicitAutograd")
+_LIBRARY.impl("planes_matmul", reference, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("paley::planes_matmul", lib=_LIBRARY)
+def _shape(
+    x_codes: Tensor, x_scales: Tensor, x_zeros: Tensor, weight: Tensor, centroids: Tensor | None, out: int
+) -> Tensor:
+    check_inputs(x_codes, x_scales, x_zeros)
+    return x_codes.new_empty(len(x_codes), out, dtype=torch.float32)

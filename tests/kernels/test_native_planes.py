@@ -1,0 +1,208 @@
+"""Native products of bit planes equal the reference: all paths, levels and threads give the same bits."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from paley import kernels
+from paley.core import planes
+from paley.core.errors import PaleyError
+from paley.kernels import native
+
+pytestmark = pytest.mark.skipif(not kernels.available(), reason=f"native kernels: {kernels.why_unavailable()}")
+LEVELS = native.LEVELS[: native.LEVELS.index(native.best_level()) + 1] if kernels.available() else ()
+WAYS = list(itertools.product(LEVELS, native.PATHS))
+SHAPES = list(itertools.product((1, 2, 3, 17), (1, 17, 100), (32, 64, 96, 128)))  # tokens, out, group_size
+LARGE = [(1, 64, 512), (33, 65, 512), (70, 130, 256)]  # more than a tile of tokens, more than a panel of rows
+
+
+def integers(low: int, high: int, *shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def example(tokens: int, out: int, group_size: int, groups: int = 3, seed: int = 0) -> tuple[Tensor, ...]:
+    """x_codes, x_scales, x_zeros, codes, centroids of random numbers."""
+    g = torch.Generator().manual_seed(seed)
+    return (
+        integers(0, 16, tokens, groups * group_size, seed=seed).to(torch.uint8),
+        torch.rand(tokens, groups, generator=g),
+        integers(0, 16, tokens, groups, seed=seed + 1).to(torch.uint8),
+        integers(0, 4, out, groups * group_size, seed=seed + 2).to(torch.uint8),
+        torch.randn(out, groups, 4, generator=g).half(),
+    )
+
+
+def whole_numbers(tokens: int, out: int, group_size: int) -> tuple[Tensor, ...]:
+    """As `example`, but all that is added up is exact in float32."""
+    x_codes, x_scales, x_zeros, codes, centroids = example(tokens, out, group_size)
+    x_scales = torch.exp2(integers(-3, 3, *x_scales.shape).float())
+    return x_codes, x_scales, x_zeros, codes, integers(-9, 10, *centroids.shape).half()
+
+
+def products(given: tuple[Tensor, ...], threads: int = 1) -> dict[tuple[str, str], Tensor]:
+    """The product by each level and path."""
+    blob = native.pack_planes(*given[3:])
+    out = len(given[3])
+    return {
+        (level, path): native.planes_matmul(*given[:3], blob, out, path=path, level=level, threads=threads)
+        for level, path in WAYS
+    }
+
+
+def assert_exact(given: tuple[Tensor, ...], threads: int = 1) -> None:
+    expected = planes.reference(*given, len(given[3]))
+    for way, y in products(given, threads).items():
+        assert torch.equal(y, expected), way
+
+
+def assert_close(given: tuple[Tensor, ...], threads: int = 1) -> None:
+    """The norm to 1e-5, each number to 1e-6 of the largest that such inputs give; the same bits each way."""
+    expected = planes.binary_arithmetic(*given)
+    group_size = given[0].shape[1] // given[1].shape[1]
+    most = 15 * group_size * given[1].sum(1).max() * given[4].float().abs().max()
+    found = products(given, threads)
+    first = next(iter(found.values()))
+    assert (first.double() - expected).norm() <= 1e-5 * expected.norm() + 1e-12
+    assert (first.double() - expected).abs().max() <= 1e-6 * most
+    for way, y in found.items():
+        assert torch.equal(y, first), way
+
+
+@pytest.mark.parametrize(("tokens", "out", "group_size"), SHAPES + LARGE)
+def test_whole_numbers_are_exact(tokens, out, group_size):
+    assert_exact(whole_numbers(tokens, out, group_size))
+
+
+@pytest.mark.parametrize(("tokens", "out", "group_size"), SHAPES + LARGE)
+def test_random_numbers_are_close_and_the_same_each_way(tokens, out, group_size):
+    assert_close(example(tokens, out, group_size))
+
+
+@pytest.mark.parametrize("threads", [2, 3, 64])
+def test_threads_change_nothing(threads):
+    given = example(5, 300, 128)
+    alone = products(given)
+    for way, y in products(given, threads).items():
+        assert torch.equal(y, alone[way]), way
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_mirrored_centroids(tokens):
+    """-b, -a, a, b, the paper's two scales: the kernels skip one of three sums."""
+    for given in (example(tokens, 100, 128), whole_numbers(tokens, 100, 128)):
+        *x, codes, centroids = given
+        a, b = centroids[..., 0], centroids[..., 1]
+        mirrored = torch.stack([-b, -a, a, b], -1)
+        assert_close((*x, codes, mirrored))
+        mirrored[-1, -1, 0] += 1  # in one place only: no sum may be skipped
+        assert_close((*x, codes, mirrored))
+
+
+def test_zero_weights_and_zero_inputs():
+    x_codes, x_scales, x_zeros, codes, centroids = example(3, 17, 64)
+    for given in (
+        (x_codes, x_scales, x_zeros, codes, torch.zeros_like(centroids)),
+        (x_codes, torch.zeros_like(x_scales), x_zeros, codes, centroids),
+        (torch.full_like(x_codes, 7), x_scales, torch.full_like(x_zeros, 7), codes, centroids),
+    ):
+        for way, y in products(given).items():
+            assert torch.equal(y, torch.zeros(3, 17)), way
+
+
+@pytest.mark.parametrize("group_size", [32, 128, 512])
+@pytest.mark.parametrize(("code", "zero"), [(15, 0), (0, 15), (15, 15)])
+@pytest.mark.parametrize("weight", [0, 1, 2, 3])
+def test_the_largest_sums_do_not_overflow(group_size, code, zero, weight):
+    x_codes, x_scales, x_zeros, codes, centroids = whole_numbers(2, 17, group_size)
+    full = torch.full_like
+    assert_exact((full(x_codes, code), x_scales, full(x_zeros, zero), full(codes, weight), centroids))
+
+
+def test_tiny_and_large_centroids():
+    """Subnormal float16 too, and float16's largest."""
+    x_codes, x_scales, x_zeros, codes, centroids = example(2, 40, 64)
+    assert_close((x_codes, x_scales, x_zeros, codes, (centroids.float() * 2.0**-20).half()))
+    assert_close((x_codes, x_scales, x_zeros, codes, centroids.clamp(-1, 1) * 65504))
+
+
+def test_a_blob_takes_what_codes_and_centroids_take():
+    given = example(1, 128, 128)
+    assert len(native.pack_planes(*given[3:])) - 64 == 128 * 3 * (128 * 2 + 4 * 16) // 8
+
+
+def test_what_fits():
+    assert [size for size in range(700) if native.fits(size)] == list(range(32, 513, 32))
+
+
+@pytest.mark.parametrize("group_size", [16, 40, 544])
+def test_other_groups_fall_back_to_the_reference(group_size, monkeypatch):
+    kernels.register()
+    monkeypatch.setenv("PALEY_BACKEND", "auto")
+    given = example(3, 17, group_size)
+    prepared = planes.prepare(*given[3:])
+    assert prepared.centroids is given[4]
+    assert torch.equal(planes.matmul(*given[:3], prepared), planes.reference(*given, 17))
+    with pytest.raises(PaleyError, match=f"group_size={group_size} is no multiple of 32 up to 512"):
+        native.pack_planes(*given[3:])
+
+
+def test_the_op_runs_the_kernel(monkeypatch):
+    kernels.register()
+    monkeypatch.setenv("PALEY_BACKEND", "native")
+    given = whole_numbers(3, 17, 128)
+    expected = planes.reference(*given, 17)
+    prepared = planes.prepare(*given[3:])
+    assert prepared.centroids is None
+    assert prepared.weight.dim() == 1
+    assert torch.equal(planes.matmul(*given[:3], prepared), expected)
+    with torch.inference_mode():
+        assert torch.equal(planes.matmul(given[0], given[1], given[2].float(), prepared), expected)
+    assert planes.matmul(*(x[:0] for x in given[:3]), prepared).shape == (0, 17)
+    assert planes.matmul(*(x.to("meta") for x in given[:3]), prepared).shape == (3, 17)
+    monkeypatch.setenv("PALEY_BACKEND", "reference")
+    with pytest.raises(PaleyError, match="packed for native kernels, which are off now"):
+        planes.matmul(*given[:3], prepared)
+    assert torch.equal(planes.matmul(*given[:3], planes.prepare(*given[3:])), expected)
+
+
+def test_the_rules_for_ops():
+    kernels.register()
+    given = example(3, 17, 64)
+    blob = native.pack_planes(*given[3:])
+    torch.library.opcheck(torch.ops.paley.planes_matmul.default, (*given[:3], blob, None, 17))
+
+
+def test_inputs_of_another_shape_are_refused():
+    x_codes, x_scales, x_zeros, codes, centroids = example(3, 64, 128)
+    blob = native.pack_planes(codes, centroids)
+    for x in (
+        (x_codes[:, :256], x_scales[:, :2], x_zeros[:, :2]),
+        (x_codes[:, :192], x_scales, x_zeros),
+        (x_codes, x_scales[:, :1], x_zeros[:, :1]),
+    ):
+        with pytest.raises(PaleyError, match="must have the weight's shape"):
+            native.planes_matmul(*x, blob, 64)
+    with pytest.raises(PaleyError, match="is not of 100 rows"):
+        native.planes_matmul(x_codes, x_scales, x_zeros, blob, 100)
+    with pytest.raises(PaleyError, match="bad argument"):  # as many blocks, but fewer rows
+        native.planes_matmul(x_codes, x_scales, x_zeros, blob, 63)
+    with pytest.raises(PaleyError, match="bad argument"):
+        native.planes_matmul(x_codes, x_scales, x_zeros, torch.zeros_like(blob), 64)
+    with pytest.raises(PaleyError, match="must have the weight's shape"):
+        native.planes_matmul(x_codes, x_scales, x_zeros, codes, 64)
+
+
+def test_unknown_ways_are_refused():
+    given = example(1, 16, 32)
+    blob = native.pack_planes(*given[3:])
+    with pytest.raises(PaleyError, match="path 'dot' is none of auto, popcount, dots, tables; did you mean 'dots'"):
+        native.planes_matmul(*given[:3], blob, 16, path="dot")
+    with pytest.raises(PaleyError, match="bad argument"):
+        native.planes_matmul(*given[:3], blob, 16, threads=0)
+    if native.best_level() != native.LEVELS[-1]:
+        with pytest.raises(PaleyError, match="bad argument"):
+            native.planes_matmul(*given[:3], blob, 16, level=native.LEVELS[-1])
