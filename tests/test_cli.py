@@ -10,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -130,16 +131,53 @@ def test_plan_json_is_one_object_that_holds_the_plan(made, tmp_path):
     assert found["plan"] == json.loads(plan.read_text())
 
 
+def started(*args: str, before: str = "") -> subprocess.Popen[str]:
+    """The console script in a process of its own; before: code to run first."""
+    source = str(Path(paley.__file__).parents[1])
+    return subprocess.Popen(
+        [sys.executable, "-c", f"{before}\nfrom paley_command import main; main()", *args],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": source},
+        # A shell's background jobs ignore SIGINT, and so would what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), start_new_session=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("module", ["torch", "numpy", "transformers"])
+def test_sigint_during_the_imports_ends_quietly(module):
+    watch = f"""if True:
+        import sys
+        class Watch:
+            def find_spec(name, *rest):
+                if name == {module!r}:
+                    print(name, flush=True)
+        sys.meta_path.insert(0, Watch)"""
+    process = started("presets", before=watch)
+    assert process.stdout is not None
+    assert process.stdout.readline() == f"{module}\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "stopped\n")
+
+
+def test_sigint_while_its_processes_begin_ends_in_the_two_lines_alone(made, tmp_path):
+    out = tmp_path / "out"
+    process = started(
+        "quantize", str(made.model), "--preset", "higgs-4", "--no-score", "--workers=2", f"--output={out}"
+    )
+    assert process.stderr is not None
+    while "quantizing weights" not in (line := process.stderr.readline()):
+        assert line, "it ended too early"
+    time.sleep(0.5)  # they import torch now
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert [line.partition(";")[0].split()[0] for line in err.splitlines()] == ["stopped", "paley"], err
+
+
 def test_sigint_leaves_a_run_that_the_printed_command_finishes(made, tmp_path):
     args = [str(arg) for arg in made.args]
     args[args.index("--output") + 1] = str(tmp_path / "an output")
-    source = str(Path(paley.__file__).parents[1])
-    process = subprocess.Popen(
-        [sys.executable, "-c", "from paley.cli import main; main()", *args],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": source},
-        # A shell's background jobs ignore SIGINT, and so would what they start.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    process = started(*args)
     assert process.stderr is not None
     while "for the search" not in (line := process.stderr.readline()):
         assert line, "it ended too early"

@@ -92,7 +92,7 @@ def test_the_text_is_the_same_for_equal_plans_and_a_line_a_slot():
     assert differing[0][0].startswith(f'  "{name}": {{"weight": ')
 
 
-@pytest.mark.parametrize("step", ["os.fsync", "pathlib.Path.replace"])
+@pytest.mark.parametrize("step", ["os.fsync", "os.replace"])
 def test_saving_is_all_or_nothing(path, monkeypatch, step):
     plan = make_plan()
     plan.save(path)
@@ -103,7 +103,7 @@ def test_saving_is_all_or_nothing(path, monkeypatch, step):
 
     with monkeypatch.context() as patch:
         patch.setattr(step, refuse)
-        with pytest.raises(PaleyError, match=r"plan\.json: the plan cannot be written \(disk full\)"):
+        with pytest.raises(PaleyError, match=r"plan\.json: cannot be written: disk full"):
             make_plan(fingerprint="beef").save(path)
     assert path.read_bytes() == before
     assert [p.name for p in path.parent.iterdir()] == ["plan.json"]
@@ -115,7 +115,7 @@ def test_saving_is_all_or_nothing(path, monkeypatch, step):
 @pytest.mark.parametrize("folder", ["missing", "plan.json"])
 def test_saving_where_there_is_no_folder(path, folder):
     path.write_text("")
-    with pytest.raises(PaleyError, match="the plan cannot be written"):
+    with pytest.raises(PaleyError, match=r"plan\.json: cannot be written: N"):
         make_plan().save(path.parent / folder / "plan.json")
 
 

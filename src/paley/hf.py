@@ -28,6 +28,7 @@ from paley.format.header import TensorInfo, read_header
 from paley.format.spec import QUANT_METHOD, QuantizationConfig, expected_tensors
 from paley.model import attention
 from paley.model.linear import QuantLinear
+from paley.model.loading import tied_partners
 
 __all__ = ["PaleyConfig", "PaleyQuantizer", "load", "register"]
 
@@ -135,8 +136,7 @@ def _replace_linear_(model: PreTrainedModel, name: str, linear: nn.Linear, slot:
     """Puts a QuantLinear in place of `linear`, the module called `name`, on its device."""
     if slot.transform is not None and slot.transform.in_dim != linear.in_features:
         raise PaleyError(f"{name}: transform.in_dim={slot.transform.in_dim}, but the layer reads {linear.in_features}")
-    tied = model.all_tied_weights_keys
-    if slot.weight is not None and f"{name}.weight" in {*tied.keys(), *tied.values()}:
+    if slot.weight is not None and f"{name}.weight" in tied_partners(model):
         raise PaleyError(f"{name}: its weight is tied to another; set tie_word_embeddings to false in config.json")
     quantized = QuantLinear(
         slot.stored_width(linear.in_features),
@@ -161,8 +161,7 @@ def _check_files(model: PreTrainedModel, files: Iterable[str]) -> None:
             raise PaleyError(f"{file}: Paley checkpoints are safetensors files; other weights are not opened")
         folder = file.parent
         found |= read_header(file)
-    tied = model.all_tied_weights_keys
-    partners = {**tied, **{source: target for target, source in tied.items()}}
+    partners = tied_partners(model)
     missing = [n for n in needed if n not in found and partners.get(n) not in found]
     if missing:
         raise PaleyError(f"{folder}: {_count(missing)} missing from the files; copy the whole folder again")

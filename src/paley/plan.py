@@ -15,12 +15,13 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FiniteFloat, PlainSerializer
 
 from paley.core.errors import PaleyError
+from paley.core.files import write_atomic
 from paley.core.grids import know
 from paley.core.schemes import AttentionSlot, LinearSlot
 from paley.core.transforms import Transform
 from paley.recipe.loading import load_json
 from paley.recipe.models import Recipe
-from paley.recipe.saving import in_natural_order, json_lines, save_text
+from paley.recipe.saving import in_natural_order, json_lines
 from paley.recipe.validation import CORE_ERRORS, validate
 
 __all__ = ["VERSION", "Plan", "Rotation", "Trial"]
@@ -104,7 +105,7 @@ class Plan(BaseModel):
 
     def save(self, path: str | Path) -> None:
         """Write the plan; the file is either the old one or the whole new one, also where this is cut off."""
-        save_text(path, self.to_json(), "plan")
+        write_atomic(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

@@ -14,8 +14,9 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat
 
 from paley.core.errors import PaleyError, nearest_name
+from paley.core.files import write_atomic
 from paley.recipe.loading import load_json
-from paley.recipe.saving import in_natural_order, json_lines, save_text
+from paley.recipe.saving import in_natural_order, json_lines
 from paley.recipe.validation import validate
 
 __all__ = ["VERSION", "MeasuredSlot", "MeasuredText", "Sensitivity"]
@@ -98,7 +99,7 @@ class Sensitivity(_Frozen):
 
     def save(self, path: str | Path) -> None:
         """Write the file; it is either the old one or the whole new one, also where this is cut off."""
-        save_text(path, self.to_json(), "sensitivity file")
+        write_atomic(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

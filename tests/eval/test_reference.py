@@ -105,7 +105,7 @@ def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
         file.write(bytes(chunk)[:10])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("paley.format.files._write", full)
+    monkeypatch.setattr("paley.core.files._write", full)
     with pytest.raises(PaleyError, match=rf"the disk is full.* needs {len(whole):,} bytes"):
         reference.save(path)
     assert path.read_bytes() == whole

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import paley
@@ -24,31 +24,14 @@ from paley.format.checkpoint import Checkpoint
 from paley.format.writer import ShardWriter
 from paley.pipeline import quantize
 from paley.recipe import apply_settings, preset
+from tiny_models import EMBEDDING, HEAD, higgs, save_tiny, store_tie_as
 
 IDS = torch.arange(3, 40)[None]
 
 
-def save(folder: Path, tokenizer, *, qwen: bool = False, **changes) -> Path:
-    """A random model of two layers; Qwen has biases and ties its embeddings."""
-    torch.manual_seed(0)
-    kind, config = (Qwen2ForCausalLM, Qwen2Config) if qwen else (LlamaForCausalLM, LlamaConfig)
-    settings = {
-        "vocab_size": len(tokenizer), "hidden_size": 48, "intermediate_size": 37, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2,
-        "tie_word_embeddings": qwen, "initializer_range": 0.2,
-    }  # fmt: skip
-    model = kind(config(**settings | changes))
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter)
-    model.save_pretrained(folder, max_shard_size="40KB")
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module", params=["llama", "qwen2 tied"])
 def model(request, tmp_path_factory, tiny_tokenizer):
-    return save(tmp_path_factory.mktemp("model"), tiny_tokenizer, qwen=request.param.startswith("qwen2"))
+    return save_tiny(tmp_path_factory.mktemp("model"), tiny_tokenizer, qwen=request.param.startswith("qwen2"))
 
 
 @pytest.fixture
@@ -57,10 +40,6 @@ def text(tmp_path):
     words = [f"{n} {'abcdefg'[n % 7] * (n % 5 + 1)} story number {n * n}." for n in range(600)]
     file.write_text("\n<|endoftext|>\n".join(" ".join(words[i : i + 9]) for i in range(0, 600, 9)))
     return file
-
-
-def higgs(*settings: str, name: str = "higgs-3"):
-    return apply_settings(preset(name), ["test=null", "hadamard=16", *settings])
 
 
 def with_text(name: str, text: Path, *settings: str):
@@ -104,7 +83,7 @@ def test_data_free_models_predict_the_same(model, settings, tmp_path):
 
 @pytest.mark.parametrize("settings", [(), ("expand=auto",), ('overrides=[{pattern: "*.down_proj", weight: null}]',)])
 def test_rotated_models_predict_the_same(tmp_path, tiny_tokenizer, text, settings):
-    model = save(tmp_path / "model", tiny_tokenizer, intermediate_size=40)
+    model = save_tiny(tmp_path / "model", tiny_tokenizer, intermediate_size=40)
     recipe = with_text("w4a16", text, "dtype=float32", *settings)
     outcome = quantize(model, recipe, output=tmp_path / "out")
     slots = outcome.plan.linears
@@ -153,10 +132,18 @@ def test_a_process_without_paley_loads_it(model, tmp_path):
     assert (torch.load(tmp_path / "logits", weights_only=True) - want).norm() <= 1e-5 * want.norm()
 
 
+@pytest.mark.parametrize("names", [(HEAD,), (HEAD, EMBEDDING)])
+def test_a_tied_pair_may_be_stored_under_either_name_or_both(tmp_path, tiny_tokenizer, names):
+    model = save_tiny(tmp_path / "model", tiny_tokenizer, qwen=True)
+    out = store_tie_as(quantize(model, higgs("dtype=float32"), output=tmp_path / "out").output, *names)
+    dequantize(out, output=tmp_path / "plain")
+    assert_undone(out, tmp_path / "plain")
+
+
 @pytest.fixture
 def rounding(tmp_path, tiny_tokenizer, text):
     """A model that rounds inputs, keys and values, with a mean taken off the keys."""
-    model = save(tmp_path / "model", tiny_tokenizer, intermediate_size=40)
+    model = save_tiny(tmp_path / "model", tiny_tokenizer, intermediate_size=40)
     recipe = with_text("w4a4kv4", text, "search.method=none", "center_keys=true", "dtype=float32")
     return quantize(model, recipe, output=tmp_path / "out").output
 
@@ -183,7 +170,7 @@ def test_rounding_at_run_time_is_refused_or_dropped(rounding, tmp_path):
 
 @pytest.fixture
 def made(tmp_path, tiny_tokenizer):
-    return quantize(save(tmp_path / "model", tiny_tokenizer), higgs(), output=tmp_path / "out").output
+    return quantize(save_tiny(tmp_path / "model", tiny_tokenizer), higgs(), output=tmp_path / "out").output
 
 
 def test_a_value_that_does_not_fit_is_named(made, tmp_path):
@@ -192,7 +179,7 @@ def test_a_value_that_does_not_fit_is_named(made, tmp_path):
     tensors["model.layers.1.mlp.up_proj.scales"][3] = 60000.0
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(
-        PaleyError, match=r"layers\.1\.mlp\.up_proj\.weight: .* does not fit torch.float16; use --dtype"
+        PaleyError, match=r"layers\.1\.mlp\.up_proj\.weight: .* does not fit torch.float16; set dtype=float32"
     ):
         dequantize(made, output=tmp_path / "plain")
     dequantize(made, output=tmp_path / "plain", dtype="bfloat16")
@@ -283,7 +270,7 @@ def test_killed_it_leaves_no_output_and_the_next_run_is_whole(made, tmp_path):
     plain = tmp_path / "plain"
     child = multiprocessing.get_context("fork").Process(target=_slowly, args=(made, plain))
     child.start()
-    while not (tmp_path / ".plain.tmp" / "config.json").exists():
+    while not (tmp_path / ".plain.tmp" / "new" / "config.json").exists():
         assert child.is_alive()
         time.sleep(0.01)
     os.kill(child.pid, signal.SIGKILL)
@@ -292,6 +279,68 @@ def test_killed_it_leaves_no_output_and_the_next_run_is_whole(made, tmp_path):
     dequantize(made, output=plain)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out", "plain"]
     assert plain_logits(plain).isfinite().all()
+
+
+def _killed_after(renames: int, made: Path, plain: Path) -> None:
+    rename, done = Path.rename, iter(range(renames))
+
+    def killing(self: Path, target: Path) -> None:
+        rename(self, target)
+        if plain in (self, target) and next(done) == renames - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Path.rename = killing
+    dequantize(made, output=plain, overwrite=True)
+
+
+@pytest.mark.parametrize(("renames", "left"), [(1, "old"), (2, "new")])
+def test_killed_while_it_replaces_it_loses_nothing(made, tmp_path, renames, left):
+    torch.set_num_threads(1)
+    plain = tmp_path / "plain"
+    dequantize(made, output=plain, dtype="float32")
+    old = (plain / "model.safetensors").read_bytes()
+    child = multiprocessing.get_context("fork").Process(target=_killed_after, args=(renames, made, plain))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert plain.exists() == (left == "new")
+    with pytest.raises(PaleyError, match="exists already"):
+        dequantize(made, output=plain)
+    assert ((plain / "model.safetensors").read_bytes() == old) == (left == "old")
+    dequantize(made, output=plain, overwrite=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out", "plain"]
+    assert json.loads((plain / "config.json").read_text())["dtype"] == "float16"
+
+
+def test_stopped_while_it_replaces_it_puts_the_old_one_back(made, tmp_path, monkeypatch):
+    plain = tmp_path / "plain"
+    dequantize(made, output=plain, dtype="float32")
+    rename = Path.rename
+
+    def stop(self: Path, target: Path) -> None:
+        if target == plain and self.name == "new":
+            raise KeyboardInterrupt
+        rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", stop)
+    with pytest.raises(KeyboardInterrupt):
+        dequantize(made, output=plain, overwrite=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out", "plain"]
+    assert json.loads((plain / "config.json").read_text())["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_second_run_on_the_same_output_is_refused(made, tmp_path, overwrite):
+    seen = []
+
+    def beside(total: int, name: str) -> None:
+        with pytest.raises(PaleyError, match="plain: another run is at work on it"):
+            dequantize(made, output=tmp_path / "plain", overwrite=overwrite)
+        seen.append(name)
+
+    dequantize(made, output=tmp_path / "plain", on_tensor=beside)
+    assert seen
+    assert plain_logits(tmp_path / "plain").isfinite().all()
 
 
 def test_one_shard_at_a_time(made, tmp_path, monkeypatch):
@@ -326,6 +375,15 @@ def test_the_verb_says_what_it_made_and_what_to_type_next(made, tmp_path):
     found = json.loads(out)
     assert (found["output"], found["dropped"]) == (str(tmp_path / "other"), [])
     assert found["bytes"] > found["quantized_bytes"]
+
+
+def test_the_verb_names_the_option_for_a_value_that_does_not_fit(made, tmp_path):
+    file = made / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.up_proj.scales"][3] = 60000.0
+    save_file(tensors, file, metadata={"format": "pt"})
+    _, _, err = run("dequantize", made, "--output", tmp_path / "plain")
+    assert err.endswith("does not fit torch.float16; set --dtype float32 or --dtype bfloat16\n")
 
 
 def test_the_verb_refuses_by_name_and_drops_aloud(rounding, tmp_path):

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from paley.core import files
 from paley.core.errors import PaleyError
-from paley.format import files
-from paley.format.checkpoint import Checkpoint, ShardWriter, write_atomic, write_json, write_tensors
+from paley.core.files import write_atomic
+from paley.format.checkpoint import Checkpoint, ShardWriter, write_json, write_tensors
 
 TENSORS = {
     "b.codes": torch.arange(7, dtype=torch.uint8),
@@ -264,7 +265,7 @@ def test_a_rename_that_fails_leaves_nothing(tmp_path, monkeypatch):
 
 KILLED = """
 import os, sys, torch
-from paley.format import files
+from paley.core import files
 from paley.format.checkpoint import ShardWriter
 
 torch.set_num_threads(1)

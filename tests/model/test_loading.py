@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from paley.core.errors import PaleyError
 from paley.model.loading import load_tokenizer, open_source
+from paley.pipeline.accounting import parameter_count
+from tiny_models import EMBEDDING, HEAD, save_tiny, store_tie_as
 
 
 @pytest.fixture
@@ -35,3 +38,28 @@ def test_a_missing_or_damaged_tokenizer_is_named(folder, content):
     for load in (lambda: load_tokenizer(folder), source.tokenizer):
         with pytest.raises(PaleyError, match=f"{folder}: no tokenizer can be loaded here"):
             load()
+
+
+@pytest.mark.parametrize("names", [(EMBEDDING,), (HEAD,), (HEAD, EMBEDDING)])
+def test_a_tied_pair_may_be_stored_under_either_name_or_both(tmp_path, tiny_tokenizer, names):
+    source = open_source(store_tie_as(save_tiny(tmp_path, tiny_tokenizer, qwen=True), *names))
+    source.skeleton()
+    model = source.load()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(model.lm_head.weight, source.checkpoint[EMBEDDING])
+    assert HEAD not in source.checkpoint
+    assert parameter_count(source) == sum(p.numel() for p in model.parameters())
+
+
+def test_a_tied_pair_that_is_not_there_is_missed(tmp_path, tiny_tokenizer):
+    source = open_source(store_tie_as(save_tiny(tmp_path, tiny_tokenizer, qwen=True)))
+    with pytest.raises(PaleyError, match=f"no tensor '{EMBEDDING}'"):
+        source.skeleton()
+    with pytest.raises(PaleyError, match="disagree: missing 2 tensors, the first is"):
+        source.load()
+
+
+def test_a_head_of_its_own_needs_its_weight_and_the_embedding_too(tmp_path, tiny_tokenizer):
+    store_tie_as(save_tiny(tmp_path, tiny_tokenizer), HEAD)
+    with pytest.raises(PaleyError, match=f"no tensor '{EMBEDDING}'"):
+        open_source(tmp_path).skeleton()

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from paley import hf
+from paley.core import files
 from paley.core.errors import PaleyError
-from paley.format import files
 from paley.pipeline import make_plan, quantize
 from paley.plan import Plan
 from paley.recipe import apply_settings, preset

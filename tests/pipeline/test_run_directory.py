@@ -68,6 +68,22 @@ def test_a_publication_killed_at_any_step_resumes_to_the_new_output(tmp_path, mo
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_publication_killed_halfway_gives_the_old_output_back_to_a_run_that_starts_anew(
+    tmp_path, monkeypatch, kill_at
+):
+    output = tmp_path / "out"
+    make(output, "key", "old")
+    kill_at(1)
+    with pytest.raises(Killed):
+        make(output, "key", "new", overwrite=True)
+    monkeypatch.undo()
+    assert not output.exists()
+    with pytest.raises(PaleyError, match="a bad model"), open_run(output, "other", resume=False, overwrite=True):
+        raise PaleyError("a bad model")
+    assert (output / "content").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_removal_killed_halfway_leaves_a_finished_run(tmp_path, monkeypatch):
     def half(path, **kwargs):
         (Path(path) / "lock").unlink(missing_ok=True)

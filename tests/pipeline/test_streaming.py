@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from paley import hf
 from paley.core import grids
@@ -24,35 +23,15 @@ from paley.pipeline import Monitor, quantize
 from paley.pipeline.stages import decide, execute
 from paley.pipeline.texts import Texts
 from paley.recipe import apply_settings, preset
+from tiny_models import EMBEDDING, HEAD, higgs, save_tiny, store_tie_as
 
 NO_TEXTS = Texts(None, None, None)
-
-
-def save(folder: Path, tokenizer, *, qwen: bool = False, **changes) -> Path:
-    """A random model of two layers; MLP width 37 is no multiple of any block, and Qwen has biases."""
-    torch.manual_seed(0)
-    kind, config = (Qwen2ForCausalLM, Qwen2Config) if qwen else (LlamaForCausalLM, LlamaConfig)
-    settings = {
-        "vocab_size": len(tokenizer), "hidden_size": 48, "intermediate_size": 37, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2,
-    }  # fmt: skip
-    model = kind(config(**settings | changes))
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter)
-    model.save_pretrained(folder, max_shard_size="40KB")
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2 tied"])
 def folder(request, tmp_path_factory, tiny_tokenizer):
     qwen = request.param.startswith("qwen2")
-    return save(tmp_path_factory.mktemp("model"), tiny_tokenizer, qwen=qwen, tie_word_embeddings=qwen)
-
-
-def recipe(*settings: str, name: str = "higgs-3"):
-    return apply_settings(preset(name), ["test=null", "hadamard=16", *settings])
+    return save_tiny(tmp_path_factory.mktemp("model"), tiny_tokenizer, qwen=qwen)
 
 
 def contents(path: Path) -> dict[str, bytes]:
@@ -72,7 +51,7 @@ def contents(path: Path) -> dict[str, bytes]:
 )
 @torch.no_grad()
 def test_it_is_the_model_that_is_made_in_memory(folder, settings, tmp_path):
-    wanted, source = recipe(*settings), open_source(folder)
+    wanted, source = higgs(*settings), open_source(folder)
     plan = decide(source, wanted, NO_TEXTS, None, Monitor(), "cpu")
     expected, reports = execute(source, plan, NO_TEXTS, None, Monitor(), "cpu")
     outcome = quantize(folder, wanted, output=tmp_path / "out")
@@ -84,7 +63,7 @@ def test_it_is_the_model_that_is_made_in_memory(folder, settings, tmp_path):
 
 
 def test_biases_and_ties_are_kept_and_every_byte_counts(folder, tmp_path):
-    source, outcome = open_source(folder), quantize(folder, recipe(), output=tmp_path / "out")
+    source, outcome = open_source(folder), quantize(folder, higgs(), output=tmp_path / "out")
     stored = Checkpoint.open(outcome.output)
     for name in source.checkpoint.names:
         if name.endswith("bias"):
@@ -98,21 +77,21 @@ def test_biases_and_ties_are_kept_and_every_byte_counts(folder, tmp_path):
 
 
 def test_gaussian_layers_have_the_error_of_the_grid(tmp_path, tiny_tokenizer):
-    folder = save(tmp_path / "model", tiny_tokenizer, hidden_size=256, intermediate_size=512)
-    wanted = recipe("hadamard=1024", "weights.scale_search=rms")
+    folder = save_tiny(tmp_path / "model", tiny_tokenizer, hidden_size=256, intermediate_size=512)
+    wanted = higgs("hadamard=1024", "weights.scale_search=rms")
     results = quantize(folder, wanted, output=tmp_path / "out").results
     expected = grids.load("p2n64").mse
     assert [layer["rel_error"] for layer in results["layers"].values()] == pytest.approx([expected] * 14, rel=0.03)
 
 
 def test_processes_share_the_work_without_changing_it(folder, tmp_path):
-    alone = quantize(folder, recipe(), output=tmp_path / "one")
-    shared = quantize(folder, recipe(), output=tmp_path / "two", workers=2)
+    alone = quantize(folder, higgs(), output=tmp_path / "one")
+    shared = quantize(folder, higgs(), output=tmp_path / "two", workers=2)
     assert contents(alone.output) == contents(shared.output)
 
 
 def test_a_stopped_run_makes_no_weight_twice(folder, tmp_path, monkeypatch):
-    whole = contents(quantize(folder, recipe(), output=tmp_path / "whole").output)
+    whole = contents(quantize(folder, higgs(), output=tmp_path / "whole").output)
 
     class Stopping(Monitor):
         steps = 0
@@ -123,11 +102,11 @@ def test_a_stopped_run_makes_no_weight_twice(folder, tmp_path, monkeypatch):
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        quantize(folder, recipe(), output=tmp_path / "out", monitor=Stopping())
+        quantize(folder, higgs(), output=tmp_path / "out", monitor=Stopping())
     made = sorted((tmp_path / "out.run" / "final").iterdir())
     assert len(made) == 5
     times = [file.stat().st_mtime_ns for file in made]
-    resumed = quantize(folder, recipe(), output=tmp_path / "out", resume=True, monitor=Watching(made, times))
+    resumed = quantize(folder, higgs(), output=tmp_path / "out", resume=True, monitor=Watching(made, times))
     assert contents(resumed.output) == whole
 
 
@@ -144,12 +123,12 @@ class Watching(Monitor):
 
 def _run(folder: Path, output: Path) -> None:
     torch.set_num_threads(1)
-    quantize(folder, recipe(), output=output, resume=output.with_name(output.name + ".run").exists())
+    quantize(folder, higgs(), output=output, resume=output.with_name(output.name + ".run").exists())
 
 
 def test_killed_it_ends_in_the_same_bytes(folder, tmp_path):
     torch.set_num_threads(1)
-    whole = contents(quantize(folder, recipe(), output=tmp_path / "whole").output)
+    whole = contents(quantize(folder, higgs(), output=tmp_path / "whole").output)
     context, output, kills = multiprocessing.get_context("fork"), tmp_path / "out", 0
     while not output.exists():
         child = context.Process(target=_run, args=(folder, output))
@@ -175,16 +154,16 @@ def test_killed_it_ends_in_the_same_bytes(folder, tmp_path):
     ],
 )
 def test_a_config_of_another_model_is_refused(tmp_path, tiny_tokenizer, change, complaint):
-    folder = save(tmp_path / "model", tiny_tokenizer)
+    folder = save_tiny(tmp_path / "model", tiny_tokenizer)
     config = json.loads((folder / "config.json").read_text())
     write_json(folder / "config.json", config | change)
     with pytest.raises(PaleyError, match=complaint):
-        quantize(folder, recipe(), output=tmp_path / "out")
+        quantize(folder, higgs(), output=tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
 
 
 def test_what_needs_data_cannot_go_without_a_test(folder, tmp_path):
-    wanted = recipe("hadamard=null", name="rtn-w4a4kv4").model_copy(update={"rotate": True, "expand_mlp": "auto"})
+    wanted = higgs("hadamard=null", name="rtn-w4a4kv4").model_copy(update={"rotate": True, "expand_mlp": "auto"})
     with pytest.raises(PaleyError, match="only data-free recipes can go without"):
         quantize(folder, wanted, output=tmp_path / "out")
 
@@ -204,7 +183,7 @@ def test_a_kept_weight_is_turned_where_its_input_is(folder, tmp_path):
 
 def test_processes_know_a_grid_of_ones_own(folder, tmp_path):
     grid = grids.custom(torch.randn(9, 2, generator=torch.Generator().manual_seed(3)))
-    wanted = recipe(f"weights.grid={grid.name}")
+    wanted = higgs(f"weights.grid={grid.name}")
     alone = quantize(folder, wanted, output=tmp_path / "one")
     shared = quantize(folder, wanted, output=tmp_path / "two", workers=2)
     assert contents(alone.output) == contents(shared.output)
@@ -214,7 +193,7 @@ def test_processes_know_a_grid_of_ones_own(folder, tmp_path):
 def test_a_grid_that_only_the_recipe_names_is_carried_too(folder, tmp_path):
     grid = grids.custom(torch.randn(9, 2, generator=torch.Generator().manual_seed(4)))
     keep = "overrides=[{pattern: '*', keep: true}]"
-    plan = quantize(folder, recipe(f"weights.grid={grid.name}", keep), output=tmp_path / "out").plan
+    plan = quantize(folder, higgs(f"weights.grid={grid.name}", keep), output=tmp_path / "out").plan
     assert list(plan.grids) == [grid.name]
 
 
@@ -226,7 +205,7 @@ def test_a_grid_that_only_the_recipe_names_is_carried_too(folder, tmp_path):
     ],
 )
 def test_an_edited_plan_must_fit(folder, tmp_path, change, complaint):
-    plan = decide(open_source(folder), recipe(), NO_TEXTS, None, Monitor(), "cpu")
+    plan = decide(open_source(folder), higgs(), NO_TEXTS, None, Monitor(), "cpu")
     linears = dict(plan.linears)
     change(linears)
     with pytest.raises(PaleyError, match=complaint):
@@ -235,20 +214,38 @@ def test_an_edited_plan_must_fit(folder, tmp_path, change, complaint):
 
 
 def test_tables_that_old_checkpoints_hold_are_passed_over(tmp_path, tiny_tokenizer):
-    folder = save(tmp_path / "model", tiny_tokenizer)
+    folder = save_tiny(tmp_path / "model", tiny_tokenizer)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     save_file({name: torch.ones(6)}, folder / "old.safetensors")
     index["weight_map"][name] = "old.safetensors"
     write_json(folder / "model.safetensors.index.json", index)
-    outcome = quantize(folder, recipe(), output=tmp_path / "out")
+    outcome = quantize(folder, higgs(), output=tmp_path / "out")
     assert name not in Checkpoint.open(outcome.output)
     hf.load(outcome.output)
 
 
 def test_a_head_that_is_not_the_embedding_it_is_tied_to_is_refused(tmp_path, tiny_tokenizer):
-    folder = save(tmp_path / "model", tiny_tokenizer)
+    folder = save_tiny(tmp_path / "model", tiny_tokenizer)
     config = json.loads((folder / "config.json").read_text())
     write_json(folder / "config.json", config | {"tie_word_embeddings": True})
     with pytest.raises(PaleyError, match=r"lm_head.weight is not model.embed_tokens.weight; set it to false"):
-        quantize(folder, recipe(), output=tmp_path / "out")
+        quantize(folder, higgs(), output=tmp_path / "out")
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {name: data for name, data in contents(folder).items() if name.endswith("safetensors")}
+
+
+@pytest.mark.parametrize("names", [(HEAD,), (HEAD, EMBEDDING)])
+@torch.no_grad()
+def test_a_tied_pair_may_be_stored_under_either_name_or_both(tmp_path, tiny_tokenizer, names):
+    usual = quantize(save_tiny(tmp_path / "usual", tiny_tokenizer, qwen=True), higgs(), output=tmp_path / "one")
+    folder = store_tie_as(save_tiny(tmp_path / "other", tiny_tokenizer, qwen=True), *names)
+    other = quantize(folder, higgs(), output=tmp_path / "two")
+    assert weights(other.output) == weights(usual.output)
+    for key in ("parameters", "bits_per_weight", "bits_per_quantized_weight", "original_bytes", "untouched"):
+        assert other.results[key] == usual.results[key]
+    model = hf.load(other.output)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(model.lm_head.weight, Checkpoint.open(folder)[HEAD].half().float())

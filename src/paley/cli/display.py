@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from paley.core.schemes import ActivationScheme, WeightScheme
+from paley.eval.figures import with_error
 from paley.pipeline import Outcome
 from paley.pipeline.curve import CurvePoint
 from paley.plan import Plan
@@ -97,12 +98,6 @@ def scores(measured: dict[str, Any]) -> list[Row]:
         ("KL divergence, nats per token", "", with_error(float(m["kl"]), m["kl_stderr"], ".4f")),
         ("same most likely token", "", f"{agreement} %"),
     ]
-
-
-def with_error(value: float, stderr: float | None, form: str) -> str:
-    """'12.3456 ± 0.0123', or the value alone where there is no standard error."""
-    shown = f"{value:{form}}"
-    return shown if stderr is None else f"{shown} ± {stderr:{form.replace('+', '')}}"
 
 
 def _percent(value: float | None) -> float | None:

@@ -17,6 +17,7 @@ from paley.cli.process import STOPPED, naming, peak_memory, say, shell, typed
 from paley.cli.progress import watching
 from paley.cli.work import check_device
 from paley.core.errors import PaleyError
+from paley.eval.figures import with_error
 from paley.methods.sensitivity import LEVELS
 from paley.model.loading import read_config, resolve
 from paley.model.sensitivity import KINDS
@@ -136,7 +137,7 @@ def _show(found: Sensitivity, cost: display.Cost) -> None:
     """Tables on stdout: the steepest slots, means by type, and what it took."""
     steepest = sorted(found.slots.items(), key=lambda item: -item[1].alpha)
     rows = [
-        (name, slot.kind, display.with_error(slot.alpha, slot.stderr, ".4g"), f"{len(slot.levels)}")
+        (name, slot.kind, with_error(slot.alpha, slot.stderr, ".4g"), f"{len(slot.levels)}")
         for name, slot in steepest[:_SHOWN]
     ]
     display.show(display.table((f"largest of {len(steepest)} slopes", "", "alpha", "levels"), rows, left=2))

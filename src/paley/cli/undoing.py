@@ -8,7 +8,7 @@ from dataclasses import asdict
 import paley
 from paley.cli import display, options
 from paley.cli.app import app
-from paley.cli.process import peak_memory, shell
+from paley.cli.process import naming, peak_memory, shell
 from paley.cli.progress import watching
 
 __all__ = ["dequantize_verb"]
@@ -31,7 +31,7 @@ def dequantize_verb(
     Example: `paley dequantize llama-w4 --output llama-plain`
     """
     start, seen = time.monotonic(), 0
-    with watching() as monitor:
+    with naming({"dtype=": "--dtype "}), watching() as monitor:
 
         def on_tensor(total: int, name: str) -> None:
             nonlocal seen

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,14 @@ import torch
 from torch import Tensor
 
 from paley.core.errors import PaleyError, nearest_name
+from paley.core.files import temporary, write_atomic
 from paley.core.rounding import Quantized
 from paley.core.schemes import LinearSlot
 from paley.format import spec
 from paley.format.checkpoint import Checkpoint
-from paley.format.files import copy_companions, read_json, temporary, write_atomic, write_json
+from paley.format.dtypes import FLOATS, cast_to_store
+from paley.format.files import copy_companions, read_json, write_json
+from paley.format.folders import LOCK, exchange, locked, restore
 from paley.format.writer import ShardWriter
 from paley.model.loading import check_fit, empty_model, read_config
 
@@ -29,8 +33,8 @@ __all__ = ["Plain", "dequantize"]
 
 _CHUNK = 2**22  # values decoded together
 _SHARD = 2**28  # bytes; a shard is in memory while it fills
+_REPLACED = "replaced"  # where the older output waits for the new one to be in its place
 _RESULTS = "results.json"  # its key "run" tells a folder that Paley made, which --overwrite may replace
-_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 _CARD = """\
 ---
@@ -89,7 +93,7 @@ def dequantize(
     and how many there are. Errors: PaleyError, with nothing in `output`.
     """
     folder, output = Path(path), Path(output)
-    _check_output(folder, output, overwrite=overwrite)
+    _check_place(folder, output)
     checkpoint = Checkpoint.open(folder)
     section = spec.quantization_of(checkpoint)
     dropped = _rounded_at_run_time(section)
@@ -105,29 +109,52 @@ def dequantize(
     means = {f"{name}.key_mean" for name, slot in section.attentions.items() if slot.keys and slot.center_keys}
     linears = _linears(checkpoint, section, means)
     kept = _kept(checkpoint, linears, means)
-    work = temporary(output.resolve())
     try:
-        shutil.rmtree(work, ignore_errors=True)  # of a killed run
-        work.mkdir(parents=True)
-        write_json(work / "config.json", config)
-        with ShardWriter(work, max_shard_bytes=_SHARD) as writer:
-            tensors = _tensors(checkpoint, linears, kept, _DTYPES[config["dtype"]], cast=dtype is not None)
-            for name, tensor in tensors:
-                writer.add(name, tensor, own=True)
-                on_tensor(len(linears) + len(kept), name)
-        copy_companions(folder, work)
-        made = Plain(output, tuple(dropped), checkpoint.nbytes, Checkpoint.open(work).nbytes)
-        _describe(work, folder, section, config, made)
-        _publish(work, output)
+        with _workplace(output) as work:
+            _check_free(output, overwrite=overwrite)
+            new = work / "new"
+            with ShardWriter(new, max_shard_bytes=_SHARD) as writer:
+                tensors = _tensors(checkpoint, linears, kept, FLOATS[config["dtype"]], cast=dtype is not None)
+                for name, tensor in tensors:
+                    writer.add(name, tensor, own=True)
+                    on_tensor(len(linears) + len(kept), name)
+            write_json(new / "config.json", config)
+            copy_companions(folder, new)
+            made = Plain(output, tuple(dropped), checkpoint.nbytes, Checkpoint.open(new).nbytes)
+            _describe(new, folder, section, config, made)
+            exchange(new, output.resolve(), work / _REPLACED)
     except OSError as error:
         raise PaleyError(f"{output}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return made
 
 
-def _check_output(folder: Path, output: Path, *, overwrite: bool) -> None:
-    """Raises where the output is in the way, or would take the source or the ground under the user away."""
+@contextmanager
+def _workplace(output: Path) -> Iterator[Path]:
+    """The locked folder beside `output` in which it is made; what a killed run left is put back, or removed."""
+    place = output.resolve()
+    work = temporary(place)
+    with locked(work, output):
+        try:
+            _clear(work, place)
+            yield work
+        finally:
+            _clear(work, place)
+            (work / LOCK).unlink()
+            with suppress(OSError):  # another run has just begun here
+                work.rmdir()
+
+
+def _clear(work: Path, place: Path) -> None:
+    restore(place, work / _REPLACED)
+    for entry in work.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name != LOCK:
+            entry.unlink()
+
+
+def _check_place(folder: Path, output: Path) -> None:
+    """Raises where the output would take the source, or the ground under the user, away."""
     place = output.resolve()
     if not place.name:
         raise PaleyError(f"{output}: is no name for a new folder; choose another --output")
@@ -136,6 +163,11 @@ def _check_output(folder: Path, output: Path, *, overwrite: bool) -> None:
             raise PaleyError(f"{output}: holds {what} {path.resolve()}; choose another --output")
     if place.is_relative_to(folder.resolve()):
         raise PaleyError(f"{output}: lies in the model's own folder; choose another --output")
+
+
+def _check_free(output: Path, *, overwrite: bool) -> None:
+    """Raises where something is in the way that may not be replaced."""
+    place = output.resolve()
     if not place.exists():
         return
     if not overwrite:
@@ -157,9 +189,9 @@ def _rounded_at_run_time(section: spec.QuantizationConfig) -> list[str]:
 
 def _dtype_name(folder: Path, asked: str | None, config: dict[str, Any]) -> str:
     name = asked or config.get("dtype") or config.get("torch_dtype")
-    if name not in _DTYPES:
+    if name not in FLOATS:
         where = "dtype" if asked else f"{folder}/config.json: dtype"
-        raise PaleyError(f"{where}: must be {', '.join(_DTYPES)}, got {name!r}; --dtype says which to write")
+        raise PaleyError(f"{where}: must be {', '.join(FLOATS)}, got {name!r}; --dtype says which to write")
     return name
 
 
@@ -186,7 +218,7 @@ def _linears(checkpoint: Checkpoint, section: spec.QuantizationConfig, means: se
 
 def _parts(linear: _Linear) -> list[str]:
     """Names of the tensors that may store a linear's weight."""
-    parts = (spec.WEIGHT,) if linear.slot.weight is None else (spec.CODES, spec.SCALES, spec.ZEROS)
+    parts = (spec.WEIGHT,) if linear.slot.weight is None else spec.PARTS
     return [linear.name + part for part in parts]
 
 
@@ -204,7 +236,7 @@ def _tensors(
         yield linear.name + spec.WEIGHT, _weight(checkpoint, linear, dtype)
     for name in kept:
         tensor = checkpoint.tensor(name)
-        yield name, _cast(name, tensor, dtype) if cast and tensor.is_floating_point() else tensor
+        yield name, cast_to_store(name, tensor, dtype) if cast else tensor
 
 
 def _weight(checkpoint: Checkpoint, linear: _Linear, dtype: torch.dtype) -> Tensor:
@@ -225,23 +257,15 @@ def _weight(checkpoint: Checkpoint, linear: _Linear, dtype: torch.dtype) -> Tens
         weight = stored[part] if isinstance(stored, Tensor) else _rows(stored, part).dequantize()
         if transform is not None:
             weight = transform.adjoint(weight.double())
-        plain[part] = _cast(name + spec.WEIGHT, weight, dtype)
+        plain[part] = cast_to_store(name + spec.WEIGHT, weight, dtype)
     return plain
 
 
 def _rows(q: Quantized, part: slice) -> Quantized:
-    return replace(
-        q, codes=q.codes[part], scales=q.scales[part], zeros=None if q.zeros is None else q.zeros[part]
-    )  # fmt: skip
-
-
-def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """tensor as `dtype`; raises where that cannot hold its values."""
-    made = tensor.to(dtype)
-    if not made.isfinite().all():
-        largest = float(tensor.abs().max())
-        raise PaleyError(f"{name}: its largest value {largest:.3g} does not fit {dtype}; use --dtype float32")
-    return made
+    zeros, outliers = None if q.zeros is None else q.zeros[part], q.outliers
+    if outliers is not None:
+        outliers = replace(outliers, codes=outliers.codes[part], scales=outliers.scales[part])
+    return replace(q, codes=q.codes[part], scales=q.scales[part], zeros=zeros, outliers=outliers)
 
 
 def _describe(work: Path, folder: Path, section: spec.QuantizationConfig, config: dict[str, Any], made: Plain) -> None:
@@ -257,19 +281,3 @@ def _describe(work: Path, folder: Path, section: spec.QuantizationConfig, config
     write_atomic(work / "README.md", card)
     if (plan := folder / "plan.json").is_file():
         shutil.copyfile(plan, work / "plan.json")
-
-
-def _publish(work: Path, output: Path) -> None:
-    """Makes the finished folder the output, in place of an older one."""
-    place = output.resolve()
-    old = place.with_name(f".{place.name}.replaced")
-    shutil.rmtree(old, ignore_errors=True)
-    if place.exists():
-        place.rename(old)
-    try:
-        work.rename(place)
-    except OSError:
-        if old.exists():
-            old.rename(place)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

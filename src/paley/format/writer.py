@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from paley.core.errors import PaleyError
-from paley.format.files import Chunk, publish, write_json, write_synced, write_whole
+from paley.core.files import Chunk, publish, write_synced, write_whole
+from paley.format.files import write_json
 from paley.format.header import NAMES, as_bytes, header_bytes
 
 __all__ = ["INDEX", "SINGLE", "ShardWriter", "write_tensors"]

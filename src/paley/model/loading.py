@@ -26,7 +26,7 @@ from paley.model.adapter import architecture
 
 __all__ = [
     "Source", "check_fit", "check_seq_len", "empty_model", "is_ignored", "load_tokenizer", "open_source", "read_config",
-    "resolve",
+    "resolve", "tied_partners",
 ]  # fmt: skip
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -35,7 +35,10 @@ _FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
 @dataclass(frozen=True)
 class Source:
-    """A checked checkpoint folder of a supported architecture; `fingerprint` names its contents."""
+    """A checked checkpoint folder of a supported architecture; `fingerprint` names its contents.
+
+    In `checkpoint` a tied pair stands once, as the embedding, under whichever names the files hold it.
+    """
 
     path: Path
     checkpoint: Checkpoint
@@ -72,17 +75,23 @@ class Source:
         return load_tokenizer(self.path)
 
 
-def _check_tie(path: Path, checkpoint: Checkpoint, config: Any) -> None:
-    """Raises where the config ties lm_head to the embedding, but the files hold another weight for it."""
+def _join_tie(path: Path, checkpoint: Checkpoint, config: Any) -> Checkpoint:
+    """The checkpoint with the embedding alone where the config ties lm_head to it; raises where the two differ.
+
+    transformers writes the embedding and reads either name; there are files with lm_head.weight alone.
+    """
     row = architecture(config.model_type)
     head, embedding = f"{row.head}.weight", f"{row.embedding}.weight"
-    if not config.tie_word_embeddings or head not in checkpoint or embedding not in checkpoint:
-        return
-    if not torch.equal(checkpoint.tensor(head), checkpoint.tensor(embedding)):
+    if not config.tie_word_embeddings or head not in checkpoint:
+        return checkpoint
+    if embedding in checkpoint and not torch.equal(checkpoint.tensor(head), checkpoint.tensor(embedding)):
         raise PaleyError(
             f"{path}: config.json says tie_word_embeddings, but {head} is not {embedding}; set it to false there if "
             "the head is meant to be its own, or remove the tensor"
         )
+    infos = dict(checkpoint.infos)
+    infos[embedding] = infos.pop(head)
+    return Checkpoint(checkpoint.folder, checkpoint.config, infos)
 
 
 def read_config(path: Path) -> Any:
@@ -103,10 +112,10 @@ def empty_model(config: Any) -> PreTrainedModel:
 
 def check_fit(folder: Path, shapes: Mapping[str, tuple[int, ...]], model: PreTrainedModel) -> None:
     """Raises unless tensors of these names and shapes, those of a folder, are just what fills the model."""
-    tied, wanted = set(model.all_tied_weights_keys), model.state_dict()
+    partners, wanted = tied_partners(model), model.state_dict()
     for name, tensor in wanted.items():
         if name not in shapes:
-            if name in tied:
+            if partners.get(name) in shapes:
                 continue
             raise PaleyError(f"{folder}: no tensor {name!r}{nearest_name(name, shapes)}")
         if shapes[name] != tuple(tensor.shape):
@@ -119,6 +128,12 @@ def check_fit(folder: Path, shapes: Mapping[str, tuple[int, ...]], model: PreTra
             f"{folder}: config.json and the weights disagree: {len(extra)} tensors too many, the first is "
             f"{extra[0]}; use the config.json these weights came with"
         )
+
+
+def tied_partners(model: PreTrainedModel) -> dict[str, str]:
+    """Of each tied weight's names the other one: a file may hold it under either."""
+    tied = model.all_tied_weights_keys
+    return {**tied, **{source: target for target, source in tied.items()}}
 
 
 def is_ignored(name: str, model: PreTrainedModel) -> bool:
@@ -157,8 +172,7 @@ def open_source(model: str | Path) -> Source:
     if getattr(config, "quantization_config", None) is not None:
         raise PaleyError(f"{path}: is quantized already; give the original, full-precision checkpoint")
     checkpoint.check_finite()
-    _check_tie(path, checkpoint, config)
-    return Source(path, checkpoint, checkpoint.fingerprint(), config)
+    return Source(path, _join_tie(path, checkpoint, config), checkpoint.fingerprint(), config)
 
 
 def resolve(model: str | Path) -> Path:

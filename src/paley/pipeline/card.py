@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from paley.core.schemes import ActivationScheme, WeightScheme
+from paley.eval.figures import with_error
 from paley.plan import Plan
 
 __all__ = ["model_card"]
@@ -40,8 +41,8 @@ Without `import paley` transformers does not know this format: it only warns, an
 """
 
 _SCORES = """\
-| perplexity | {perplexity:.4f} ± {perplexity_stderr:.4f} (original {reference:.4f}) |
-| KL divergence to the original | {kl:.4f} ± {kl_stderr:.4f} nats per token |
+| perplexity | {perplexity} (original {reference:.4f}) |
+| KL divergence to the original | {kl} nats per token |
 | same most likely token | {top1:.2%} |
 
 Measured on {tokens:,} tokens of `{source}`, through the quantized KV cache in chunks; on a text of another domain the
@@ -82,11 +83,9 @@ def _scores(measured: dict[str, Any] | None) -> str:
     if measured is None:
         return _NO_SCORES
     return _SCORES.format(
-        perplexity=measured["perplexity"],
-        perplexity_stderr=measured["perplexity_stderr"] or math.nan,
+        perplexity=with_error(float(measured["perplexity"]), measured["perplexity_stderr"], ".4f"),
         reference=math.exp(measured["reference_nll"]),
-        kl=measured["kl"],
-        kl_stderr=measured["kl_stderr"] or math.nan,
+        kl=with_error(float(measured["kl"]), measured["kl_stderr"], ".4f"),
         top1=measured["top1_agreement"],
         tokens=measured["tokens"],
         source=measured["source"],

@@ -5,7 +5,6 @@ Every file in it is either absent or whole. The output folder appears at the end
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from pydantic import ValidationError
 
 from paley.core.errors import PaleyError
 from paley.format.files import write_json
+from paley.format.folders import LOCK, exchange, locked, restore
 from paley.plan import Trial
 
 __all__ = ["RunDirectory", "check_output", "open_run"]
@@ -109,18 +109,16 @@ class RunDirectory:
 
     def entries(self) -> list[os.DirEntry[str]]:
         """What the run has made: all but the lock, the settings, and files half written."""
-        return [e for e in os.scandir(self.path) if e.name not in ("lock", SETTINGS) and not e.name.startswith(".")]
+        return [e for e in os.scandir(self.path) if e.name not in (LOCK, SETTINGS) and not e.name.startswith(".")]
 
     def publish(self) -> None:
         """Makes the finished checkpoint the output folder, in place of an older one, and removes the run."""
-        if self.output.exists() and self.checkpoint.exists():
-            if not _read(self.path / SETTINGS).get("replaces"):
+        if self.checkpoint.exists():
+            if self.output.exists() and not _read(self.path / SETTINGS).get("replaces"):
                 raise PaleyError(
                     f"{self.output}: appeared while this run was at work; move it away and run again with --resume"
                 )
-            self.output.rename(self.replaced)
-        if self.checkpoint.exists():
-            self.checkpoint.rename(self.output)
+            exchange(self.checkpoint, self.output, self.replaced)
         self.remove()
 
 
@@ -152,21 +150,11 @@ def open_run(output: Path, key: str, *, resume: bool, overwrite: bool) -> Iterat
             f"{output}: exists already; it was made with other settings; choose another --output, or replace it with "
             "--overwrite"
         )
-    try:
-        run.path.mkdir(parents=True, exist_ok=True)
-        lock = (run.path / "lock").open("a")
-    except OSError as error:
-        raise PaleyError(f"{run.path}: cannot be written ({error}); choose another --output") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise PaleyError(
-                f"{output}: another run is at work on it; wait for it, or choose another --output"
-            ) from None
+    with locked(run.path, output):
         settings = run.path / SETTINGS
         state = _read(settings).get("run")
         if not resume or state in (None, _CLEARED):
+            restore(run.output, run.replaced)  # where the run there was killed as it published
             _start(run, replaces=overwrite and run.output.exists())
         elif state != key:
             raise PaleyError(

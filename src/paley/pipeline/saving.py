@@ -15,14 +15,13 @@ from paley.core.errors import PaleyError
 from paley.core.metrics import kl_divergence
 from paley.data import TokenBlocks
 from paley.format import spec
-from paley.format.checkpoint import first_not_finite
 from paley.format.files import copy_companions, write_json
 from paley.format.writer import ShardWriter
 from paley.model.linear import QuantLinear
 from paley.model.loading import Source
 from paley.plan import Plan
 
-__all__ = ["cast_to_store", "finish_checkpoint", "first_logits", "load_stored", "save_checkpoint", "verify"]
+__all__ = ["finish_checkpoint", "first_logits", "load_stored", "save_checkpoint", "verify"]
 
 
 def save_checkpoint(folder: Path, model: PreTrainedModel, plan: Plan, source: Source, dtype: torch.dtype) -> None:
@@ -44,17 +43,6 @@ def save_checkpoint(folder: Path, model: PreTrainedModel, plan: Plan, source: So
             writer.add(name, tensor if name in packed else tensor.to(dtype))
     writer.close()
     finish_checkpoint(folder, model, plan, source, dtype)
-
-
-def cast_to_store(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor that stays unquantized, in the type it is stored in; raises where that cannot hold its values."""
-    stored = tensor.to(dtype) if tensor.is_floating_point() else tensor
-    if stored is not tensor and first_not_finite(stored) is not None:
-        raise PaleyError(
-            f"{name}: its largest value {float(tensor.abs().max()):.3g} does not fit {dtype}; "
-            "set dtype=float32 or dtype=bfloat16"
-        )
-    return stored
 
 
 def finish_checkpoint(folder: Path, model: PreTrainedModel, plan: Plan, source: Source, dtype: torch.dtype) -> None:

@@ -8,6 +8,7 @@ them, and a killed run loses those at work.
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -25,6 +26,7 @@ from paley.core.schemes import LinearSlot
 from paley.core.transforms import Transform
 from paley.format import spec
 from paley.format.checkpoint import Checkpoint, read_tensors
+from paley.format.dtypes import cast_to_store
 from paley.format.header import TensorInfo, read_metadata
 from paley.format.writer import ShardWriter, write_tensors
 from paley.methods.nearest import quantize_nearest
@@ -33,8 +35,8 @@ from paley.model.calibrate import LayerReport
 from paley.model.loading import Source, is_ignored
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.run_directory import RunDirectory
-from paley.pipeline.saving import cast_to_store, finish_checkpoint
-from paley.pipeline.stages import check_plan
+from paley.pipeline.saving import finish_checkpoint
+from paley.pipeline.slots import check_plan
 from paley.plan import Plan
 
 __all__ = ["TensorJob", "is_data_free", "quantize_tensor", "stream_checkpoint"]
@@ -45,9 +47,8 @@ _SHARD = 2**28  # bytes; a shard is in memory while it fills
 
 def is_data_free(plan: Plan) -> bool:
     """Whether each weight is quantized by itself: nothing is calibrated, folded or averaged over a text."""
-    weights = [slot.weight for slot in plan.linears.values() if slot.weight is not None]
     centered = any(slot.center_keys and slot.keys for slot in plan.attentions.values())
-    return plan.rotation is None and not centered and all(scheme.method == "nearest" for scheme in weights)
+    return plan.rotation is None and not centered and not any(slot.needs_data for slot in plan.linears.values())
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def quantize_tensor(job: TensorJob) -> LayerReport:
     tensors = {name: torch.cat(rows) for name, rows in parts.items()}
     rel_error = error / norm if norm else error
     write_tensors(job.file, tensors, {"rel_error": repr(rel_error)})
-    return LayerReport(job.name, rel_error, 8 * sum(t.nbytes for t in tensors.values()), None)
+    return LayerReport(job.name, rel_error, None)
 
 
 def stream_checkpoint(
@@ -124,7 +125,9 @@ def _run(jobs: list[TensorJob], plan: Plan, workers: int) -> Iterator[LayerRepor
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(plan.grids,))
     try:
-        for done in as_completed([pool.submit(quantize_tensor, job) for job in waiting]):
+        with _no_interrupt():
+            begun = [pool.submit(quantize_tensor, job) for job in waiting]
+        for done in as_completed(begun):
             yield done.result()
     except BrokenProcessPool:
         raise PaleyError(
@@ -135,8 +138,21 @@ def _run(jobs: list[TensorJob], plan: Plan, workers: int) -> Iterator[LayerRepor
         pool.shutdown(cancel_futures=True)
 
 
+@contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Holds Ctrl-C back, also from the processes started here, whose imports would each print a traceback."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _begin(grids: dict[str, list[list[float]]]) -> None:
-    """What a new process must know: the grids that came from files, and to use one thread."""
+    """What a new process must know: the grids that came from files, to use one thread, and to end without a word."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else the parent has it ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     know(grids)
     torch.set_num_threads(1)
 
@@ -153,21 +169,18 @@ def _one_thread() -> Iterator[None]:
 
 
 def _finished(job: TensorJob) -> LayerReport:
-    tensors = read_tensors(job.file)
-    bits = 8 * sum(t.nbytes for t in tensors.values())
-    return LayerReport(job.name, float(read_metadata(job.file)["rel_error"]), bits, None)
+    return LayerReport(job.name, float(read_metadata(job.file)["rel_error"]), None)
 
 
 def _tensors(
     source: Source, plan: Plan, files: dict[str, Path], skeleton: PreTrainedModel, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of the new checkpoint, one in memory at a time: codes from their files, the rest as it was."""
-    tied = set(skeleton.all_tied_weights_keys)
     for name in source.checkpoint.names:
         layer = name.removesuffix(spec.WEIGHT)
         if name.endswith(spec.WEIGHT) and layer in files:
             yield from read_tensors(files[layer]).items()
-        elif name not in tied and not is_ignored(name, skeleton):
+        elif not is_ignored(name, skeleton):
             tensor = source.checkpoint.tensor(name)
             if name.endswith(spec.WEIGHT) and layer in plan.linears:
                 tensor = _rotated(tensor, plan.linears[layer].transform)

@@ -1,17 +1,12 @@
-"""Plain data -> a JSON file that a person can read and diff, written whole or not at all."""
+"""Plain data -> JSON that a person can read and diff."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
-from pathlib import Path
 from typing import Any, TypeVar
 
-from paley.core.errors import PaleyError
-
-__all__ = ["in_natural_order", "json_lines", "save_text"]
+__all__ = ["in_natural_order", "json_lines"]
 
 T = TypeVar("T")
 
@@ -38,20 +33,3 @@ def json_lines(value: Any, levels: int, indent: str = "") -> str:
         for key, item in value.items()
     ]
     return "{\n" + ",\n".join(entries) + f"\n{indent}}}"
-
-
-def save_text(path: str | Path, text: str, what: str) -> None:
-    """Write the file; it is either the old one or the whole new one, also where this is cut off."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise PaleyError(f"{path}: the {what} cannot be written ({error})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()

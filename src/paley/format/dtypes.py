@@ -1,0 +1,24 @@
+"""The types that tensors are stored in where they stay unquantized."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from paley.core.errors import PaleyError
+from paley.format.checkpoint import first_not_finite
+
+__all__ = ["FLOATS", "cast_to_store"]
+
+FLOATS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}  # as config.json calls them
+
+
+def cast_to_store(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor that stays unquantized, in the type it is stored in; raises where that cannot hold its values."""
+    stored = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    if stored is not tensor and first_not_finite(stored) is not None:
+        raise PaleyError(
+            f"{name}: its largest value {float(tensor.abs().max()):.3g} does not fit {dtype}; "
+            "set dtype=float32 or dtype=bfloat16"
+        )
+    return stored
