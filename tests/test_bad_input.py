@@ -115,7 +115,23 @@ def test_bad_models(name, model, tmp_path):
 
 SETTINGS = {
     "bits out of range": (["--preset", "w9a4"], r"W9 has no grid"),
-    "one bit": (["--preset", "w1a16"], r"W1 has no grid"),
+    "one bit by another method": (("--preset", "rtn-w1a4"), "W1 and the method bwa need each other"),
+    "groups wider than the layer": (
+        ("--preset", "w1a4"),
+        r"layers.0.self_attn.q_proj: in_features=24 is no multiple of group_size=128; use a divisor or expand",
+    ),
+    "groups of inputs": (
+        ("--preset", "w1a4", "--set", "weights.group_size=24", "inputs.group_size=16", "outliers=0"),
+        r"layers.0.self_attn.q_proj: input: dimension 24 is no multiple of group_size=16",
+    ),
+    "more outliers than columns": (
+        ("--preset", "w1a4", "--set", "weights.group_size=8", "inputs.group_size=8", "outliers=24"),
+        r"layers.0.self_attn.q_proj: outliers=24 must be fewer than its in_features=24 columns",
+    ),
+    "outliers among vectors": (
+        ("--preset", "higgs-w2a16", "--set", "outliers=2"),
+        r"grid 'p2n16' stands for 2 columns, none of which can be an outlier alone",
+    ),
     "unknown preset": (["--preset", "quarto-w4a4kv4"], r"did you mean 'quarot'"),
     "unknown key": (["--preset", "w4a4kv4", "--set", "calibration.sequence=3"], r"did you mean '.*sequences'"),
     "wrong type": (["--preset", "w4a4kv4", "--set", "search.sequences=many"], r"search\.sequences"),

@@ -75,7 +75,19 @@ def test_recipes_are_frozen():
 
 
 def test_packaged_methods():
-    assert preset_methods() == ["gbs", "higgs", "quarot", "quarot-clipped", "rtn"]
+    assert preset_methods() == ["bwa", "gbs", "higgs", "quarot", "quarot-clipped", "rtn"]
+
+
+def test_binary_weights_have_short_names():
+    w1a4, w1a16 = preset("w1a4"), preset("w1a16")
+    assert w1a4 == preset("bwa-w1a4kv4")
+    assert w1a4.weights is not None
+    assert w1a4.inputs is not None
+    assert (w1a4.weights.grid, w1a4.inputs.grid, w1a4.keys.grid) == ("free2", "uint4", "uint4")
+    assert w1a16.weights == w1a4.weights
+    assert w1a16.inputs is w1a16.keys is w1a16.values is None
+    assert preset("w1g64a4").weights.group_size == 64
+    assert preset("w1a4kv16").keys is None
 
 
 @pytest.mark.parametrize("method", ["gbs", "higgs", "quarot", "quarot-clipped", "rtn"])
@@ -162,13 +174,15 @@ def test_sixteen_bits_leave_unquantized():
     ("name", "complaint"),
     [
         ("w9a4", r"W9 has no grid; bits are 2 to 8, or 16 for unquantized"),
-        ("w1a4", r"W1 has no grid"),
+        ("w1a9", r"A9 has no grid"),
+        ("rtn-w1a4", r"W1 and the method bwa need each other"),
+        ("bwa-w2a4", r"W1 and the method bwa need each other"),
         ("w4a4kv12", r"KV12 has no grid"),
         ("w4", r"preset 'w4': expected \[METHOD-\]W<bits>"),
         ("w4a4 kv4", r"expected \[METHOD-\]W<bits>"),
         (
             "quaro-w4a4",
-            r"unknown method 'quaro'; did you mean 'quarot'\?; known: gbs, higgs, quarot, quarot-clipped, rtn",
+            r"unknown method 'quaro'; did you mean 'quarot'\?; known: bwa, gbs, higgs, quarot, quarot-clipped, rtn",
         ),
         ("../gbs-w4a4", r"unknown method '\.\./gbs'"),
         ("w4g0a4", r"group_size must be a positive integer"),

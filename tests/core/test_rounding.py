@@ -164,7 +164,7 @@ def test_groups_have_scales_of_their_own():
     assert torch.equal(grouped, alone)
     assert not torch.equal(round_trip(x, ActivationScheme("int4")), alone)
     for use in (round_trip, quantize_dynamic):
-        with pytest.raises(PaleyError, match="dimension 16 is not a multiple of group_size=5; use a divisor"):
+        with pytest.raises(PaleyError, match="dimension 16 is no multiple of group_size=5; use a divisor"):
             use(x, ActivationScheme("int4", group_size=5))
 
 

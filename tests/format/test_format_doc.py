@@ -4,6 +4,7 @@ import ast
 import hashlib
 import json
 import re
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from paley.core import grids, packing
 from paley.core.grids import code_dtype
 from paley.core.hadamard import hadamard
-from paley.core.rounding import Quantized, codes_per_row
+from paley.core.rounding import Outliers, Quantized, codes_per_row
 from paley.core.schemes import LinearSlot, WeightScheme
 from paley.core.transforms import random_signs
 from paley.format.checkpoint import ShardWriter, write_json
@@ -25,6 +26,7 @@ GAUSSIAN = json.loads(resources.files("paley.core").joinpath("tables/gaussian.js
 TABLES = resources.files("paley.core").joinpath("tables")
 GRIDS = [f"{family}{bits}" for family in grids.FAMILIES for bits in range(2, 9)]
 GRIDS += ["nf4", "af3", "p1n9", "p2n16", "p2n88", "p2n256", "p3n830", "p4n4096", "e8q3k9", "e8q14k4"]
+GRIDS += ["free1", "free2", "free3", "mirror1", "mirror2", "mirror4"]
 GRIDS += [grids.custom(torch.arange(21).reshape(7, 3) / 10).name]
 OUT = 5
 
@@ -45,7 +47,11 @@ def random_linear(grid: str, in_features: int, groups: int, generator: torch.Gen
     def draw(*shape: int) -> torch.Tensor:
         return torch.randint(0, grids.load(grid).size, shape, generator=generator).to(code_dtype(grids.load(grid)))
 
+    stored = getattr(grids.load(grid), "stored", None)
     # All magnitudes that float16 has, the subnormal ones too.
+    if stored is not None:
+        points = torch.exp2(torch.rand(OUT, groups, stored, generator=generator) * 38 - 23).half().sort(-1).values
+        return Quantized(draw(OUT, in_features), points, None, grid, in_features)
     scales = torch.exp2(torch.rand(OUT, groups, generator=generator) * 38 - 23).half()
     zeros = draw(OUT, groups) if grids.load(grid).affine else None
     codes = draw(OUT, codes_per_row(in_features, grids.load(grid).p))
@@ -55,11 +61,8 @@ def random_linear(grid: str, in_features: int, groups: int, generator: torch.Gen
 def write(folder: Path, linears: dict[str, Quantized], max_shard_bytes: int) -> None:
     slots = {
         name: LinearSlot(
-            WeightScheme(
-                q.grid,
-                q.group_size if q.scales.shape[1] > 1 else None,
-                scale_search="rms" if grids.load(q.grid).p > 1 else "absmax",
-            )
+            WeightScheme("int4", q.group_size if q.scales.shape[1] > 1 else None).on_grid(q.grid),
+            outliers=0 if q.outliers is None else len(q.outliers.columns),
         )
         for name, q in linears.items()
     }
@@ -81,6 +84,11 @@ def test_the_decoder_reads_every_grid_at_every_width(tmp_path, decode, max_shard
         for grid in GRIDS
         for width, groups in [(1, 1), (8, 1), (13, 1), (24, 3), (35, 5), (39, 3)]
     }
+    for grid in ("int3", "uint2", "free2"):
+        columns = torch.tensor([0, 5, 23], dtype=torch.int32)
+        codes = torch.randint(0, 256, (OUT, 3), generator=generator).to(torch.uint8)
+        outliers = Outliers(columns, codes, torch.rand(OUT, 1, generator=generator).half() + 0.1)
+        linears[f"outliers.{grid}"] = replace(random_linear(grid, 24, 3, generator), outliers=outliers)
     write(tmp_path, linears, max_shard_bytes)
     assert (tmp_path / "model.safetensors.index.json").exists() == (max_shard_bytes == 2000)
     for name, q in linears.items():

@@ -1,5 +1,6 @@
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from paley.core import grids
 from paley.core.errors import PaleyError
-from paley.core.rounding import Quantized, quantize_dynamic
+from paley.core.rounding import Outliers, Quantized, quantize_dynamic
 from paley.core.schemes import ActivationScheme, AttentionSlot, LinearSlot, WeightScheme
 from paley.core.transforms import Transform
 from paley.format.checkpoint import Checkpoint, ShardWriter, write_json
@@ -17,6 +18,7 @@ from paley.format.spec import (
     decode_linear,
     encode_linear,
     expected_tensors,
+    linear_bytes,
     stored_bytes,
 )
 
@@ -195,7 +197,7 @@ def test_damaged_tensors_are_refused_by_name(name, change, complaint):
 
 def test_stale_tensors_are_refused():
     tensors = encode_linear("x", quantized("int3"))
-    with pytest.raises(PaleyError, match=r"x.zeros: is there, but the grid of x has no zero points"):
+    with pytest.raises(PaleyError, match=r"x.zeros: is there, but the grid of x has no such tensor"):
         decode_linear("x", tensors | {"x.zeros": torch.zeros(6, 3, dtype=torch.uint8)}, slot("int3"), 24)
     with pytest.raises(PaleyError, match=r"x: is stored quantized, and as x.weight too"):
         decode_linear("x", tensors | {"x.weight": torch.zeros(6, 24)}, slot("int3"), 24)
@@ -222,6 +224,57 @@ def test_encoding_refuses_what_would_not_come_back():
     for scales in (q.scales[0], q.scales[:, :0], q.scales[:, :1].expand(6, 5), q.scales[:3]):
         with pytest.raises(PaleyError, match=r"x: codes must be|x.scales: must be"):
             encode_linear("x", Quantized(q.codes, scales, q.zeros, "uint3"))
+
+
+def with_outliers(grid: str = "free2") -> tuple[Quantized, LinearSlot]:
+    points = torch.linspace(-1, 1, 4).half().expand(6, 3, 4) if grid == "free2" else torch.ones(6, 3).half()
+    codes = torch.arange(6 * 24).reshape(6, 24).remainder(4).to(torch.uint8)
+    outliers = Outliers(torch.tensor([2, 9], dtype=torch.int32), codes[:, :2].clone(), torch.ones(6, 1).half())
+    return Quantized(codes, points, None, grid, 24, outliers), LinearSlot(
+        WeightScheme("int4", 8).on_grid(grid), outliers=2
+    )
+
+
+@pytest.mark.parametrize("grid", ["free2", "int2"])
+def test_free_points_and_outliers_come_back(grid):
+    q, of = with_outliers(grid)
+    tensors = encode_linear("x", q)
+    found = decode_linear("x", tensors, of, 24)
+    assert torch.equal(found.dequantize(), q.dequantize())
+    assert linear_bytes("x", of, 24, 6, 2) == stored_bytes(tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "complaint"),
+    [
+        ("scales", lambda t: t.flip(-1), r"x.scales: points must be finite and ascend"),
+        ("scales", lambda t: t * torch.nan, r"x.scales: points must be finite and ascend"),
+        ("scales", lambda t: t[..., :2], r"x.scales: must be .*\(6, 3, 4\), got .*\(6, 3, 2\)"),
+        ("outlier_columns", lambda t: t.flip(0), r"x.outlier_columns: must ascend within 24 columns"),
+        ("outlier_columns", lambda t: t + 20, r"x.outlier_columns: must ascend within 24 columns"),
+        ("outlier_columns", lambda t: t - 3, r"x.outlier_columns: must ascend within 24 columns"),
+        ("outlier_columns", lambda t: t.long(), r"x.outlier_columns: must be torch.int32"),
+        ("outlier_scales", lambda t: t * 0, r"x.outlier_scales: must be positive and finite"),
+        ("outliers", lambda t: t[:, :1], r"x.outliers: must be .*\(6, 2\), got .*\(6, 1\)"),
+        ("outliers", None, r"x.outliers: is missing"),
+    ],
+)
+def test_damaged_points_and_outliers_are_refused_by_name(part, change, complaint):
+    q, of = with_outliers()
+    tensors = encode_linear("x", q)
+    found = tensors.pop(f"x.{part}")
+    if change is not None:
+        tensors[f"x.{part}"] = change(found)
+    with pytest.raises(PaleyError, match=complaint):
+        decode_linear("x", tensors, of, 24)
+
+
+def test_outliers_that_the_slot_does_not_name_are_refused():
+    q, of = with_outliers()
+    with pytest.raises(PaleyError, match=r"x.outlier_columns: is there, but"):
+        decode_linear("x", encode_linear("x", q), replace(of, outliers=0), 24)
+    with pytest.raises(PaleyError, match=r"outliers=24 must be fewer than its in_features=24"):
+        expected_tensors("x", replace(of, outliers=24), 24, 6)
 
 
 def test_float32_scales_that_float16_holds_are_stored_as_float16():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from paley.core.errors import PaleyError
 from paley.core.schemes import ActivationScheme, AttentionSlot, LinearSlot, WeightScheme
 from paley.model.adapter import Adapter
 from paley.model.calibrate import BlockQuantizer, wrap_
@@ -110,3 +111,44 @@ def test_a_linear_may_stay_as_it_is(role):
     assert isinstance(kept, QuantLinear)
     assert kept.slot.input == ActivationScheme("int8")
     assert torch.equal(kept.weight, before)
+
+
+def test_outliers_are_the_loudest_columns_and_shared_by_what_reads_them():
+    adapter = small_adapter()
+    with torch.no_grad():
+        for block in adapter.blocks:
+            block.module.input_layernorm.weight[[5, 11]] = 40.0
+    scheme = WeightScheme("free2", 16, scale_search="em_diagonal")
+    linears, attentions = slots(adapter)
+    linears = {name: LinearSlot(scheme, ActivationScheme("uint4", group_size=16), outliers=2) for name in linears}
+    wrap_(adapter, linears, attentions)
+    quantizer = BlockQuantizer(BlockRunner(adapter, batch=2), IDS, linears, attentions, compensate="residual_stream")
+    for block in adapter.blocks:
+        reports = quantizer.quantize(block.index)
+        for role in ("q", "k", "v"):
+            assert block.part(role).outlier_columns.tolist() == [5, 11]
+        made = {report.name: report.quantized for report in reports}
+        assert all(q.outliers is not None and len(q.outliers.columns) == 2 for q in made.values())
+    assert adapter.model(IDS).logits.isfinite().all()
+
+    again = small_adapter()
+    with torch.no_grad():
+        for block in again.blocks:
+            block.module.input_layernorm.weight[[5, 11]] = 40.0
+    wrap_(again, linears, attentions)
+    second = BlockQuantizer(BlockRunner(again, batch=2), IDS, linears, attentions, compensate="residual_stream")
+    first = {p: adapter.model.get_submodule(p).quantized() for p in linears}
+    for block in again.blocks:
+        second.restore(block.index, {path: first[path] for _, path in block.linears()})
+    assert torch.equal(second.hidden, quantizer.hidden)
+
+
+def test_outliers_need_text_and_columns_to_spare():
+    for ids, count, complaint in ((None, 2, "outliers need calibration text"), (IDS, 32, "outliers=32 must be fewer")):
+        adapter = small_adapter()
+        linears, attentions = slots(adapter)
+        scheme = WeightScheme("int2", method="nearest", scale_search="absmax")
+        linears = {name: LinearSlot(scheme, outliers=count) for name in linears}
+        wrap_(adapter, linears, attentions)
+        with pytest.raises(PaleyError, match=complaint):
+            BlockQuantizer(BlockRunner(adapter), ids, linears, attentions, compensate="plain").quantize(0)

@@ -1,13 +1,18 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
+from paley import kernels
 from paley.core import rounding
 from paley.core.errors import PaleyError
 from paley.core.rounding import Quantized
 from paley.core.schemes import ActivationScheme, LinearSlot, WeightScheme
 from paley.core.transforms import Transform
-from paley.model.linear import QuantLinear, SharedInput
+from paley.methods.gptq import InputStatistics, quantize_gptq
+from paley.model.inputs import SharedInput, round_input
+from paley.model.linear import QuantLinear
 
 
 def quantized(weight: torch.Tensor, grid: str, group_size: int | None = None) -> Quantized:
@@ -140,12 +145,12 @@ def test_a_shared_input_is_rounded_once_and_again_when_it_changes(monkeypatch):
     shared, x = SharedInput(), rand(3, 8)
     fine, coarse = ActivationScheme("int8"), ActivationScheme("int2")
     for scheme, rounded in [(fine, 1), (fine, 1), (coarse, 2), (coarse, 2), (fine, 3)]:
-        assert torch.equal(shared.round(x, LinearSlot(input=scheme)), plain(x, scheme))
+        assert torch.equal(shared.once(round_input, x, LinearSlot(input=scheme)), plain(x, scheme))
         assert len(calls) == rounded
     x.mul_(3)
-    assert torch.equal(shared.round(x, LinearSlot(input=fine)), plain(x, fine))
+    assert torch.equal(shared.once(round_input, x, LinearSlot(input=fine)), plain(x, fine))
     equal = x.clone()
-    shared.round(equal, LinearSlot(input=fine))
+    shared.once(round_input, equal, LinearSlot(input=fine))
     assert len(calls) == 5
     layers = [QuantLinear.from_linear(linear(8, 4), LinearSlot(input=coarse), None) for _ in range(2)]
     for layer in layers:
@@ -191,3 +196,71 @@ def test_bad_codes_are_refused():
         with pytest.raises(PaleyError, match=message):
             layer.set_quantized_(bad)
     assert torch.equal(layer.dequantize(), good.dequantize())
+
+
+@torch.no_grad()
+def test_outlier_inputs_are_rounded_by_themselves_and_leave_no_trace_in_the_others():
+    x, columns = rand(5, 32), torch.tensor([3, 20], dtype=torch.int32)
+    x[:, 3] *= 100
+    scheme = ActivationScheme("uint4", group_size=16)
+    got = round_input(x, LinearSlot(input=scheme), columns)
+    rest = x.clone()
+    rest[:, [3, 20]] = 0
+    want = rounding.round_trip(rest, scheme)
+    want[:, [3, 20]] = rounding.round_trip(x[:, [3, 20]], ActivationScheme("int8"))
+    assert torch.equal(got, want)
+    assert (got - x).square().mean() < 0.1 * (rounding.round_trip(x, scheme) - x).square().mean()
+    assert torch.equal(round_input(x, LinearSlot(), columns), x)
+
+
+@torch.no_grad()
+def test_a_shared_input_minds_the_outlier_columns():
+    shared, x, slot = SharedInput(), rand(3, 16), LinearSlot(input=ActivationScheme("int3"))
+    for columns in (None, torch.tensor([1]), torch.tensor([1]), torch.tensor([2])):
+        assert torch.equal(shared.once(round_input, x, slot, columns), round_input(x, slot, columns))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("grid", ["free2", "mirror2", "int2"])
+def test_outliers_survive_packing_and_casting(grid):
+    source, statistics = linear(32, 6), InputStatistics()
+    x = rand(200, 32)
+    statistics.add(x, x)
+    scheme = WeightScheme("int4", 16).on_grid(grid)
+    q = quantize_gptq(source.weight, statistics, scheme, outliers=torch.tensor([4, 9], dtype=torch.int32))
+    slot = LinearSlot(scheme, outliers=2)
+    layer = QuantLinear.from_linear(source, slot, q)
+    assert torch.equal(layer.dequantize(), q.dequantize())
+    layer.to(torch.bfloat16)
+    assert torch.equal(layer.dequantize(), q.dequantize())
+    fresh = QuantLinear(32, 6, bias=True, slot=slot)
+    fresh.load_state_dict(layer.state_dict())
+    assert torch.equal(fresh.dequantize(), q.dequantize())
+    torch.testing.assert_close(fresh(x), x @ q.dequantize().T + layer.bias.float())
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not kernels.available(), reason="no native kernels here")
+@pytest.mark.parametrize("grid", ["free2", "mirror2"])
+@pytest.mark.parametrize("outliers", [None, torch.tensor([4, 40], dtype=torch.int32)])
+@pytest.mark.parametrize("transform", [None, Transform(90, 96, 12, seed=5)])
+def test_work_on_bit_planes_equals_work_on_floats(grid, outliers, transform):
+    source, x = linear(96, 23), rand(2, 7, 90 if transform else 96)
+    statistics = InputStatistics()
+    seen = x.flatten(0, 1) if transform is None else transform.apply(x.flatten(0, 1))
+    statistics.add(seen, seen)
+    scheme = WeightScheme("int4", 32).on_grid(grid)
+    q = quantize_gptq(source.weight, statistics, scheme, outliers=outliers)
+    count = 0 if outliers is None else 2
+    slot = LinearSlot(scheme, ActivationScheme("uint4", group_size=32), transform, count)
+    layer = QuantLinear.from_linear(source, slot, q)
+    assert layer._runs_on_planes(x)
+    fast = layer(x)
+    layer.materialize_()
+    assert not layer._runs_on_planes(x)
+    torch.testing.assert_close(fast, layer(x), rtol=1e-5, atol=1e-5)
+    layer.set_quantized_(replace(q, scales=q.scales / 2))
+    halved = layer(x)
+    layer.materialize_()
+    torch.testing.assert_close(halved, layer(x), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(fast, halved)

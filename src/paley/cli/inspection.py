@@ -9,7 +9,7 @@ from typing import Any
 from paley.cli.display import Row, clip, line, scheme, scores, show, table
 from paley.format.checkpoint import Checkpoint
 from paley.format.files import read_json
-from paley.format.spec import CODES, SCALES, WEIGHT, ZEROS, QuantizationConfig, quantization_of
+from paley.format.spec import PARTS, WEIGHT, QuantizationConfig, quantization_of
 
 __all__ = ["Inspection"]
 
@@ -90,7 +90,7 @@ class Inspection:
         return found
 
     def _stored(self, name: str) -> list[str]:
-        return [n for part in (CODES, SCALES, ZEROS) if (n := name + part) in self.checkpoint]
+        return [n for part in PARTS if (n := name + part) in self.checkpoint]
 
     def _linear_rows(self) -> list[Row]:
         rows = []

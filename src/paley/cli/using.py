@@ -14,7 +14,7 @@ from paley.cli.process import peak_memory, say
 from paley.cli.progress import watching
 from paley.cli.work import check_device, evaluate_model, load_model, scored_text
 from paley.model.loading import load_tokenizer, resolve
-from paley.recipe import preset, preset_methods
+from paley.recipe import examples, preset
 from paley.recipe.presets import GRAMMAR
 
 __all__ = ["eval_verb", "generate_verb", "inspect_verb", "presets_verb", "theory_verb"]
@@ -134,7 +134,6 @@ def presets_verb() -> None:
     display.line(f"NAME = {GRAMMAR}")
     display.line("W, A and KV: bits of the weights, the linear layers' inputs and the KV cache; 16: unquantized.")
     display.line("G: columns of a weight that share a scale, without it the whole row. METHOD, without it gbs:")
-    names = [f"{method}-w4a4kv4" for method in preset_methods()]
-    display.show(display.presets_table({name: preset(name) for name in names}))
+    display.show(display.presets_table({name: preset(name) for name in examples()}))
     display.line("--set changes any value, for example --set search.sequences=8 inputs.clip_ratio=0.9 seed=1;")
     display.line("the plan.json that quantize writes begins with the whole recipe.")

@@ -12,7 +12,7 @@ from paley.core import grids
 from paley.core.errors import PaleyError
 from paley.format.checkpoint import read_tensors
 from paley.plan import Plan
-from paley.recipe import Recipe, apply_settings, load_recipe, preset, preset_methods
+from paley.recipe import Recipe, apply_settings, examples, load_recipe, preset
 
 __all__ = ["Wish"]
 
@@ -46,7 +46,7 @@ class Wish:
         named = [option for option, value in given.items() if value is not None]
         budget = self._budget()
         if not named and not budget:
-            methods = ", ".join(f"{m}-w4a4kv4" for m in preset_methods())
+            methods = ", ".join(examples())
             raise PaleyError(
                 "say what to do: --preset NAME (w4a4kv4, w3a3kv3, w4a16, ...; by another method: "
                 f"{methods}; see `paley presets`), --recipe FILE or --plan FILE"

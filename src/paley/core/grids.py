@@ -4,6 +4,7 @@ Families, with b bits: `int{b}` two's complement, `uint{b}` with a zero point, `
 (mid-rise: no zero, no wasted level), `gauss{b}` the Lloyd-Max points of N(0, 1), `nf{b}` and `af{b}` those of
 bitsandbytes and its successor. `p{p}n{n}`: n points in p dimensions of least squared error for N(0, I)
 (HIGGS, arXiv:2411.17525). `e8q{q}k{k}`: a lattice too large for a table, which has the same interface.
+`free{b}` and `mirror{b}` have no points of their own: see `paley.core.free`.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ from importlib import resources
 import torch
 from torch import Tensor
 
-from paley.core import lattice, tables
+from paley.core import free, lattice, tables
 from paley.core.errors import PaleyError, nearest_name
+from paley.core.free import FreeGrid
 from paley.core.lattice import E8Grid
 from paley.core.nearest import nearest_points
 
 __all__ = [
-    "FAMILIES", "AnyGrid", "Grid", "code_dtype", "custom", "custom_points", "family", "know", "load", "names",
+    "FAMILIES", "AnyGrid", "FixedGrid", "FreeGrid", "Grid", "code_dtype", "custom", "custom_points", "family", "fixed",
+    "know", "load", "names",
 ]  # fmt: skip
 
 FAMILIES = ("int", "uint", "odd", "gauss")
@@ -149,7 +152,8 @@ class Grid:
         return float((self.round(x.clone()) - x).square().mean())
 
 
-AnyGrid = Grid | E8Grid
+FixedGrid = Grid | E8Grid
+AnyGrid = FixedGrid | FreeGrid
 
 
 def code_dtype(grid: AnyGrid) -> torch.dtype:
@@ -166,11 +170,14 @@ def _load(name: str) -> AnyGrid:
         return Grid(name, points.double(), known_mse=mse, unit=True)
     if name in lattice.names():
         return lattice.load(name)
+    if name in free.names():
+        return free.load(name)
     if name in _absmax_points():
         return Grid(name, _absmax_points()[name])
     match = re.fullmatch(r"([a-z]+)(\d+)", name)
     if match is None or match[1] not in FAMILIES:
-        known = ", ".join([f + "<bits>" for f in FAMILIES] + ["nf<bits>", "af<bits>", "p<p>n<n>", "e8q<q>k<k>"])
+        families = (*FAMILIES, "nf", "af", "free", "mirror")
+        known = ", ".join([*(f + "<bits>" for f in families), "p<p>n<n>", "e8q<q>k<k>"])
         raise PaleyError(f"unknown grid {name!r}: known are {known}{nearest_name(name, names())}")
     family, bits = match[1], int(match[2])
     if not MIN_BITS <= bits <= MAX_BITS:
@@ -194,6 +201,13 @@ def load(name: str) -> AnyGrid:
             raise PaleyError(f"grid {name!r}: its points are not known here; give the grid's file with --grid")
         return _CUSTOM[name]
     return _load(name)
+
+
+def fixed(name: str) -> FixedGrid:
+    """As `load`; PaleyError for free grids, whose points are no function of a scale."""
+    if isinstance(grid := load(name), FreeGrid):
+        raise PaleyError(f"grid {name!r} is for weights: nobody stores points for what is rounded at run time")
+    return grid
 
 
 def custom(points: Tensor, where: str = "grid") -> Grid:
@@ -233,7 +247,7 @@ def know(points: dict[str, list[list[float]]]) -> dict[str, list[list[float]]]:
 def names() -> list[str]:
     """Every packaged grid."""
     plain = [f"{family}{bits}" for family in FAMILIES for bits in range(MIN_BITS, MAX_BITS + 1)]
-    return [*plain, *_absmax_points(), *tables.names(), *lattice.names()]
+    return [*plain, *_absmax_points(), *tables.names(), *lattice.names(), *free.names()]
 
 
 def family(name: str) -> list[str]:

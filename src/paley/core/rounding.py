@@ -12,11 +12,14 @@ from torch import Tensor
 
 from paley.core import grids
 from paley.core.errors import PaleyError
-from paley.core.grids import AnyGrid
+from paley.core.grids import AnyGrid, FixedGrid, FreeGrid
 from paley.core.schemes import ActivationScheme
 
 __all__ = [
+    "OUTLIER_GRID",
+    "Outliers",
     "Quantized",
+    "check_groups",
     "codes_per_row",
     "dequantize",
     "dynamic_scales",
@@ -30,11 +33,28 @@ __all__ = [
 ]
 
 
+OUTLIER_GRID = "int8"
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """Input columns int32 [k], ascending, that stay on OUTLIER_GRID: codes uint8 [out, k], scales float16 [out, 1]."""
+
+    columns: Tensor
+    codes: Tensor
+    scales: Tensor
+
+    def dequantize(self) -> Tensor:
+        """-> float32 [out, k]."""
+        return dequantize(self.codes, self.scales, None, grids.load(OUTLIER_GRID))
+
+
 @dataclass(frozen=True)
 class Quantized:
     """codes [..., ceil(n / p)]; scales [..., n / group_size]; zeros uint8, shaped as scales, on affine grids only.
 
-    columns: n, the values of a row, where the last code of a row stands for fewer than p of them.
+    Of free grids scales are [..., n / group_size, stored]. columns: n, the values of a row, where the last code of a
+    row stands for fewer than p of them. outliers: what the columns named there hold instead of what their codes say.
     """
 
     codes: Tensor
@@ -42,6 +62,7 @@ class Quantized:
     zeros: Tensor | None
     grid: str
     columns: int | None = None
+    outliers: Outliers | None = None
 
     @property
     def width(self) -> int:
@@ -50,20 +71,28 @@ class Quantized:
 
     @property
     def group_size(self) -> int:
-        return self.width // self.scales.shape[-1]
+        free = isinstance(grids.load(self.grid), FreeGrid)
+        return self.width // self.scales.shape[-2 if free else -1]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """-> values [..., n] in `dtype`, computed in float32."""
-        return dequantize(self.codes, self.scales, self.zeros, grids.load(self.grid), self.width).to(dtype)
+        values = dequantize(self.codes, self.scales, self.zeros, grids.load(self.grid), self.width)
+        if self.outliers is not None:
+            values[:, self.outliers.columns.long()] = self.outliers.dequantize()
+        return values.to(dtype)
 
 
 def split_groups(x: Tensor, group_size: int | None, where: str = "rounding") -> Tensor:
     """x [..., n] -> [..., n / group_size, group_size]; None is one group."""
-    n = x.shape[-1]
-    size = group_size or n
-    if n % size:
-        raise PaleyError(f"{where}: dimension {n} is not a multiple of group_size={size}; use a divisor or expand")
-    return x.unflatten(-1, (n // size, size))
+    check_groups(x.shape[-1], group_size, where)
+    size = group_size or x.shape[-1]
+    return x.unflatten(-1, (x.shape[-1] // size, size))
+
+
+def check_groups(n: int, group_size: int | None, where: str) -> None:
+    """Raises unless groups fill n values."""
+    if group_size is not None and n % group_size:
+        raise PaleyError(f"{where}: dimension {n} is no multiple of group_size={group_size}; use a divisor or expand")
 
 
 def codes_per_row(n: int, p: int) -> int:
@@ -84,19 +113,29 @@ def _vectors(groups: Tensor, scales: Tensor, zeros: Tensor | None, p: int) -> Te
 
 
 def nearest_codes(groups: Tensor, scales: Tensor, zeros: Tensor | None, grid: AnyGrid) -> Tensor:
-    """groups [..., g, k], scales and zeros [..., g, 1] -> codes [..., ceil(g * k / p)] of the nearest points."""
+    """groups [..., g, k], scales and zeros [..., g, 1] -> codes [..., ceil(g * k / p)] of the nearest points.
+
+    scales of free grids: [..., g, stored].
+    """
+    if isinstance(grid, FreeGrid):
+        return grid.nearest(groups, scales).flatten(-2)
     vectors = _vectors(groups, scales, zeros, grid.p)
     return grid.nearest(vectors.flatten(0, -2)).view(vectors.shape[:-1])
 
 
-def look_up(grid: AnyGrid, codes: Tensor, n: int | None = None) -> Tensor:
+def look_up(grid: FixedGrid, codes: Tensor, n: int | None = None) -> Tensor:
     """codes [..., c] -> their points, float32 [..., n]; n: c * p unless given."""
     values = grid.decode(codes).flatten(-2)
     return values if n is None else values[..., :n]
 
 
 def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None, grid: AnyGrid, n: int | None = None) -> Tensor:
-    """codes [..., c], scales and zeros [..., g] -> float32 [..., n]; n: c * p unless given."""
+    """codes [..., c], scales and zeros [..., g] -> float32 [..., n]; n: c * p unless given.
+
+    scales of free grids: [..., g, stored].
+    """
+    if isinstance(grid, FreeGrid):
+        return grid.decode(codes.unflatten(-1, (scales.shape[-2], -1)), scales).flatten(-2)
     values = look_up(grid, codes, n).unflatten(-1, (scales.shape[-1], -1))
     if zeros is not None:
         values = values - zeros.float()[..., None]
@@ -104,7 +143,7 @@ def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None, grid: AnyGri
 
 
 def dynamic_scales(
-    groups: Tensor, grid: AnyGrid, scale: str, clip_ratio: float, dtype: torch.dtype = torch.float32
+    groups: Tensor, grid: FixedGrid, scale: str, clip_ratio: float, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor | None]:
     """groups [..., g, k] -> scales [..., g, 1] as stored in `dtype`, and zeros [..., g, 1] on affine grids."""
     zeros = None
@@ -133,7 +172,7 @@ def storable(scales: Tensor, dtype: torch.dtype = torch.float16) -> Tensor:
 
 def quantize_dynamic(x: Tensor, scheme: ActivationScheme, scale_dtype: torch.dtype = torch.float16) -> Quantized:
     """x [..., n] -> codes and scales of each token (or token and group), for storing."""
-    grid = grids.load(scheme.grid)
+    grid = grids.fixed(scheme.grid)
     groups = split_groups(x.float(), scheme.group_size)
     scales, zeros = dynamic_scales(groups, grid, scheme.scale, scheme.clip_ratio, scale_dtype)
     return quantized(nearest_codes(groups, scales, zeros, grid), scales, zeros, grid, x.shape[-1], scale_dtype)
@@ -147,10 +186,10 @@ def quantized(
     columns: int,
     scale_dtype: torch.dtype = torch.float16,
 ) -> Quantized:
-    """codes [..., c], scales and zeros [..., g, 1] as the functions here have them -> as they are stored."""
+    """codes [..., c], scales [..., g, 1 or stored], zeros [..., g, 1] as the functions here have them -> as stored."""
     return Quantized(
         codes,
-        scales.squeeze(-1).to(scale_dtype),
+        (scales if isinstance(grid, FreeGrid) else scales.squeeze(-1)).to(scale_dtype),
         None if zeros is None else zeros.squeeze(-1).to(torch.uint8),
         grid.name,
         columns,
@@ -158,13 +197,26 @@ def quantized(
 
 
 def round_trip(x: Tensor, scheme: ActivationScheme, scale_dtype: torch.dtype = torch.float32) -> Tensor:
-    """x [..., n] -> what `quantize_dynamic` and `dequantize` leave of it, bit for bit, in x's dtype."""
-    grid = grids.load(scheme.grid)
+    """x [..., n] -> what `quantize_dynamic` and `dequantize` leave of it, bit for bit, in x's dtype.
+
+    With scheme.refit it is the line of least squares through the codes instead, whose numbers have no stored form.
+    """
+    grid = grids.fixed(scheme.grid)
     groups = split_groups(x.float(), scheme.group_size)
     scales, zeros = dynamic_scales(groups, grid, scheme.scale, scheme.clip_ratio, scale_dtype)
     vectors = _vectors(groups, scales, zeros, grid.p)
     values = grid.round(vectors.flatten(0, -2)).view_as(vectors).flatten(-2)[..., : x.shape[-1]]
     values = values.unflatten(-1, groups.shape[-2:])
+    if scheme.refit:
+        return _on_fitted_line(values, groups).flatten(-2).to(x.dtype)
     if zeros is not None:
         values -= zeros
     return values.mul_(scales).flatten(-2).to(x.dtype)
+
+
+def _on_fitted_line(points: Tensor, groups: Tensor) -> Tensor:
+    """points, groups [..., g, k] -> a * points + b, a and b of each group those of least squares."""
+    mean = groups.mean(-1, keepdim=True)
+    around, points = groups - mean, points - points.mean(-1, keepdim=True)
+    slope = (points * around).sum(-1, keepdim=True) / points.square().sum(-1, keepdim=True).clamp(min=1e-30)
+    return points * slope + mean

@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 
 from paley.core import grids
 from paley.core.errors import PaleyError
+from paley.core.grids import FixedGrid, FreeGrid
 from paley.core.transforms import Transform
 
 __all__ = ["ActivationScheme", "AttentionSlot", "LinearSlot", "WeightScheme"]
@@ -23,8 +24,8 @@ def _check_group_size(where: str, group_size: int | None) -> None:
         raise PaleyError(f"{where}: group_size must be a positive integer or null, got {group_size}")
 
 
-def _check_scale(where: str, key: str, name: str, scale: str) -> None:
-    grid = grids.load(name)
+def _check_scale(where: str, key: str, grid: FixedGrid, scale: str) -> None:
+    name = grid.name
     by_rms = scale in ("rms", "unbiased")
     if grid.affine and by_rms:
         raise PaleyError(f"{where}: grid {name!r} has a zero point and needs {key} 'absmax'")
@@ -41,6 +42,8 @@ class WeightScheme:
     scale_search "absmax" lets the grid's end meet the largest weight; "mse" tries smaller scales and keeps
     the one of least error; "rms" takes the best scale for Gaussian values of the group's rms, as HIGGS does; "unbiased"
     finds the codes so, and then stretches each group to the length of its weight (gptq refits its scales itself).
+    The points of free grids come of expectation maximization (arXiv:2504.05352): "em" weighs all errors alike,
+    "em_diagonal" by the diagonal of the Hessian H = X^T X, "em_inverse" by 1 / [H^-1]_ii^2.
     sweeps: rounds of scale refit and coordinate descent after GPTQ.
     """
 
@@ -49,18 +52,33 @@ class WeightScheme:
     grid: str
     group_size: int | None = None
     method: Literal["nearest", "gptq"] = "gptq"
-    scale_search: Literal["absmax", "mse", "rms", "unbiased"] = "mse"
+    scale_search: Literal["absmax", "mse", "rms", "unbiased", "em", "em_diagonal", "em_inverse"] = "mse"
     sweeps: int = 4
 
     def __post_init__(self) -> None:
-        _check_scale("weight scheme", "scale_search", self.grid, self.scale_search)
+        grid = grids.load(self.grid)
+        by_em = self.scale_search.startswith("em")
+        if isinstance(grid, FreeGrid) != by_em:
+            need = "'em', 'em_diagonal' or 'em_inverse'" if not by_em else "'absmax', 'mse', 'rms' or 'unbiased'"
+            raise PaleyError(f"weight scheme: grid {self.grid!r} needs scale_search {need}, got {self.scale_search!r}")
+        if not isinstance(grid, FreeGrid):
+            _check_scale("weight scheme", "scale_search", grid, self.scale_search)
         _check_group_size("weight scheme", self.group_size)
         if not 0 <= self.sweeps <= 100:
             raise PaleyError(f"weight scheme: sweeps must be between 0 and 100, got {self.sweeps}")
 
+    @property
+    def needs_data(self) -> bool:
+        """Whether codes depend on the layer's inputs."""
+        return self.method == "gptq" or self.scale_search in ("em_diagonal", "em_inverse")
+
     def on_grid(self, name: str) -> WeightScheme:
         """The same on another grid; scales by rms where that has vectors, or was made for values of unit rms."""
         grid, scale_search = grids.load(name), self.scale_search
+        if isinstance(grid, FreeGrid) != scale_search.startswith("em"):
+            scale_search = "em" if isinstance(grid, FreeGrid) else "mse"
+        if isinstance(grid, FreeGrid):
+            return replace(self, grid=name, scale_search=scale_search)
         by_rms = scale_search in ("rms", "unbiased")
         if not by_rms and (grid.p > 1 or name.startswith("custom-")):
             scale_search = "rms"
@@ -75,6 +93,7 @@ class ActivationScheme:
 
     scale "absmax": scale = clip_ratio * max|x| / grid.peak (both ends * clip_ratio on an affine grid).
     scale "rms": scale = clip_ratio * rms(x) * grid.gaussian_scale, so 1.0 is optimal for Gaussian entries.
+    refit: scale and offset are fitted to each group's codes afterwards, by least squares; for linear inputs alone.
     """
 
     __pydantic_config__: ClassVar = _STRICT
@@ -83,9 +102,10 @@ class ActivationScheme:
     scale: Literal["absmax", "rms"] = "absmax"
     clip_ratio: float = 1.0
     group_size: int | None = None
+    refit: bool = False
 
     def __post_init__(self) -> None:
-        _check_scale("activation scheme", "scale", self.grid, self.scale)
+        _check_scale("activation scheme", "scale", grids.fixed(self.grid), self.scale)
         _check_group_size("activation scheme", self.group_size)
         if not 0.0 < self.clip_ratio <= 4.0:
             raise PaleyError(f"activation scheme: clip_ratio must be in (0, 4], got {self.clip_ratio}")
@@ -93,13 +113,34 @@ class ActivationScheme:
 
 @dataclass(frozen=True)
 class LinearSlot:
-    """One linear layer: its weight, its input, and the rotation its input gets at run time before rounding."""
+    """One linear layer: its weight, its input, and the rotation its input gets at run time before rounding.
+
+    outliers: input channels whose weights stay in int8, and whose values too where the input is rounded (Atom,
+    arXiv:2310.19102).
+    """
 
     __pydantic_config__: ClassVar = _STRICT
 
     weight: WeightScheme | None = None
     input: ActivationScheme | None = None
     transform: Transform | None = None
+    outliers: int = 0
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the weight's codes, or which columns are outliers, depend on the layer's inputs."""
+        return self.weight is not None and (self.weight.needs_data or self.outliers > 0)
+
+    def __post_init__(self) -> None:
+        if self.outliers < 0:
+            raise PaleyError(f"linear slot: outliers must be at least 0, got {self.outliers}")
+        if self.outliers and self.weight is None:
+            raise PaleyError("linear slot: outliers are columns of a quantized weight, but weight is null")
+        if self.outliers and self.weight is not None and (p := grids.load(self.weight.grid).p) > 1:
+            raise PaleyError(
+                f"linear slot: a code of grid {self.weight.grid!r} stands for {p} columns, none of which can be an "
+                "outlier alone; set outliers=0, or a grid of single values"
+            )
 
     def stored_width(self, in_features: int) -> int:
         """Columns of the stored weight of a layer that reads `in_features` values: more where its input is expanded."""
@@ -120,3 +161,7 @@ class AttentionSlot:
     values: ActivationScheme | None = None
     transform: Transform | None = None
     center_keys: bool = False
+
+    def __post_init__(self) -> None:
+        if any(scheme is not None and scheme.refit for scheme in (self.keys, self.values)):
+            raise PaleyError("attention slot: refit is for linear inputs; a cache stores scales and zero points alone")

@@ -12,18 +12,21 @@ from torch import Tensor
 
 from paley.core import grids, packing
 from paley.core.errors import PaleyError
-from paley.core.rounding import Quantized, codes_per_row
+from paley.core.grids import FreeGrid
+from paley.core.rounding import Outliers, Quantized, codes_per_row
 from paley.core.schemes import LinearSlot, WeightScheme
 from paley.format.checkpoint import Checkpoint
 from paley.format.config import FORMAT_VERSION, QUANT_METHOD, QuantizationConfig
 
 __all__ = [
-    "BIAS", "CODES", "FORMAT_VERSION", "QUANT_METHOD", "SCALES", "WEIGHT", "ZEROS", "QuantizationConfig",
-    "bits_per_weight", "decode_linear", "encode_linear", "expected_tensors", "linear_bytes", "quantization_of",
-    "stored_bytes", "unpack_weight",
+    "BIAS", "FORMAT_VERSION", "PARTS", "QUANT_METHOD", "WEIGHT", "QuantizationConfig", "bits_per_weight",
+    "decode_linear", "encode_linear", "expected_tensors", "linear_bytes", "quantization_of", "stored_bytes",
+    "unpack_weight",
 ]  # fmt: skip
 
 CODES, SCALES, ZEROS = ".codes", ".scales", ".zeros"  # suffixes of a quantized linear's name
+OUTLIERS, OUTLIER_SCALES, OUTLIER_COLUMNS = ".outliers", ".outlier_scales", ".outlier_columns"
+PARTS = (CODES, SCALES, ZEROS, OUTLIERS, OUTLIER_SCALES, OUTLIER_COLUMNS)
 WEIGHT, BIAS = ".weight", ".bias"
 SCALE_DTYPE = torch.float16
 
@@ -64,15 +67,21 @@ def expected_tensors(name: str, slot: LinearSlot, in_features: int, out_features
         raise PaleyError(
             f"{name}: in_features={in_features} is no multiple of group_size={size}; use a divisor or expand"
         )
+    if slot.outliers >= in_features:
+        raise PaleyError(f"{name}: outliers={slot.outliers} must be fewer than its in_features={in_features} columns")
     grid = grids.load(slot.weight.grid)
     width = packing.packed_bytes(codes_per_row(in_features, grid.p), grid.size)
     groups = (out_features, in_features // size)
     found: Expected = {
         name + CODES: (torch.uint8, (out_features, width)),
-        name + SCALES: (SCALE_DTYPE, groups),
+        name + SCALES: (SCALE_DTYPE, (*groups, grid.stored) if isinstance(grid, FreeGrid) else groups),
     }
     if grid.affine:
         found[name + ZEROS] = (torch.uint8, groups)
+    if slot.outliers:
+        found[name + OUTLIERS] = (torch.uint8, (out_features, slot.outliers))
+        found[name + OUTLIER_SCALES] = (SCALE_DTYPE, (out_features, 1))
+        found[name + OUTLIER_COLUMNS] = (torch.int32, (slot.outliers,))
     return found
 
 
@@ -83,22 +92,29 @@ def linear_bytes(name: str, slot: LinearSlot, in_features: int, out_features: in
 
 
 def encode_linear(name: str, q: Quantized) -> dict[str, Tensor]:
-    """codes [out, in / p], scales and zeros [out, groups] -> NAME.codes, NAME.scales and NAME.zeros as stored.
+    """codes [out, in / p], scales and zeros [out, groups] -> the tensors NAME.codes, NAME.scales, ... as stored.
 
     PaleyError for what would not come back: scales that float16 lacks, zeros outside of the grid.
     """
+    grid = grids.load(q.grid)
+    dims = 3 if isinstance(grid, FreeGrid) else 2
     shapes = tuple(q.codes.shape), tuple(q.scales.shape)
-    if [len(shape) for shape in shapes] != [2, 2] or not shapes[1][1] or q.width % shapes[1][1]:
-        raise PaleyError(f"{name}: codes must be [out, in / p] and scales [out, groups], got {shapes}")
+    if [len(shape) for shape in shapes] != [2, dims] or not shapes[1][1] or q.width % shapes[1][1]:
+        wanted = "[out, groups, stored]" if dims == 3 else "[out, groups]"
+        raise PaleyError(f"{name}: codes must be [out, in / p] and scales {wanted}, got {shapes}")
     scales = q.scales.to(SCALE_DTYPE)
     if not torch.equal(scales.to(q.scales.dtype), q.scales):  # also where there is a NaN
         raise PaleyError(f"{name}: scales are not float16 values; round them with rounding.storable first")
-    grid = grids.load(q.grid)
     found = {name + CODES: packing.pack_codes(q.codes, grid.size), name + SCALES: scales}
     if q.zeros is not None:
         found[name + ZEROS] = q.zeros
+    if q.outliers is not None:
+        found[name + OUTLIERS] = q.outliers.codes
+        found[name + OUTLIER_SCALES] = q.outliers.scales
+        found[name + OUTLIER_COLUMNS] = q.outliers.columns
     out_features, in_features = shapes[0][0], q.width
-    slot = LinearSlot(WeightScheme(q.grid, q.group_size, scale_search="absmax" if grid.p == 1 else "rms"))
+    outliers = 0 if q.outliers is None else len(q.outliers.columns)
+    slot = LinearSlot(WeightScheme("int4", q.group_size).on_grid(q.grid), outliers=outliers)
     _check_form(name, found, expected_tensors(name, slot, in_features, out_features))
     _check_values(name, found, in_features, grid)
     return found
@@ -113,14 +129,16 @@ def decode_linear(name: str, tensors: Tensors, slot: LinearSlot, in_features: in
         raise PaleyError(f"{name}: its slot leaves the weight unquantized; read {name + WEIGHT} itself")
     if name + WEIGHT in tensors:
         raise PaleyError(f"{name}: is stored quantized, and as {name + WEIGHT} too; one of them is stale")
-    found = {name + part: tensors[name + part] for part in (CODES, SCALES, ZEROS) if name + part in tensors}
+    found = {name + part: tensors[name + part] for part in PARTS if name + part in tensors}
     codes = found.get(name + CODES)
     out_features = codes.shape[0] if codes is not None and codes.dim() else 0
     _check_form(name, found, expected_tensors(name, slot, in_features, out_features))
     grid = grids.load(slot.weight.grid)
     _check_values(name, found, in_features, grid)
-    codes = unpack_weight(found[name + CODES], grid, in_features)
-    return Quantized(codes, found[name + SCALES], found.get(name + ZEROS), grid.name, in_features)
+    codes, outliers = unpack_weight(found[name + CODES], grid, in_features), None
+    if slot.outliers:
+        outliers = Outliers(*(found[name + part] for part in (OUTLIER_COLUMNS, OUTLIERS, OUTLIER_SCALES)))
+    return Quantized(codes, found[name + SCALES], found.get(name + ZEROS), grid.name, in_features, outliers)
 
 
 def unpack_weight(packed: Tensor, grid: grids.AnyGrid, in_features: int) -> Tensor:
@@ -151,17 +169,31 @@ def _check_form(name: str, found: Mapping[str, Tensor], wanted: Expected) -> Non
         if got.dtype != dtype or tuple(got.shape) != shape:
             raise PaleyError(f"{tensor}: must be {dtype} {shape}, got {got.dtype} {tuple(got.shape)}")
     if extra := sorted(found.keys() - wanted.keys()):
-        raise PaleyError(f"{extra[0]}: is there, but the grid of {name} has no zero points")
+        raise PaleyError(f"{extra[0]}: is there, but the grid of {name} has no such tensor")
 
 
 def _check_values(name: str, found: Mapping[str, Tensor], in_features: int, grid: grids.AnyGrid) -> None:
     """Scales are positive and finite, zeros are codes of the grid, and the bits that fill a row are 0."""
     codes, scales, zeros = found[name + CODES], found[name + SCALES], found.get(name + ZEROS)
-    if not bool(((scales > 0) & scales.isfinite()).all()):
+    if isinstance(grid, FreeGrid):
+        points = grid.points(scales.float())
+        if not bool(scales.isfinite().all()) or bool((points.diff(dim=-1) < 0).any()):
+            raise PaleyError(f"{name + SCALES}: points must be finite and ascend, and do not; the file is damaged")
+    elif not bool(((scales > 0) & scales.isfinite()).all()):
         raise PaleyError(f"{name + SCALES}: must be positive and finite, and are not; the file is damaged")
-    if zeros is not None and zeros.numel() and int(zeros.max()) > grid.peak:
+    if (columns := found.get(name + OUTLIER_COLUMNS)) is not None:
+        _check_outliers(name, columns, found[name + OUTLIER_SCALES], in_features)
+    if zeros is not None and zeros.numel() and int(zeros.max()) >= grid.size:
         raise PaleyError(f"{name + ZEROS}: holds {int(zeros.max())}, beyond the last code of {grid.name}")
     k, bits = packing.symbol(grid.size)
     used = -(-codes_per_row(in_features, grid.p) // k) * bits % 8
     if used and codes.numel() and int(codes[:, -1].max()) >> used:
         raise PaleyError(f"{name + CODES}: the bits after a row's last code must be 0; the file is damaged")
+
+
+def _check_outliers(name: str, columns: Tensor, scales: Tensor, in_features: int) -> None:
+    within = bool((columns >= 0).all()) and bool((columns < in_features).all())
+    if not within or bool((columns.long().diff() <= 0).any()):
+        raise PaleyError(f"{name + OUTLIER_COLUMNS}: must ascend within {in_features} columns; the file is damaged")
+    if not bool(((scales > 0) & scales.isfinite()).all()):
+        raise PaleyError(f"{name + OUTLIER_SCALES}: must be positive and finite, and are not; the file is damaged")

@@ -8,22 +8,16 @@ both in the same objective.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from paley.core import grids
-from paley.core.grids import AnyGrid, code_dtype
-from paley.core.rounding import (
-    Quantized,
-    codes_per_row,
-    dequantize,
-    look_up,
-    nearest_codes,
-    quantized,
-    storable,
-)
+from paley.core.grids import FreeGrid, code_dtype
+from paley.core.rounding import OUTLIER_GRID, Outliers, Quantized, check_groups, quantized
 from paley.core.schemes import WeightScheme
+from paley.methods.codebooks import Codebook, Free, Scaled, Split, blocks
 from paley.methods.nearest import weight_scales
 
 __all__ = ["InputStatistics", "quantize_gptq"]
@@ -53,23 +47,74 @@ def quantize_gptq(
     statistics: InputStatistics,
     scheme: WeightScheme,
     *,
+    outliers: Tensor | None = None,
     compensate: bool = True,
     damp: float = 0.01,
     where: str = "weight",
 ) -> Quantized:
     """weight [out, in] -> the codes that keep the layer's outputs, sum |W x_ref + lag - Ŵ x|^2, small.
 
-    compensate: aim at the original outputs given the quantized inputs; else at W x on those same inputs.
-    damp: the share of gram's mean diagonal added to it.
+    outliers: columns, ascending int32 [k], that get codes of OUTLIER_GRID, after all others. compensate: aim at the
+    original outputs given the quantized inputs; else at W x on those same inputs. damp: the share of gram's mean
+    diagonal added to it. A scheme of method "nearest" uses the statistics for its scales alone.
     """
     grid = grids.load(scheme.grid)
-    gram, target = _target(weight, statistics, damp, compensate)
-    scales, zeros = weight_scales(target, scheme, where)
-    codes = _feedback(target, gram, scales, zeros, grid)
-    for _ in range(scheme.sweeps):
-        scales = _refit(target, gram, codes, scales, zeros, grid)
-        codes = _descend(target, gram, codes, scales, zeros, grid)
-    return quantized(codes, scales, zeros, grid, weight.shape[1])
+    gram, target = _target(weight, statistics, damp, compensate and scheme.method == "gptq")
+    importance = _importance(gram, scheme.scale_search)
+    order = torch.arange(weight.shape[1], device=weight.device)
+    if outliers is not None:
+        chosen = torch.zeros_like(order, dtype=torch.bool).index_fill(0, outliers.long(), True)
+        order = torch.cat([order[~chosen], order[chosen]])
+    book = _codebook(target, scheme, order, outliers, importance, where)
+    gram, target = gram[order][:, order], target[:, order]
+    if scheme.method == "nearest":
+        codes = _feedback(target, torch.diag(gram.diagonal()), book)
+    else:
+        codes = _feedback(target, gram, book)
+        for _ in range(scheme.sweeps):
+            book.refit_(target - book.values(codes), gram, codes)
+            codes = _descend(target, gram, codes, book)
+    if not isinstance(book, Split):
+        return quantized(codes, book.scales, book.zeros, grid, weight.shape[1])
+    assert outliers is not None
+    ordinary, kept = codes.split([len(order) - len(outliers), len(outliers)], -1)
+    placed = torch.zeros_like(codes, dtype=code_dtype(grid)).index_copy(-1, order[: ordinary.shape[1]], ordinary)
+    found = quantized(placed, book.ordinary.scales, book.ordinary.zeros, grid, weight.shape[1])
+    own = Outliers(outliers.int(), kept.to(torch.uint8), book.outliers.scales[..., 0].half())
+    return replace(found, outliers=own)
+
+
+def _codebook(
+    target: Tensor, scheme: WeightScheme, order: Tensor, outliers: Tensor | None, importance: Tensor | None, where: str
+) -> Scaled | Free | Split:
+    """For weights [out, in] as they stand; order [in]: the columns as GPTQ takes them, outliers last."""
+    grid, columns = grids.load(scheme.grid), target.shape[1]
+    size = scheme.group_size or columns
+    count = columns - (0 if outliers is None else len(outliers))
+    check_groups(columns, scheme.group_size, where)
+    ends = [int((order[:count] < end).sum()) for end in range(size, columns + 1, size)]
+    groups = [slice(start, stop) for start, stop in zip([0, *ends], ends, strict=False)]
+    book: Scaled | Free
+    if isinstance(grid, FreeGrid):
+        ordered = None if importance is None else importance[order]
+        book = Free(len(target), grid, groups, ordered, where)
+    else:
+        inner = target if outliers is None else target.index_fill(1, outliers.long(), 0.0)
+        book = Scaled(*weight_scales(inner, scheme, where), grid, groups)
+    if outliers is None:
+        return book
+    own = WeightScheme(OUTLIER_GRID, scale_search="absmax")
+    scales, zeros = weight_scales(target[:, outliers.long()], own, where)
+    return Split(book, Scaled(scales, zeros, grids.fixed(OUTLIER_GRID), [slice(count, columns)]))
+
+
+def _importance(gram: Tensor, scale_search: str) -> Tensor | None:
+    """Weights [in] of the squared errors that points of free grids are fitted by; gram: damped."""
+    if scale_search == "em_diagonal":
+        return gram.diagonal()
+    if scale_search == "em_inverse":
+        return torch.cholesky_inverse(torch.linalg.cholesky(gram.double())).diagonal().float().square().reciprocal()
+    return None
 
 
 def _target(weight: Tensor, statistics: InputStatistics, damp: float, compensate: bool) -> tuple[Tensor, Tensor]:
@@ -86,103 +131,51 @@ def _target(weight: Tensor, statistics: InputStatistics, damp: float, compensate
     return gram.float(), torch.linalg.solve(gram, aim.T).T.float().contiguous()
 
 
-class _Columns:
-    """The columns that one code stands for, p at a time: nearest codes of [out, p] and the values they mean."""
-
-    def __init__(self, scales: Tensor, zeros: Tensor | None, grid: AnyGrid, columns: int):
-        """scales, zeros [out, groups, 1]."""
-        self.grid, self.columns, self.size = grid, columns, columns // scales.shape[1]
-        self.scales, self.zeros = scales.squeeze(-1), None if zeros is None else zeros.squeeze(-1)
-
-    def steps(self, block: int) -> Iterator[tuple[int, int]]:
-        """(start, stop) of blocks of columns: whole codes, about `block` of them."""
-        wide = max(1, block // self.grid.p) * self.grid.p
-        yield from ((start, min(start + wide, self.columns)) for start in range(0, self.columns, wide))
-
-    def codes_in(self, start: int, stop: int) -> Iterator[tuple[int, slice]]:
-        """(code's index, its columns) from start to stop."""
-        for first in range(start, stop, self.grid.p):
-            yield first // self.grid.p, slice(first, min(first + self.grid.p, stop))
-
-    def nearest(self, x: Tensor, cols: slice) -> tuple[Tensor, Tensor]:
-        """x [out, columns of one code] -> its codes [out] and their values, shaped as x."""
-        first, last = cols.start // self.size, (cols.stop - 1) // self.size
-        of_each = slice(first, first + 1) if first == last else torch.arange(cols.start, cols.stop) // self.size
-        scales, zeros = self.scales[:, of_each], None if self.zeros is None else self.zeros[:, of_each]
-        groups = x[:, None] if first == last else x[..., None]
-        codes = nearest_codes(groups, scales[..., None], None if zeros is None else zeros[..., None], self.grid)
-        points = look_up(self.grid, codes, x.shape[1])
-        return codes[:, 0], (points if zeros is None else points - zeros) * scales
-
-
-def _feedback(
-    target: Tensor, gram: Tensor, scales: Tensor, zeros: Tensor | None, grid: AnyGrid, block: int = 128
-) -> Tensor:
+def _feedback(target: Tensor, gram: Tensor, book: Codebook, block: int = 128) -> Tensor:
     """GPTQ proper, the columns of one code at a time -> codes [out, ceil(in / p)]."""
-    columns = _Columns(scales, zeros, grid, target.shape[1])
     # Upper Cholesky factor of the inverse: its row i spreads column i's error over the columns after it.
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram.double()))
     spread = torch.linalg.cholesky(inverse, upper=True).float()
-    work = target.clone()
-    codes = torch.empty(len(work), codes_per_row(work.shape[1], grid.p), dtype=code_dtype(grid), device=work.device)
-    for start, stop in columns.steps(block):
+    work, codes = target.clone(), []
+    for start, stop in blocks(book, block):
+        book.begin_(work, start)
         errors = torch.empty_like(work[:, start:stop])
-        for index, cols in columns.codes_in(start, stop):
-            codes[:, index], values = columns.nearest(work[:, cols], cols)
+        for cols in _codes_in(book, start, stop):
+            code, values = book.nearest(work[:, cols], cols)
+            codes.append(code)
             error = work[:, cols] - values
-            if grid.p == 1:
+            if book.p == 1:
                 error = error / spread[cols, cols]
             else:  # the columns of one code are rounded together: their errors, freed of each other's feedback
                 error = torch.linalg.solve_triangular(spread[cols, cols], error, upper=True, left=False)
             work[:, cols.start : stop] -= error @ spread[cols, cols.start : stop]
             errors[:, cols.start - start : cols.stop - start] = error
         work[:, stop:] -= errors @ spread[start:stop, stop:]
-    return codes
+    return torch.stack(codes, -1)
 
 
-def _refit(target: Tensor, gram: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, grid: AnyGrid) -> Tensor:
-    """Scales [out, groups, 1] of least error for the given codes: one group after the other, in closed form."""
-    points = look_up(grid, codes, target.shape[1]).unflatten(-1, (scales.shape[1], -1))
-    if zeros is not None:
-        points = points - zeros
-    scales, size = scales.clone(), points.shape[-1]
-    for group in range(scales.shape[1]):
-        cols = slice(group * size, (group + 1) * size)
-        p = points[:, group]
-        rest = target - (points * scales).flatten(-2)
-        rest[:, cols] += p * scales[:, group]
-        slope = (rest @ gram[:, cols] * p).sum(-1, keepdim=True)
-        curve = (p @ gram[cols, cols] * p).sum(-1, keepdim=True)
-        fitted = storable(slope / curve.clamp(min=1e-30))
-        scales[:, group] = torch.where((curve > 0) & (slope > 0), fitted, scales[:, group])
-    return scales
+def _codes_in(book: Codebook, start: int, stop: int) -> Iterator[slice]:
+    """The columns of each code from start to stop."""
+    for first in range(start, stop, book.p):
+        yield slice(first, min(first + book.p, stop))
 
 
-def _descend(
-    target: Tensor,
-    gram: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    grid: AnyGrid,
-    block: int = 128,
-) -> Tensor:
+def _descend(target: Tensor, gram: Tensor, codes: Tensor, book: Codebook, block: int = 128) -> Tensor:
     """One sweep of coordinate descent over the codes: the objective never rises."""
-    columns, codes = _Columns(scales, zeros, grid, target.shape[1]), codes.clone()
-    values = dequantize(codes, columns.scales, columns.zeros, grid, target.shape[1])
+    values, codes = book.values(codes), codes.clone()
     pull = (target - values) @ gram
-    for start, stop in columns.steps(block):
+    for start, stop in blocks(book, block):
         near, moves = pull[:, start:stop].clone(), torch.zeros_like(pull[:, start:stop])
-        for index, cols in columns.codes_in(start, stop):
-            cols_in_block = slice(cols.start - start, cols.stop - start)
+        for cols in _codes_in(book, start, stop):
+            index, cols_in_block = cols.start // book.p, slice(cols.start - start, cols.stop - start)
             own, force = gram[cols, cols], near[:, cols_in_block]
-            if grid.p == 1:
+            if book.p == 1:
                 best = values[:, cols] + force / own
             else:
                 best = values[:, cols] + torch.linalg.solve(own, force, left=False)
-            code, value = columns.nearest(best, cols)
+            code, value = book.nearest(best, cols)
             move = value - values[:, cols]
-            if grid.p > 1:  # the nearest point is not always the best in the metric of `own`
+            if book.p > 1:  # the nearest point is not always the best in the metric of `own`
                 gains = ((2 * force - move @ own) * move).sum(-1) > 0
                 code, move = torch.where(gains, code, codes[:, index]), move * gains[:, None]
             codes[:, index] = code

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from paley.core import grids
-from paley.core.grids import AnyGrid
+from paley.core.grids import FixedGrid, FreeGrid
 from paley.core.metrics import rel_error
 from paley.core.rounding import Quantized, dynamic_scales, look_up, nearest_codes, quantized, split_groups, storable
 from paley.core.schemes import WeightScheme
+from paley.methods.binary import fit_centroids
 
 __all__ = ["gaussian_error", "quantize_nearest", "weight_scales"]
 
@@ -23,10 +24,12 @@ _SAMPLES = 2**17
 def weight_scales(weight: Tensor, scheme: WeightScheme, where: str = "weight") -> tuple[Tensor, Tensor | None]:
     """weight [out, in] -> scales [out, groups, 1] as float16 can hold them, and zeros where the grid has them.
 
-    "mse" keeps, of 80 clip ratios, the one of least sum |error|^2.4 in each group.
+    "mse" keeps, of 80 clip ratios, the one of least sum |error|^2.4 in each group. Free grids: [out, groups, stored].
     """
     grid = grids.load(scheme.grid)
     groups = split_groups(weight.float(), scheme.group_size, where)
+    if isinstance(grid, FreeGrid):
+        return fit_centroids(groups, None, grid.size, mirrored=grid.mirrored, where=where), None
     if scheme.scale_search != "mse":
         rule = "absmax" if scheme.scale_search == "absmax" else "rms"
         return dynamic_scales(groups, grid, rule, 1.0, torch.float16)
@@ -34,7 +37,7 @@ def weight_scales(weight: Tensor, scheme: WeightScheme, where: str = "weight") -
     return scales, zeros if grid.affine else None
 
 
-def _least_error(groups: Tensor, grid: AnyGrid) -> tuple[Tensor, Tensor]:
+def _least_error(groups: Tensor, grid: FixedGrid) -> tuple[Tensor, Tensor]:
     """groups [rows, groups, size] -> the scales and zeros of least error; zeros are 0 on grids without any."""
     best_error = groups.new_full((*groups.shape[:2], 1), torch.inf)
     best_scales, best_zeros = torch.zeros_like(best_error), torch.zeros_like(best_error)
@@ -56,10 +59,9 @@ def _least_error(groups: Tensor, grid: AnyGrid) -> tuple[Tensor, Tensor]:
 def gaussian_error(scheme: WeightScheme, width: int) -> float:
     """t^2 of the scheme on Gaussian rows of so many columns: ||W - Ŵ||^2 / ||W||^2, the same for every such layer."""
     grid = grids.load(scheme.grid)
-    if scheme.scale_search == "rms" or (scheme.scale_search == "unbiased" and scheme.method == "gptq"):
-        return grid.mse
-    if scheme.scale_search == "unbiased":
-        return grid.mse / (1 - grid.mse)
+    if scheme.scale_search in ("rms", "unbiased") and not isinstance(grid, FreeGrid):
+        least = scheme.scale_search == "rms" or scheme.method == "gptq"
+        return grid.mse if least else grid.mse / (1 - grid.mse)
     weight = torch.randn(-(-_SAMPLES // width), width, generator=torch.Generator().manual_seed(0))
     return rel_error(weight, quantize_nearest(weight, scheme).dequantize())
 
@@ -70,7 +72,7 @@ def quantize_nearest(weight: Tensor, scheme: WeightScheme, where: str = "weight"
     scales, zeros = weight_scales(weight, scheme, where)
     groups = split_groups(weight.float(), scheme.group_size, where)
     codes = nearest_codes(groups, scales, zeros, grid)
-    if scheme.scale_search == "unbiased":
+    if scheme.scale_search == "unbiased" and not isinstance(grid, FreeGrid):
         scales = _stretched(groups, look_up(grid, codes, weight.shape[1]).view_as(groups), scales)
     return quantized(codes, scales, zeros, grid, weight.shape[1])
 

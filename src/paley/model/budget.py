@@ -242,7 +242,7 @@ def _weight_item(recipe: Recipe, linear: Any, path: str, slot: LinearSlot) -> _I
 def _kept(recipe: Recipe, slot: LinearSlot) -> LinearSlot:
     """The slot with its weight unquantized, and without a rotation that has nothing left to serve."""
     needless = recipe.hadamard is not None and slot.input is None
-    return replace(slot, weight=None, transform=None if needless else slot.transform)
+    return replace(slot, weight=None, outliers=0, transform=None if needless else slot.transform)
 
 
 def _activation_item(

@@ -23,21 +23,21 @@ from paley.methods.nearest import quantize_nearest
 from paley.model.adapter import RESIDUAL_WRITERS, SHARED_INPUTS, Adapter, Block
 from paley.model.attention import attach_slots
 from paley.model.capture import BlockRunner, capture_inputs
-from paley.model.linear import QuantLinear, SharedInput
+from paley.model.inputs import SharedInput
+from paley.model.linear import QuantLinear
 
 __all__ = ["BlockQuantizer", "LayerReport", "set_attention_", "set_input_", "wrap_"]
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One quantized linear: ||W - Ŵ||² / ||W||² against the rotated weight, the bits it is stored in, its codes.
+    """One quantized linear: ||W - Ŵ||² / ||W||² against the rotated weight, and its codes.
 
     quantized is None once the codes are packed into the layer and written away.
     """
 
     name: str
     rel_error: float
-    stored_bits: int
     quantized: Quantized | None
 
 
@@ -93,11 +93,12 @@ class BlockQuantizer:
         block = self.runner.adapter.blocks[index]
         reference = copy.deepcopy(block.module)
         self._center_keys(block)
+        self._choose_outliers(block, reference)
         self._activate(block)
         reports = []
         for roles in self._same_inputs(block):
-            gptq = any(scheme.method == "gptq" for r in roles if (scheme := self.linears[block.path(r)].weight))
-            statistics = self._statistics(block, reference, roles[0]) if gptq and self.hidden is not None else None
+            calibrated = any(self.linears[block.path(role)].needs_data for role in roles) and self.hidden is not None
+            statistics = self._statistics(block, reference, roles[0]) if calibrated else None
             for role in roles:
                 report = self._quantize_linear(block.path(role), statistics)
                 on_layer(report)
@@ -128,9 +129,10 @@ class BlockQuantizer:
     def _same_inputs(self, block: Block) -> Iterator[tuple[str, ...]]:
         """Roles whose weights are quantized, grouped by what they read: the same tensor, rounded alike."""
         for _, roles in SHARED_INPUTS:
-            quantized = [role for role in roles if self.linears[block.path(role)].weight is not None]
-            for scheme in dict.fromkeys(self.linears[block.path(role)].input for role in quantized):
-                yield tuple(r for r in quantized if self.linears[block.path(r)].input == scheme)
+            slots = {role: self.linears[block.path(role)] for role in roles}
+            rounded = {role: (slot.input, slot.outliers) for role, slot in slots.items() if slot.weight is not None}
+            for alike in dict.fromkeys(rounded.values()):
+                yield tuple(role for role, how in rounded.items() if how == alike)
 
     def _activate(self, block: Block) -> None:
         set_attention_(block, self.attentions.get(block.path("attention")))
@@ -154,6 +156,33 @@ class BlockQuantizer:
             attention.key_observer = None
         mean = torch.stack(sums).sum(0) / (sample.shape[0] * sample.shape[1])
         attention.key_mean.copy_(mean.half())  # as it is stored
+
+    def _choose_outliers(self, block: Block, reference: nn.Module) -> None:
+        """Gives each linear the columns of most energy of its slot's number, by what it reads in the original."""
+        for _, roles in SHARED_INPUTS:
+            counts = {role: self.linears[block.path(role)].outliers for role in roles}
+            if not any(counts.values()):
+                continue
+            if self.original is None:
+                raise PaleyError(f"{block.path(roles[0])}: outliers need calibration text; set outliers=0")
+            linear = reference.get_submodule(getattr(block.architecture, roles[0]))
+            assert isinstance(linear, QuantLinear)
+            energy = torch.zeros(linear.in_features, dtype=torch.float64, device=self.original.device)
+
+            def add(_: str, x: Tensor, linear: QuantLinear = linear, energy: Tensor = energy) -> None:
+                energy.add_(linear.round_input(x).double().square().sum(0))
+
+            with capture_inputs({"input": linear}, add):
+                for hidden in self.original[: 4 * self.runner.batch].split(self.runner.batch):
+                    self.runner.until(linear, reference, block.index, hidden)
+            for role, count in counts.items():
+                if count >= len(energy):
+                    raise PaleyError(
+                        f"{block.path(role)}: outliers={count} must be fewer than its in_features={len(energy)} columns"
+                    )
+                if count:
+                    columns = energy.topk(count).indices.sort().values.int()
+                    block.part(role).outlier_columns = columns  # type: ignore[assignment]
 
     def _advance(self, index: int, reference: nn.Module) -> None:
         if self.hidden is not None and self.original is not None:
@@ -196,12 +225,15 @@ class BlockQuantizer:
         assert isinstance(linear, QuantLinear)
         assert scheme is not None
         weight = linear.dequantize()
-        if scheme.method == "nearest":
+        if not self.linears[path].needs_data:
             q = quantize_nearest(weight, scheme, where=path)
         else:
             if statistics is None:
-                raise PaleyError(f"{path}: method gptq needs calibration text, and the recipe's own methods need none")
-            q = quantize_gptq(weight, statistics, scheme, compensate=self.compensate != "plain", where=path)
+                raise PaleyError(f"{path}: its scheme needs calibration text, and the recipe's own methods need none")
+            q = quantize_gptq(
+                weight, statistics, scheme,
+                outliers=linear.outlier_columns, compensate=self.compensate != "plain", where=path,
+            )  # fmt: skip
         return self._replace(path, q)
 
     def _replace(self, path: str, q: Quantized) -> LayerReport:
@@ -211,6 +243,4 @@ class BlockQuantizer:
         made.shared_input = linear.shared_input
         made.materialize_()
         self.runner.adapter.model.set_submodule(path, made)
-        stored = [made.codes, made.scales, made.zeros]
-        bits = 8 * sum(part.nbytes for part in stored if part is not None)
-        return LayerReport(path, rel_error(linear.dequantize(), made.dequantize()), bits, q)
+        return LayerReport(path, rel_error(linear.dequantize(), made.dequantize()), q)

@@ -2,67 +2,42 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from paley.core import grids, rounding
+from paley import kernels
+from paley.core import grids, planes
 from paley.core.errors import PaleyError
-from paley.core.rounding import Quantized
+from paley.core.grids import FreeGrid
+from paley.core.rounding import Outliers, Quantized
 from paley.core.schemes import LinearSlot
-from paley.format.spec import SCALE_DTYPE, encode_linear, expected_tensors, unpack_weight
+from paley.format.spec import PARTS, SCALE_DTYPE, encode_linear, expected_tensors, unpack_weight
+from paley.model.inputs import SharedInput, encode_input, round_input
 
-__all__ = ["QuantLinear", "SharedInput"]
+__all__ = ["QuantLinear"]
 
-
-class SharedInput:
-    """Transforms and rounds an input once for the linears that read it one after the other (q, k and v; gate, up)."""
-
-    def __init__(self) -> None:
-        self._seen: tuple[weakref.ref[Tensor], int, LinearSlot, Tensor] | None = None
-
-    def round(self, x: Tensor, slot: LinearSlot) -> Tensor:
-        """As `round_input`; what is returned must not be written to. Of the slot, its weight does not matter here."""
-        slot = replace(slot, weight=None)
-        if self._seen is not None:
-            source, version, seen_slot, rounded = self._seen
-            if source() is x and version == x._version and seen_slot == slot:
-                return rounded
-        rounded = round_input(x, slot)
-        if not x.requires_grad and not x.is_inference():
-            self._seen = (weakref.ref(x, self._forget), x._version, slot, rounded)
-        return rounded
-
-    def _forget(self, source: weakref.ref[Tensor]) -> None:
-        if self._seen is not None and self._seen[0] is source:
-            self._seen = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> SharedInput:
-        return memo.setdefault(id(self), SharedInput())
-
-
-def round_input(x: Tensor, slot: LinearSlot) -> Tensor:
-    """x [..., in] (transform.in_dim where there is a transform) -> what meets the weight."""
-    if slot.transform is not None:
-        x = slot.transform.apply(x)
-    return x if slot.input is None else rounding.round_trip(x, slot.input)
+_FOUR_POINTS = ("free2", "mirror2")
+T = TypeVar("T")
 
 
 class QuantLinear(nn.Module):
     """y = round(T x) W^T + b, with W [out_features, in_features] stored as the checkpoint names it.
 
-    codes uint8 [out, bytes] as packed, scales float16 [out, groups], zeros uint8 [out, groups] on affine
-    grids; a slot without a weight scheme keeps `weight` [out, in]. in_features is the stored width:
-    slot.transform.out_dim where there is a transform. Codes and scales keep their dtypes under any cast.
+    codes uint8 [out, bytes] as packed, scales float16 [out, groups], zeros uint8 [out, groups] on affine grids, and
+    three tensors of outliers where the slot has any (docs/format.md); a slot without a weight scheme keeps `weight`
+    [out, in]. in_features is the stored width: slot.transform.out_dim where there is a transform. Codes and scales
+    keep their dtypes under any cast.
     """
 
     codes: Tensor | None
     scales: Tensor | None
     zeros: Tensor | None
+    outliers: Tensor | None
+    outlier_scales: Tensor | None
+    outlier_columns: Tensor | None
     dense: Tensor | None
     weight: nn.Parameter | None
     bias: nn.Parameter | None
@@ -92,13 +67,14 @@ class QuantLinear(nn.Module):
             full.rpartition(".")[2]: torch.zeros(shape, dtype=kind or dtype, device=device)
             for full, (kind, shape) in stored.items()
         }
-        for part in ("codes", "scales", "zeros"):
-            self.register_buffer(part, tensors.get(part))
+        for part in PARTS:
+            self.register_buffer(part[1:], tensors.get(part[1:]))
         self.register_buffer("dense", None, persistent=False)
         self.register_parameter("weight", _parameter(tensors.get("weight")))
         start = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
         self.register_parameter("bias", _parameter(start))
         self.shared_input: SharedInput | None = None
+        self._planes: tuple[list[tuple[int, int]], planes.PreparedWeight] | None = None
 
     @classmethod
     def from_linear(
@@ -138,13 +114,25 @@ class QuantLinear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """-> the weight [out, in] in `dtype`, computed in float32."""
-        scheme, codes, scales = self.slot.weight, self.codes, self.scales
-        if scheme is None or codes is None or scales is None:
+        q = self.quantized()
+        if q is None:
             assert self.weight is not None  # __init__ makes the one or the other
             return self.weight.to(dtype)
-        grid = grids.load(scheme.grid)
-        unpacked = unpack_weight(codes, grid, self.in_features)
-        return rounding.dequantize(unpacked, scales, self.zeros, grid, self.in_features).to(dtype)
+        return q.dequantize(dtype)
+
+    def quantized(self) -> Quantized | None:
+        """The weight's codes, unpacked; None where it is not quantized."""
+        scheme, codes, scales = self.slot.weight, self.codes, self.scales
+        if scheme is None or codes is None or scales is None:
+            return None
+        unpacked = unpack_weight(codes, grids.load(scheme.grid), self.in_features)
+        return Quantized(unpacked, scales, self.zeros, scheme.grid, self.in_features, self.quantized_outliers())
+
+    def quantized_outliers(self) -> Outliers | None:
+        """The columns that have a grid of their own, where there are any."""
+        if self.outliers is None or self.outlier_scales is None or self.outlier_columns is None:
+            return None
+        return Outliers(self.outlier_columns, self.outliers, self.outlier_scales)
 
     def materialize_(self, dtype: torch.dtype = torch.float32) -> None:
         """Keeps the dense weight beside the codes, unsaved: faster, and as large as an unquantized layer."""
@@ -158,16 +146,56 @@ class QuantLinear(nn.Module):
     def round_input(self, x: Tensor) -> Tensor:
         """x [..., in] (transform.in_dim where there is a transform) -> what meets the weight."""
         nothing = self.slot.transform is None and self.slot.input is None
-        if self.shared_input is None or nothing:
-            return round_input(x, self.slot)
-        return self.shared_input.round(x, self.slot)
+        return round_input(x, self.slot) if nothing else self._once(round_input, x)
+
+    def _once(self, make: Callable[..., T], x: Tensor) -> T:
+        if self.shared_input is None:
+            return make(x, self.slot, self.outlier_columns)
+        return self.shared_input.once(make, x, self.slot, self.outlier_columns)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] (in: transform.in_dim where there is a transform) -> [..., out], in x's dtype."""
+        """x [..., in] (in: transform.in_dim where there is a transform) -> [..., out], in x's dtype.
+
+        With a native kernel for weights and inputs it works on the codes, and equals what is below to float32 rounding.
+        """
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self._runs_on_planes(x):
+            y = self._plane_product(x)
+            return y if bias is None else y + bias
         x = self.round_input(x)
         weight = self.dequantize(x.dtype) if self.dense is None else self.dense.to(x.dtype)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
         return nn.functional.linear(x, weight, bias)
+
+    def _runs_on_planes(self, x: Tensor) -> bool:
+        """Two bits of four points for each weight, unsigned input codes of four bits, groups alike."""
+        weight, inputs = self.slot.weight, self.slot.input
+        if self.dense is not None or weight is None or inputs is None or x.device.type != "cpu" or x.requires_grad:
+            return False
+        fits = weight.grid in _FOUR_POINTS and inputs.grid == "uint4" and not inputs.refit
+        alike = (weight.group_size or self.in_features) == (inputs.group_size or self.in_features)
+        return fits and alike and kernels.backend() == "native"
+
+    def _plane_product(self, x: Tensor) -> Tensor:
+        codes = self._once(encode_input, x)
+        y = planes.matmul(codes.codes, codes.scales, codes.zeros, self._prepared())
+        if codes.outliers is not None:
+            q = self.quantized_outliers()
+            assert q is not None
+            y += codes.outliers.float() @ q.dequantize().T
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def _prepared(self) -> planes.PreparedWeight:
+        """The weight as the kernel wants it, made anew only where codes or scales have changed."""
+        assert self.codes is not None
+        assert self.scales is not None
+        now = [(t.data_ptr(), t._version) for t in (self.codes, self.scales)]
+        if self._planes is None or self._planes[0] != now:
+            q = self.quantized()
+            assert q is not None
+            grid = grids.load(q.grid)
+            assert isinstance(grid, FreeGrid)
+            self._planes = (now, planes.prepare(q.codes, grid.points(q.scales)))
+        return self._planes[1]
 
     def extra_repr(self) -> str:
         weight = self.slot.weight.grid if self.slot.weight else "float"
@@ -176,10 +204,13 @@ class QuantLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # A cast of the model (model.bfloat16()) must not round the scales: they follow the device only.
-        scales, dense = self.scales, self.dense
+        kept = {name: getattr(self, name) for name in ("scales", "outlier_scales")}
+        dense = self.dense
         super()._apply(fn, recurse)
-        if scales is not None and self.scales is not None and self.scales.dtype != SCALE_DTYPE:
-            self.scales = scales.to(self.scales.device)
+        for name, scales in kept.items():
+            moved = getattr(self, name)
+            if moved is not None and moved.dtype != SCALE_DTYPE:
+                setattr(self, name, scales.to(moved.device))
         if dense is not None and self.dense is not None and self.dense.dtype != dense.dtype:
             self.materialize_(self.dense.dtype)
         return self

@@ -6,8 +6,9 @@ from math import prod
 
 from paley.format import spec
 from paley.format.checkpoint import Checkpoint
-from paley.model.adapter import RESIDUAL_WRITERS, Adapter
+from paley.model.adapter import Adapter
 from paley.model.loading import Source
+from paley.pipeline.slots import linear_shapes
 from paley.pipeline.stages import storage_dtype
 from paley.plan import Plan
 
@@ -15,7 +16,7 @@ __all__ = ["parameter_count", "quantized_bits", "untouched"]
 
 
 def parameter_count(source: Source) -> int:
-    """Values stored in the original checkpoint; a tied weight counts once."""
+    """Values stored in the original checkpoint; a tied weight counts once, however often it is stored."""
     return sum(prod(source.checkpoint.shape(name)) for name in source.checkpoint.names)
 
 
@@ -26,20 +27,14 @@ def quantized_bits(plan: Plan, source: Source) -> float | None:
     keeps does not.
     """
     itemsize = storage_dtype(plan.recipe, source).itemsize
-    residual = plan.rotation.residual if plan.rotation is not None else None
-    stored = weights = 0
-    for block in Adapter(source.skeleton()).blocks:
-        for role, path in block.linears():
-            slot = plan.linears[path]
-            if slot.weight is None and plan.recipe.linear_slot(path).weight is None:
-                continue
-            out_features, in_features = block.part(role).weight.shape
-            weights += out_features * in_features
-            if residual is not None and role in RESIDUAL_WRITERS:
-                out_features = residual.out_dim
-            elif residual is not None:
-                in_features = residual.out_dim
-            stored += spec.linear_bytes(path, slot, in_features, out_features, itemsize)
+    adapter = Adapter(source.skeleton())
+    own, stored, weights = linear_shapes(adapter, None), 0, 0
+    for path, (out_features, in_features) in linear_shapes(adapter, plan.rotation).items():
+        slot = plan.linears[path]
+        if slot.weight is None and plan.recipe.linear_slot(path).weight is None:
+            continue
+        weights += own[path][0] * own[path][1]
+        stored += spec.linear_bytes(path, slot, in_features, out_features, itemsize)
     return 8 * stored / weights if weights else None
 
 

@@ -12,7 +12,8 @@ from paley.model.loading import Source, check_seq_len, open_source
 from paley.pipeline.accounting import quantized_bits
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.sensitivities import measure_for
-from paley.pipeline.stages import check_reach, decide
+from paley.pipeline.slots import check_settings
+from paley.pipeline.stages import decide
 from paley.pipeline.texts import Texts
 from paley.plan import Plan
 from paley.recipe import Recipe
@@ -50,7 +51,7 @@ def accuracy_size_curve(
         for bits in budgets
     }
     for each in wanted.values():
-        check_reach(source, each)
+        check_settings(source, each)
     if sensitivity is None:
         check_seq_len(source.config, {"budget.seq_len": recipe.budget.seq_len})
         sensitivity = measure_for(recipe, source, None, monitor, device)

@@ -11,17 +11,19 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from paley.core.errors import PaleyError
+from paley.core.files import write_atomic
 from paley.data import TokenBlocks
 from paley.eval.perplexity import evaluate
 from paley.eval.reference import Reference
 from paley.format.checkpoint import Checkpoint
-from paley.format.files import write_atomic, write_json
+from paley.format.files import write_json
 from paley.model.loading import Source, open_source
 from paley.pipeline.accounting import parameter_count, quantized_bits, untouched
 from paley.pipeline.card import model_card
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.run_directory import RESULTS, RunDirectory, check_output, open_run
 from paley.pipeline.saving import first_logits, load_stored, save_checkpoint, verify
+from paley.pipeline.slots import check_settings
 from paley.pipeline.stages import decide, execute, storage_dtype
 from paley.pipeline.streaming import is_data_free, stream_checkpoint
 from paley.pipeline.texts import Texts, check_lengths, gather, needs_data
@@ -83,6 +85,7 @@ def quantize(
         plan.check_fingerprint(source.fingerprint)
     if sensitivity is not None:
         sensitivity.check_fingerprint(source.fingerprint)
+    check_settings(source, wanted, plan)
     key = _key(source, wanted, plan.to_json() if plan is not None else wanted.hash() + _digest(sensitivity))
     with open_run(output, key, resume=resume, overwrite=overwrite) as run:
         if not (resume and run.finished) and not (run.checkpoint / RESULTS).exists():
@@ -102,6 +105,7 @@ def make_plan(
     """Decides only: the plan that `quantize` with this recipe would execute."""
     source, recipe = open_source(model), _as_measured(recipe, sensitivity)
     check_lengths(recipe, source, measures=_measures(recipe, None, sensitivity))
+    check_settings(source, recipe)
     texts = gather(recipe, source, device)
     return decide(source, recipe, texts, None, monitor or Monitor(), device, sensitivity)
 

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from paley.core.errors import PaleyError, nearest_name
 from paley.core.grids import custom_points
 from paley.core.rounding import Quantized
-from paley.core.schemes import AttentionSlot, LinearSlot
 from paley.format import spec
 from paley.format.checkpoint import read_tensors
+from paley.format.dtypes import FLOATS, cast_to_store
 from paley.format.writer import write_tensors
 from paley.methods.gbs import Outcome
 from paley.model.adapter import Adapter, Block
@@ -25,20 +24,18 @@ from paley.model.calibrate import BlockQuantizer, LayerReport, wrap_
 from paley.model.capture import BlockRunner
 from paley.model.fold import rotate_input_
 from paley.model.loading import Source
-from paley.model.rotation import decide_rotation, input_blocks, rotate_
+from paley.model.rotation import decide_rotation, rotate_
 from paley.model.search import ClipSearch
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.run_directory import RunDirectory
-from paley.pipeline.saving import cast_to_store
 from paley.pipeline.sensitivities import measure_for
+from paley.pipeline.slots import check_plan, slots_for
 from paley.pipeline.texts import Texts
-from paley.plan import Plan, Rotation, Trial
+from paley.plan import Plan, Trial
 from paley.recipe import Recipe
 from paley.sensitivity import Sensitivity
 
-__all__ = ["check_plan", "check_reach", "decide", "execute", "prepare_", "storage_dtype"]
-
-_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+__all__ = ["decide", "execute", "prepare_", "storage_dtype"]
 
 
 def decide(
@@ -59,7 +56,7 @@ def decide(
     searches = recipe.search.method != "none"
     adapter = Adapter(source.load(device=device) if searches else source.skeleton())
     rotation = decide_rotation(recipe, adapter)
-    linears, attentions = _slots(recipe, adapter, rotation)
+    linears, attentions = slots_for(recipe, adapter, rotation)
     predicted = None
     if recipe.budget is not None:
         check_budget(recipe, adapter, Slots(linears, attentions))
@@ -108,12 +105,6 @@ def decide(
     )
 
 
-def check_reach(source: Source, recipe: Recipe) -> None:
-    """Raises where `decide` would, for a budget that no choice of grids meets; nothing is measured."""
-    adapter = Adapter(source.skeleton())
-    check_budget(recipe, adapter, Slots(*_slots(recipe, adapter, decide_rotation(recipe, adapter))))
-
-
 def execute(
     source: Source, plan: Plan, texts: Texts, run: RunDirectory | None, monitor: Monitor, device: str
 ) -> tuple[PreTrainedModel, list[LayerReport]]:
@@ -129,7 +120,7 @@ def execute(
 def storage_dtype(recipe: Recipe, source: Source) -> torch.dtype:
     """The type of tensors that stay unquantized: the checkpoint's own 16-bit type, or float16."""
     if recipe.dtype != "auto":
-        return _DTYPES[recipe.dtype]
+        return FLOATS[recipe.dtype]
     own = getattr(source.config, "dtype", None)
     return own if own in (torch.float16, torch.bfloat16) else torch.float16
 
@@ -141,50 +132,6 @@ def _texts(data: Any) -> Iterator[str]:
     elif isinstance(data, dict | list):
         for value in data.values() if isinstance(data, dict) else data:
             yield from _texts(value)
-
-
-def _slots(
-    recipe: Recipe, adapter: Adapter, rotation: Rotation | None
-) -> tuple[dict[str, LinearSlot], dict[str, AttentionSlot]]:
-    rotation = rotation or Rotation()
-    linears, attentions = {}, {}
-    for block in adapter.blocks:
-        for role, path in block.linears():
-            online = {"o": rotation.output, "down": rotation.mlp}.get(role)
-            slot = recipe.linear_slot(path, online)
-            if recipe.hadamard is not None and slot.weight is not None:
-                slot = _in_hadamard_blocks(slot, block.part(role).in_features, recipe)
-            linears[path] = slot
-        path = block.path("attention")
-        attentions[path] = recipe.attention_slot(path, rotation.head)
-    recipe.check_overrides(linears, attentions)
-    return linears, attentions
-
-
-def _in_hadamard_blocks(slot: LinearSlot, width: int, recipe: Recipe) -> LinearSlot:
-    """The slot with its input rotated block by block, and a scale for each block of a row unless it says otherwise."""
-    assert recipe.hadamard is not None
-    assert slot.weight is not None
-    transform = input_blocks(width, recipe.hadamard, recipe.seed)
-    group_size = slot.weight.group_size or transform.order
-    return replace(slot, transform=transform, weight=replace(slot.weight, group_size=group_size))
-
-
-def check_plan(plan: Plan, adapter: Adapter) -> None:
-    """Raises where an edited plan no longer fits the model, or its slots no longer fit its rotation."""
-    linears, attentions = _slots(plan.recipe, adapter, plan.rotation)
-    for wanted, given in ((linears, plan.linears), (attentions, plan.attentions)):
-        for name in {*wanted, *given}:
-            if name not in given:
-                raise PaleyError(f"plan: {name} has no slot; write one, with nulls to leave it unquantized")
-            if name not in wanted:
-                raise PaleyError(f"plan: {name} is no layer of this model{nearest_name(name, wanted)}")
-            kept = plan.recipe.hadamard is not None and given[name] == LinearSlot()
-            if given[name].transform != wanted[name].transform and not kept:
-                raise PaleyError(
-                    f"plan: {name} has transform {given[name].transform}, but the plan's rotation makes it "
-                    f"{wanted[name].transform}; the two must agree"
-                )
 
 
 def prepare_(source: Source, adapter: Adapter, plan: Plan) -> None:

@@ -106,7 +106,7 @@ def _tuning_sources(recipe: Recipe) -> dict[Role, str]:
     """Role -> source, of the roles calibration and search as far as the recipe needs them."""
     searches = recipe.search.method != "none"
     weights = [recipe.weights, *(o.weight for o in recipe.overrides)]
-    calibrates = any(scheme is not None and scheme.method == "gptq" for scheme in weights)
+    calibrates = any(scheme is not None and (scheme.needs_data or recipe.outliers > 0) for scheme in weights)
     centers = recipe.center_keys and any([recipe.keys, *(o.keys for o in recipe.overrides)])
     sources: dict[Role, str] = {}
     if searches or calibrates or centers:

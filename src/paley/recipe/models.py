@@ -167,6 +167,7 @@ class Recipe(_Frozen):
     hadamard: rotate what every quantized linear reads at run time, in blocks of at most so many values, whose
     weights share a scale (HIGGS, arXiv:2411.17525); needs no data and no other tensor of the model.
     expand and expand_mlp: dimensions that the residual stream and down_proj's input gain.
+    outliers: input columns of each quantized linear that stay in int8, see LinearSlot.
     """
 
     weights: Weight = None
@@ -180,6 +181,7 @@ class Recipe(_Frozen):
     center_keys: bool = False
     expand: Expansion = 0
     expand_mlp: Expansion = 0
+    outliers: Annotated[int, Field(ge=0)] = 0
     compensate: Literal["plain", "quantized_inputs", "residual_stream"] = "residual_stream"
     calibration: Calibration = Calibration()
     search: Search = Search()
@@ -201,7 +203,7 @@ class Recipe(_Frozen):
         slot = LinearSlot(self.weights, self.inputs, transform)
         for override in self.overrides:
             slot = override.apply(name, slot)
-        return slot
+        return slot if slot.weight is None else replace(slot, outliers=self.outliers)
 
     def attention_slot(self, name: str, transform: Transform | None = None) -> AttentionSlot:
         """The slot of the attention `name`: the recipe's schemes, then each fitting override in order."""

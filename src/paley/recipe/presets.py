@@ -16,15 +16,16 @@ from paley.recipe.loading import yaml_value
 from paley.recipe.models import Recipe
 from paley.recipe.validation import validate
 
-__all__ = ["preset", "preset_methods"]
+__all__ = ["examples", "preset", "preset_methods"]
 
 GRAMMAR = (
     "[METHOD-]W<bits>[G<group size>]A<bits>[KV<bits>], for example w3a3kv3, w4g64a16 or quarot-w4a4kv4; "
+    "w1a4 or w1a16: binary weights with a grouping bit; "
     "or higgs-<bits>, for example higgs-4 or higgs-3.25: weights alone, without data"
 )
 NAME = re.compile(r"(?:(?P<method>.+)-)?w(?P<w>\d{1,4})(?:g(?P<group>\d{1,6}))?a(?P<a>\d{1,4})(?:kv(?P<kv>\d{1,4}))?")
 WEIGHTS_ONLY = re.compile(r"higgs-(?P<bits>\d{1,2}(?:\.\d{1,4})?)")
-DEFAULT_METHOD = "gbs"
+DEFAULT_METHOD, BINARY_METHOD = "gbs", "bwa"
 UNQUANTIZED = 16
 
 
@@ -38,20 +39,32 @@ def preset_methods() -> list[str]:
     return sorted(_files())
 
 
+def examples() -> list[str]:
+    """A preset of each method."""
+    return ["w1a4" if method == BINARY_METHOD else f"{method}-w4a4kv4" for method in preset_methods()]
+
+
 def preset(name: str) -> Recipe:
-    """A name such as 'w3a3kv3', 'w4g64a16', 'quarot-w4a4kv4' or 'higgs-3.25' -> its recipe; 16 bits: unquantized."""
+    """A name such as 'w3a3kv3', 'w4g64a16', 'quarot-w4a4kv4', 'w1a4' or 'higgs-3.25' -> recipe; 16: unquantized."""
     if (short := WEIGHTS_ONLY.fullmatch(name.strip().lower())) is not None:
         return _higgs(float(short["bits"]), name)
     match = NAME.fullmatch(name.strip().lower())
     if match is None:
         raise PaleyError(f"preset {name!r}: expected {GRAMMAR}; methods: {', '.join(preset_methods())}")
-    method = match["method"] or DEFAULT_METHOD
+    binary = match["w"] == "1"
+    method = match["method"] or (BINARY_METHOD if binary else DEFAULT_METHOD)
     files = _files()
     if method not in files:
         known = ", ".join(sorted(files))
         raise PaleyError(f"preset {name!r}: unknown method {method!r}{nearest_name(method, files)}; known: {known}")
     bits = {part: int(match[part] or UNQUANTIZED) for part in ("w", "a", "kv")}
+    if binary != (method == BINARY_METHOD):
+        raise PaleyError(f"preset {name!r}: W1 and the method {BINARY_METHOD} need each other, as in w1a4")
+    if binary and match["kv"] is None and bits["a"] != UNQUANTIZED:
+        bits["kv"] = 4
     for part, value in bits.items():
+        if binary and part == "w":
+            continue
         if not (MIN_BITS <= value <= MAX_BITS or value == UNQUANTIZED):
             raise PaleyError(
                 f"preset {name!r}: {part.upper()}{value} has no grid; bits are {MIN_BITS} to {MAX_BITS}, "

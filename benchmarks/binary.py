@@ -1,0 +1,133 @@
+"""W(1+1)A(1x4) beside other ways to two bits, and what its parts are worth: benchmarks/results/binary-MODEL.json.
+
+python benchmarks/binary.py MODEL [--only RE] [--calibration N] [--test N]
+Inputs and KV cache have 4 bits in every row. Groups are the divisor of a layer's width nearest to 128; of each 32 input
+columns one stays in int8 where a method keeps any. Bits are those stored for each weight of the quantized layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+from collections.abc import Iterator
+
+from domain import MODELS, model_folder, texts
+from quality import RESULTS, provenance
+
+from paley.core.errors import PaleyError
+from paley.eval.perplexity import evaluate
+from paley.eval.reference import Reference
+from paley.model.adapter import Adapter
+from paley.model.loading import Source, open_source
+from paley.pipeline.accounting import parameter_count, quantized_bits
+from paley.pipeline.monitor import Monitor
+from paley.pipeline.stages import decide, execute
+from paley.pipeline.texts import Texts
+from paley.recipe import Recipe, apply_settings, preset
+
+GROUP, SHARE = 128, 32
+
+
+def group_for(width: int, wanted: int) -> int:
+    """The divisor of `width` nearest to `wanted`, the larger of two."""
+    return min((d for d in range(1, width + 1) if width % d == 0), key=lambda d: (abs(d - wanted), -d))
+
+
+class Variants:
+    """Recipes for a model whose layers read `hidden` values, down_proj `mlp`."""
+
+    def __init__(self, hidden: int, mlp: int):
+        self.hidden, self.mlp = hidden, mlp
+
+    def grouped(self, base: str, *settings: str, group: int = GROUP, outliers: int = 0) -> Recipe:
+        """base with groups in every layer's weights and inputs, down_proj's of its own."""
+        own, down = (group_for(width, group) for width in (self.hidden, self.mlp))
+        recipe = apply_settings(preset(base), [*settings, f"outliers={outliers}"])
+        schemes = {part: scheme for part in ("weights", "inputs") if (scheme := getattr(recipe, part)) is not None}
+        recipe = apply_settings(recipe, [f"{part}.group_size={own}" for part in schemes])
+        made = {"pattern": "*.down_proj"}
+        made |= {part.removesuffix("s"): vars(scheme) | {"group_size": down} for part, scheme in schemes.items()}
+        return apply_settings(recipe, [f"overrides=[{json.dumps(made)}]"])
+
+    def rows(self) -> Iterator[tuple[str, Recipe]]:
+        few, most = max(1, self.hidden // SHARE // 2), max(1, self.hidden // SHARE)
+        integers = ("weights.grid=int2", "inputs.grid=uint4", "keys.grid=uint4", "values.grid=uint4")
+        atom = ("weights.grid=int2", "weights.scale_search=mse", "weights.sweeps=0", "compensate=plain")
+        paper = ("weights.sweeps=0", "compensate=plain")
+        yield "rtn", self.grouped("rtn-w2a4kv4", *integers)
+        yield "gptq", self.grouped("quarot-w2a4kv4", "rotate=false", *integers)
+        yield "atom-like", self.grouped("w1a4", *atom, outliers=most)
+        yield "higgs", preset("higgs-w2a4kv4")
+        yield "higgs 3 bits", preset("higgs-w3a4kv4")
+        yield "paley w2a4kv4", apply_settings(preset("w2a4kv4"), ["search.method=none"])
+        yield "paley w3a4kv4", apply_settings(preset("w3a4kv4"), ["search.method=none"])
+        yield "w1a4, paper", self.grouped("w1a4", *paper, outliers=most)
+        yield "w1a4", self.grouped("w1a4", outliers=most)
+        yield "hessian: none", self.grouped("w1a4", "weights.scale_search=em", outliers=most)
+        yield "hessian: inverse", self.grouped("w1a4", "weights.scale_search=em_inverse", outliers=most)
+        yield "two scales", self.grouped("w1a4", "weights.grid=mirror2", outliers=most)
+        yield "no feedback", self.grouped("w1a4", "weights.method=nearest", outliers=most)
+        yield "no sweeps", self.grouped("w1a4", "weights.sweeps=0", outliers=most)
+        yield "plain target", self.grouped("w1a4", "compensate=plain", outliers=most)
+        yield "no int8 columns", self.grouped("w1a4")
+        yield f"int8 columns 1/{2 * SHARE}", self.grouped("w1a4", outliers=few)
+        yield "refitted inputs", self.grouped("w1a4", "inputs.refit=true", outliers=most)
+        yield "rotated", self.grouped("w1a4", "rotate=true", outliers=most)
+        yield "rotated, no int8 columns", self.grouped("w1a4", "rotate=true")
+        yield "mean keys", self.grouped("w1a4", "center_keys=true", outliers=most)
+        yield "rotated, mean keys, no int8 columns", self.grouped("w1a4", "rotate=true", "center_keys=true")
+        for group in (64, 256):
+            yield f"groups of {group}", self.grouped("w1a4", group=group, outliers=most)
+        yield "w1a16", self.grouped("w1a16", outliers=most)
+
+
+def measure(source: Source, recipe: Recipe, blocks: Texts, reference: Reference) -> dict:
+    start = time.time()
+    plan = decide(source, recipe, blocks, None, Monitor(), "cpu")
+    model, _ = execute(source, plan, blocks, None, Monitor(), "cpu")
+    found = evaluate(model, blocks.test, reference).to_dict()
+    return found | {"bits": quantized_bits(plan, source), "seconds": round(time.time() - start, 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("--only", default="", help="rows that this expression finds; others stay as they were")
+    parser.add_argument("--calibration", type=int, default=128)
+    parser.add_argument("--test", type=int, default=96)
+    arguments = parser.parse_args()
+    source = open_source(model_folder(arguments.model))
+    blocks = texts(arguments.model, source.tokenizer(), calibration=arguments.calibration, search=8,
+                   test=arguments.test)  # fmt: skip
+    reference = Reference.of(source.load(), blocks.test)
+    file = RESULTS / f"binary-{arguments.model}.json"
+    rows = json.loads(file.read_text())["rows"] if arguments.only and file.exists() else {}
+    result = {
+        "model": arguments.model,
+        "parameters": parameter_count(source),
+        "sequences": {"calibration": arguments.calibration, "test": len(blocks.test.ids)},
+        "test": blocks.test.source,
+        **provenance(),
+        "original_nll": float(reference.nll.double().mean()),
+        "rows": rows,
+    }
+    block = Adapter(source.skeleton()).blocks[0]
+    for name, recipe in Variants(block.part("q").in_features, block.part("down").in_features).rows():
+        if not re.search(arguments.only, name):
+            continue
+        try:
+            row = measure(source, recipe, blocks, reference)
+        except PaleyError as error:  # what a method cannot do here is a result too
+            print(f"{name}: {error}", flush=True)
+            continue
+        result["rows"][name] = row | {"commit": result["commit"]}
+        print(f"{name:36s} {row['bits']:.3f} bits  gap {row['gap']:.4f} ± {row['gap_stderr']:.4f}  KL {row['kl']:.4f} "
+              f"± {row['kl_stderr']:.4f}  {row['seconds']} s", flush=True)  # fmt: skip
+        RESULTS.mkdir(exist_ok=True)
+        file.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

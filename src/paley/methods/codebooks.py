@@ -1,0 +1,188 @@
+"""What GPTQ rounds columns to: codebooks find nearest codes, say what codes mean, and refit their scales to codes.
+
+Columns are counted in the order in which GPTQ takes them; a group is a slice of them, empty or shorter than others
+where some of its columns are outliers, which come last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from paley.core.grids import FixedGrid, FreeGrid
+from paley.core.rounding import look_up, nearest_codes, storable
+from paley.methods.binary import fit_centroids
+
+__all__ = ["Codebook", "Free", "Scaled", "Split", "blocks"]
+
+_LARGEST = torch.finfo(torch.float16).max
+
+
+class Codebook(Protocol):
+    """p: the columns of a code. groups: slices of columns that share scales."""
+
+    p: int
+    groups: Sequence[slice]
+
+    def begin_(self, work: Tensor, column: int) -> None:
+        """Told before `column` is rounded; work [out, in]: the weights as compensated so far."""
+        ...
+
+    def nearest(self, x: Tensor, cols: slice) -> tuple[Tensor, Tensor]:
+        """x [out, columns of one code] -> its codes [out] and their values, shaped as x."""
+        ...
+
+    def values(self, codes: Tensor) -> Tensor:
+        """codes of all columns -> the weights [out, in] that they stand for, float32."""
+        ...
+
+    def refit_(self, rest: Tensor, gram: Tensor, codes: Tensor) -> None:
+        """The scales of least error in the metric `gram`, one group after the other, in closed form.
+
+        rest [out, all columns]: target less values, kept so while the values change.
+        """
+        ...
+
+
+def blocks(book: Codebook, block: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of runs of whole codes, about `block` columns each, that vectors alone may take across groups."""
+    columns = book.groups[-1].stop
+    wide = max(1, block // book.p) * book.p
+    runs = [slice(0, columns)] if book.p > 1 else book.groups
+    starts = [start for run in runs for start in range(run.start, run.stop, wide)]
+    yield from pairwise([*starts, columns])
+
+
+class Scaled:
+    """A fixed grid under scales, and zeros on affine grids, [out, groups, 1]."""
+
+    def __init__(self, scales: Tensor, zeros: Tensor | None, grid: FixedGrid, groups: Sequence[slice]):
+        self.scales, self.zeros, self.grid, self.groups, self.p = scales, zeros, grid, groups, grid.p
+        self._start = groups[0].start
+        sizes = torch.tensor([g.stop - g.start for g in groups])
+        self._group_of = torch.arange(len(groups)).repeat_interleave(sizes)
+        self._group = self._group_of.tolist()
+
+    def begin_(self, work: Tensor, column: int) -> None:
+        """Nothing: the scales are known beforehand."""
+
+    def nearest(self, x: Tensor, cols: slice) -> tuple[Tensor, Tensor]:
+        start, stop = cols.start - self._start, cols.stop - self._start
+        first, last = self._group[start], self._group[stop - 1]
+        of_each = slice(first, first + 1) if first == last else self._group_of[start:stop]
+        scales, zeros = self.scales[:, of_each, 0], None if self.zeros is None else self.zeros[:, of_each, 0]
+        groups = x[:, None] if first == last else x[..., None]
+        codes = nearest_codes(groups, scales[..., None], None if zeros is None else zeros[..., None], self.grid)
+        points = look_up(self.grid, codes, x.shape[1])
+        return codes[:, 0], (points if zeros is None else points - zeros) * scales
+
+    def values(self, codes: Tensor) -> Tensor:
+        return self._points(codes) * self.scales[:, self._group_of, 0]
+
+    def _points(self, codes: Tensor) -> Tensor:
+        points = look_up(self.grid, codes, len(self._group))
+        return points if self.zeros is None else points - self.zeros[:, self._group_of, 0]
+
+    def refit_(self, rest: Tensor, gram: Tensor, codes: Tensor) -> None:
+        points, scales = self._points(codes), self.scales.clone()
+        for index, cols in enumerate(self.groups):
+            p, metric = points[:, cols.start - self._start : cols.stop - self._start], gram[cols, cols]
+            pull = rest @ gram[:, cols] + (p * scales[:, index]) @ metric
+            slope = (pull * p).sum(-1, keepdim=True)
+            curve = (p @ metric * p).sum(-1, keepdim=True)
+            fitted = storable(slope / curve.clamp(min=1e-30))
+            found = torch.where((curve > 0) & (slope > 0), fitted, scales[:, index])
+            rest[:, cols] -= p * (found - scales[:, index])
+            scales[:, index] = found
+        self.scales = scales
+
+
+class Free:
+    """Points of each group's own, fitted to its weights when GPTQ comes to them.
+
+    importance [in]: weights of the squared errors, None where all count alike.
+    """
+
+    p = 1
+    zeros = None
+
+    def __init__(
+        self, rows: int, grid: FreeGrid, groups: Sequence[slice], importance: Tensor | None, where: str = "weight"
+    ):
+        self.grid, self.groups, self.importance, self.where = grid, groups, importance, where
+        self.scales = torch.zeros(rows, len(groups), grid.stored)
+        self._group = [index for index, g in enumerate(groups) for _ in range(g.start, g.stop)]
+        self._starts = {g.start: index for index, g in enumerate(groups) if g.stop > g.start}
+
+    def begin_(self, work: Tensor, column: int) -> None:
+        if (index := self._starts.get(column)) is None:
+            return
+        cols, grid = self.groups[index], self.grid
+        importance = None if self.importance is None else self.importance[None, cols]
+        self.scales = self.scales.to(work.device)
+        self.scales[:, index] = fit_centroids(
+            work[:, None, cols], importance, grid.size, mirrored=grid.mirrored, where=self.where
+        )[:, 0]
+
+    def nearest(self, x: Tensor, cols: slice) -> tuple[Tensor, Tensor]:
+        scales = self.scales[:, self._group[cols.start]]
+        codes = self.grid.nearest(x, scales)
+        return codes[:, 0], self.grid.decode(codes, scales)
+
+    def values(self, codes: Tensor) -> Tensor:
+        points = self.grid.points(self.scales)[:, self._group]
+        return points.gather(-1, codes.long()[..., None])[..., 0]
+
+    def refit_(self, rest: Tensor, gram: Tensor, codes: Tensor) -> None:
+        for index, cols in enumerate(self.groups):
+            if cols.stop == cols.start:
+                continue
+            scales, metric = self.scales[:, index], gram[cols, cols]
+            # values = members @ scales: which of the stored numbers a column has, and with which sign
+            members = self._members(codes[:, cols])
+            pull = rest @ gram[:, cols] + (members @ scales[..., None])[..., 0] @ metric
+            slope = (pull[:, None] @ members)[:, 0]
+            curve = members.mT @ (metric @ members)
+            free = members.abs().amax(1) == 0  # nobody has this number: it stays
+            unit = torch.diag_embed(free.float() + 1e-7 * curve.diagonal(dim1=-2, dim2=-1))
+            found = torch.linalg.solve(curve + unit, slope + free * scales)
+            found = found.clamp(-_LARGEST, _LARGEST).half().float()
+            ascends = (self.grid.points(found).diff(dim=-1) >= 0).all(-1, keepdim=True)
+            found = torch.where(ascends, found, scales)
+            rest[:, cols] -= (members @ (found - scales)[..., None])[..., 0]
+            self.scales[:, index] = found
+
+    def _members(self, codes: Tensor) -> Tensor:
+        """codes [out, k] -> float32 [out, k, stored]."""
+        unit = torch.eye(self.grid.stored, device=codes.device)
+        rows = torch.cat([-unit.flip(0), unit]) if self.grid.mirrored else unit
+        return rows[codes.long()]
+
+
+class Split:
+    """One codebook for the columns that come first, another for the outliers after them; codes of a column each."""
+
+    p = 1
+
+    def __init__(self, ordinary: Scaled | Free, outliers: Scaled):
+        self.ordinary, self.outliers = ordinary, outliers
+        self.groups: Sequence[slice] = [*ordinary.groups, *outliers.groups]
+        self._first = outliers.groups[0].start
+
+    def begin_(self, work: Tensor, column: int) -> None:
+        self.ordinary.begin_(work, column)
+
+    def nearest(self, x: Tensor, cols: slice) -> tuple[Tensor, Tensor]:
+        return (self.ordinary if cols.start < self._first else self.outliers).nearest(x, cols)
+
+    def values(self, codes: Tensor) -> Tensor:
+        first = self._first
+        return torch.cat([self.ordinary.values(codes[:, :first]), self.outliers.values(codes[:, first:])], -1)
+
+    def refit_(self, rest: Tensor, gram: Tensor, codes: Tensor) -> None:
+        self.ordinary.refit_(rest, gram, codes[:, : self._first])
+        self.outliers.refit_(rest, gram, codes[:, self._first :])

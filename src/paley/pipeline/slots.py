@@ -1,0 +1,104 @@
+"""What each linear and each attention of a model gets, and whether that fits them; nothing is measured here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from paley.core.errors import PaleyError, nearest_name
+from paley.core.rounding import check_groups
+from paley.core.schemes import AttentionSlot, LinearSlot
+from paley.format import spec
+from paley.model.adapter import RESIDUAL_WRITERS, Adapter
+from paley.model.budget import Slots, check_budget
+from paley.model.loading import Source
+from paley.model.rotation import decide_rotation, input_blocks
+from paley.plan import Plan, Rotation
+from paley.recipe import Recipe
+
+__all__ = ["check_plan", "check_settings", "linear_shapes", "slots_for"]
+
+
+def slots_for(
+    recipe: Recipe, adapter: Adapter, rotation: Rotation | None
+) -> tuple[dict[str, LinearSlot], dict[str, AttentionSlot]]:
+    """What the recipe asks of each linear and each attention of the model."""
+    rotation = rotation or Rotation()
+    linears, attentions = {}, {}
+    for block in adapter.blocks:
+        for role, path in block.linears():
+            online = {"o": rotation.output, "down": rotation.mlp}.get(role)
+            slot = recipe.linear_slot(path, online)
+            if recipe.hadamard is not None and slot.weight is not None:
+                slot = _in_hadamard_blocks(slot, block.part(role).in_features, recipe)
+            linears[path] = slot
+        path = block.path("attention")
+        attentions[path] = recipe.attention_slot(path, rotation.head)
+    recipe.check_overrides(linears, attentions)
+    return linears, attentions
+
+
+def _in_hadamard_blocks(slot: LinearSlot, width: int, recipe: Recipe) -> LinearSlot:
+    """The slot with its input rotated block by block, and a scale for each block of a row unless it says otherwise."""
+    assert recipe.hadamard is not None
+    assert slot.weight is not None
+    transform = input_blocks(width, recipe.hadamard, recipe.seed)
+    group_size = slot.weight.group_size or transform.order
+    return replace(slot, transform=transform, weight=replace(slot.weight, group_size=group_size))
+
+
+def linear_shapes(adapter: Adapter, rotation: Rotation | None) -> dict[str, tuple[int, int]]:
+    """Linear -> its (out_features, in_features) in the residual stream as `rotation` widens it."""
+    residual = rotation.residual if rotation is not None else None
+    found = {}
+    for block in adapter.blocks:
+        for role, path in block.linears():
+            out_features, in_features = block.part(role).weight.shape
+            if residual is not None and role in RESIDUAL_WRITERS:
+                out_features = residual.out_dim
+            elif residual is not None:
+                in_features = residual.out_dim
+            found[path] = (out_features, in_features)
+    return found
+
+
+def check_settings(source: Source, recipe: Recipe, plan: Plan | None = None) -> None:
+    """Raises where `decide` or `execute` would, for settings that do not fit the model; nothing is measured.
+
+    Groups that do not divide a layer's width, more outliers than columns, budgets that no choice of grids meets.
+    """
+    adapter = Adapter(source.skeleton())
+    rotation = decide_rotation(recipe, adapter) if plan is None else plan.rotation
+    if plan is None:
+        linears, attentions = slots_for(recipe, adapter, rotation)
+        if recipe.budget is not None:
+            check_budget(recipe, adapter, Slots(linears, attentions))
+    else:
+        check_plan(plan, adapter)
+        linears, attentions = plan.linears, plan.attentions
+    for path, (out_features, in_features) in linear_shapes(adapter, rotation).items():
+        slot = linears[path]
+        width = slot.stored_width(in_features)
+        spec.expected_tensors(path, slot, width, out_features)
+        if slot.input is not None:
+            check_groups(width, slot.input.group_size, f"{path}: input")
+    for path, slot in attentions.items():
+        for what, scheme in (("keys", slot.keys), ("values", slot.values)):
+            if scheme is not None:
+                check_groups(adapter.head_dim, scheme.group_size, f"{path}: {what}")
+
+
+def check_plan(plan: Plan, adapter: Adapter) -> None:
+    """Raises where an edited plan no longer fits the model, or its slots no longer fit its rotation."""
+    linears, attentions = slots_for(plan.recipe, adapter, plan.rotation)
+    for wanted, given in ((linears, plan.linears), (attentions, plan.attentions)):
+        for name in {*wanted, *given}:
+            if name not in given:
+                raise PaleyError(f"plan: {name} has no slot; write one, with nulls to leave it unquantized")
+            if name not in wanted:
+                raise PaleyError(f"plan: {name} is no layer of this model{nearest_name(name, wanted)}")
+            kept = plan.recipe.hadamard is not None and given[name] == LinearSlot()
+            if given[name].transform != wanted[name].transform and not kept:
+                raise PaleyError(
+                    f"plan: {name} has transform {given[name].transform}, but the plan's rotation makes it "
+                    f"{wanted[name].transform}; the two must agree"
+                )

@@ -1,0 +1,68 @@
+import pytest
+import torch
+
+from paley.core import free, grids
+from paley.core.errors import PaleyError
+from paley.core.rounding import Quantized, dequantize, nearest_codes, quantize_dynamic, round_trip
+from paley.core.schemes import ActivationScheme, AttentionSlot, LinearSlot, WeightScheme
+
+
+def groups_and_scales(name, rows=5, groups=3, k=16, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    scales = torch.rand(rows, groups, free.load(name).stored, generator=g).sort(-1).values
+    return torch.randn(rows, groups, k, generator=g), scales
+
+
+@pytest.mark.parametrize("name", free.names())
+def test_codes_are_those_of_the_nearest_points(name):
+    grid = grids.load(name)
+    x, scales = groups_and_scales(name)
+    points = grid.points(scales)
+    assert points.shape[-1] == grid.size == 2**grid.bits
+    assert (points.diff(dim=-1) >= 0).all()
+    codes = nearest_codes(x, scales, None, grid)
+    values = dequantize(codes, scales, None, grid).view_as(x)
+    assert torch.equal((values - x).abs(), (x[..., None] - points[..., None, :]).abs().amin(-1))
+
+
+def test_mirrored_points_are_symmetric():
+    _, scales = groups_and_scales("mirror2")
+    points = grids.load("mirror2").points(scales)
+    assert torch.equal(points, -points.flip(-1))
+    assert scales.shape[-1] == 2
+
+
+def test_a_group_is_counted_by_its_points():
+    x, scales = groups_and_scales("free2")
+    codes = nearest_codes(x, scales, None, grids.load("free2"))
+    q = Quantized(codes, scales.half(), None, "free2", 48)
+    assert (q.width, q.group_size) == (48, 16)
+
+
+def test_free_grids_are_for_weights_and_scales_of_their_own():
+    for make in (
+        lambda: ActivationScheme("free2"),
+        lambda: WeightScheme("free2"),
+        lambda: WeightScheme("int2", scale_search="em"),
+        lambda: LinearSlot(WeightScheme("p2n16", scale_search="rms"), outliers=4),
+        lambda: LinearSlot(outliers=4),
+        lambda: LinearSlot(WeightScheme("int2"), outliers=-1),
+        lambda: AttentionSlot(keys=ActivationScheme("uint4", refit=True)),
+    ):
+        with pytest.raises(PaleyError):
+            make()
+    assert grids.family("free2") == ["free1", "free2", "free3", "free4"]
+    assert WeightScheme("free2", 8, scale_search="em_diagonal").on_grid("int3").scale_search == "mse"
+    assert WeightScheme("int3", 8).on_grid("mirror2").scale_search == "em"
+
+
+@pytest.mark.parametrize("grid", ["uint4", "int4", "gauss3"])
+def test_refitting_inputs_never_adds_error_and_keeps_constants(grid):
+    x = torch.randn(40, 64, generator=torch.Generator().manual_seed(1)) + 0.3
+    plain, refit = (ActivationScheme(grid, group_size=32, refit=r) for r in (False, True))
+    error = [(round_trip(x, s) - x).square().unflatten(-1, (2, 32)).sum(-1) for s in (plain, refit)]
+    assert (error[1] <= error[0] + 1e-6).all()
+    assert error[1].sum() < 0.97 * error[0].sum()
+    constant = torch.full((1, 32), 3.25)
+    assert torch.equal(round_trip(constant, ActivationScheme(grid, refit=True)), constant)
+    assert torch.equal(round_trip(x, plain), quantize_dynamic(x, plain, torch.float32).dequantize())
