@@ -57,7 +57,7 @@ def recipes(budget: float, widths: dict[int, int]) -> Iterator[tuple[str, Recipe
         ("nf", "rtn-w4a16", (), ("nf",)),
         ("af", "rtn-w4a16", (), ("af",)),
         ("gptq", "quarot-w4a16", ("rotate=false", "expand_mlp=0"), ("int",)),
-        ("ours, w?a16", "w4a16", (), ("gauss",)),
+        ("ours, w?a16", "w4a16", ("weights.scale_search=mse",), ("gauss",)),
     ):
         found = _best_grouped(budget, widths, families)
         if found is not None:

@@ -76,12 +76,12 @@ def preset(name: str) -> Recipe:
 
 def _fill(data: dict[str, Any], bits: dict[str, int], group: str | None, name: str) -> dict[str, Any]:
     """A method's data with its open bits filled in, and null where a tensor stays unquantized."""
-    vectors = f"p2n{4 ** bits['w']}" if 4 ** bits["w"] <= MAX_POINTS else f"p1n{2 ** bits['w']}"
+    grids_by_rate = {"pairs": _best_vectors(bits["w"], 2), "vectors": _best_vectors(bits["w"], 4)}
     for key, part in (("weights", "w"), ("inputs", "a"), ("keys", "kv"), ("values", "kv")):
         if bits[part] == UNQUANTIZED:
             data[key] = None
         else:
-            data[key]["grid"] = data[key]["grid"].format(**bits, vectors=vectors)
+            data[key]["grid"] = data[key]["grid"].format(**bits, **grids_by_rate)
     if group is not None:
         if data["weights"] is None:
             raise PaleyError(f"preset {name!r}: G{group} is the group size of weights that W16 leaves unquantized")
@@ -89,6 +89,12 @@ def _fill(data: dict[str, Any], bits: dict[str, int], group: str | None, name: s
     if bits["a"] == bits["kv"] == UNQUANTIZED:
         data["search"]["method"] = "none"  # no activation slot has a clip ratio to search
     return data
+
+
+def _best_vectors(bits: int, most: int) -> str:
+    """The grid of so many bits with the most dimensions that a table has room for; odd ones fill rows badly."""
+    p = max(p for p in (1, 2, 4) if p == 1 or (p <= most and 2 ** (bits * p) <= MAX_POINTS))
+    return f"p{p}n{2 ** (bits * p)}"
 
 
 def _higgs(bits: float, name: str) -> Recipe:
