@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import tables_binary
 import tables_weights
 from quality import RESULTS
 
@@ -129,7 +130,7 @@ def main() -> None:
     lines = [HEAD]
     for model in MODELS:
         lines += quality(model)
-    lines += search_cost() + cost() + tables_weights.all_lines()
+    lines += search_cost() + cost() + tables_weights.all_lines() + tables_binary.all_lines()
     readme()
     OUT.write_text("\n".join(lines).rstrip() + "\n")
 

@@ -10,14 +10,14 @@ RESULTS = Path(__file__).parent / "results"
 MODELS = ("ref-llama", "babyllama-tok361-969k", "tinystories-656k-llama", "stories260k-llama")
 
 
-def _read(name: str) -> dict[str, Any] | None:
+def read(name: str) -> dict[str, Any] | None:
     file = RESULTS / name
     return json.loads(file.read_text()) if file.exists() else None
 
 
 def grids() -> list[str]:
     """Every grid with its t2 and its distance to Shannon's bound."""
-    if (found := _read("grids.json")) is None:
+    if (found := read("grids.json")) is None:
         return []
     lines = [
         "## Grids",
@@ -51,7 +51,7 @@ def weights() -> list[str]:
         "",
     ]
     for model in MODELS:
-        if (found := _read(f"weights-{model}.json")) is None:
+        if (found := read(f"weights-{model}.json")) is None:
             continue
         rows: dict[str, dict[str, dict]] = {}
         for key, row in found["rows"].items():
@@ -76,7 +76,7 @@ def weights() -> list[str]:
 
 def readme() -> list[str]:
     """Weights alone on the demo model, at the two budgets that separate methods."""
-    if (found := _read("weights-ref-llama.json")) is None:
+    if (found := read("weights-ref-llama.json")) is None:
         return []
     columns = ("rtn", "nf", "gptq", "higgs p=2", "unbiased p=2 + allocation", "p=2 + allocation + gptq")
     names = ("round to nearest", "NormalFloat", "GPTQ", "HIGGS", "ours, no data", "ours + GPTQ")
@@ -101,7 +101,7 @@ def _cell(row: dict, most: float) -> str:
 
 def linearity() -> list[str]:
     """Predicted loss against measured, by bits, and the layers whose error is not their grid's."""
-    found = {model: r["summary"] for model in MODELS if (r := _read(f"linearity-{model}.json")) is not None}
+    found = {model: r["summary"] for model in MODELS if (r := read(f"linearity-{model}.json")) is not None}
     if not found:
         return []
     lines = [
@@ -146,7 +146,7 @@ def sensitivities() -> list[str]:
         "|---|---|---|---|---|",
     ]
     for model in MODELS:
-        if (found := _read(f"sensitivity-{model}.json")) is None:
+        if (found := read(f"sensitivity-{model}.json")) is None:
             continue
         ranks = found["rank correlations"]
         more = [found[key]["rank correlation"] for key in ("kl text, another seed", "kl text, unfolded")]
@@ -156,7 +156,7 @@ def sensitivities() -> list[str]:
 
 
 def streaming() -> list[str]:
-    if (r := _read("streaming.json")) is None:
+    if (r := read("streaming.json")) is None:
         return []
     lines = [
         "## A checkpoint larger than memory",
@@ -188,7 +188,7 @@ def streaming() -> list[str]:
 
 
 def speed() -> list[str]:
-    if (r := _read("nearest-speed.json")) is None:
+    if (r := read("nearest-speed.json")) is None:
         return []
     one = r["threads"]["1"]
     lines = [

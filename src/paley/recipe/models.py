@@ -194,7 +194,7 @@ class Recipe(_Frozen):
     def _expansion_rotates(self) -> Self:
         if self.rotate and self.hadamard is not None:
             raise ValueError("hadamard rotates each layer's input by itself: set rotate: false, or leave it out")
-        if not self.rotate and (self.expand or self.expand_mlp):
+        if not self.rotate and (self.expand or self.expand_mlp not in (0, "auto")):  # auto: as far as rotation needs it
             raise ValueError("expand and expand_mlp need rotate: true; dimensions of zeros alone change nothing")
         return self
 

@@ -1,0 +1,91 @@
+"""The part of docs/results.md on binary weights: errors on Gaussian values, methods and ablations, kernels."""
+
+from __future__ import annotations
+
+from tables_weights import MODELS, read
+
+__all__ = ["all_lines"]
+
+
+def gaussian() -> list[str]:
+    """Relative squared error on N(0, 1)."""
+    if (found := read("binary-gaussian.json")) is None:
+        return []
+    names = list(dict.fromkeys(row["name"] for row in found["rows"]))
+    lines = [
+        "## Binary weights on Gaussian values",
+        "",
+        f"Relative squared error on {found['samples']:,} samples, centroids and scales in float16; in brackets the",
+        "figure that was to be reached, for groups of 128. `python benchmarks/binary_table.py`",
+        "",
+        "| group | " + " | ".join(names) + " |",
+        "|---" * (len(names) + 1) + "|",
+    ]
+    for size in dict.fromkeys(row["group_size"] for row in found["rows"]):
+        rows = {row["name"]: row for row in found["rows"] if row["group_size"] == size}
+        cells = [f"{r['t2']:.4f}" + (f" ({r['expected']})" if r["expected"] else "") for r in map(rows.get, names) if r]
+        lines.append(f"| {size} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def methods() -> list[str]:
+    """A row a method or a variant, a column a model: the gap, and the bits that are stored."""
+    found = {model: data for model in MODELS if (data := read(f"binary-{model}.json")) is not None}
+    if not found:
+        return []
+    names = list(dict.fromkeys(name for data in found.values() for name in data["rows"]))
+    lines = [
+        "## Binary weights, four-bit inputs and caches",
+        "",
+        "Loss gained in nats per token ± one standard error, KL to the original, and in brackets the bits stored for",
+        "each weight of the quantized layers: codes, centroids or scales, INT8 columns. **No row has one bit a",
+        "weight.** Inputs and KV cache have 4 bits (16 in the last row). Groups are the divisor of a width nearest to",
+        "128; where INT8 columns are kept they are 1/32 of a hidden state. `w1a4, before` is the reconstruction as it",
+        "was first built, with INT8 columns and no rotation; the rows after it change one thing in it. `w1a4` is the",
+        "preset, which those rows decided. `paley w?a4kv4` is our default at those bits, without search.",
+        "",
+    ]
+    for model, data in found.items():
+        n = data["sequences"]
+        lines.append(
+            f"{model}: {n['test']} test sequences, {n['calibration']} for calibration, commit {data['commit'][:10]}. "
+            f"`python benchmarks/binary.py {model} --test {n['test']} --calibration {n['calibration']}`"
+        )
+        lines.append("")
+    lines += ["| | " + " | ".join(found) + " |", "|---" * (len(found) + 1) + "|"]
+    for name in names:
+        rows = [data["rows"].get(name) for data in found.values()]
+        lines.append(f"| {name} | " + " | ".join(_cell(row) for row in rows) + " |")
+    return [*lines, ""]
+
+
+def _cell(row: dict | None) -> str:
+    if row is None:
+        return ""
+    return f"{row['gap']:.3f} ± {row['gap_stderr']:.3f}, KL {row['kl']:.3f} ({row['bits']:.2f})"
+
+
+def speed() -> list[str]:
+    """Milliseconds of one product."""
+    if (found := read("planes-speed.json")) is None:
+        return []
+    results = {shape: row for shape, row in found["results"].items() if shape.endswith(" 1 threads")}
+    names = list(dict.fromkeys(name for row in results.values() for name in row))
+    lines = [
+        "## Speed of binary planes",
+        "",
+        f"Milliseconds, median, one thread ({found['machine']}, {found['level']}), groups of {found['group_size']},",
+        "weights from memory. popcount, dots and tables give the same bits. Figures of two threads are in the file;",
+        f"the machine was busy. Commit {found['commit'][:10]}. `python benchmarks/planes_speed.py`",
+        "",
+        "| out × in, tokens | " + " | ".join(names) + " |",
+        "|---" * (len(names) + 1) + "|",
+    ]
+    for shape, row in results.items():
+        cells = [f"{row[name]['ms']:.3g}" if name in row else "" for name in names]
+        lines.append(f"| {shape.removesuffix(', 1 threads').replace('x', ' × ')} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def all_lines() -> list[str]:
+    return gaussian() + methods() + speed()

@@ -1,0 +1,130 @@
+"""W(1+1)A(1x4) through the whole pipeline, alone and together with everything that plans can hold."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+import paley
+from paley import hf
+from paley.core import grids
+from paley.core.grids import FreeGrid
+from paley.format.checkpoint import Checkpoint
+from paley.model.linear import QuantLinear
+from paley.pipeline import make_plan, quantize
+from paley.pipeline.streaming import is_data_free
+from paley.recipe import apply_settings, preset
+from tiny_models import save_tiny
+
+GROUPS = ["weights.group_size=16", "inputs.group_size=16", "outliers=3"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    rng = random.Random(0)
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "that", "dogs", "sing", "when", "rain", "falls"]
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("\n<|endoftext|>\n".join(" ".join(rng.choices(words, k=60)) for _ in range(60)))
+    return file
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, tiny_tokenizer):
+    return save_tiny(tmp_path_factory.mktemp("model"), tiny_tokenizer, intermediate_size=64)
+
+
+def recipe(text, name, *settings):
+    parts = ("calibration", "search", "test")
+    sizes = [setting for part in parts for setting in (f"{part}.sequences=4", f"{part}.seq_len=32")]
+    return apply_settings(preset(name), [f"calibration.source={text}", *sizes, *settings])
+
+
+COMPOSED = {
+    "alone": (),
+    "no rotation": ("rotate=false", "center_keys=false"),
+    "two scales": ("weights.grid=mirror2",),
+    "refitted inputs": ("inputs.refit=true",),
+    "expanded": ("expand=16", "outliers=0"),
+    "expanded, outliers": ("expand=16",),
+    "searched": ("search.method=gbs", "search.iterations=1"),
+    "another layer's grid": ("overrides=[{pattern: '*.1.mlp.*', weight: {grid: int4, group_size: 16}}]",),
+    "a layer kept": ("overrides=[{pattern: '*.0.self_attn.o_proj', keep: true}]",),
+    "a budget": ("budget={weights: 4.5, source: self, sequences: 2, seq_len: 16, levels: 3}",),
+    "outliers beside integers": ("weights={grid: uint3, group_size: 16}",),
+}
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_it_composes_with(name, model, text, tmp_path):
+    """`quantize` itself refuses a checkpoint that does not read back to the model in memory."""
+    outcome = quantize(model, recipe(text, "w1a4", *GROUPS, *COMPOSED[name]), output=tmp_path / "out")
+    assert outcome.results["evaluation"]["kl"] < 3
+    loaded = paley.load(tmp_path / "out")
+    stored = sum(
+        tensor.nbytes
+        for module in loaded.modules()
+        if isinstance(module, QuantLinear) and module.slot.weight is not None
+        for key, tensor in module.state_dict().items()
+        if key != "bias"
+    )
+    kept = sum(
+        m.weight.numel() * 2
+        for m in loaded.modules()
+        if isinstance(m, QuantLinear) and m.slot.weight is None and name == "a budget"
+    )
+    weights = sum(
+        Checkpoint.open(model).tensor(f"{path}.weight").numel()
+        for path, slot in outcome.plan.linears.items()
+        if slot.weight is not None or name == "a budget"
+    )
+    assert outcome.results["bits_per_quantized_weight"] == pytest.approx(8 * (stored + kept) / weights)
+    ids = torch.arange(4, 36)[None]
+    dense = hf.load(tmp_path / "out", dense=True)
+    torch.testing.assert_close(loaded(ids).logits, dense(ids).logits, rtol=1e-3, atol=1e-3)
+    assert all(slot.outliers == 0 for slot in outcome.plan.linears.values() if slot.weight is None)
+
+
+def test_a_budget_chooses_among_free_grids(model, text):
+    budget = "budget={weights: 4.5, source: self, sequences: 2, seq_len: 16, levels: 3}"
+    plan = make_plan(model, recipe(text, "w1a4", *GROUPS, budget))
+    chosen = {slot.weight.grid for slot in plan.linears.values() if slot.weight is not None}
+    assert len(chosen) > 1
+    assert all(isinstance(grids.load(grid), FreeGrid) for grid in chosen)
+
+
+def test_without_data_it_is_streamed(model, text, tmp_path):
+    settings = (
+        "rotate=false",
+        "weights.method=nearest",
+        "weights.scale_search=em",
+        "weights.group_size=16",
+        "outliers=0",
+    )
+    wanted = recipe(text, "w1a16", *settings)
+    outcome = quantize(model, wanted, output=tmp_path / "out")
+    assert is_data_free(outcome.plan)
+    loaded = paley.load(tmp_path / "out")
+    plain = Checkpoint.open(model)
+    for path, slot in outcome.plan.linears.items():
+        weight = plain.tensor(f"{path}.weight").float()
+        error = (loaded.get_submodule(path).dequantize() - weight).square().sum() / weight.square().sum()
+        assert float(error) == pytest.approx(outcome.results["layers"][path]["rel_error"], rel=1e-4)
+        assert float(error) < 0.1
+        assert slot.outliers == 0
+    with_outliers = outcome.plan.model_copy(
+        update={"linears": {p: replace(s, outliers=1) for p, s in outcome.plan.linears.items()}}
+    )
+    assert not is_data_free(with_outliers)
+
+
+def test_undone_it_is_an_ordinary_model_of_the_same_weights(model, text, tmp_path):
+    from paley.export.plain import dequantize
+
+    wanted = recipe(text, "w1a16", "rotate=false", "weights.group_size=16", "outliers=3")
+    quantize(model, wanted, output=tmp_path / "out")
+    dequantize(tmp_path / "out", output=tmp_path / "plain", dtype="float32")
+    plain, loaded = Checkpoint.open(tmp_path / "plain"), paley.load(tmp_path / "out")
+    for name, module in loaded.named_modules():
+        if isinstance(module, QuantLinear):
+            assert torch.equal(plain.tensor(f"{name}.weight"), module.dequantize())
