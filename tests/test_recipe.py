@@ -86,7 +86,7 @@ def test_binary_weights_have_short_names():
     assert (w1a4.weights.grid, w1a4.inputs.grid, w1a4.keys.grid) == ("free2", "uint4", "uint4")
     assert w1a16.weights == w1a4.weights
     assert w1a16.inputs is w1a16.keys is w1a16.values is None
-    assert preset("w1g64a4").weights.group_size == 64
+    assert preset("w1g64a4").weights.group_size == preset("w1g64a4").inputs.group_size == 64
     assert preset("w1a4kv16").keys is None
 
 
@@ -357,3 +357,20 @@ def test_yaml_is_plain():
         "keep": True,
     }
     assert "naïve.txt" in full_recipe().to_yaml()
+
+
+def test_outliers_can_be_set_layer_by_layer():
+    settings = ["outliers=4", "overrides=[{pattern: '*down*', outliers: 9}, {pattern: '*o_proj', weight: null}]"]
+    made = apply_settings(preset("rtn-w2a4"), settings)
+    slots = [made.linear_slot(name) for name in ("q_proj", "down_proj", "o_proj")]
+    assert [slot.outliers for slot in slots] == [4, 9, 0]
+    assert load_recipe_text(made) == made
+    vectors = apply_settings(made, ["overrides=[{pattern: '*', weight: {grid: p2n16, scale_search: rms}}]"])
+    with pytest.raises(PaleyError, match=r"q_proj: linear slot: .*stands for 2 columns"):
+        vectors.linear_slot("q_proj")
+    with pytest.raises(PaleyError, match="no weight is: set outliers: 0"):
+        apply_settings(preset("w16a8"), ["outliers=4"])
+
+
+def load_recipe_text(recipe):
+    return Recipe.model_validate(yaml.safe_load(recipe.to_yaml()))

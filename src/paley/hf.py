@@ -25,7 +25,13 @@ from paley.core.errors import PaleyError, nearest_name
 from paley.core.schemes import LinearSlot
 from paley.format.checkpoint import Checkpoint
 from paley.format.header import TensorInfo, read_header
-from paley.format.spec import QUANT_METHOD, QuantizationConfig, expected_tensors
+from paley.format.spec import (
+    OUTLIER_COLUMNS,
+    QUANT_METHOD,
+    QuantizationConfig,
+    check_outlier_columns,
+    expected_tensors,
+)
 from paley.model import attention
 from paley.model.linear import QuantLinear
 from paley.model.loading import tied_partners
@@ -174,6 +180,9 @@ def _check_files(model: PreTrainedModel, files: Iterable[str]) -> None:
         shape, dtype = tuple(needed[name].shape), exact.get(name)
         if info.shape != shape:
             raise PaleyError(f"{info.file}: {name} has shape {info.shape}, must have {shape}")
+        if name.endswith(OUTLIER_COLUMNS) and info.dtype == dtype:
+            layer = name.removesuffix(OUTLIER_COLUMNS)
+            check_outlier_columns(layer, info.read(), model.get_submodule(layer).in_features)  # type: ignore[arg-type]
         if info.dtype != dtype if dtype else info.dtype.is_floating_point != needed[name].is_floating_point():
             raise PaleyError(f"{info.file}: {name} is {info.dtype}, must be {dtype or 'a float type'}")
 

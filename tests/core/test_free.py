@@ -40,16 +40,18 @@ def test_a_group_is_counted_by_its_points():
 
 
 def test_free_grids_are_for_weights_and_scales_of_their_own():
-    for make in (
-        lambda: ActivationScheme("free2"),
-        lambda: WeightScheme("free2"),
-        lambda: WeightScheme("int2", scale_search="em"),
-        lambda: LinearSlot(WeightScheme("p2n16", scale_search="rms"), outliers=4),
-        lambda: LinearSlot(outliers=4),
-        lambda: LinearSlot(WeightScheme("int2"), outliers=-1),
-        lambda: AttentionSlot(keys=ActivationScheme("uint4", refit=True)),
+    for make, complaint in (
+        (lambda: ActivationScheme("free2"), "grid 'free2' is for weights"),
+        (lambda: WeightScheme("free2"), "needs scale_search 'em' or 'em_diagonal' or 'em_inverse', got 'mse'"),
+        (lambda: WeightScheme("int2", scale_search="em"), "needs scale_search 'absmax' or .*, got 'em'"),
+        (lambda: LinearSlot(WeightScheme("p2n16", scale_search="rms"), outliers=4), "stands for 2 columns"),
+        (lambda: LinearSlot(WeightScheme("p1n4", scale_search="unbiased"), outliers=4), "exclude each other"),
+        (lambda: LinearSlot(outliers=4), "but weight is null"),
+        (lambda: LinearSlot(WeightScheme("int2"), outliers=-1), "must be at least 0, got -1"),
+        (lambda: AttentionSlot(keys=ActivationScheme("uint4", refit=True)), "refit is for linear inputs"),
+        (lambda: grids.load("free8"), "free<1-4>"),
     ):
-        with pytest.raises(PaleyError):
+        with pytest.raises(PaleyError, match=complaint):
             make()
     assert grids.family("free2") == ["free1", "free2", "free3", "free4"]
     assert WeightScheme("free2", 8, scale_search="em_diagonal").on_grid("int3").scale_search == "mse"

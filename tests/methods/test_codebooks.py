@@ -76,16 +76,16 @@ def test_outliers_come_last_and_stay_in_eight_bits(scheme):
     loud = [3, 17, 18, 47]
     weight, inputs, s = problem(loud=loud)
     columns = torch.tensor(loud, dtype=torch.int32)
-    without, q = gptq(weight, s, scheme), gptq(weight, s, scheme, outliers=columns)
+    without, q = gptq(weight, s, scheme), gptq(weight, s, scheme, outlier_columns=columns)
     assert q.outliers is not None
     assert torch.equal(q.outliers.columns, columns)
     assert not q.codes[:, columns.long()].any()
     assert q.group_size == 16
     values = q.dequantize()
     assert torch.equal(values[:, loud], q.outliers.dequantize())
-    # 255 steps from end to end; the feedback of all other columns moves what is rounded there.
+    # Rounded after all others they make up for their errors: most are not what their weights round to.
     step = q.outliers.scales.float()
-    assert (values[:, loud] / step - (values[:, loud] / step).round()).abs().max() < 1e-3
+    assert ((values[:, loud] - weight[:, loud]).abs() > 0.6 * step).float().mean() > 0.5
     assert loss(weight, q, inputs) < 0.6 * loss(weight, without, inputs)
 
 
@@ -93,7 +93,7 @@ def test_a_group_may_be_all_outliers():
     weight, inputs, s = problem()
     columns = torch.arange(16, 32, dtype=torch.int32)
     for scheme in (WeightScheme("uint2", 16), WeightScheme("mirror2", 16, scale_search="em_diagonal")):
-        q = gptq(weight, s, scheme, outliers=columns)
+        q = gptq(weight, s, scheme, outlier_columns=columns)
         assert q.dequantize().isfinite().all()
         assert loss(weight, q, inputs) < loss(weight, gptq(weight, s, scheme), inputs)
 
@@ -101,7 +101,7 @@ def test_a_group_may_be_all_outliers():
 def test_the_same_again():
     weight, _, s = problem()
     scheme = WeightScheme("free2", 16, scale_search="em_inverse")
-    a, b = (gptq(weight, s, scheme, outliers=torch.tensor([1, 5], dtype=torch.int32)) for _ in range(2))
+    a, b = (gptq(weight, s, scheme, outlier_columns=torch.tensor([1, 5], dtype=torch.int32)) for _ in range(2))
     assert torch.equal(a.codes, b.codes)
     assert torch.equal(a.scales, b.scales)
 
@@ -113,3 +113,15 @@ def test_bad_input_is_named():
     weight[3, 4] = torch.nan
     with pytest.raises(PaleyError, match=r"layer 7.*NaN"):
         gptq(weight, s, WeightScheme("free2", 16, scale_search="em"), where="layer 7")
+
+
+def test_scales_of_a_group_are_those_of_its_own_columns():
+    """Outliers leave holes in their groups, which no scale may mind."""
+    weight, _, s = problem(n=32)
+    columns = torch.arange(16, 30, dtype=torch.int32)
+    scheme = WeightScheme("gauss2", 16, "nearest", "rms")
+    q = quantize_gptq(weight, s, scheme, outlier_columns=columns)
+    alone = quantize_nearest(weight[:, 30:], WeightScheme("gauss2", None, "nearest", "rms"))
+    assert torch.equal(q.scales[:, 1:], alone.scales)
+    assert torch.equal(q.codes[:, 30:], alone.codes)
+    assert torch.equal(q.codes[:, :16], quantize_nearest(weight, scheme).codes[:, :16])

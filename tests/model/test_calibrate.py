@@ -6,9 +6,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from paley.core.errors import PaleyError
 from paley.core.schemes import ActivationScheme, AttentionSlot, LinearSlot, WeightScheme
+from paley.core.transforms import Transform
 from paley.model.adapter import Adapter
 from paley.model.calibrate import BlockQuantizer, wrap_
-from paley.model.capture import BlockRunner
+from paley.model.capture import BlockRunner, capture_inputs
 from paley.model.linear import QuantLinear
 
 
@@ -152,3 +153,19 @@ def test_outliers_need_text_and_columns_to_spare():
         wrap_(adapter, linears, attentions)
         with pytest.raises(PaleyError, match=complaint):
             BlockQuantizer(BlockRunner(adapter), ids, linears, attentions, compensate="plain").quantize(0)
+
+
+def test_each_rotation_has_outliers_of_its_own():
+    adapter, turned = small_adapter(), Transform(32, 32, 32, seed=3)
+    linears, attentions = slots(adapter, inputs=False)
+    scheme = WeightScheme("int2", method="nearest", scale_search="absmax")
+    chosen = LinearSlot(scheme, transform=turned, outliers=2)
+    linears = {name: chosen if name.endswith(("k_proj", "v_proj")) else LinearSlot() for name in linears}
+    wrap_(adapter, linears, attentions)
+    quantizer = BlockQuantizer(BlockRunner(adapter, batch=2), IDS, linears, attentions, compensate="plain")
+    block, seen = adapter.blocks[0], []
+    with capture_inputs({"k": block.part("k")}, lambda _, x: seen.append(turned.apply(x))):
+        adapter.model(IDS)
+    quantizer.quantize(0)
+    loudest = torch.cat(seen).square().sum(0).topk(2).indices.sort().values
+    assert block.part("k").outlier_columns.tolist() == loudest.tolist()

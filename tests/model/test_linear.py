@@ -1,3 +1,4 @@
+import copy
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from paley.core.transforms import Transform
 from paley.methods.gptq import InputStatistics, quantize_gptq
 from paley.model.inputs import SharedInput, round_input
 from paley.model.linear import QuantLinear
+from paley.model.plane_product import runs_on_planes
 
 
 def quantized(weight: torch.Tensor, grid: str, group_size: int | None = None) -> Quantized:
@@ -162,7 +164,7 @@ def test_a_shared_input_is_rounded_once_and_again_when_it_changes(monkeypatch):
 def test_bad_slots_are_refused_when_made():
     with pytest.raises(PaleyError, match=r"in_features=20 .* group_size=8"):
         QuantLinear(20, 3, bias=False, slot=LinearSlot(WeightScheme("int4", 8)))
-    with pytest.raises(PaleyError, match=r"in_features=20 is not a multiple of the input's group_size=8"):
+    with pytest.raises(PaleyError, match=r"input: dimension 20 is no multiple of group_size=8"):
         QuantLinear(20, 3, bias=False, slot=LinearSlot(input=ActivationScheme("int4", group_size=8)))
     with pytest.raises(PaleyError, match=r"in_features=20, but its transform ends at out_dim=32"):
         QuantLinear(20, 3, bias=False, slot=LinearSlot(transform=Transform(20, 32, 16)))
@@ -227,7 +229,7 @@ def test_outliers_survive_packing_and_casting(grid):
     x = rand(200, 32)
     statistics.add(x, x)
     scheme = WeightScheme("int4", 16).on_grid(grid)
-    q = quantize_gptq(source.weight, statistics, scheme, outliers=torch.tensor([4, 9], dtype=torch.int32))
+    q = quantize_gptq(source.weight, statistics, scheme, outlier_columns=torch.tensor([4, 9], dtype=torch.int32))
     slot = LinearSlot(scheme, outliers=2)
     layer = QuantLinear.from_linear(source, slot, q)
     assert torch.equal(layer.dequantize(), q.dequantize())
@@ -239,28 +241,79 @@ def test_outliers_survive_packing_and_casting(grid):
     torch.testing.assert_close(fresh(x), x @ q.dequantize().T + layer.bias.float())
 
 
-@torch.no_grad()
-@pytest.mark.skipif(not kernels.available(), reason="no native kernels here")
-@pytest.mark.parametrize("grid", ["free2", "mirror2"])
-@pytest.mark.parametrize("outliers", [None, torch.tensor([4, 40], dtype=torch.int32)])
-@pytest.mark.parametrize("transform", [None, Transform(90, 96, 12, seed=5)])
-def test_work_on_bit_planes_equals_work_on_floats(grid, outliers, transform):
+def on_planes(outliers=None, grid="free2", transform=None, group_size=32):
+    """A layer that can run on bit planes, and an input for it."""
     source, x = linear(96, 23), rand(2, 7, 90 if transform else 96)
     statistics = InputStatistics()
     seen = x.flatten(0, 1) if transform is None else transform.apply(x.flatten(0, 1))
     statistics.add(seen, seen)
-    scheme = WeightScheme("int4", 32).on_grid(grid)
-    q = quantize_gptq(source.weight, statistics, scheme, outliers=outliers)
-    count = 0 if outliers is None else 2
-    slot = LinearSlot(scheme, ActivationScheme("uint4", group_size=32), transform, count)
-    layer = QuantLinear.from_linear(source, slot, q)
-    assert layer._runs_on_planes(x)
-    fast = layer(x)
+    scheme = WeightScheme("int4", group_size).on_grid(grid)
+    q = quantize_gptq(source.weight, statistics, scheme, outlier_columns=outliers)
+    inputs = ActivationScheme("uint4", group_size=group_size)
+    slot = LinearSlot(scheme, inputs, transform, 0 if outliers is None else len(outliers))
+    return QuantLinear.from_linear(source, slot, q), x, q
+
+
+native = pytest.mark.skipif(kernels.backend() != "native", reason="native kernels are not built, or off")
+
+
+@native
+@torch.no_grad()
+@pytest.mark.parametrize("grid", ["free2", "mirror2"])
+@pytest.mark.parametrize("outliers", [None, torch.tensor([4, 40], dtype=torch.int32)])
+@pytest.mark.parametrize("transform", [None, Transform(90, 96, 12, seed=5)])
+def test_work_on_bit_planes_equals_work_on_floats(grid, outliers, transform):
+    layer, x, _ = on_planes(outliers, grid, transform)
+    assert runs_on_planes(layer.slot, 96)
+    fast, one = layer(x), layer(x[0, 0])
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
+    assert layer._planes is not None
     layer.materialize_()
-    assert not layer._runs_on_planes(x)
+    assert layer._planes is None
     torch.testing.assert_close(fast, layer(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(one, fast[0, 0])
+
+
+@native
+@torch.no_grad()
+def test_bit_planes_follow_the_stored_tensors():
+    layer, x, q = on_planes(torch.tensor([4, 40], dtype=torch.int32))
+    before = layer(x)
     layer.set_quantized_(replace(q, scales=q.scales / 2))
     halved = layer(x)
-    layer.materialize_()
-    torch.testing.assert_close(halved, layer(x), rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(fast, halved)
+    for _ in range(20):  # freed memory is soon taken again, at the same place and as new
+        layer.scales = q.scales.clone()
+        layer.scales = q.scales.clone()
+        assert torch.equal(layer(x), before)
+        layer.scales = q.scales / 2
+        layer.scales = q.scales / 2
+        assert torch.equal(layer(x), halved)
+    assert torch.equal(copy.deepcopy(layer)(x), halved)
+    with torch.inference_mode():
+        assert torch.equal(copy.deepcopy(layer)(x), halved)
+
+
+def test_bit_planes_are_for_slots_that_kernels_take():
+    slot = on_planes()[0].slot
+    assert slot.weight is not None
+    assert slot.input is not None
+    for other in (
+        replace(slot, input=replace(slot.input, refit=True)),
+        replace(slot, input=replace(slot.input, group_size=16)),
+        replace(slot, input=replace(slot.input, grid="uint3")),
+        replace(slot, input=replace(slot.input, grid="int4")),
+        replace(slot, input=None),
+        replace(slot, weight=slot.weight.on_grid("free3")),
+        replace(slot, weight=slot.weight.on_grid("int2")),
+        on_planes(group_size=24)[0].slot,
+    ):
+        assert not runs_on_planes(other, 96)
+
+
+def test_codes_with_other_outliers_than_the_slot_are_refused():
+    layer, _, q = on_planes(torch.tensor([4, 40], dtype=torch.int32))
+    with pytest.raises(PaleyError, match="the slot wants 2 outlier columns"):
+        layer.set_quantized_(replace(q, outliers=None))
+    plain = on_planes()[0]
+    with pytest.raises(PaleyError, match="the slot wants 0 outlier columns"):
+        plain.set_quantized_(q)

@@ -113,12 +113,13 @@ def size(count: float) -> str:
     return f"{count / 1024**power:.1f} {units[power - 1]}"
 
 
-def scheme(made: WeightScheme | ActivationScheme | None) -> str:
-    """'int3 gptq/64': grid, method, group size; '16 bits' where nothing is quantized."""
+def scheme(made: WeightScheme | ActivationScheme | None, outliers: int = 0) -> str:
+    """'int3 gptq /64 + 8': grid, method, group size, INT8 columns; '16 bits' where nothing is quantized."""
     if made is None:
         return "16 bits"
-    method = f" {made.method}" if isinstance(made, WeightScheme) else ""
-    return f"{made.grid}{method}" + (f" /{made.group_size}" if made.group_size else "")
+    method = f" {made.method}" if isinstance(made, WeightScheme) else " refit" if made.refit else ""
+    groups, columns = made.group_size and f" /{made.group_size}", outliers and f" + {outliers}"
+    return f"{made.grid}{method}{groups or ''}{columns or ''}"
 
 
 def clip(made: ActivationScheme | None) -> str:
@@ -132,7 +133,7 @@ def plan_table(plan: Plan) -> Table:
     """What a plan does, summed up."""
     recipe, rotation = plan.recipe, plan.rotation
     rows: list[Row] = [
-        ("weights", scheme(recipe.weights) if recipe.budget is None else _shares(_grids(plan))),
+        ("weights", scheme(recipe.weights, recipe.outliers) if recipe.budget is None else _shares(_grids(plan))),
         ("linear inputs", scheme(recipe.inputs)),
         ("keys, values", f"{scheme(recipe.keys)}, {scheme(recipe.values)}"),
     ]
@@ -176,7 +177,7 @@ def presets_table(recipes: dict[str, Recipe]) -> Table:
     rows = []
     for name, r in recipes.items():
         inputs, caches = f"{scheme(r.inputs)} {clip(r.inputs)}", f"{scheme(r.keys)} {clip(r.keys)}"
-        rows.append((name, scheme(r.weights), inputs, caches, "yes" if r.rotate else "no", r.search.method))
+        rows.append((name, scheme(r.weights, r.outliers), inputs, caches, "yes" if r.rotate else "no", r.search.method))
     return table(("preset", "weights", "inputs, clip", "KV cache, clip", "rotated", "search"), rows, left=6)
 
 

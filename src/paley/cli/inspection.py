@@ -97,7 +97,7 @@ class Inspection:
         for name, slot in self.config.linears.items():
             error = self.rel_error(name)
             numbers = (clip(slot.input), "" if error is None else f"{error:.4f}", f"{self.nbytes(name):,}")
-            rows.append((name, scheme(slot.weight), scheme(slot.input), *numbers))
+            rows.append((name, scheme(slot.weight, slot.outliers), scheme(slot.input), *numbers))
         return rows
 
     def _totals(self) -> list[Row]:

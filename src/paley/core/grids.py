@@ -176,8 +176,8 @@ def _load(name: str) -> AnyGrid:
         return Grid(name, _absmax_points()[name])
     match = re.fullmatch(r"([a-z]+)(\d+)", name)
     if match is None or match[1] not in FAMILIES:
-        families = (*FAMILIES, "nf", "af", "free", "mirror")
-        known = ", ".join([*(f + "<bits>" for f in families), "p<p>n<n>", "e8q<q>k<k>"])
+        families = [f + "<bits>" for f in (*FAMILIES, "nf", "af")] + ["free<1-4>", "mirror<1-4>"]
+        known = ", ".join([*families, "p<p>n<n>", "e8q<q>k<k>"])
         raise PaleyError(f"unknown grid {name!r}: known are {known}{nearest_name(name, names())}")
     family, bits = match[1], int(match[2])
     if not MIN_BITS <= bits <= MAX_BITS:
@@ -206,7 +206,9 @@ def load(name: str) -> AnyGrid:
 def fixed(name: str) -> FixedGrid:
     """As `load`; PaleyError for free grids, whose points are no function of a scale."""
     if isinstance(grid := load(name), FreeGrid):
-        raise PaleyError(f"grid {name!r} is for weights: nobody stores points for what is rounded at run time")
+        raise PaleyError(
+            f"grid {name!r} is for weights, which store its points; inputs, keys and values take others, such as uint4"
+        )
     return grid
 
 

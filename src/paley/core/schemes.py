@@ -17,6 +17,7 @@ from paley.core.transforms import Transform
 __all__ = ["ActivationScheme", "AttentionSlot", "LinearSlot", "WeightScheme"]
 
 _STRICT = {"extra": "forbid"}
+_BY_EM = ("em", "em_diagonal", "em_inverse")
 
 
 def _check_group_size(where: str, group_size: int | None) -> None:
@@ -57,9 +58,9 @@ class WeightScheme:
 
     def __post_init__(self) -> None:
         grid = grids.load(self.grid)
-        by_em = self.scale_search.startswith("em")
-        if isinstance(grid, FreeGrid) != by_em:
-            need = "'em', 'em_diagonal' or 'em_inverse'" if not by_em else "'absmax', 'mse', 'rms' or 'unbiased'"
+        if isinstance(grid, FreeGrid) != (self.scale_search in _BY_EM):
+            other = ("absmax", "mse", "rms", "unbiased")
+            need = " or ".join(map(repr, _BY_EM if isinstance(grid, FreeGrid) else other))
             raise PaleyError(f"weight scheme: grid {self.grid!r} needs scale_search {need}, got {self.scale_search!r}")
         if not isinstance(grid, FreeGrid):
             _check_scale("weight scheme", "scale_search", grid, self.scale_search)
@@ -75,7 +76,7 @@ class WeightScheme:
     def on_grid(self, name: str) -> WeightScheme:
         """The same on another grid; scales by rms where that has vectors, or was made for values of unit rms."""
         grid, scale_search = grids.load(name), self.scale_search
-        if isinstance(grid, FreeGrid) != scale_search.startswith("em"):
+        if isinstance(grid, FreeGrid) != (scale_search in _BY_EM):
             scale_search = "em" if isinstance(grid, FreeGrid) else "mse"
         if isinstance(grid, FreeGrid):
             return replace(self, grid=name, scale_search=scale_search)
@@ -141,6 +142,11 @@ class LinearSlot:
                 f"linear slot: a code of grid {self.weight.grid!r} stands for {p} columns, none of which can be an "
                 "outlier alone; set outliers=0, or a grid of single values"
             )
+        if self.outliers and self.weight is not None and self.weight.scale_search == "unbiased":
+            raise PaleyError(
+                "linear slot: outliers and scale_search 'unbiased' exclude each other; set outliers=0 or "
+                "scale_search=rms"
+            )
 
     def stored_width(self, in_features: int) -> int:
         """Columns of the stored weight of a layer that reads `in_features` values: more where its input is expanded."""
@@ -164,4 +170,6 @@ class AttentionSlot:
 
     def __post_init__(self) -> None:
         if any(scheme is not None and scheme.refit for scheme in (self.keys, self.values)):
-            raise PaleyError("attention slot: refit is for linear inputs; a cache stores scales and zero points alone")
+            raise PaleyError(
+                "attention slot: a cache stores no fitted offsets; refit is for linear inputs, set it to false here"
+            )

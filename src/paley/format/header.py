@@ -49,7 +49,7 @@ class TensorInfo:
 
     def read(self) -> Tensor:
         """The tensor, in memory of its own."""
-        buffer = torch.empty(self.nbytes, dtype=torch.uint8)
+        buffer = torch.empty(self.nbytes, dtype=torch.uint8, device="cpu")  # a model may be in the making on `meta`
         try:
             with self.file.open("rb") as file:
                 file.seek(self.start)

@@ -19,9 +19,9 @@ from paley.format.checkpoint import Checkpoint
 from paley.format.config import FORMAT_VERSION, QUANT_METHOD, QuantizationConfig
 
 __all__ = [
-    "BIAS", "FORMAT_VERSION", "PARTS", "QUANT_METHOD", "WEIGHT", "QuantizationConfig", "bits_per_weight",
-    "decode_linear", "encode_linear", "expected_tensors", "linear_bytes", "quantization_of", "stored_bytes",
-    "unpack_weight",
+    "BIAS", "FORMAT_VERSION", "OUTLIER_COLUMNS", "PARTS", "QUANT_METHOD", "WEIGHT", "QuantizationConfig",
+    "bits_per_weight", "check_outlier_columns", "check_outliers", "decode_linear", "encode_linear", "expected_tensors",
+    "linear_bytes", "quantization_of", "stored_bytes", "unpack_weight",
 ]  # fmt: skip
 
 CODES, SCALES, ZEROS = ".codes", ".scales", ".zeros"  # suffixes of a quantized linear's name
@@ -67,8 +67,7 @@ def expected_tensors(name: str, slot: LinearSlot, in_features: int, out_features
         raise PaleyError(
             f"{name}: in_features={in_features} is no multiple of group_size={size}; use a divisor or expand"
         )
-    if slot.outliers >= in_features:
-        raise PaleyError(f"{name}: outliers={slot.outliers} must be fewer than its in_features={in_features} columns")
+    check_outliers(name, slot.outliers, in_features)
     grid = grids.load(slot.weight.grid)
     width = packing.packed_bytes(codes_per_row(in_features, grid.p), grid.size)
     groups = (out_features, in_features // size)
@@ -83,6 +82,12 @@ def expected_tensors(name: str, slot: LinearSlot, in_features: int, out_features
         found[name + OUTLIER_SCALES] = (SCALE_DTYPE, (out_features, 1))
         found[name + OUTLIER_COLUMNS] = (torch.int32, (slot.outliers,))
     return found
+
+
+def check_outliers(name: str, outliers: int, in_features: int) -> None:
+    """Raises where outliers would leave no column to the weight's own grid."""
+    if outliers >= in_features:
+        raise PaleyError(f"{name}: outliers={outliers} must be fewer than its in_features={in_features} columns")
 
 
 def linear_bytes(name: str, slot: LinearSlot, in_features: int, out_features: int, itemsize: int) -> int:
@@ -182,7 +187,10 @@ def _check_values(name: str, found: Mapping[str, Tensor], in_features: int, grid
     elif not bool(((scales > 0) & scales.isfinite()).all()):
         raise PaleyError(f"{name + SCALES}: must be positive and finite, and are not; the file is damaged")
     if (columns := found.get(name + OUTLIER_COLUMNS)) is not None:
-        _check_outliers(name, columns, found[name + OUTLIER_SCALES], in_features)
+        check_outlier_columns(name, columns, in_features)
+        outlier_scales = found[name + OUTLIER_SCALES]
+        if not bool(((outlier_scales > 0) & outlier_scales.isfinite()).all()):
+            raise PaleyError(f"{name + OUTLIER_SCALES}: must be positive and finite, and are not; the file is damaged")
     if zeros is not None and zeros.numel() and int(zeros.max()) >= grid.size:
         raise PaleyError(f"{name + ZEROS}: holds {int(zeros.max())}, beyond the last code of {grid.name}")
     k, bits = packing.symbol(grid.size)
@@ -191,9 +199,8 @@ def _check_values(name: str, found: Mapping[str, Tensor], in_features: int, grid
         raise PaleyError(f"{name + CODES}: the bits after a row's last code must be 0; the file is damaged")
 
 
-def _check_outliers(name: str, columns: Tensor, scales: Tensor, in_features: int) -> None:
+def check_outlier_columns(name: str, columns: Tensor, in_features: int) -> None:
+    """Raises unless the columns ascend within the weight's."""
     within = bool((columns >= 0).all()) and bool((columns < in_features).all())
     if not within or bool((columns.long().diff() <= 0).any()):
         raise PaleyError(f"{name + OUTLIER_COLUMNS}: must ascend within {in_features} columns; the file is damaged")
-    if not bool(((scales > 0) & scales.isfinite()).all()):
-        raise PaleyError(f"{name + OUTLIER_SCALES}: must be positive and finite, and are not; the file is damaged")

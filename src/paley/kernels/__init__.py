@@ -16,7 +16,7 @@ from paley.core import nearest, planes
 from paley.core.errors import PaleyError, nearest_name
 from paley.kernels import native
 
-__all__ = ["BACKENDS", "available", "backend", "register", "why_unavailable"]
+__all__ = ["BACKENDS", "available", "backend", "planes_fit", "register", "why_unavailable"]
 
 BACKENDS = ("auto", "native", "reference")
 _LOG = logging.getLogger(__name__)
@@ -37,7 +37,11 @@ def backend(name: str | None = None) -> str:
 
     Errors: PaleyError where native kernels are asked for by name and missing, or the name is unknown.
     """
-    return _resolve(name or os.environ.get("PALEY_BACKEND") or "auto")
+    return _resolve(name or _asked())
+
+
+def _asked() -> str:
+    return os.environ.get("PALEY_BACKEND") or "auto"
 
 
 @functools.cache
@@ -51,10 +55,15 @@ def _resolve(name: str) -> str:
         return name
     reason = native.why_missing()
     if reason is None:
-        _LOG.info("native kernels, %s", native.best_level())
+        _LOG.info("native kernels, %s, for planes %s", native.best_level(), native.best_planes_level())
         return "native"
     _LOG.warning("no native kernels, the slower torch reference runs instead: %s", reason)
     return "reference"
+
+
+def planes_fit(group_size: int) -> bool:
+    """Whether the native plane kernels take groups of so many columns."""
+    return native.fits(group_size)
 
 
 @functools.cache
@@ -64,6 +73,8 @@ def register() -> torch.library.Library:
     library.impl("nearest_points", _nearest_points, "CPU")
     library.impl("planes_pack", _planes_pack, "CPU")
     library.impl("planes_matmul", _planes_matmul, "CPU")
+    # Not in core, which cannot know how large a packed weight is.
+    torch.library.register_fake("paley::planes_pack", _planes_pack_fake, lib=library)
     return library
 
 
@@ -74,10 +85,42 @@ def _nearest_points(x: Tensor, points: Tensor) -> Tensor:
 
 
 def _planes_pack(codes: Tensor, centroids: Tensor) -> Tensor:
-    planes.check_weight(codes, centroids)
-    if backend() == "native" and native.fits(codes.shape[1] // centroids.shape[1]):
+    if _packs(codes, centroids):
         return native.pack_planes(codes, centroids)
     return codes.clone()
+
+
+def _planes_pack_fake(codes: Tensor, centroids: Tensor) -> Tensor:
+    if codes.device.type == "cpu" and _packs(codes, centroids):
+        groups = centroids.shape[1]
+        return codes.new_empty(native.blob_bytes(len(codes), groups, codes.shape[1] // groups))
+    return codes.clone()
+
+
+def _packs(codes: Tensor, centroids: Tensor) -> bool:
+    """Whether native kernels take this weight. Errors: PaleyError where they are asked for by name and do not."""
+    planes.check_weight(codes, centroids)
+    if backend() != "native":
+        return False
+    group_size = codes.shape[1] // centroids.shape[1]
+    if planes_fit(group_size):
+        return True
+    if _asked() == "native":
+        raise PaleyError(
+            f"PALEY_BACKEND=native: the plane kernels take no groups of {group_size} columns, only multiples of 32 up "
+            "to 512; quantize in such groups, or set PALEY_BACKEND=auto for the torch reference"
+        )
+    _say_misfit(int(group_size))
+    return False
+
+
+@functools.cache
+def _say_misfit(group_size: int) -> None:
+    _LOG.warning(
+        "no native plane kernels for groups of %d columns, only for multiples of 32 up to 512: "
+        "the slower torch reference runs instead",
+        group_size,
+    )
 
 
 def _planes_matmul(

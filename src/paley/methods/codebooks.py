@@ -134,8 +134,8 @@ class Free:
         return codes[:, 0], self.grid.decode(codes, scales)
 
     def values(self, codes: Tensor) -> Tensor:
-        points = self.grid.points(self.scales)[:, self._group]
-        return points.gather(-1, codes.long()[..., None])[..., 0]
+        parts = [self.grid.decode(codes[:, cols], self.scales[:, index]) for index, cols in enumerate(self.groups)]
+        return torch.cat(parts, -1)
 
     def refit_(self, rest: Tensor, gram: Tensor, codes: Tensor) -> None:
         for index, cols in enumerate(self.groups):

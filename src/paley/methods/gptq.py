@@ -7,7 +7,7 @@ both in the same objective.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -47,14 +47,14 @@ def quantize_gptq(
     statistics: InputStatistics,
     scheme: WeightScheme,
     *,
-    outliers: Tensor | None = None,
+    outlier_columns: Tensor | None = None,
     compensate: bool = True,
     damp: float = 0.01,
     where: str = "weight",
 ) -> Quantized:
     """weight [out, in] -> the codes that keep the layer's outputs, sum |W x_ref + lag - Ŵ x|^2, small.
 
-    outliers: columns, ascending int32 [k], that get codes of OUTLIER_GRID, after all others. compensate: aim at the
+    outlier_columns: ascending int32 [k], those that get codes of OUTLIER_GRID, after all others. compensate: aim at the
     original outputs given the quantized inputs; else at W x on those same inputs. damp: the share of gram's mean
     diagonal added to it. A scheme of method "nearest" uses the statistics for its scales alone.
     """
@@ -62,13 +62,14 @@ def quantize_gptq(
     gram, target = _target(weight, statistics, damp, compensate and scheme.method == "gptq")
     importance = _importance(gram, scheme.scale_search)
     order = torch.arange(weight.shape[1], device=weight.device)
-    if outliers is not None:
-        chosen = torch.zeros_like(order, dtype=torch.bool).index_fill(0, outliers.long(), True)
+    if outlier_columns is not None:
+        chosen = torch.zeros_like(order, dtype=torch.bool).index_fill(0, outlier_columns.long(), True)
         order = torch.cat([order[~chosen], order[chosen]])
-    book = _codebook(target, scheme, order, outliers, importance, where)
-    gram, target = gram[order][:, order], target[:, order]
+        gram, target = gram[order][:, order], target[:, order]
+        importance = None if importance is None else importance[order]
+    book = _codebook(target, scheme, order, 0 if outlier_columns is None else len(outlier_columns), importance, where)
     if scheme.method == "nearest":
-        codes = _feedback(target, torch.diag(gram.diagonal()), book)
+        codes = _one_by_one(target, book)
     else:
         codes = _feedback(target, gram, book)
         for _ in range(scheme.sweeps):
@@ -76,36 +77,45 @@ def quantize_gptq(
             codes = _descend(target, gram, codes, book)
     if not isinstance(book, Split):
         return quantized(codes, book.scales, book.zeros, grid, weight.shape[1])
-    assert outliers is not None
-    ordinary, kept = codes.split([len(order) - len(outliers), len(outliers)], -1)
+    assert outlier_columns is not None
+    ordinary, kept = codes.split([len(order) - len(outlier_columns), len(outlier_columns)], -1)
     placed = torch.zeros_like(codes, dtype=code_dtype(grid)).index_copy(-1, order[: ordinary.shape[1]], ordinary)
     found = quantized(placed, book.ordinary.scales, book.ordinary.zeros, grid, weight.shape[1])
-    own = Outliers(outliers.int(), kept.to(torch.uint8), book.outliers.scales[..., 0].half())
+    own = Outliers(outlier_columns.int(), kept.to(torch.uint8), book.outliers.scales[..., 0].half())
     return replace(found, outliers=own)
 
 
 def _codebook(
-    target: Tensor, scheme: WeightScheme, order: Tensor, outliers: Tensor | None, importance: Tensor | None, where: str
+    target: Tensor, scheme: WeightScheme, order: Tensor, outliers: int, importance: Tensor | None, where: str
 ) -> Scaled | Free | Split:
-    """For weights [out, in] as they stand; order [in]: the columns as GPTQ takes them, outliers last."""
+    """For weights [out, in] whose columns are in `order`, the last `outliers` of them; importance [in] likewise."""
     grid, columns = grids.load(scheme.grid), target.shape[1]
-    size = scheme.group_size or columns
-    count = columns - (0 if outliers is None else len(outliers))
     check_groups(columns, scheme.group_size, where)
+    size, count = scheme.group_size or columns, columns - outliers
     ends = [int((order[:count] < end).sum()) for end in range(size, columns + 1, size)]
     groups = [slice(start, stop) for start, stop in zip([0, *ends], ends, strict=False)]
     book: Scaled | Free
     if isinstance(grid, FreeGrid):
-        ordered = None if importance is None else importance[order]
-        book = Free(len(target), grid, groups, ordered, where)
+        book = Free(len(target), grid, groups, importance, where)
+    elif not outliers:
+        book = Scaled(*weight_scales(target, scheme, where), grid, groups)
     else:
-        inner = target if outliers is None else target.index_fill(1, outliers.long(), 0.0)
-        book = Scaled(*weight_scales(inner, scheme, where), grid, groups)
-    if outliers is None:
+        book = Scaled(*_scales_of(target, groups, scheme, where), grid, groups)
+    if not outliers:
         return book
+    last = slice(count, columns)
     own = WeightScheme(OUTLIER_GRID, scale_search="absmax")
-    scales, zeros = weight_scales(target[:, outliers.long()], own, where)
-    return Split(book, Scaled(scales, zeros, grids.fixed(OUTLIER_GRID), [slice(count, columns)]))
+    return Split(book, Scaled(*weight_scales(target[:, last], own, where), grids.fixed(OUTLIER_GRID), [last]))
+
+
+def _scales_of(
+    target: Tensor, groups: Sequence[slice], scheme: WeightScheme, where: str
+) -> tuple[Tensor, Tensor | None]:
+    """As `weight_scales`, of groups that may be ragged or, of outliers alone, empty."""
+    alone = replace(scheme, group_size=None)
+    filled = [target[:, cols] if cols.stop > cols.start else target.new_zeros(len(target), 1) for cols in groups]
+    scales, zeros = zip(*(weight_scales(part, alone, where) for part in filled), strict=True)
+    return torch.cat(scales, 1), None if zeros[0] is None else torch.cat(zeros, 1)
 
 
 def _importance(gram: Tensor, scale_search: str) -> Tensor | None:
@@ -151,6 +161,15 @@ def _feedback(target: Tensor, gram: Tensor, book: Codebook, block: int = 128) ->
             work[:, cols.start : stop] -= error @ spread[cols, cols.start : stop]
             errors[:, cols.start - start : cols.stop - start] = error
         work[:, stop:] -= errors @ spread[start:stop, stop:]
+    return torch.stack(codes, -1)
+
+
+def _one_by_one(target: Tensor, book: Codebook) -> Tensor:
+    """Each code the nearest; no column makes up for another."""
+    codes = []
+    for start, stop in blocks(book, 1):
+        book.begin_(target, start)
+        codes.append(book.nearest(target[:, start:stop], slice(start, stop))[0])
     return torch.stack(codes, -1)
 
 

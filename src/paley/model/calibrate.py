@@ -18,6 +18,7 @@ from paley.core.errors import PaleyError
 from paley.core.metrics import rel_error
 from paley.core.rounding import Quantized
 from paley.core.schemes import AttentionSlot, LinearSlot
+from paley.format.spec import check_outliers
 from paley.methods.gptq import InputStatistics, quantize_gptq
 from paley.methods.nearest import quantize_nearest
 from paley.model.adapter import RESIDUAL_WRITERS, SHARED_INPUTS, Adapter, Block
@@ -159,14 +160,14 @@ class BlockQuantizer:
 
     def _choose_outliers(self, block: Block, reference: nn.Module) -> None:
         """Gives each linear the columns of most energy of its slot's number, by what it reads in the original."""
-        for _, roles in SHARED_INPUTS:
-            counts = {role: self.linears[block.path(role)].outliers for role in roles}
-            if not any(counts.values()):
+        for role, path in block.linears():
+            slot, linear = self.linears[path], reference.get_submodule(getattr(block.architecture, role))
+            if not slot.outliers:
                 continue
-            if self.original is None:
-                raise PaleyError(f"{block.path(roles[0])}: outliers need calibration text; set outliers=0")
-            linear = reference.get_submodule(getattr(block.architecture, roles[0]))
             assert isinstance(linear, QuantLinear)
+            check_outliers(path, slot.outliers, linear.in_features)
+            if self.original is None:
+                raise PaleyError(f"{path}: outliers need calibration text; set outliers=0")
             energy = torch.zeros(linear.in_features, dtype=torch.float64, device=self.original.device)
 
             def add(_: str, x: Tensor, linear: QuantLinear = linear, energy: Tensor = energy) -> None:
@@ -175,14 +176,8 @@ class BlockQuantizer:
             with capture_inputs({"input": linear}, add):
                 for hidden in self.original[: 4 * self.runner.batch].split(self.runner.batch):
                     self.runner.until(linear, reference, block.index, hidden)
-            for role, count in counts.items():
-                if count >= len(energy):
-                    raise PaleyError(
-                        f"{block.path(role)}: outliers={count} must be fewer than its in_features={len(energy)} columns"
-                    )
-                if count:
-                    columns = energy.topk(count).indices.sort().values.int()
-                    block.part(role).outlier_columns = columns  # type: ignore[assignment]
+            columns = energy.topk(slot.outliers).indices.sort().values
+            block.part(role).outlier_columns = columns.int()  # type: ignore[assignment]
 
     def _advance(self, index: int, reference: nn.Module) -> None:
         if self.hidden is not None and self.original is not None:
@@ -229,10 +224,13 @@ class BlockQuantizer:
             q = quantize_nearest(weight, scheme, where=path)
         else:
             if statistics is None:
-                raise PaleyError(f"{path}: its scheme needs calibration text, and the recipe's own methods need none")
+                raise PaleyError(
+                    f"{path}: its scheme needs calibration text, and none of the recipe's own does; set the recipe's "
+                    "weights.method=gptq, or this one's to nearest without outliers"
+                )
             q = quantize_gptq(
                 weight, statistics, scheme,
-                outliers=linear.outlier_columns, compensate=self.compensate != "plain", where=path,
+                outlier_columns=linear.outlier_columns, compensate=self.compensate != "plain", where=path,
             )  # fmt: skip
         return self._replace(path, q)
 

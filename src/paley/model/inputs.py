@@ -25,17 +25,17 @@ class SharedInput:
     def __init__(self) -> None:
         self._seen: tuple[weakref.ref[Tensor], int, Callable, LinearSlot, Tensor | None, Any] | None = None
 
-    def once(self, make: Callable[..., T], x: Tensor, slot: LinearSlot, outliers: Tensor | None = None) -> T:
-        """make(x, slot, outliers), which must not be written to. Of the slot, its weight does not matter here."""
+    def once(self, make: Callable[..., T], x: Tensor, slot: LinearSlot, columns: Tensor | None = None) -> T:
+        """make(x, slot, columns), which must not be written to. Of the slot, its weight does not matter here."""
         slot = replace(slot, weight=None, outliers=0)
         if self._seen is not None:
-            source, version, by, of, without, made = self._seen
+            source, version, by, of, apart, made = self._seen
             same = source() is x and version == x._version
-            if same and by is make and of == slot and _equal(without, outliers):
+            if same and by is make and of == slot and _equal(apart, columns):
                 return made
-        made = make(x, slot, outliers)
+        made = make(x, slot, columns)
         if not x.requires_grad and not x.is_inference():
-            self._seen = (weakref.ref(x, self._forget), x._version, make, slot, outliers, made)
+            self._seen = (weakref.ref(x, self._forget), x._version, make, slot, columns, made)
         return made
 
     def _forget(self, source: weakref.ref[Tensor]) -> None:
@@ -50,50 +50,49 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
-def round_input(x: Tensor, slot: LinearSlot, outliers: Tensor | None = None) -> Tensor:
+def round_input(x: Tensor, slot: LinearSlot, outlier_columns: Tensor | None = None) -> Tensor:
     """x [..., in] (transform.in_dim where there is a transform) -> what meets the weight.
 
-    outliers: columns, integers [k], that have a grid and a scale of their own, as their weights do.
+    outlier_columns: integers [k], those that have a grid and a scale of their own, as their weights do.
     """
     if slot.transform is not None:
         x = slot.transform.apply(x)
     if slot.input is None:
         return x
-    if outliers is None:
+    if outlier_columns is None:
         return rounding.round_trip(x, slot.input)
-    own, rest, index = _apart(x, outliers)
+    own, rest, index = _apart(x, outlier_columns)
     return rounding.round_trip(rest, slot.input).index_copy(-1, index, own)
 
 
-def _apart(x: Tensor, outliers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _apart(x: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x [..., in] -> its outliers [..., k], rounded; x with zeros in their place; their columns int64 [k]."""
-    index = outliers.long()
+    index = columns.long()
     own = rounding.round_trip(x.index_select(-1, index), ActivationScheme(OUTLIER_GRID))
     return own, x.index_fill(-1, index, 0.0), index
 
 
 @dataclass(frozen=True)
 class InputCodes:
-    """An input before its codes mean anything: codes uint8 [tokens, in], scales and zeros [tokens, groups].
+    """A rounded input as its codes: uint8 [tokens, in], their scales and zeros [tokens, groups].
 
-    outliers: [tokens, k], rounded; where they are, the codes are their group's zero point, and so stand for 0.
+    outlier_values: [tokens, k], rounded; in their columns the codes are their group's zero point, which stands for 0.
     """
 
     codes: Tensor
     scales: Tensor
     zeros: Tensor
-    outliers: Tensor | None
+    outlier_values: Tensor | None
 
 
-def encode_input(x: Tensor, slot: LinearSlot, outliers: Tensor | None = None) -> InputCodes:
-    """As `round_input`, for an affine grid."""
+def encode_input(x: Tensor, slot: LinearSlot, outlier_columns: Tensor | None = None) -> InputCodes:
+    """As `round_input`, for an affine grid and without the last step; x [..., in] is flattened to tokens."""
     assert slot.input is not None
-    x = x.flatten(0, -2)
+    x, own = x.reshape(-1, x.shape[-1]), None
     if slot.transform is not None:
         x = slot.transform.apply(x)
-    own = None
-    if outliers is not None:
-        own, x, _ = _apart(x, outliers)
+    if outlier_columns is not None:
+        own, x, _ = _apart(x, outlier_columns)
     q = rounding.quantize_dynamic(x.contiguous(), slot.input, torch.float32)
     assert q.zeros is not None
     return InputCodes(q.codes, q.scales, q.zeros, own)

@@ -8,18 +8,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from paley import kernels
-from paley.core import grids, planes
+from paley.core import grids
 from paley.core.errors import PaleyError
-from paley.core.grids import FreeGrid
-from paley.core.rounding import Outliers, Quantized
+from paley.core.rounding import Outliers, Quantized, check_groups
 from paley.core.schemes import LinearSlot
 from paley.format.spec import PARTS, SCALE_DTYPE, encode_linear, expected_tensors, unpack_weight
 from paley.model.inputs import SharedInput, encode_input, round_input
+from paley.model.plane_product import PlaneWeight, runs_on_planes
 
 __all__ = ["QuantLinear"]
 
-_FOUR_POINTS = ("free2", "mirror2")
 T = TypeVar("T")
 
 
@@ -56,12 +54,8 @@ class QuantLinear(nn.Module):
         """name: what errors call the layer; dtype: of the bias, and of a weight left unquantized."""
         super().__init__()
         self.in_features, self.out_features, self.slot, self.name = in_features, out_features, slot, name
-        size = None if slot.input is None else slot.input.group_size
-        if size is not None and in_features % size:
-            raise PaleyError(
-                f"{name}: in_features={in_features} is not a multiple of the input's group_size={size}; "
-                "use a divisor or expand the input"
-            )
+        if slot.input is not None:
+            check_groups(in_features, slot.input.group_size, f"{name}: input")
         stored = expected_tensors(name, slot, in_features, out_features)
         tensors = {
             full.rpartition(".")[2]: torch.zeros(shape, dtype=kind or dtype, device=device)
@@ -74,7 +68,7 @@ class QuantLinear(nn.Module):
         start = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
         self.register_parameter("bias", _parameter(start))
         self.shared_input: SharedInput | None = None
-        self._planes: tuple[list[tuple[int, int]], planes.PreparedWeight] | None = None
+        self._planes: PlaneWeight | None = None
 
     @classmethod
     def from_linear(
@@ -105,6 +99,8 @@ class QuantLinear(nn.Module):
         if (q.codes.shape[0], q.width) != (self.out_features, self.in_features):
             want, got = (self.out_features, self.in_features), (q.codes.shape[0], q.width)
             raise PaleyError(f"{self.name}: codes must have shape {want}, got {got}")
+        if (0 if q.outliers is None else len(q.outliers.columns)) != self.slot.outliers:
+            raise PaleyError(f"{self.name}: the slot wants {self.slot.outliers} outlier columns, other codes came")
         for full, tensor in encode_linear(self.name, q).items():
             own = getattr(self, full.rpartition(".")[2])
             if own.shape != tensor.shape:
@@ -126,10 +122,9 @@ class QuantLinear(nn.Module):
         if scheme is None or codes is None or scales is None:
             return None
         unpacked = unpack_weight(codes, grids.load(scheme.grid), self.in_features)
-        return Quantized(unpacked, scales, self.zeros, scheme.grid, self.in_features, self.quantized_outliers())
+        return Quantized(unpacked, scales, self.zeros, scheme.grid, self.in_features, self._quantized_outliers())
 
-    def quantized_outliers(self) -> Outliers | None:
-        """The columns that have a grid of their own, where there are any."""
+    def _quantized_outliers(self) -> Outliers | None:
         if self.outliers is None or self.outlier_scales is None or self.outlier_columns is None:
             return None
         return Outliers(self.outlier_columns, self.outliers, self.outlier_scales)
@@ -137,7 +132,7 @@ class QuantLinear(nn.Module):
     def materialize_(self, dtype: torch.dtype = torch.float32) -> None:
         """Keeps the dense weight beside the codes, unsaved: faster, and as large as an unquantized layer."""
         if self.slot.weight is not None:
-            self.dense = self.dequantize(dtype)
+            self.dense, self._planes = self.dequantize(dtype), None
 
     def release_(self) -> None:
         """Drops the dense weight."""
@@ -156,46 +151,26 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] (in: transform.in_dim where there is a transform) -> [..., out], in x's dtype.
 
-        With a native kernel for weights and inputs it works on the codes, and equals what is below to float32 rounding.
+        With a native kernel for weights and inputs it works on the codes, and equals a product of floats to rounding.
         """
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self._runs_on_planes(x):
-            y = self._plane_product(x)
+        plain = self.dense is not None or x.device.type != "cpu" or x.requires_grad
+        if not plain and runs_on_planes(self.slot, self.in_features):
+            y = self._plane_weight().product(self._once(encode_input, x))
+            y = y.to(x.dtype).view(*x.shape[:-1], self.out_features)
             return y if bias is None else y + bias
         x = self.round_input(x)
         weight = self.dequantize(x.dtype) if self.dense is None else self.dense.to(x.dtype)
         return nn.functional.linear(x, weight, bias)
 
-    def _runs_on_planes(self, x: Tensor) -> bool:
-        """Two bits of four points for each weight, unsigned input codes of four bits, groups alike."""
-        weight, inputs = self.slot.weight, self.slot.input
-        if self.dense is not None or weight is None or inputs is None or x.device.type != "cpu" or x.requires_grad:
-            return False
-        fits = weight.grid in _FOUR_POINTS and inputs.grid == "uint4" and not inputs.refit
-        alike = (weight.group_size or self.in_features) == (inputs.group_size or self.in_features)
-        return fits and alike and kernels.backend() == "native"
-
-    def _plane_product(self, x: Tensor) -> Tensor:
-        codes = self._once(encode_input, x)
-        y = planes.matmul(codes.codes, codes.scales, codes.zeros, self._prepared())
-        if codes.outliers is not None:
-            q = self.quantized_outliers()
-            assert q is not None
-            y += codes.outliers.float() @ q.dequantize().T
-        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
-
-    def _prepared(self) -> planes.PreparedWeight:
-        """The weight as the kernel wants it, made anew only where codes or scales have changed."""
-        assert self.codes is not None
-        assert self.scales is not None
-        now = [(t.data_ptr(), t._version) for t in (self.codes, self.scales)]
-        if self._planes is None or self._planes[0] != now:
+    def _plane_weight(self) -> PlaneWeight:
+        """The weight as the kernel wants it, made anew only where the stored tensors have changed."""
+        parts = tuple(getattr(self, part[1:]) for part in PARTS)
+        if self._planes is None or not self._planes.is_of(parts):
             q = self.quantized()
             assert q is not None
-            grid = grids.load(q.grid)
-            assert isinstance(grid, FreeGrid)
-            self._planes = (now, planes.prepare(q.codes, grid.points(q.scales)))
-        return self._planes[1]
+            self._planes = PlaneWeight.of(q, parts)
+        return self._planes
 
     def extra_repr(self) -> str:
         weight = self.slot.weight.grid if self.slot.weight else "float"

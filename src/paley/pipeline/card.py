@@ -67,7 +67,7 @@ def model_card(results: dict[str, Any], plan: Plan) -> str:
             rotation += f", residual stream widened from {residual.in_dim}"
     return _CARD.format(
         model_type=results["model_type"],
-        weights=_schemes(slot.weight for slot in plan.linears.values()),
+        weights=_schemes(slot.weight for slot in plan.linears.values()) + _outliers(plan),
         inputs=_schemes(slot.input for slot in plan.linears.values()),
         keys=_schemes(slot.keys for slot in plan.attentions.values()),
         values=_schemes(slot.values for slot in plan.attentions.values()),
@@ -77,6 +77,11 @@ def model_card(results: dict[str, Any], plan: Plan) -> str:
         original_size=results["original_bytes"],
         scores=_scores(results["evaluation"]),
     )
+
+
+def _outliers(plan: Plan) -> str:
+    counts = sorted({slot.outliers for slot in plan.linears.values()} - {0})
+    return f"; {' or '.join(map(str, counts))} input columns of a layer in int8" if counts else ""
 
 
 def _scores(measured: dict[str, Any] | None) -> str:

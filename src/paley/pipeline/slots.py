@@ -12,6 +12,7 @@ from paley.model.adapter import RESIDUAL_WRITERS, Adapter
 from paley.model.budget import Slots, check_budget
 from paley.model.loading import Source
 from paley.model.rotation import decide_rotation, input_blocks
+from paley.pipeline.texts import calibrates
 from paley.plan import Plan, Rotation
 from paley.recipe import Recipe
 
@@ -64,17 +65,24 @@ def linear_shapes(adapter: Adapter, rotation: Rotation | None) -> dict[str, tupl
 def check_settings(source: Source, recipe: Recipe, plan: Plan | None = None) -> None:
     """Raises where `decide` or `execute` would, for settings that do not fit the model; nothing is measured.
 
-    Groups that do not divide a layer's width, more outliers than columns, budgets that no choice of grids meets.
+    Groups that do not divide a layer's width, more outliers than columns, budgets that no choice of grids meets, and
+    plans that were edited to need a text that their recipe does not gather.
     """
     adapter = Adapter(source.skeleton())
     rotation = decide_rotation(recipe, adapter) if plan is None else plan.rotation
     if plan is None:
         linears, attentions = slots_for(recipe, adapter, rotation)
-        if recipe.budget is not None:
-            check_budget(recipe, adapter, Slots(linears, attentions))
     else:
         check_plan(plan, adapter)
         linears, attentions = plan.linears, plan.attentions
+    if not calibrates(recipe):
+        wanting = [path for path, slot in linears.items() if slot.needs_data]
+        wanting += [path for path, slot in attentions.items() if slot.keys is not None and slot.center_keys]
+        if wanting:
+            raise PaleyError(
+                f"plan: {wanting[0]} needs calibration text, which nothing in the plan's own recipe asks for; change "
+                "that recipe too (weights.method=gptq), or leave out gptq, outliers and center_keys"
+            )
     for path, (out_features, in_features) in linear_shapes(adapter, rotation).items():
         slot = linears[path]
         width = slot.stored_width(in_features)
@@ -85,6 +93,8 @@ def check_settings(source: Source, recipe: Recipe, plan: Plan | None = None) -> 
         for what, scheme in (("keys", slot.keys), ("values", slot.values)):
             if scheme is not None:
                 check_groups(adapter.head_dim, scheme.group_size, f"{path}: {what}")
+    if plan is None and recipe.budget is not None:
+        check_budget(recipe, adapter, Slots(linears, attentions))
 
 
 def check_plan(plan: Plan, adapter: Adapter) -> None:

@@ -14,7 +14,7 @@ from paley.eval.sampling import sample_documents
 from paley.model.loading import Source, check_seq_len
 from paley.recipe import Recipe
 
-__all__ = ["SELF", "Texts", "check_lengths", "gather", "is_tuned_on", "needs_data", "test_blocks"]
+__all__ = ["SELF", "Texts", "calibrates", "check_lengths", "gather", "is_tuned_on", "needs_data", "test_blocks"]
 
 SELF = "self"
 
@@ -102,16 +102,21 @@ def _named_sources(recipe: Recipe) -> list[str | None]:
     return [recipe.calibration.source, recipe.search.source, slopes]
 
 
+def calibrates(recipe: Recipe) -> bool:
+    """Whether the recipe gathers calibration text: for weights, for mean keys, or for a search's draft."""
+    weights = [recipe.weights, *(o.weight for o in recipe.overrides)]
+    outliers = max(recipe.outliers, *(o.outliers for o in recipe.overrides), 0)
+    wanting = any(scheme is not None and (scheme.needs_data or outliers > 0) for scheme in weights)
+    centers = recipe.center_keys and any([recipe.keys, *(o.keys for o in recipe.overrides)])
+    return recipe.search.method != "none" or wanting or centers
+
+
 def _tuning_sources(recipe: Recipe) -> dict[Role, str]:
     """Role -> source, of the roles calibration and search as far as the recipe needs them."""
-    searches = recipe.search.method != "none"
-    weights = [recipe.weights, *(o.weight for o in recipe.overrides)]
-    calibrates = any(scheme is not None and (scheme.needs_data or recipe.outliers > 0) for scheme in weights)
-    centers = recipe.center_keys and any([recipe.keys, *(o.keys for o in recipe.overrides)])
     sources: dict[Role, str] = {}
-    if searches or calibrates or centers:
+    if calibrates(recipe):
         sources["calibration"] = recipe.calibration.source
-    if searches:
+    if recipe.search.method != "none":
         sources["search"] = recipe.search.source or recipe.calibration.source
     return sources
 

@@ -35,6 +35,7 @@ Positive = Annotated[int, Field(ge=1)]
 SeqLen = Annotated[int, Field(ge=2)]
 Bits = Annotated[FiniteFloat, Field(gt=0)]
 Expansion = Annotated[int, Field(ge=0)] | Literal["auto"]
+_PLACES = ("weight", "input", "outliers", "keys", "values")
 S = TypeVar("S", LinearSlot, AttentionSlot)
 
 
@@ -118,7 +119,7 @@ class Budget(_Frozen):
 class Override(_Frozen):
     """Other schemes for the modules whose name fits `pattern` (fnmatch, case-sensitive).
 
-    weight and input speak to linear layers, keys and values to attentions. A field that is not given changes
+    weight, input and outliers speak to linear layers, keys and values to attentions. A field that is not given changes
     nothing; one given as null leaves that tensor unquantized; keep leaves the whole module unquantized.
     """
 
@@ -127,6 +128,7 @@ class Override(_Frozen):
     input: Activation = None
     keys: Activation = None
     values: Activation = None
+    outliers: Annotated[int, Field(ge=0)] = 0
     keep: bool = False
 
     @model_validator(mode="after")
@@ -135,7 +137,7 @@ class Override(_Frozen):
         if self.keep and schemes:
             raise ValueError(f"keep leaves {self.pattern!r} unquantized and excludes {', '.join(schemes)}")
         if not self.keep and not schemes:
-            raise ValueError(f"changes nothing for {self.pattern!r}: give weight, input, keys, values, or keep: true")
+            raise ValueError(f"changes nothing for {self.pattern!r}: give {', '.join(_PLACES)}, or keep: true")
         return self
 
     @model_serializer(mode="wrap")
@@ -145,17 +147,21 @@ class Override(_Frozen):
 
     def _schemes(self) -> dict[str, Any]:
         """The scheme fields that were given, null ones too."""
-        names = ("weight", "input", "keys", "values")
-        return {name: getattr(self, name) for name in names if name in self.model_fields_set}
+        return {name: getattr(self, name) for name in _PLACES if name in self.model_fields_set}
 
     def apply(self, name: str, slot: S) -> S:
         """slot of the module `name` -> slot with what this override changes."""
         if not fnmatch.fnmatchcase(name, self.pattern):
             return slot
-        names = ("weight", "input") if isinstance(slot, LinearSlot) else ("keys", "values")
+        names = ("weight", "input", "outliers") if isinstance(slot, LinearSlot) else ("keys", "values")
         given = dict.fromkeys(names) if self.keep else self._schemes()
         fields = {n: given.get(n, getattr(slot, n)) for n in names}
-        return replace(slot, **fields)
+        if "outliers" in fields and fields["weight"] is None:
+            fields["outliers"] = 0
+        try:
+            return replace(slot, **fields)
+        except PaleyError as error:
+            raise PaleyError(f"{name}: {error}") from None
 
 
 class Recipe(_Frozen):
@@ -191,19 +197,21 @@ class Recipe(_Frozen):
     seed: int = 0
 
     @model_validator(mode="after")
-    def _expansion_rotates(self) -> Self:
+    def _fits_together(self) -> Self:
         if self.rotate and self.hadamard is not None:
             raise ValueError("hadamard rotates each layer's input by itself: set rotate: false, or leave it out")
+        if self.outliers and self.weights is None:
+            raise ValueError("outliers are columns of quantized weights, and no weight is: set outliers: 0")
         if not self.rotate and (self.expand or self.expand_mlp not in (0, "auto")):  # auto: as far as rotation needs it
             raise ValueError("expand and expand_mlp need rotate: true; dimensions of zeros alone change nothing")
         return self
 
     def linear_slot(self, name: str, transform: Transform | None = None) -> LinearSlot:
         """The slot of the linear layer `name`: the recipe's schemes, then each fitting override in order."""
-        slot = LinearSlot(self.weights, self.inputs, transform)
+        slot = LinearSlot(self.weights, self.inputs, transform, self.outliers if self.weights is not None else 0)
         for override in self.overrides:
             slot = override.apply(name, slot)
-        return slot if slot.weight is None else replace(slot, outliers=self.outliers)
+        return slot
 
     def attention_slot(self, name: str, transform: Transform | None = None) -> AttentionSlot:
         """The slot of the attention `name`: the recipe's schemes, then each fitting override in order."""
@@ -217,7 +225,7 @@ class Recipe(_Frozen):
         linears, attentions = list(linears), list(attentions)
         for override in self.overrides:
             given = override._schemes()
-            candidates = [n for n in linears if override.keep or given.keys() & {"weight", "input"}]
+            candidates = [n for n in linears if override.keep or given.keys() & {"weight", "input", "outliers"}]
             candidates += [n for n in attentions if override.keep or given.keys() & {"keys", "values"}]
             if not any(fnmatch.fnmatchcase(name, override.pattern) for name in candidates):
                 raise PaleyError(

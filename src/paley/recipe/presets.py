@@ -20,7 +20,7 @@ __all__ = ["examples", "preset", "preset_methods"]
 
 GRAMMAR = (
     "[METHOD-]W<bits>[G<group size>]A<bits>[KV<bits>], for example w3a3kv3, w4g64a16 or quarot-w4a4kv4; "
-    "w1a4 or w1a16: binary weights with a grouping bit; "
+    "w1a4 or w1a16: binary weights with a grouping bit, KV4 unless said otherwise; "
     "or higgs-<bits>, for example higgs-4 or higgs-3.25: weights alone, without data"
 )
 NAME = re.compile(r"(?:(?P<method>.+)-)?w(?P<w>\d{1,4})(?:g(?P<group>\d{1,6}))?a(?P<a>\d{1,4})(?:kv(?P<kv>\d{1,4}))?")
@@ -85,7 +85,9 @@ def _fill(data: dict[str, Any], bits: dict[str, int], group: str | None, name: s
     if group is not None:
         if data["weights"] is None:
             raise PaleyError(f"preset {name!r}: G{group} is the group size of weights that W16 leaves unquantized")
-        data["weights"]["group_size"] = int(group)
+        for part in (data["weights"], data["inputs"]):
+            if part is data["weights"] or (part is not None and "group_size" in part):
+                part["group_size"] = int(group)
     if bits["a"] == bits["kv"] == UNQUANTIZED:
         data["search"]["method"] = "none"  # no activation slot has a clip ratio to search
     return data

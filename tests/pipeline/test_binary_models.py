@@ -9,6 +9,7 @@ import torch
 import paley
 from paley import hf
 from paley.core import grids
+from paley.core.errors import PaleyError
 from paley.core.grids import FreeGrid
 from paley.format.checkpoint import Checkpoint
 from paley.model.linear import QuantLinear
@@ -17,7 +18,7 @@ from paley.pipeline.streaming import is_data_free
 from paley.recipe import apply_settings, preset
 from tiny_models import save_tiny
 
-GROUPS = ["weights.group_size=16", "inputs.group_size=16", "outliers=3"]
+GROUPS = ["weights.group_size=32", "inputs.group_size=32", "outliers=3"]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, tiny_tokenizer):
-    return save_tiny(tmp_path_factory.mktemp("model"), tiny_tokenizer, intermediate_size=64)
+    return save_tiny(tmp_path_factory.mktemp("model"), tiny_tokenizer, hidden_size=64, intermediate_size=96)
 
 
 def recipe(text, name, *settings):
@@ -45,13 +46,13 @@ COMPOSED = {
     "no rotation": ("rotate=false", "center_keys=false"),
     "two scales": ("weights.grid=mirror2",),
     "refitted inputs": ("inputs.refit=true",),
-    "expanded": ("expand=16", "outliers=0"),
-    "expanded, outliers": ("expand=16",),
+    "expanded": ("expand=32", "outliers=0"),
+    "expanded, outliers": ("expand=32",),
     "searched": ("search.method=gbs", "search.iterations=1"),
-    "another layer's grid": ("overrides=[{pattern: '*.1.mlp.*', weight: {grid: int4, group_size: 16}}]",),
+    "another layer's grid": ("overrides=[{pattern: '*.1.mlp.*', weight: {grid: int4, group_size: 32}}]",),
     "a layer kept": ("overrides=[{pattern: '*.0.self_attn.o_proj', keep: true}]",),
     "a budget": ("budget={weights: 4.5, source: self, sequences: 2, seq_len: 16, levels: 3}",),
-    "outliers beside integers": ("weights={grid: uint3, group_size: 16}",),
+    "outliers beside integers": ("weights={grid: uint3, group_size: 32}",),
 }
 
 
@@ -59,7 +60,7 @@ COMPOSED = {
 def test_it_composes_with(name, model, text, tmp_path):
     """`quantize` itself refuses a checkpoint that does not read back to the model in memory."""
     outcome = quantize(model, recipe(text, "w1a4", *GROUPS, *COMPOSED[name]), output=tmp_path / "out")
-    assert outcome.results["evaluation"]["kl"] < 3
+    assert outcome.results["evaluation"]["kl"] < 0.8  # logits of zero: 1.6, uniform ones .9
     loaded = paley.load(tmp_path / "out")
     stored = sum(
         tensor.nbytes
@@ -79,9 +80,11 @@ def test_it_composes_with(name, model, text, tmp_path):
         if slot.weight is not None or name == "a budget"
     )
     assert outcome.results["bits_per_quantized_weight"] == pytest.approx(8 * (stored + kept) / weights)
-    ids = torch.arange(4, 36)[None]
     dense = hf.load(tmp_path / "out", dense=True)
-    torch.testing.assert_close(loaded(ids).logits, dense(ids).logits, rtol=1e-3, atol=1e-3)
+    for path, slot in outcome.plan.linears.items():  # on equal inputs: in the next layer a code may flip
+        width = dense.get_submodule(path).in_features if slot.transform is None else slot.transform.in_dim
+        x = torch.randn(5, width, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(loaded.get_submodule(path)(x), dense.get_submodule(path)(x), rtol=1e-4, atol=1e-4)
     assert all(slot.outliers == 0 for slot in outcome.plan.linears.values() if slot.weight is None)
 
 
@@ -121,10 +124,20 @@ def test_without_data_it_is_streamed(model, text, tmp_path):
 def test_undone_it_is_an_ordinary_model_of_the_same_weights(model, text, tmp_path):
     from paley.export.plain import dequantize
 
-    wanted = recipe(text, "w1a16", "rotate=false", "weights.group_size=16", "outliers=3")
+    wanted = recipe(text, "w1a16", "rotate=false", "weights.group_size=32", "outliers=3")
     quantize(model, wanted, output=tmp_path / "out")
     dequantize(tmp_path / "out", output=tmp_path / "plain", dtype="float32")
     plain, loaded = Checkpoint.open(tmp_path / "plain"), paley.load(tmp_path / "out")
     for name, module in loaded.named_modules():
         if isinstance(module, QuantLinear):
             assert torch.equal(plain.tensor(f"{name}.weight"), module.dequantize())
+
+
+def test_a_plan_edited_to_need_text_is_refused_before_any_work(model, text, tmp_path):
+    wanted = recipe(text, "rtn-w4a16")
+    plan = make_plan(model, wanted)
+    name = next(iter(plan.linears))
+    edited = plan.linears | {name: replace(plan.linears[name], outliers=2)}
+    with pytest.raises(PaleyError, match=f"{name} needs calibration text"):
+        quantize(model, plan=plan.model_copy(update={"linears": edited}), output=tmp_path / "out")
+    assert not list(tmp_path.iterdir())
