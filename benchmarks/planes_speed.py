@@ -145,7 +145,7 @@ def main() -> None:
     result = {
         **provenance(),
         "threads": arguments.threads,
-        "level": native.best_level(),
+        "level": native.best_planes_level(),
         "group_size": GROUP_SIZE,
         "load_average_before": os.getloadavg()[0],
         "results": {},

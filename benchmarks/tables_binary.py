@@ -70,7 +70,7 @@ def speed() -> list[str]:
     if (found := read("planes-speed.json")) is None:
         return []
     results = {shape: row for shape, row in found["results"].items() if shape.endswith(" 1 threads")}
-    names = list(dict.fromkeys(name for row in results.values() for name in row))
+    names = list(dict.fromkeys(name for row in results.values() for name in row if "ms" in row[name]))
     lines = [
         "## Speed of binary planes",
         "",

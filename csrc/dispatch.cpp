@@ -1,6 +1,21 @@
 #include "paley.h"
 #include "platform.h"
 
+#if PALEY_X86
+#include <cpuid.h>
+
+namespace {
+
+// __builtin_cpu_supports knows "f16c" only from GCC 11 and Clang 18 on; older ones do not compile it. Whether the
+// system keeps the registers is part of its "avx2".
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+
+}  // namespace
+#endif
+
 extern "C" int32_t paley_abi_version(void) { return PALEY_ABI_VERSION; }
 
 extern "C" int32_t paley_best_level(void) {
@@ -8,6 +23,21 @@ extern "C" int32_t paley_best_level(void) {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f")) return PALEY_AVX512;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return PALEY_AVX2;
+#endif
+  return PALEY_PORTABLE;
+}
+
+// Whatever the files planes_*.cpp are compiled for must be there.
+extern "C" int32_t paley_best_planes_level(void) {
+#if PALEY_X86
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return PALEY_PORTABLE;
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") &&
+      __builtin_cpu_supports("avx512vpopcntdq")) {
+    return PALEY_AVX512;
+  }
+  if (has_f16c()) return PALEY_AVX2;
 #endif
   return PALEY_PORTABLE;
 }

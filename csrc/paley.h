@@ -26,17 +26,21 @@ enum paley_status {
   PALEY_INTERNAL = 3,
 };
 
-// Instruction sets, ascending. A level this machine lacks is refused as PALEY_BAD_ARGUMENT.
+// Instruction sets, ascending. A level this machine lacks is refused as PALEY_BAD_ARGUMENT; what a level needs is more
+// for paley_planes_matmul, so that has a best level of its own.
 enum paley_level {
   PALEY_PORTABLE = 0,
-  PALEY_AVX2 = 1,  // with FMA
-  PALEY_AVX512 = 2,  // AVX-512F
+  PALEY_AVX2 = 1,    // with FMA; planes: with F16C too
+  PALEY_AVX512 = 2,  // AVX-512F; planes: with BW, VBMI, VNNI and VPOPCNTDQ too (Ice Lake, Zen 4 and later)
 };
 
 PALEY_EXPORT int32_t paley_abi_version(void);
 
-// The best level of this machine.
+// The best level of this machine for paley_nearest_points.
 PALEY_EXPORT int32_t paley_best_level(void);
+
+// The best level of this machine for paley_planes_matmul, at most paley_best_level.
+PALEY_EXPORT int32_t paley_best_planes_level(void);
 
 // x [count, p] and points [n, p], finite, 1 <= p <= 8, 1 <= n <= 65536 -> codes [count]: the index of the
 // greatest score -|c|^2/2 + x0 c0 + x1 c1 + ..., summed in float64 in this order; the lowest of equal ones.
@@ -58,13 +62,14 @@ enum paley_path {
 PALEY_EXPORT int32_t paley_pack_planes(const uint8_t* codes, const uint16_t* centroids, int32_t out, int32_t groups,
                                        int32_t group_size, int64_t bytes, uint8_t* blob);
 
-// codes [tokens, groups * group_size] in 0..15, scales and zeros, 0..15, [tokens, groups]; the blob of these shapes
-// -> y [tokens, out], the product of scales (codes - zeros) with the weights transposed. Sums within a group are exact,
-// the rest is float32 in one order: y depends on neither path nor level nor threads. Larger codes or zeros give
-// wrong numbers, no more.
+// codes [tokens, groups * group_size] in 0..15, scales and zeros, 0..15, [tokens, groups]; the blob of these shapes,
+// all its bytes -> y [tokens, out], the product of scales (codes - zeros) with the weights transposed. Sums within a
+// group are exact, the rest is float32 in one order: y depends on neither path nor level nor threads. Larger codes or
+// zeros give wrong numbers, no more; another size or header of the blob is PALEY_BAD_ARGUMENT.
 PALEY_EXPORT int32_t paley_planes_matmul(const uint8_t* codes, const float* scales, const uint8_t* zeros,
-                                         int64_t tokens, const uint8_t* blob, int32_t out, int32_t groups,
-                                         int32_t group_size, int32_t path, int32_t level, int32_t threads, float* y);
+                                         int64_t tokens, const uint8_t* blob, int64_t bytes, int32_t out,
+                                         int32_t groups, int32_t group_size, int32_t path, int32_t level,
+                                         int32_t threads, float* y);
 
 #ifdef __cplusplus
 }

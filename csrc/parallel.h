@@ -3,7 +3,6 @@
 
 #include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -24,10 +23,10 @@ void run_workers(int threads, const Worker& worker) {
     }
   };
   std::vector<std::thread> helpers;
-  helpers.reserve(threads > 1 ? threads - 1 : 0);
   try {
+    helpers.reserve(threads > 1 ? threads - 1 : 0);
     while (static_cast<int>(helpers.size()) + 1 < threads) helpers.emplace_back(guarded);
-  } catch (const std::system_error&) {  // the system gives no more threads
+  } catch (...) {  // no more threads, or no memory for them; whatever it is, those that run must be joined
   }
   guarded();
   for (auto& helper : helpers) helper.join();

@@ -13,20 +13,11 @@ bool good_shape(int32_t out, int32_t groups, int32_t group_size) {
   return out > 0 && groups > 0 && group_size > 0 && group_size % 32 == 0 && group_size <= 32 * MAX_WORDS;
 }
 
-// The best level that has all of what the files planes_*.cpp are compiled for.
-int32_t usable(int32_t level) {
-#if PALEY_X86
-  if (level == PALEY_AVX512) {  // Ice Lake, Zen 4 and later have all four
-    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vbmi") &&
-        __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vpopcntdq")) {
-      return PALEY_AVX512;
-    }
-    level = PALEY_AVX2;
-  }
-  if (level == PALEY_AVX2 && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma")) return PALEY_AVX2;
-#endif
-  (void)level;
-  return PALEY_PORTABLE;
+// Whether a blob of this shape has so many bytes. By division, as a product of wrong numbers might overflow.
+bool good_size(int64_t bytes, int32_t out, int32_t groups, int32_t group_size) {
+  const int64_t row_of_blocks = groups * record_bytes(group_size / 32);
+  const int64_t rest = bytes - static_cast<int64_t>(sizeof(PlanesHeader));
+  return rest % row_of_blocks == 0 && rest / row_of_blocks == (int64_t{out} + BLOCK - 1) / BLOCK;
 }
 
 // The path that auto takes, for any level and number of tokens. 4096 x 4096, one thread of a Zen 4, ms for popcount,
@@ -55,12 +46,13 @@ void pack_record(const uint8_t* codes, const uint16_t* centroids, int64_t row, i
   }
 }
 
-// Whether the value of a weight is a sum of one part for each bit, as it is for centroids -b, -a, a, b.
+// Whether the value of a weight is a sum of one part for each bit, as it is for centroids -b, -a, a, b. In integers:
+// float arithmetic would depend on the caller's mode for subnormal numbers.
 bool all_mirrored(const uint16_t* centroids, int64_t count) {
   for (int64_t i = 0; i < count; ++i, centroids += 4) {
-    float c[4];
-    for (int k = 0; k < 4; ++k) c[k] = half_to_float(centroids[k]);
-    if ((c[3] - c[2]) - (c[1] - c[0]) != 0) return false;
+    int64_t c[4];
+    for (int k = 0; k < 4; ++k) c[k] = half_units(centroids[k]);
+    if (c[3] - c[2] != c[1] - c[0]) return false;
   }
   return true;
 }
@@ -71,10 +63,9 @@ bool all_mirrored(const uint16_t* centroids, int64_t count) {
 extern "C" int32_t paley_pack_planes(const uint8_t* codes, const uint16_t* centroids, int32_t out, int32_t groups,
                                      int32_t group_size, int64_t bytes, uint8_t* blob) {
   using namespace paley;
-  if (!good_shape(out, groups, group_size)) return PALEY_BAD_ARGUMENT;
+  if (!good_shape(out, groups, group_size) || !good_size(bytes, out, groups, group_size)) return PALEY_BAD_ARGUMENT;
   const int words = group_size / 32;
-  const int64_t blocks = (int64_t{out} + BLOCK - 1) / BLOCK, record = record_bytes(words);
-  if (bytes != static_cast<int64_t>(sizeof(PlanesHeader)) + blocks * groups * record) return PALEY_BAD_ARGUMENT;
+  const int64_t record = record_bytes(words);
   std::memset(blob, 0, bytes);
   const PlanesHeader header{PLANES_MAGIC, out, groups, words, all_mirrored(centroids, int64_t{out} * groups), {}};
   std::memcpy(blob, &header, sizeof header);
@@ -90,20 +81,21 @@ extern "C" int32_t paley_pack_planes(const uint8_t* codes, const uint16_t* centr
 }
 
 extern "C" int32_t paley_planes_matmul(const uint8_t* codes, const float* scales, const uint8_t* zeros,
-                                       int64_t tokens, const uint8_t* blob, int32_t out, int32_t groups,
-                                       int32_t group_size, int32_t path, int32_t level, int32_t threads, float* y) {
+                                       int64_t tokens, const uint8_t* blob, int64_t bytes, int32_t out,
+                                       int32_t groups, int32_t group_size, int32_t path, int32_t level,
+                                       int32_t threads, float* y) {
   using namespace paley;
   if (!good_shape(out, groups, group_size) || tokens < 0 || threads < 1) return PALEY_BAD_ARGUMENT;
   if (path < PALEY_AUTO || path > PALEY_TABLES) return PALEY_BAD_ARGUMENT;
-  if (level < PALEY_PORTABLE || level > paley_best_level()) return PALEY_BAD_ARGUMENT;
+  if (level < PALEY_PORTABLE || level > paley_best_planes_level()) return PALEY_BAD_ARGUMENT;
+  if (!good_size(bytes, out, groups, group_size)) return PALEY_BAD_ARGUMENT;
   PlanesHeader header;
   std::memcpy(&header, blob, sizeof header);
   if (header.magic != PLANES_MAGIC || header.out != out || header.groups != groups ||
-      header.words * 32 != group_size) {
+      header.words != group_size / 32 || (header.mirrored != 0 && header.mirrored != 1)) {
     return PALEY_BAD_ARGUMENT;
   }
   if (tokens == 0) return PALEY_OK;
-  level = usable(level);
   if (path == PALEY_AUTO) path = BEST_PATH;
   const bool mirrored = header.mirrored != 0;
   blob += sizeof header;

@@ -3,21 +3,20 @@
 
 #include <stdint.h>
 
-#include <cstring>
-
 namespace paley {
 
-// Exact, for finite numbers.
+// A finite float16 in units of 2^-24, the smallest one. By integers, so that subnormal numbers count also where the
+// caller has the processor take them for zeros (torch.set_flush_denormal).
+inline int64_t half_units(uint16_t half) {
+  const int exponent = half >> 10 & 31, mantissa = half & 0x3ff;
+  const int64_t units = exponent ? int64_t{mantissa | 0x400} << (exponent - 1) : mantissa;
+  return half & 0x8000 ? -units : units;
+}
+
+// Exact, for finite numbers: no factor is subnormal.
 inline float half_to_float(uint16_t half) {
-  const uint32_t sign = (half & 0x8000u) << 16, rest = half & 0x7fffu;
-  uint32_t bits = rest << 13;  // the exponent is too small by 112, which a product with 2^112 puts right, also for 0
-  float magnitude;
-  std::memcpy(&magnitude, &bits, sizeof bits);
-  magnitude *= 0x1p112f;
-  std::memcpy(&bits, &magnitude, sizeof bits);
-  bits |= sign;
-  std::memcpy(&magnitude, &bits, sizeof bits);
-  return magnitude;
+  const float magnitude = static_cast<float>(half_units(half & 0x7fff)) * 0x1p-24f;
+  return half & 0x8000 ? -magnitude : magnitude;  // so that -0 keeps its sign, as with the instruction
 }
 
 }  // namespace paley

@@ -33,5 +33,7 @@ def main() -> None:
 
 def _stop(number: int, frame: FrameType | None) -> None:
     """Ends the process at once: nothing is open yet, and numpy's import swallows a KeyboardInterrupt."""
-    os.write(2, _STOPPED.encode())
-    os._exit(128 + number)
+    try:
+        os.write(2, _STOPPED.encode())
+    finally:  # also where nobody reads it any more
+        os._exit(128 + number)

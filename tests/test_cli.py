@@ -142,8 +142,8 @@ def started(*args: str, before: str = "") -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("module", ["torch", "numpy", "transformers"])
-def test_sigint_during_the_imports_ends_quietly(module):
+def importing(module: str) -> subprocess.Popen[str]:
+    """The console script, which has come to the import of `module`."""
     watch = f"""if True:
         import sys
         class Watch:
@@ -154,9 +154,25 @@ def test_sigint_during_the_imports_ends_quietly(module):
     process = started("presets", before=watch)
     assert process.stdout is not None
     assert process.stdout.readline() == f"{module}\n"
+    return process
+
+
+@pytest.mark.parametrize("module", ["torch", "numpy", "transformers"])
+def test_sigint_during_the_imports_ends_quietly(module):
+    process = importing(module)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (130, "", "stopped\n")
+
+
+def test_sigint_during_the_imports_ends_it_where_nobody_reads_the_errors_either():
+    process = importing("torch")
+    assert process.stderr is not None
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    assert process.stdout is not None
+    assert (process.wait(timeout=60), process.stdout.read()) == (130, "")
+    process.stdout.close()
 
 
 def test_sigint_while_its_processes_begin_ends_in_the_two_lines_alone(made, tmp_path):

@@ -15,14 +15,14 @@ import pytest
 
 SOURCE = Path(__file__).resolve().parents[1] / "src"
 
-# A unit is a folder or a file right under src/paley; "__init__" is the public door.
+# A unit is a folder or a file right under src/paley, or a script beside it; "__init__" is the public door.
 FLOORS = {
     "core": 1,
     **dict.fromkeys(("recipe", "plan", "sensitivity", "data", "methods", "format", "kernels", "report", "theory"), 2),
     **dict.fromkeys(("model", "runtime"), 3),
     "eval": 4,
     **dict.fromkeys(("pipeline", "hf", "export"), 5),
-    **dict.fromkeys(("cli", "serve", "__init__"), 6),
+    **dict.fromkeys(("cli", "serve", "__init__", "paley_command"), 6),
 }
 
 # Units of one floor do not know each other, but for these: (who, whom): why.
@@ -31,6 +31,7 @@ EXCEPTIONS = {
     ("sensitivity", "recipe"): "it is read and written by the same functions as a recipe and a plan",
     ("cli", "__init__"): "the command line is a guest of the public door",
     ("serve", "__init__"): "the server is a guest of the public door",
+    ("paley_command", "cli"): "the console script runs the command line",
     ("pipeline", "hf"): "what was saved is reloaded the way a user loads it",
 }
 
@@ -40,19 +41,20 @@ UNPICKLING = {"torch.load", "torch.serialization.load", "torch.jit.load"}
 
 
 def unit_of(module: str) -> str:
-    """'paley.core.grids' -> 'core'; 'paley' -> '__init__'."""
-    return [*module.split("."), "__init__"][1]
+    """'paley.core.grids' -> 'core'; 'paley' -> '__init__'; a script is its own unit."""
+    package, *rest = module.split(".")
+    return package if package != "paley" else [*rest, "__init__"][0]
 
 
 def files(source: Path) -> Iterator[tuple[str, ast.Module]]:
-    """(dotted module name, syntax tree) of each file of the package below `source`."""
-    for path in sorted((source / "paley").rglob("*.py")):
+    """(dotted module name, syntax tree) of each file of the package below `source`, and of the scripts beside it."""
+    for path in sorted([*source.glob("*.py"), *(source / "paley").rglob("*.py")]):
         parts = path.relative_to(source).with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         yield name, ast.parse(path.read_text(encoding="utf-8"), str(path))
 
 
-def imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
+def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """(line, full name of the module or object) of each import, also by importlib with a literal name."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -64,6 +66,12 @@ def imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, str(a.value)) for a in node.args[:1] if isinstance(a, ast.Constant))
 
 
+def lazy(tree: ast.Module) -> set[int]:
+    """The lines of the imports that wait for a function's call."""
+    functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+    return {line for function in functions for line, _ in imports(function)}
+
+
 def target_unit(imported: str) -> str:
     """The unit behind 'paley.core.grids.load', 'paley.plan', or a name of the public door, 'paley.load'."""
     parts = imported.split(".")
@@ -73,6 +81,7 @@ def target_unit(imported: str) -> str:
 def broken_floors(source: Path) -> list[str]:
     """One line for each import that the floors forbid."""
     found = []
+    scripts = {path.stem for path in source.glob("*.py")}
     for module, tree in files(source):
         unit = unit_of(module)
         if unit not in FLOORS:
@@ -82,7 +91,11 @@ def broken_floors(source: Path) -> list[str]:
             where = f"{module}:{line}: imports {imported}"
             if imported.startswith("."):
                 found.append(f"{where}, relative; write the whole name")
+            elif imported.partition(".")[0] in scripts:
+                found.append(f"{where}, a script, which nothing imports")
             elif imported.partition(".")[0] == "paley":
+                if unit in scripts and line not in lazy(tree):
+                    found.append(f"{where} at its top, which takes seconds; import it in a function")
                 other = target_unit(imported)
                 here, there = FLOORS[unit], FLOORS.get(other)
                 if there is None:
@@ -118,6 +131,10 @@ def test_imports_go_down_only():
     assert broken_floors(SOURCE) == []
 
 
+def test_the_console_script_is_read_too():
+    assert unit_of("paley_command") in {unit_of(module) for module, _ in files(SOURCE)} & FLOORS.keys()
+
+
 def test_nothing_is_unpickled():
     assert unpickling(SOURCE) == []
 
@@ -149,11 +166,20 @@ def plant(source: Path, text: dict[str, str]) -> Path:
         ("data/texts.py", "from paley import theory", "across floor 2"),
         ("eval/a.py", "from paley.attic import f", "on no floor"),
         ("attic.py", "", "'attic' is on no floor"),
+        ("../paley_attic.py", "", "'paley_attic' is on no floor"),
+        ("../paley_command.py", "from paley.cli import app", "paley.cli.app at its top"),
+        ("../paley_command.py", "def main():\n    from paley.pipeline import run\n    import paley", "across floor 6"),
     ],
 )
 def test_a_planted_violation_is_found(tmp_path, file, code, complaint):
     (found,) = broken_floors(plant(tmp_path, {file: code}))
     assert complaint in found
+
+
+def test_nothing_imports_the_console_script(tmp_path):
+    planted = {"../paley_command.py": "", "cli/a.py": "def f():\n    from paley_command import main"}
+    (found,) = broken_floors(plant(tmp_path, planted))
+    assert found == "paley.cli.a:2: imports paley_command.main, a script, which nothing imports"
 
 
 def test_what_the_floors_allow_passes(tmp_path):
@@ -163,6 +189,7 @@ def test_what_the_floors_allow_passes(tmp_path):
         "model/fold.py": "import transformers\nfrom paley.model.adapter import Block\nfrom paley import plan",
         "__init__.py": "from paley.pipeline import quantize",
         "cli.py": "import paley\nfrom paley import pipeline",
+        "../paley_command.py": "import os\ndef main():\n    from paley.cli import app",
     }
     assert broken_floors(plant(tmp_path, allowed)) == []
 
@@ -181,6 +208,7 @@ def test_what_the_floors_allow_passes(tmp_path):
 )
 def test_planted_unpickling_is_found(tmp_path, code):
     assert len(unpickling(plant(tmp_path, {"core/a.py": code}))) == 1
+    assert len(unpickling(plant(tmp_path, {"../script.py": code}))) == 2
 
 
 def test_importing_paley_leaves_the_extras_alone():

@@ -50,7 +50,8 @@ def test_planes_are_the_bits():
     assert torch.equal(sum(plane.int() << a for a, plane in enumerate(bits)), codes.int())
 
 
-def test_the_reference_is_the_definition():
+def test_the_reference_is_the_definition(monkeypatch):
+    monkeypatch.setenv("PALEY_BACKEND", "auto")  # native kernels, asked for by name, refuse groups as small as these
     for shape in SHAPES[:3]:
         given = example(*shape)
         expected = by_hand(*given)
@@ -128,6 +129,18 @@ def test_meta_tensors_and_the_rules_for_ops():
     y = torch.ops.paley.planes_matmul(*meta, codes.to("meta"), centroids.to("meta"), 17)
     assert (y.shape, y.dtype, y.device.type) == ((3, 17), torch.float32, "meta")
     torch.library.opcheck(torch.ops.paley.planes_matmul.default, (x_codes, x_scales, x_zeros, codes, centroids, 17))
+    torch.library.opcheck(torch.ops.paley.planes_pack.default, (codes, centroids))
+
+
+def test_inputs_on_another_device_are_refused():
+    *x, codes, centroids = example(3, 17, 4, 32)
+    elsewhere = [y.to("meta") for y in x]
+    for product in (
+        lambda: planes.reference(*elsewhere, codes, centroids, 17),
+        lambda: planes.binary_arithmetic(*elsewhere, codes, centroids),
+    ):
+        with pytest.raises(PaleyError, match="inputs are on meta, but the weight was prepared on cpu"):
+            product()
 
 
 @pytest.mark.gpu

@@ -1,8 +1,10 @@
 """Undoing the format: what stock transformers computes from the plain folder is what the quantized model computes."""
 
+import errno
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -191,6 +193,7 @@ def test_where_the_output_may_be(made, tmp_path, monkeypatch):
         (tmp_path, "holds the model"),
         (made / "plain", "lies in the model's own folder"),
         (Path("/"), "is no name for a new folder"),
+        (tmp_path / ("x" * 253), "cannot be written: File name too long"),
     ]:
         for overwrite in (False, True):
             with pytest.raises(PaleyError, match=complaint):
@@ -218,6 +221,97 @@ def test_overwrite_replaces_what_paley_made(made, tmp_path):
     dequantize(made, output=plain, overwrite=True)
     assert not (plain / "old").exists()
     assert json.loads((plain / "config.json").read_text())["dtype"] == "float16"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out", "plain"]
+
+
+def test_a_folder_of_someone_else_in_the_place_of_its_own_is_kept(made, tmp_path):
+    work = tmp_path / ".plain.tmp"
+    for names in (["novel.txt"], ["lock", "novel.txt"], ["new", "replaced"]):
+        work.mkdir()
+        for name in names:
+            (work / name).write_text("never saved elsewhere")
+        with pytest.raises(PaleyError, match=r"\.plain\.tmp: is no work folder of Paley; move it away"):
+            dequantize(made, output=tmp_path / "plain", overwrite=True)
+        assert sorted(p.name for p in work.iterdir()) == names
+        shutil.rmtree(work)
+    work.touch()
+    with pytest.raises(PaleyError, match=r"\.plain\.tmp: is no work folder of Paley; move it away"):
+        dequantize(made, output=tmp_path / "plain")
+    assert work.exists()
+
+
+def test_the_model_in_the_place_of_its_own_folder_is_kept(made, tmp_path, monkeypatch):
+    work = tmp_path / ".plain.tmp"
+    for inside in ("", "new"):
+        source = work / inside
+        shutil.copytree(made, source)
+        (work / "lock").touch()
+        before = sorted(work.rglob("*"))
+        with pytest.raises(PaleyError, match=r"plain: is made in .*\.plain\.tmp, which holds the model"):
+            dequantize(source, output=tmp_path / "plain", overwrite=True)
+        assert sorted(work.rglob("*")) == before
+        monkeypatch.chdir(work)
+        with pytest.raises(PaleyError, match=r"plain: is made in .*\.plain\.tmp, which holds the current folder"):
+            dequantize(made, output=tmp_path / "plain", overwrite=True)
+        monkeypatch.chdir(tmp_path)
+        shutil.rmtree(work)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_appears_at_the_output_meanwhile_is_kept(made, tmp_path, overwrite):
+    plain = tmp_path / "plain"
+
+    def appear(total: int, name: str) -> None:
+        plain.mkdir(exist_ok=True)
+        (plain / "novel.txt").write_text("never saved elsewhere")
+
+    with pytest.raises(PaleyError, match=r"exists already|was not made by Paley"):
+        dequantize(made, output=plain, overwrite=overwrite, on_tensor=appear)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out", "plain"]
+    assert [p.name for p in plain.iterdir()] == ["novel.txt"]
+
+
+def test_a_refused_output_leaves_no_folder(made, tmp_path):
+    def refuse(total: int, name: str) -> None:
+        raise PaleyError("a bad tensor")
+
+    with pytest.raises(PaleyError, match="a bad tensor"):
+        dequantize(made, output=tmp_path / "x" / "y" / "z", on_tensor=refuse)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
+    (tmp_path / "plain").touch()
+    with pytest.raises(PaleyError, match="exists already"):  # before anything is read
+        dequantize(tmp_path / "no model", output=tmp_path / "plain")
+
+
+@pytest.fixture
+def undeletable(monkeypatch):
+    """A file called 'busy' is one that the system does not delete, as NFS does with one that is open."""
+    unlink = os.unlink
+
+    def refuse(path, **options):
+        if Path(path).name == "busy":
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        unlink(path, **options)
+
+    monkeypatch.setattr(os, "unlink", refuse)
+
+
+def test_an_older_output_that_cannot_be_deleted_is_named_and_blocks_nothing(made, tmp_path, undeletable, monkeypatch):
+    plain, work = tmp_path / "plain", tmp_path / ".plain.tmp"
+    dequantize(made, output=plain, dtype="float32")
+    (plain / "busy").touch()
+    for dtype in ("float16", "bfloat16"):
+        found = dequantize(made, output=plain, dtype=dtype, overwrite=True)
+        assert json.loads((plain / "config.json").read_text())["dtype"] == dtype
+        (left,) = found.leftover
+        assert left.parent == work
+        assert [p.name for p in left.rglob("*")] == ["busy"]
+    code, _, err = run("dequantize", made, "--output", plain, "--overwrite")
+    assert code == 0
+    assert err.endswith(f"warning: {left}: cannot be deleted; delete it yourself\n")
+    assert json.loads(run("dequantize", made, "--output", plain, "--overwrite", "--json")[1])["leftover"] == [str(left)]
+    monkeypatch.undo()
+    assert dequantize(made, output=plain, overwrite=True).leftover == ()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out", "plain"]
 
 
@@ -270,7 +364,7 @@ def test_killed_it_leaves_no_output_and_the_next_run_is_whole(made, tmp_path):
     plain = tmp_path / "plain"
     child = multiprocessing.get_context("fork").Process(target=_slowly, args=(made, plain))
     child.start()
-    while not (tmp_path / ".plain.tmp" / "new" / "config.json").exists():
+    while not (tmp_path / ".plain.tmp" / "new").exists():  # it is at its tensors from then on, for a second
         assert child.is_alive()
         time.sleep(0.01)
     os.kill(child.pid, signal.SIGKILL)
@@ -310,6 +404,29 @@ def test_killed_while_it_replaces_it_loses_nothing(made, tmp_path, renames, left
     dequantize(made, output=plain, overwrite=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out", "plain"]
     assert json.loads((plain / "config.json").read_text())["dtype"] == "float16"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_appears_after_a_kill_halfway_costs_nothing(made, tmp_path, overwrite):
+    torch.set_num_threads(1)
+    plain, aside = tmp_path / "plain", tmp_path / ".plain.tmp" / "replaced"
+    dequantize(made, output=plain, dtype="float32")
+    old = (plain / "model.safetensors").read_bytes()
+    child = multiprocessing.get_context("fork").Process(target=_killed_after, args=(1, made, plain))
+    child.start()
+    child.join()
+    plain.mkdir()
+    (plain / "results.json").write_text('{"run": "another"}')
+    with pytest.raises(PaleyError, match="exists already"):
+        dequantize(made, output=plain, overwrite=overwrite)
+    assert (aside / "model.safetensors").read_bytes() == old
+    assert (plain / "results.json").read_text() == '{"run": "another"}'
+    shutil.rmtree(plain)
+    with pytest.raises(PaleyError, match="exists already"):
+        dequantize(made, output=plain)
+    assert (plain / "model.safetensors").read_bytes() == old
+    dequantize(made, output=plain, overwrite=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out", "plain"]
 
 
 def test_stopped_while_it_replaces_it_puts_the_old_one_back(made, tmp_path, monkeypatch):
@@ -384,6 +501,12 @@ def test_the_verb_names_the_option_for_a_value_that_does_not_fit(made, tmp_path)
     save_file(tensors, file, metadata={"format": "pt"})
     _, _, err = run("dequantize", made, "--output", tmp_path / "plain")
     assert err.endswith("does not fit torch.float16; set --dtype float32 or --dtype bfloat16\n")
+
+
+def test_the_verb_leaves_a_path_as_it_is_written(tmp_path):
+    folder = tmp_path / "runs" / "dtype=float16" / "m"
+    _, _, err = run("dequantize", folder, "--output", tmp_path / "plain")
+    assert str(folder) in err
 
 
 def test_the_verb_refuses_by_name_and_drops_aloud(rounding, tmp_path):

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from paley.core import files
 from paley.core.errors import PaleyError
-from paley.core.files import write_atomic
+from paley.core.files import write_atomic, write_whole
 from paley.format.checkpoint import Checkpoint, ShardWriter, write_json, write_tensors
 
 TENSORS = {
@@ -233,6 +233,16 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     assert contents(tmp_path) == {"file": b"old"}
 
 
+@pytest.mark.parametrize(("sizes", "name"), [(60, "model.safetensors"), (10, "model-00001.safetensors")])
+@pytest.mark.parametrize(("code", "said"), [(errno.ENOSPC, "{name} needs "), (errno.EIO, "{name}: cannot be written")])
+def test_the_error_speaks_of_the_model_and_not_of_a_temporary_file(tmp_path, monkeypatch, sizes, name, code, said):
+    monkeypatch.setattr(files, "_write", Disk(5, code).write)
+    with pytest.raises(PaleyError) as error:
+        write(tmp_path, {"a": torch.zeros(10), "b": torch.zeros(5)}, max_shard_bytes=sizes)
+    assert said.format(name=name) in str(error.value)
+    assert ".tmp" not in str(error.value)
+
+
 def test_other_errors_of_the_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_write", Disk(5, errno.EIO).write)
     with pytest.raises(PaleyError, match="cannot be written: Input/output error"):
@@ -331,6 +341,17 @@ def test_write_atomic(tmp_path):
     write_atomic(str(tmp_path / "a"), b"\x00\xff")
     write_atomic(tmp_path / "b", "grün\n")
     assert contents(tmp_path) == {"a": b"\x00\xff", "b": "grün\n".encode()}
+
+
+def test_two_writers_of_one_file_leave_one_of_them_whole(tmp_path):
+    def chunks():
+        yield b"one half, "
+        write_atomic(tmp_path / "a", "in between")
+        assert contents(tmp_path)["a"] == b"in between"
+        yield b"the other"
+
+    write_whole(tmp_path / "a", chunks(), 19)
+    assert contents(tmp_path) == {"a": b"one half, the other"}
 
 
 def test_write_atomic_has_the_permissions_of_any_new_file(tmp_path):

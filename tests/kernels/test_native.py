@@ -122,11 +122,18 @@ def test_many_points():
 
 
 @built
-def test_a_level_that_this_machine_lacks_is_refused():
-    if native.best_level() == native.LEVELS[-1]:
-        pytest.skip(f"this machine has {native.LEVELS[-1]}, the highest")
-    with pytest.raises(PaleyError, match="bad argument"):
-        native.nearest_points(normal(3, 2), normal(4, 2), level=native.LEVELS[-1])
+def test_a_level_that_this_machine_lacks_is_refused(monkeypatch):
+    x, points = normal(3, 2), normal(4, 2)
+    with pytest.raises(PaleyError, match="level 'avx' is none of portable, avx2, avx512"):
+        native.nearest_points(x, points, level="avx")
+    monkeypatch.setattr(native, "_level", lambda what, level, best: native.LEVELS.index(best) + 1)
+    with pytest.raises(PaleyError, match="paley_nearest_points failed: bad argument"):  # by the library itself
+        native.nearest_points(x, points)
+    monkeypatch.undo()
+    monkeypatch.setattr(native, "best_level", lambda: "portable")
+    with pytest.raises(PaleyError, match="lacks instructions of level 'avx512'; its best is 'portable'"):
+        native.nearest_points(x, points, level="avx512")
+    assert torch.equal(native.nearest_points(x, points), reference(x, points))
 
 
 @built

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import logging
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +17,9 @@ from paley.core.errors import PaleyError
 from paley.kernels import native
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=f"native kernels: {kernels.why_unavailable()}")
-LEVELS = native.LEVELS[: native.LEVELS.index(native.best_level()) + 1] if kernels.available() else ()
+LEVELS = native.LEVELS[: native.LEVELS.index(native.best_planes_level()) + 1] if kernels.available() else ()
 WAYS = list(itertools.product(LEVELS, native.PATHS))
+CPUINFO = Path("/proc/cpuinfo")
 SHAPES = list(itertools.product((1, 2, 3, 17), (1, 17, 100), (32, 64, 96, 128)))  # tokens, out, group_size
 LARGE = [(1, 64, 512), (33, 65, 512), (70, 130, 256)]  # more than a tile of tokens, more than a panel of rows
 
@@ -41,6 +45,16 @@ def whole_numbers(tokens: int, out: int, group_size: int) -> tuple[Tensor, ...]:
     x_codes, x_scales, x_zeros, codes, centroids = example(tokens, out, group_size)
     x_scales = torch.exp2(integers(-3, 3, *x_scales.shape).float())
     return x_codes, x_scales, x_zeros, codes, integers(-9, 10, *centroids.shape).half()
+
+
+@pytest.fixture
+def subnormals_are_zeros():
+    """As some applications set the processor; for the caller's thread and those that it starts."""
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor has no such mode")
+    torch.set_flush_denormal(False)
+    yield lambda: torch.set_flush_denormal(True)
+    torch.set_flush_denormal(False)
 
 
 def products(given: tuple[Tensor, ...], threads: int = 1) -> dict[tuple[str, str], Tensor]:
@@ -129,9 +143,32 @@ def test_tiny_and_large_centroids():
     assert_close((x_codes, x_scales, x_zeros, codes, centroids.clamp(-1, 1) * 65504))
 
 
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_subnormal_centroids_count_also_where_subnormals_are_zeros(tokens, subnormals_are_zeros):
+    *x, codes, centroids = example(tokens, 40, 64)
+    tiny = (centroids.float() * 2.0**-20).half()
+    assert (tiny.float().abs() < 2.0**-14).all()
+    a, b = tiny[..., 0], tiny[..., 1]
+    for given in ((*x, codes, tiny), (*x, codes, torch.stack([-b, -a, a, b], -1))):
+        blob, expected = native.pack_planes(*given[3:]), products(given)
+        subnormals_are_zeros()
+        same_blob, found = native.pack_planes(*given[3:]), products(given) | products(given, threads=3)
+        torch.set_flush_denormal(False)
+        assert torch.equal(same_blob, blob)  # its header too: whether the centroids are mirrored
+        for way, y in found.items():
+            assert torch.equal(y, expected[way]), way
+            assert y.abs().min() > 0
+
+
+def test_minus_zero_is_the_same_each_way():
+    *x, codes, centroids = example(2, 40, 64)
+    assert_close((*x, codes, torch.full_like(centroids, -0.0)))
+
+
 def test_a_blob_takes_what_codes_and_centroids_take():
     given = example(1, 128, 128)
     assert len(native.pack_planes(*given[3:])) - 64 == 128 * 3 * (128 * 2 + 4 * 16) // 8
+    assert native.blob_bytes(128, 3, 128) - 64 == 128 * 3 * (128 * 2 + 4 * 16) // 8
 
 
 def test_what_fits():
@@ -139,13 +176,25 @@ def test_what_fits():
 
 
 @pytest.mark.parametrize("group_size", [16, 40, 544])
-def test_other_groups_fall_back_to_the_reference(group_size, monkeypatch):
+def test_other_groups_take_the_reference_and_auto_says_so_once(group_size, monkeypatch, caplog):
     kernels.register()
+    kernels._say_misfit.cache_clear()
     monkeypatch.setenv("PALEY_BACKEND", "auto")
+    kernels.backend()  # says what it took, before
     given = example(3, 17, group_size)
-    prepared = planes.prepare(*given[3:])
+    with caplog.at_level(logging.INFO, logger="paley"):
+        prepared = planes.prepare(*given[3:])
+        planes.prepare(*given[3:])
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert f"groups of {group_size} columns" in record.message
     assert prepared.centroids is given[4]
     assert torch.equal(planes.matmul(*given[:3], prepared), planes.reference(*given, 17))
+    monkeypatch.setenv("PALEY_BACKEND", "native")
+    with pytest.raises(PaleyError, match=f"take no groups of {group_size} columns.*set PALEY_BACKEND=auto"):
+        planes.prepare(*given[3:])
+    monkeypatch.setenv("PALEY_BACKEND", "reference")
+    assert planes.prepare(*given[3:]).centroids is given[4]
     with pytest.raises(PaleyError, match=f"group_size={group_size} is no multiple of 32 up to 512"):
         native.pack_planes(*given[3:])
 
@@ -169,11 +218,32 @@ def test_the_op_runs_the_kernel(monkeypatch):
     assert torch.equal(planes.matmul(*given[:3], planes.prepare(*given[3:])), expected)
 
 
-def test_the_rules_for_ops():
+@pytest.mark.parametrize("backend", ["native", "reference", "auto"])
+def test_the_rules_for_ops(backend, monkeypatch):
     kernels.register()
+    monkeypatch.setenv("PALEY_BACKEND", backend)
     given = example(3, 17, 64)
-    blob = native.pack_planes(*given[3:])
-    torch.library.opcheck(torch.ops.paley.planes_matmul.default, (*given[:3], blob, None, 17))
+    torch.library.opcheck(torch.ops.paley.planes_pack.default, given[3:])
+    prepared = planes.prepare(*given[3:])
+    weight = (prepared.weight, prepared.centroids, 17)
+    torch.library.opcheck(torch.ops.paley.planes_matmul.default, (*given[:3], *weight))
+    assert torch.ops.paley.planes_pack(*(x.to("meta") for x in given[3:])).shape == (17, 192)
+
+
+def test_other_devices_are_refused(monkeypatch):
+    kernels.register()
+    monkeypatch.setenv("PALEY_BACKEND", "native")
+    *x, codes, centroids = example(3, 17, 64)
+    blob, elsewhere = native.pack_planes(codes, centroids), [y.to("meta") for y in x]
+    with pytest.raises(PaleyError, match="inputs are on meta, but the weight was prepared on cpu; move the inputs"):
+        planes.reference(*elsewhere, blob, None, 17)
+    with pytest.raises(PaleyError, match="which run on the CPU only, not on meta; prepare it again"):
+        planes.reference(*elsewhere, blob.to("meta"), None, 17)
+    for given in ((*elsewhere, blob), (*x, blob.to("meta"))):
+        with pytest.raises(PaleyError, match="native kernels run on the CPU, got a tensor on meta"):
+            native.planes_matmul(*given, 17)
+    with pytest.raises(PaleyError, match="native kernels run on the CPU, got a tensor on meta"):
+        native.pack_planes(codes.to("meta"), centroids.to("meta"))
 
 
 def test_inputs_of_another_shape_are_refused():
@@ -203,6 +273,45 @@ def test_unknown_ways_are_refused():
         native.planes_matmul(*given[:3], blob, 16, path="dot")
     with pytest.raises(PaleyError, match="bad argument"):
         native.planes_matmul(*given[:3], blob, 16, threads=0)
-    if native.best_level() != native.LEVELS[-1]:
-        with pytest.raises(PaleyError, match="bad argument"):
-            native.planes_matmul(*given[:3], blob, 16, level=native.LEVELS[-1])
+    with pytest.raises(PaleyError, match="level 'avx' is none of portable, avx2, avx512"):
+        native.planes_matmul(*given[:3], blob, 16, level="avx")
+
+
+def test_a_level_that_this_machine_lacks_is_refused(monkeypatch):
+    given = example(1, 16, 32)
+    blob = native.pack_planes(*given[3:])
+    y = native.planes_matmul(*given[:3], blob, 16)
+    monkeypatch.setattr(native, "_level", lambda what, level, best: native.LEVELS.index(best) + 1)
+    with pytest.raises(PaleyError, match="paley_planes_matmul failed: bad argument"):  # by the library itself
+        native.planes_matmul(*given[:3], blob, 16)
+    monkeypatch.undo()
+    monkeypatch.setattr(native, "best_planes_level", lambda: "portable")
+    with pytest.raises(PaleyError, match="lacks instructions of level 'avx512'; its best is 'portable'"):
+        native.planes_matmul(*given[:3], blob, 16, level="avx512")
+    assert torch.equal(native.planes_matmul(*given[:3], blob, 16), y)
+
+
+@pytest.mark.skipif(not CPUINFO.exists(), reason="needs Linux")
+def test_the_best_level_for_planes_is_what_the_processor_says():
+    flags = set(re.findall(r"\w+", next(iter(re.findall(r"^flags\s*:(.*)$", CPUINFO.read_text(), re.M)), "")))
+    needs = {"avx2": {"avx2", "fma", "f16c"}}
+    needs["avx512"] = {"avx2", "fma", "avx512f", "avx512bw", "avx512vbmi", "avx512_vnni", "avx512_vpopcntdq"}
+    has = [level for level in native.LEVELS if needs.get(level, set()) <= flags]
+    assert native.best_planes_level() == has[-1]
+    assert native.LEVELS.index(native.best_planes_level()) <= native.LEVELS.index(native.best_level())
+
+
+def test_the_library_itself_refuses_other_blobs(monkeypatch):
+    given = example(1, 17, 64)
+    blob = native.pack_planes(*given[3:])
+    for byte, value in ((0, 0), (4, 18), (8, 2), (12, 1), (16, 2), (19, 255)):  # magic, out, groups, words, mirrored
+        other = blob.clone()
+        other[byte] = value
+        with pytest.raises(PaleyError, match="paley_planes_matmul failed: bad argument"):
+            native.planes_matmul(*given[:3], other, 17)
+    for other in (blob[:-1], blob[:64], blob[:3], blob[:0], torch.cat([blob, blob])):
+        monkeypatch.setattr(native, "blob_bytes", lambda *shape, other=other: len(other))
+        with pytest.raises(PaleyError, match="paley_planes_matmul failed: bad argument"):
+            native.planes_matmul(*given[:3], other, 17)
+        with pytest.raises(PaleyError, match="paley_pack_planes failed: bad argument"):
+            native.pack_planes(*given[3:])

@@ -227,7 +227,10 @@ def test_what_stands_in_the_way_is_said_before_the_checkpoint_is_read(text, tmp_
 
 def test_the_current_folder_and_the_model_are_not_replaced(model_folder, text, tmp_path, monkeypatch):
     copied = shutil.copytree(model_folder, tmp_path / "models" / "mine")
+    inside = shutil.copytree(model_folder, tmp_path / "new.run" / "checkpoint")
     before = contents(tmp_path)
+    with pytest.raises(PaleyError, match=r"new\.run: holds the model"):
+        quantize(inside, recipe(text), output=tmp_path / "new", overwrite=True)
     for output in (copied, tmp_path / "models"):
         with pytest.raises(PaleyError, match=r"holds the model|was not made by Paley"):
             quantize(copied, recipe(text), output=output, overwrite=True)

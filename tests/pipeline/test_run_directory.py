@@ -84,6 +84,34 @@ def test_a_publication_killed_halfway_gives_the_old_output_back_to_a_run_that_st
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("how", [{"resume": True}, {"overwrite": True}])
+def test_what_appears_while_a_publication_is_half_done_costs_nothing(tmp_path, monkeypatch, kill_at, how):
+    output = tmp_path / "out"
+    make(output, "key", "old")
+    kill_at(1)
+    with pytest.raises(Killed):
+        make(output, "key", "new", overwrite=True)
+    monkeypatch.undo()
+    make(tmp_path / "other", "other key", "beside")
+    (tmp_path / "other").rename(output)
+    with pytest.raises(PaleyError, match=r"out: exists already, .*out\.run/replaced .*; move one of the two away"):
+        make(output, "key", "made twice", **how)
+    kept = [(folder / "content").read_text() for folder in (output, tmp_path / "out.run" / "replaced")]
+    assert kept == ["beside", "old"]
+    output.rename(tmp_path / "other")
+    assert not make(output, "key", "made twice", resume=True)
+    assert (output / "content").read_text() == "new"
+
+
+def test_a_refused_run_leaves_no_folder(tmp_path):
+    with (
+        pytest.raises(PaleyError, match="a bad model"),
+        open_run(tmp_path / "x" / "y" / "out", "key", resume=False, overwrite=False),
+    ):
+        raise PaleyError("a bad model")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_removal_killed_halfway_leaves_a_finished_run(tmp_path, monkeypatch):
     def half(path, **kwargs):
         (Path(path) / "lock").unlink(missing_ok=True)

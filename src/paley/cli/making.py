@@ -18,6 +18,7 @@ from paley.cli.progress import watching
 from paley.cli.wish import Wish
 from paley.cli.work import check_device, is_paley
 from paley.core.errors import PaleyError
+from paley.format.folders import taken
 from paley.pipeline.curve import accuracy_size_curve
 from paley.pipeline.run_directory import RunDirectory
 from paley.sensitivity import Sensitivity
@@ -174,7 +175,7 @@ def plan_verb(
     if output.is_dir():
         raise PaleyError(f"{output}: is a folder; give the plan's file")
     if output.exists() and not overwrite:
-        raise PaleyError(f"{output}: exists already; choose another --output, or replace it with --overwrite")
+        raise taken(output)
     if not output.absolute().parent.is_dir():
         raise PaleyError(f"{output}: there is no folder {output.parent}; make it first")
     with naming(wish.options()), watching() as monitor:

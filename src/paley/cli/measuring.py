@@ -18,6 +18,7 @@ from paley.cli.progress import watching
 from paley.cli.work import check_device
 from paley.core.errors import PaleyError
 from paley.eval.figures import with_error
+from paley.format.folders import taken
 from paley.methods.sensitivity import LEVELS
 from paley.model.loading import read_config, resolve
 from paley.model.sensitivity import KINDS
@@ -118,7 +119,7 @@ def _check_output(output: Path, partial: Path, *, resume: bool, overwrite: bool)
     if not output.absolute().parent.is_dir():
         raise PaleyError(f"{output}: there is no folder {output.parent}; make it first")
     if output.exists() and not overwrite and not (resume and partial.exists()):
-        raise PaleyError(f"{output}: exists already; choose another --output, or replace it with --overwrite")
+        raise taken(output)
     if partial.exists() and not (resume or overwrite):
         raise PaleyError(
             f"{partial}: an unfinished measurement is here; go on with --resume, or start anew with --overwrite"

@@ -8,10 +8,13 @@ from dataclasses import asdict
 import paley
 from paley.cli import display, options
 from paley.cli.app import app
-from paley.cli.process import naming, peak_memory, shell
+from paley.cli.process import naming, peak_memory, say, shell
 from paley.cli.progress import watching
 
 __all__ = ["dequantize_verb"]
+
+# Of "set dtype=float32 or dtype=bfloat16" alone: a path may have a "dtype=" in it.
+_AS_OPTIONS = {"; set dtype=": "; set --dtype ", " or dtype=": " or --dtype "}
 
 
 @app.command("dequantize")
@@ -31,7 +34,7 @@ def dequantize_verb(
     Example: `paley dequantize llama-w4 --output llama-plain`
     """
     start, seen = time.monotonic(), 0
-    with naming({"dtype=": "--dtype "}), watching() as monitor:
+    with naming(_AS_OPTIONS), watching() as monitor:
 
         def on_tensor(total: int, name: str) -> None:
             nonlocal seen
@@ -44,8 +47,11 @@ def dequantize_verb(
             folder, output=output, weights_only=weights_only, dtype=dtype, overwrite=overwrite, on_tensor=on_tensor
         )
     cost = display.Cost(time.monotonic() - start, peak_memory())
+    for path in made.leftover:
+        say(f"warning: {path}: cannot be deleted; delete it yourself")
     if as_json:
-        display.emit(asdict(made) | asdict(cost) | {"output": str(made.output)})
+        paths = {"output": str(made.output), "leftover": [str(path) for path in made.leftover]}
+        display.emit(asdict(made) | asdict(cost) | paths)
         return
     rows = [("bytes on disk", f"{made.quantized_bytes:,}", f"{made.bytes:,}"), *cost.rows()]
     display.show(display.table(("", "quantized", "plain"), rows))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -12,7 +13,7 @@ from typing import BinaryIO
 
 from paley.core.errors import PaleyError
 
-__all__ = ["Chunk", "disk", "publish", "temporary", "write_atomic", "write_synced", "write_whole"]
+__all__ = ["Chunk", "disk", "publish", "write_atomic", "write_synced", "write_whole"]
 
 Chunk = bytes | memoryview
 
@@ -25,15 +26,14 @@ def write_atomic(path: str | Path, data: str | bytes) -> None:
     write_whole(Path(path), [chunk], len(chunk))
 
 
-def temporary(path: Path) -> Path:
-    """Where `path` is written first; what a killed run left there is overwritten by the next."""
-    return path.with_name(f".{path.name}.tmp")
-
-
 def write_whole(path: Path, chunks: Iterable[Chunk], needed: int) -> None:
-    """Writes the chunks, `needed` bytes in all, under a temporary name, and renames that to `path`."""
-    write_synced(temporary(path), chunks, needed, meant=path)
-    publish([(temporary(path), path)])
+    """Writes the chunks, `needed` bytes in all, under a temporary name, and renames that to `path`.
+
+    The name is this call's own: of two that write one file at a time, the last leaves it whole.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    write_synced(temporary, chunks, needed, meant=path)
+    publish([(temporary, path)])
 
 
 def write_synced(path: Path, chunks: Iterable[Chunk], needed: int, *, meant: Path | None = None) -> None:
@@ -61,7 +61,8 @@ def publish(moves: Sequence[tuple[Path, Path]]) -> None:
                 os.replace(before, after)
     finally:
         for before, _ in moves:
-            before.unlink(missing_ok=True)
+            with suppress(OSError):  # as a rule it is gone; else what went wrong first is what to say
+                before.unlink()
     if moves and os.name == "posix":  # elsewhere a folder cannot be opened
         folder = moves[0][1].parent
         with disk(folder):

@@ -79,8 +79,10 @@ def reference(
 ) -> Tensor:
     """As `matmul`, of codes and centroids, in plain torch on any device: both sides dequantized, in float32."""
     check_inputs(x_codes, x_scales, x_zeros)
+    _check_devices(x_codes, weight)
     if centroids is None:
-        raise PaleyError("planes: this weight was packed for native kernels, which are off now; prepare it again")
+        why = "are off now" if weight.device.type == "cpu" else f"run on the CPU only, not on {weight.device}"
+        raise PaleyError(f"planes: this weight was packed for native kernels, which {why}; prepare it again")
     check_weight(weight, centroids)
     _check_pair(x_codes, x_scales, weight, centroids, out)
     groups = x_scales.shape[1]
@@ -168,7 +170,16 @@ def check_inputs(x_codes: Tensor, x_scales: Tensor, x_zeros: Tensor) -> None:
         raise PaleyError(f"planes: inputs are on {x_codes.device}, {x_scales.device} and {x_zeros.device}; move them")
 
 
+def _check_devices(x_codes: Tensor, weight: Tensor) -> None:
+    if x_codes.device != weight.device:
+        raise PaleyError(
+            f"planes: the inputs are on {x_codes.device}, but the weight was prepared on {weight.device}; "
+            "move the inputs, or prepare the weight where they are"
+        )
+
+
 def _check_pair(x_codes: Tensor, x_scales: Tensor, codes: Tensor, centroids: Tensor, out: int) -> None:
+    _check_devices(x_codes, codes)
     have, want = (x_codes.shape[1], x_scales.shape[1], out), (codes.shape[1], centroids.shape[1], len(codes))
     if have != want:
         raise PaleyError(f"planes: the inputs are for (columns, groups, out) = {have}, but the weight is of {want}")

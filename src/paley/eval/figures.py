@@ -8,7 +8,10 @@ __all__ = ["with_error"]
 
 
 def with_error(value: float, stderr: float | None, form: str) -> str:
-    """'0.1234 ± 0.0056': to two digits of the standard error; without one, or where it is 0, in `form`."""
+    """'0.1234 ± 0.0056': to two digits of the standard error; without one, or where it is 0, in `form`.
+
+    So is a value with an error below 1e-7, unless it is small itself and has four digits, '3.212e-12 ± 4.2e-14'.
+    """
     if stderr is None:
         return f"{value:{form}}"
     sign, plain = ("+", form[1:]) if form.startswith("+") else ("", form)
@@ -16,6 +19,7 @@ def with_error(value: float, stderr: float | None, form: str) -> str:
         return f"{value:{form}} ± {stderr:{plain}}"
     decimals = 1 - math.floor(math.log10(float(f"{stderr:.1e}")))  # of 0.0996, which shows as 0.10, too
     if decimals > 8:
-        return f"{value:{sign}.4g} ± {stderr:.2g}"
+        shown = f"{value:{sign}#.4g}" if 0 < abs(value) < 1 else f"{value:{form}}"
+        return f"{shown} ± {stderr:.2g}"
     decimals = max(decimals, 0)
     return f"{value:{sign}.{decimals}f} ± {stderr:.{decimals}f}"

@@ -73,7 +73,7 @@ class ShardWriter:
         if self._closed:
             return
         if self._pending:
-            self._flush()
+            self._flush(last=True)
         count = len(self._shards)
         if not count:
             raise PaleyError(f"{self.folder}: no tensors were added; a checkpoint needs at least one")
@@ -119,9 +119,11 @@ class ShardWriter:
         except OSError as error:
             raise PaleyError(f"{self.folder}: cannot be written: {error.strerror or error}") from error
 
-    def _flush(self) -> None:
+    def _flush(self, *, last: bool = False) -> None:
+        i = len(self._shards)
+        meant = self.folder / (SINGLE if last and not i else f"model-{i + 1:05d}.safetensors")
         try:
-            write_synced(self._part(len(self._shards)), *_contents(self._pending))
+            write_synced(self._part(i), *_contents(self._pending), meant=meant)
         except BaseException:
             self.abort()
             raise

@@ -20,6 +20,8 @@ __all__ = [
     "LEVELS",
     "PATHS",
     "best_level",
+    "best_planes_level",
+    "blob_bytes",
     "fits",
     "load",
     "nearest_points",
@@ -40,6 +42,7 @@ _BUILD = "install a C++ compiler and run `make setup` (or `pip install -e .`) ag
 
 _SIGNATURES: dict[str, list[Any]] = {
     "paley_best_level": [],
+    "paley_best_planes_level": [],
     "paley_nearest_points": [
         ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32,
         ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p,
@@ -49,8 +52,9 @@ _SIGNATURES: dict[str, list[Any]] = {
         ctypes.c_void_p,
     ],
     "paley_planes_matmul": [
-        ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32,
-        ctypes.c_int32, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p,
+        ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64,
+        ctypes.c_int32, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32,
+        ctypes.c_void_p,
     ],
 }  # fmt: skip
 
@@ -88,8 +92,13 @@ def why_missing() -> str | None:
 
 
 def best_level() -> str:
-    """The best of LEVELS that this machine has."""
+    """The best of LEVELS that this machine has for `nearest_points`."""
     return LEVELS[load().paley_best_level()]
+
+
+def best_planes_level() -> str:
+    """Likewise for `planes_matmul`, which needs more of each level: see csrc/paley.h."""
+    return LEVELS[load().paley_best_planes_level()]
 
 
 def nearest_points(x: Tensor, points: Tensor, *, level: str | None = None, threads: int | None = None) -> Tensor:
@@ -100,6 +109,7 @@ def nearest_points(x: Tensor, points: Tensor, *, level: str | None = None, threa
     library = load()
     nearest.check(x, points)
     shape = x.shape[:-1]
+    number = _level("nearest_points", level, best_level())
     x, points = nearest.prepare(x, points)
     codes = torch.empty(len(x), dtype=torch.int32)
     if threads is None:
@@ -107,7 +117,7 @@ def nearest_points(x: Tensor, points: Tensor, *, level: str | None = None, threa
     _call(
         library.paley_nearest_points,
         x.data_ptr(), len(x), points.data_ptr(), *points.shape,
-        LEVELS.index(level or best_level()), threads, codes.data_ptr(),
+        number, threads, codes.data_ptr(),
     )  # fmt: skip
     return codes.view(shape)
 
@@ -115,6 +125,11 @@ def nearest_points(x: Tensor, points: Tensor, *, level: str | None = None, threa
 def fits(group_size: int) -> bool:
     """Whether the planes kernels take groups of so many columns: whole words of 32, and sums that stay exact."""
     return group_size % 32 == 0 and 32 <= group_size <= 512
+
+
+def blob_bytes(out: int, groups: int, group_size: int) -> int:
+    """What `pack_planes` takes: a header, then a record for each 16 rows and group; csrc/planes.h has the layout."""
+    return 64 + -(-out // 16) * groups * (4 * group_size + 128)
 
 
 def pack_planes(codes: Tensor, centroids: Tensor) -> Tensor:
@@ -127,9 +142,13 @@ def pack_planes(codes: Tensor, centroids: Tensor) -> Tensor:
     out, groups, _ = centroids.shape
     group_size = codes.shape[1] // groups
     if not fits(group_size):
-        raise PaleyError(f"pack_planes: group_size={group_size} is no multiple of 32 up to 512; take the reference")
+        raise PaleyError(
+            f"pack_planes: group_size={group_size} is no multiple of 32 up to 512; quantize in groups that are, "
+            "or take the reference (PALEY_BACKEND=auto does)"
+        )
+    _check_cpu("pack_planes", codes)
     codes, centroids = codes.contiguous(), centroids.contiguous()
-    blob = torch.empty(64 + -(-out // 16) * groups * (4 * group_size + 128), dtype=torch.uint8)
+    blob = torch.empty(blob_bytes(out, groups, group_size), dtype=torch.uint8)
     _call(
         library.paley_pack_planes,
         codes.data_ptr(), centroids.data_ptr(), out, groups, group_size, len(blob), blob.data_ptr(),
@@ -157,10 +176,11 @@ def planes_matmul(
     if path not in PATHS:
         raise PaleyError(f"planes_matmul: path {path!r} is none of {', '.join(PATHS)}{nearest_name(path, PATHS)}")
     planes.check_inputs(x_codes, x_scales, x_zeros)
+    _check_cpu("planes_matmul", x_codes, blob)
+    number = _level("planes_matmul", level, best_planes_level())
     tokens, n = x_codes.shape
     groups = x_scales.shape[1]
-    blocks, record = -(-out // 16), 4 * (n // groups) + 128
-    if blob.dtype != torch.uint8 or blob.dim() != 1 or len(blob) != 64 + blocks * groups * record:
+    if blob.dtype != torch.uint8 or blob.dim() != 1 or len(blob) != blob_bytes(out, groups, n // groups):
         raise PaleyError(
             f"planes_matmul: a blob of {blob.dtype} {list(blob.shape)} is not of {out} rows, {groups} groups and {n} "
             "columns; the inputs must have the weight's shape"
@@ -171,10 +191,26 @@ def planes_matmul(
         threads = max(1, min(torch.get_num_threads(), tokens * out * n // _PLANES_SHARE))
     _call(
         library.paley_planes_matmul,
-        x_codes.data_ptr(), x_scales.data_ptr(), x_zeros.data_ptr(), tokens, blob.data_ptr(), out, groups, n // groups,
-        PATHS.index(path), LEVELS.index(level or best_level()), threads, y.data_ptr(),
+        x_codes.data_ptr(), x_scales.data_ptr(), x_zeros.data_ptr(), tokens, blob.data_ptr(), len(blob),
+        out, groups, n // groups, PATHS.index(path), number, threads, y.data_ptr(),
     )  # fmt: skip
     return y
+
+
+def _level(what: str, level: str | None, best: str) -> int:
+    """The number of `level`, or of the best where none is named: a level asked for by name is taken or refused."""
+    level = best if level is None else level
+    if level not in LEVELS:
+        raise PaleyError(f"{what}: level {level!r} is none of {', '.join(LEVELS)}{nearest_name(level, LEVELS)}")
+    if LEVELS.index(level) > LEVELS.index(best):
+        raise PaleyError(f"{what}: this machine lacks instructions of level {level!r}; its best is {best!r}")
+    return LEVELS.index(level)
+
+
+def _check_cpu(what: str, *tensors: Tensor) -> None:
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            raise PaleyError(f"{what}: native kernels run on the CPU, got a tensor on {tensor.device}; move it")
 
 
 def _call(function: Callable[..., int], *arguments: int) -> None:

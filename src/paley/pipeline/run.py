@@ -187,8 +187,9 @@ def _evaluate(model: PreTrainedModel, test: TokenBlocks, reference: Reference | 
 def _check_not_inside(output: Path, model: Path) -> None:
     """Raises where replacing `output` would take the model, or the ground that the user stands on, away."""
     for what, path in (("the model", model), ("the current folder", Path.cwd())):
-        if path.resolve().is_relative_to(output.resolve()):
-            raise PaleyError(f"{output}: holds {what} {path.resolve()}; choose another --output")
+        for taken in (output, RunDirectory(output, "").path):
+            if path.resolve().is_relative_to(taken.resolve()):
+                raise PaleyError(f"{taken}: holds {what} {path.resolve()}; choose another --output")
 
 
 def _reference(source: Source, test: TokenBlocks, run: RunDirectory, monitor: Monitor, device: str) -> Reference:

@@ -17,12 +17,11 @@ from pydantic import ValidationError
 
 from paley.core.errors import PaleyError
 from paley.format.files import write_json
-from paley.format.folders import LOCK, exchange, locked, restore
+from paley.format.folders import LOCK, RESULTS, check_free, exchange, locked, restore
 from paley.plan import Trial
 
 __all__ = ["RunDirectory", "check_output", "open_run"]
 
-RESULTS = "results.json"
 SETTINGS = "run.json"
 _CLEARED = "cleared"
 
@@ -125,14 +124,9 @@ class RunDirectory:
 def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
     """Raises where an output or an unfinished run is in the way; needs no key, so that nothing is read before."""
     run = RunDirectory(output, "")
-    ours = not run.output.exists() or "run" in _read(run.output / RESULTS)
-    if overwrite and not ours and not (run.output.is_dir() and not any(run.output.iterdir())):
-        raise PaleyError(f"{output}: was not made by Paley, so --overwrite does not delete it; move it away yourself")
-    if resume or overwrite:
-        return
-    if run.output.exists():
-        raise PaleyError(f"{output}: exists already; choose another --output, or replace it with --overwrite")
-    if run.path.exists():
+    if overwrite or not resume:
+        check_free(output, overwrite=overwrite)
+    if run.path.exists() and not (resume or overwrite):
         raise PaleyError(f"{run.path}: an unfinished run is here; go on with --resume, or start anew with --overwrite")
 
 
@@ -154,7 +148,7 @@ def open_run(output: Path, key: str, *, resume: bool, overwrite: bool) -> Iterat
         settings = run.path / SETTINGS
         state = _read(settings).get("run")
         if not resume or state in (None, _CLEARED):
-            restore(run.output, run.replaced)  # where the run there was killed as it published
+            restore(run.checkpoint, run.output, run.replaced)  # where the run there was killed as it published
             _start(run, replaces=overwrite and run.output.exists())
         elif state != key:
             raise PaleyError(

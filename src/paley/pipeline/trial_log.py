@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from paley.core.errors import PaleyError
+from paley.format.folders import hold
 from paley.methods.sensitivity import Delta
 
 __all__ = ["remembering"]
@@ -27,10 +27,7 @@ def remembering(delta: Delta, file: str | Path | None, settings: dict[str, objec
     except OSError as error:
         raise PaleyError(f"{file}: cannot be written ({error})") from None
     with log:
-        try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise PaleyError(f"{file}: another run is at work on it; wait for it, or choose another output") from None
+        hold(log, file)
         log.seek(0)
         text = log.read()
         whole = text[: text.rfind("\n") + 1]
