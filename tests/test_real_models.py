@@ -72,3 +72,22 @@ def test_the_demo_model_generates_from_packed_keys_and_values(tmp_path):
     # 6 layers x (64 keys + 64 values) x 4 bits, a scale and a zero each
     tokens = made.shape[1] - 1
     assert cache.nbytes == tokens * 6 * 2 * (32 + 2 + 1)
+
+
+@torch.no_grad()
+def test_binary_weights_beat_integers_of_two_bits_and_run_on_their_planes(shared_dir, tmp_path):
+    text = shared_dir / "data" / "text" / "tinystories_train_head_ajay.txt"
+    sizes = [f"calibration.source={text}", "weights.group_size=128", "inputs.group_size=128"]
+    for part, count in (("calibration", 24), ("test", 12)):
+        sizes += [f"{part}.sequences={count}", f"{part}.seq_len=128"]
+    model, kl = shared_dir / "models" / "tinystories-656k-llama", {}
+    for name, settings in (
+        ("w1a4", ()),
+        ("quarot-w2a4kv4", ("inputs.grid=uint4", "keys.grid=uint4", "values.grid=uint4")),
+    ):
+        outcome = paley.quantize(model, apply_settings(preset(name), [*sizes, *settings]), output=tmp_path / name)
+        kl[name] = outcome.results["evaluation"]["kl"]
+    assert kl["w1a4"] < 0.8 * kl["quarot-w2a4kv4"]
+    ids = torch.randint(3, 300, (2, 64), generator=torch.Generator().manual_seed(0))
+    on_planes, on_floats = (paley.load(tmp_path / "w1a4", dense=dense)(ids).logits for dense in (False, True))
+    assert float(kl_divergence(on_floats, on_planes).mean()) < 1e-3  # on some machine the code of an input may flip
