@@ -1,11 +1,12 @@
 """The linearity theorem on whole models: writes benchmarks/results/linearity-MODEL.json.
 
-python benchmarks/linearity.py MODEL [--sequences 16] [--test 96] [--processes 1]
+python benchmarks/linearity.py MODEL [--sequences 16] [--test 96] [--processes 1] [--stretched]
 python benchmarks/linearity.py --draw
 Slopes on text of the model's own domain, on text that it samples itself and on random tokens; then random and uniform
 allocations of the two-dimensional grids to the linears (HIGGS, weights alone), and for each the predicted sum of
 alpha t^2, t^2 the grid's own, beside the measured KL and growth of perplexity on test text. --draw measures nothing:
-it renews the summaries of all files and draws them into docs/figures/linearity.png.
+it renews the summaries of all files and draws them into docs/figures/linearity.png. --stretched: scales as our preset
+has them, their error t^2 / (1 - t^2); into a file of its own, which is not drawn.
 """
 
 from __future__ import annotations
@@ -53,16 +54,16 @@ LINEAR = 0.67, 1.5
 
 
 @functools.cache
-def setting(model: str, sequences: int, test: int) -> tuple[Source, Texts, Reference, Plan]:
+def setting(model: str, sequences: int, test: int, scale_search: str) -> tuple[Source, Texts, Reference, Plan]:
     source = open_source(model_folder(model))
     blocks = texts(model, source.tokenizer(), calibration=sequences, search=0, test=test)
-    as_published = apply_settings(preset("higgs-2"), ["weights.scale_search=rms"])
-    plan = decide(source, as_published, blocks, None, Monitor(), "cpu")
+    recipe = apply_settings(preset("higgs-2"), [f"weights.scale_search={scale_search}"])
+    plan = decide(source, recipe, blocks, None, Monitor(), "cpu")
     return source, blocks, Reference.of(source.load(), blocks.test), plan
 
 
-def slopes(name: str, model: str, sequences: int, test: int) -> dict:
-    source, blocks, _, _ = setting(model, sequences, test)
+def slopes(name: str, model: str, sequences: int, test: int, scale_search: str) -> dict:
+    source, blocks, _, _ = setting(model, sequences, test, scale_search)
     tokenizer, seq_len = source.tokenizer(), MODELS[model].seq_len
     text = blocks.calibration
     if name.endswith("self"):
@@ -73,6 +74,12 @@ def slopes(name: str, model: str, sequences: int, test: int) -> dict:
     found = measure_on(source, text, metric=SLOPES[name])
     values = {n: [s.alpha, s.stderr, *(["clamped"] if s.clamped else [])] for n, s in found.slots.items()}
     return {"source": text.source, "tokens": text.ids.numel(), "baseline": found.baseline, "slopes": values}
+
+
+def error(grid: str, stretched: bool) -> float:
+    """t^2 of a layer on the grid."""
+    t2 = grids.load(grid).mse
+    return t2 / (1 - t2) if stretched else t2
 
 
 def allocations(sizes: dict[str, int]) -> dict[str, dict[str, str]]:
@@ -92,8 +99,8 @@ def allocations(sizes: dict[str, int]) -> dict[str, dict[str, str]]:
     return found
 
 
-def row(name: str, chosen: dict[str, str], model: str, sequences: int, test: int) -> dict:
-    source, blocks, reference, plan = setting(model, sequences, test)
+def row(name: str, chosen: dict[str, str], model: str, sequences: int, test: int, scale_search: str) -> dict:
+    source, blocks, reference, plan = setting(model, sequences, test, scale_search)
     linears = {n: replace(s, weight=replace(s.weight, grid=chosen[n])) for n, s in plan.linears.items()}
     plan = plan.model_copy(update={"linears": linears})
     quantized, reports = execute(source, plan, blocks, None, Monitor(), "cpu")
@@ -174,13 +181,15 @@ def agreement(columns: np.ndarray, names: np.ndarray) -> dict:
 
 def save(result: dict) -> None:
     result["summary"] = summary(result)
-    (RESULTS / f"linearity-{result['model']}.json").write_text(json_lines(result, levels=3) + "\n")
+    kind = "linearity-stretched" if "--stretched" in result["command"] else "linearity"
+    (RESULTS / f"{kind}-{result['model']}.json").write_text(json_lines(result, levels=3) + "\n")
 
 
 def draw() -> None:
     import matplotlib.pyplot as plt  # a dependency of this alone
 
-    found = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("linearity-*.json"))]
+    files = (RESULTS / f"linearity-{model}.json" for model in sorted(MODELS))
+    found = [json.loads(file.read_text()) for file in files if file.exists()]
     for result in found:
         save(result)
     figure, axes = plt.subplots(1, len(found), figsize=(5 * len(found) + 0.8, 4.4), squeeze=False, layout="constrained")
@@ -213,11 +222,12 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=96)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--draw", action="store_true", help="only renew summaries and the figure")
+    parser.add_argument("--stretched", action="store_true", help="scales by `unbiased` instead of `rms`")
     arguments = parser.parse_args()
     if arguments.draw or arguments.model is None:
         draw()
         return
-    where = arguments.model, arguments.sequences, arguments.test
+    where = arguments.model, arguments.sequences, arguments.test, "unbiased" if arguments.stretched else "rms"
     source, blocks, reference, plan = setting(*where)
     sizes = {name: prod(source.checkpoint.shape(f"{name}.weight")) for name in plan.linears}
     rows = allocations(sizes)
@@ -225,7 +235,7 @@ def main() -> None:
         "model": arguments.model, "command": " ".join(["python benchmarks/linearity.py", *sys.argv[1:]]),
         **provenance(), "test": blocks.test.source, "sequences": len(blocks.test.ids),
         "original_perplexity": float(reference.nll.double().mean().exp()),
-        "linears": sizes, "t2": {n: grids.load(n).mse for n in tables.names() if n.startswith("p2")},
+        "linears": sizes, "t2": {n: error(n, arguments.stretched) for n in tables.names() if n.startswith("p2")},
         "slopes": {}, "rows": {},
     }  # fmt: skip
     spawn = multiprocessing.get_context("spawn")
