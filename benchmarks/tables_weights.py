@@ -102,7 +102,9 @@ def _cell(row: dict, most: float) -> str:
 
 def linearity() -> list[str]:
     """Predicted loss against measured, by bits, and the layers whose error is not their grid's."""
-    found = {model: r["summary"] for model in MODELS if (r := read(f"linearity-{model}.json")) is not None}
+    files = {model: f"linearity-{model}.json" for model in MODELS}
+    files |= {f"{model}, stretched scales": f"linearity-stretched-{model}.json" for model in MODELS}
+    found = {name: r["summary"] for name, file in files.items() if (r := read(file)) is not None}
     if not found:
         return []
     lines = [
@@ -110,8 +112,8 @@ def linearity() -> list[str]:
         "",
         "![predicted against measured](figures/linearity.png)",
         "",
-        "48 allocations of p = 2 grids with scales by rms, HIGGS alone: what the slopes predict against what was",
-        "measured, KL in nats per token. `python benchmarks/linearity.py MODEL`",
+        "48 allocations of p = 2 grids, HIGGS alone, scales by rms unless said otherwise: what the slopes predict",
+        "against what was measured, KL in nats per token. `python benchmarks/linearity.py MODEL [--stretched]`",
         "",
         "| | " + " | ".join(found) + " |",
         "|---" * (len(found) + 1) + "|",
