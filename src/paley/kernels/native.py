@@ -35,7 +35,7 @@ LEVELS = ("portable", "avx2", "avx512")  # paley_level there
 PATHS = ("auto", "popcount", "dots", "tables")  # paley_path there
 _STATUS = ("ok", "bad argument", "out of memory", "internal error")
 _SHARE = 2**18  # scores that a thread should have to itself at least: starting one takes some 30 microseconds
-_PLANES_SHARE = 2**23  # likewise products of a weight and an input: some 0.1 ms
+_PLANES_SHARE = 2**27  # likewise products, some 1 ms: for less the threads that torch keeps spinning are in the way
 
 LIBRARY = Path(__file__).with_name("libpaley" + {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so"))
 _BUILD = "install a C++ compiler and run `make setup` (or `pip install -e .`) again"
