@@ -7,24 +7,12 @@ columns one stays in int8 where a method keeps any. Bits are those stored for ea
 
 from __future__ import annotations
 
-import argparse
 import json
-import re
-import time
 from collections.abc import Iterator
 
-from domain import MODELS, model_folder, texts
-from quality import RESULTS, provenance
+from experiment import Experiment
 
-from paley.core.errors import PaleyError
-from paley.eval.perplexity import evaluate
-from paley.eval.reference import Reference
 from paley.model.adapter import Adapter
-from paley.model.loading import Source, open_source
-from paley.pipeline.accounting import parameter_count, quantized_bits
-from paley.pipeline.monitor import Monitor
-from paley.pipeline.stages import decide, execute
-from paley.pipeline.texts import Texts
 from paley.recipe import Recipe, apply_settings, preset
 
 GROUP, SHARE = 128, 32
@@ -89,50 +77,11 @@ class Variants:
         return self.grouped("w1a4", "rotate=false", "center_keys=false", *settings, group=group, outliers=outliers)
 
 
-def measure(source: Source, recipe: Recipe, blocks: Texts, reference: Reference) -> dict:
-    start = time.time()
-    plan = decide(source, recipe, blocks, None, Monitor(), "cpu")
-    model, _ = execute(source, plan, blocks, None, Monitor(), "cpu")
-    found = evaluate(model, blocks.test, reference).to_dict()
-    return found | {"bits": quantized_bits(plan, source), "seconds": round(time.time() - start, 1)}
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", choices=MODELS)
-    parser.add_argument("--only", default="", help="rows that this expression finds; others stay as they were")
-    parser.add_argument("--calibration", type=int, default=128)
-    parser.add_argument("--test", type=int, default=96)
-    arguments = parser.parse_args()
-    source = open_source(model_folder(arguments.model))
-    blocks = texts(arguments.model, source.tokenizer(), calibration=arguments.calibration, search=8,
-                   test=arguments.test)  # fmt: skip
-    reference = Reference.of(source.load(), blocks.test)
-    file = RESULTS / f"binary-{arguments.model}.json"
-    rows = json.loads(file.read_text())["rows"] if arguments.only and file.exists() else {}
-    result = {
-        "model": arguments.model,
-        "parameters": parameter_count(source),
-        "sequences": {"calibration": arguments.calibration, "test": len(blocks.test.ids)},
-        "test": blocks.test.source,
-        **provenance(),
-        "original_nll": float(reference.nll.double().mean()),
-        "rows": rows,
-    }
-    block = Adapter(source.skeleton()).blocks[0]
+    experiment = Experiment("binary", Experiment.parser(__doc__, calibration=128, search=8, test=96).parse_args())
+    block = Adapter(experiment.source.skeleton()).blocks[0]
     for name, recipe in Variants(block.part("q").in_features, block.part("down").in_features).rows():
-        if not re.search(arguments.only, name):
-            continue
-        try:
-            row = measure(source, recipe, blocks, reference)
-        except PaleyError as error:  # what a method cannot do here is a result too
-            print(f"{name}: {error}", flush=True)
-            continue
-        result["rows"][name] = row | {"commit": result["commit"]}
-        print(f"{name:36s} {row['bits']:.3f} bits  gap {row['gap']:.4f} ± {row['gap_stderr']:.4f}  KL {row['kl']:.4f} "
-              f"± {row['kl_stderr']:.4f}  {row['seconds']} s", flush=True)  # fmt: skip
-        RESULTS.mkdir(exist_ok=True)
-        file.write_text(json.dumps(result, indent=1) + "\n")
+        experiment.row(name, lambda recipe=recipe: experiment.quantize(recipe)[0])
 
 
 if __name__ == "__main__":

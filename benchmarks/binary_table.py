@@ -9,7 +9,7 @@ import json
 import math
 
 import torch
-from quality import RESULTS, provenance
+from experiment import RESULTS, provenance
 from torch import Tensor
 
 from paley.core import grids

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import torch
-from quality import RESULTS, provenance
+from experiment import RESULTS, provenance
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import paley

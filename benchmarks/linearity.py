@@ -24,7 +24,7 @@ from math import prod
 import numpy as np
 import torch
 from domain import MODELS, model_folder, texts
-from quality import RESULTS, provenance
+from experiment import RESULTS, provenance
 from scipy.stats import pearsonr, spearmanr
 
 from paley.core import grids, tables

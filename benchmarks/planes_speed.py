@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from quality import provenance
+from experiment import provenance
 from torch import Tensor
 
 from paley.core import planes

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from domain import MODELS, model_folder, texts
-from quality import RESULTS, provenance
+from experiment import RESULTS, provenance
 
 from paley.eval.perplexity import evaluate
 from paley.eval.reference import Reference

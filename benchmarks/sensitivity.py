@@ -15,8 +15,9 @@ import statistics
 import time
 
 import torch
+from binary import group_for
 from domain import MODELS, model_folder, texts
-from quality import RESULTS, provenance
+from experiment import RESULTS, provenance
 
 from paley.core.metrics import rel_error
 from paley.core.schemes import WeightScheme
@@ -76,7 +77,6 @@ def spearman(a: dict[str, Slope], b: dict[str, Slope]) -> float:
 
 def rounded(source: Source, blocks: TokenBlocks, slopes: dict[str, Slope], grid: str) -> dict:
     """KL of rounding the rotated model's weights to nearest, measured and as the slopes predict it."""
-    scheme = WeightScheme(grid, GROUP_SIZE, method="nearest")
     adapter = Adapter(source.load())
     width, head = adapter.hidden_size, adapter.head_dim
     residual, heads = Transform(width, width, width, seed=1), Transform(head, head, head, seed=2)
@@ -88,6 +88,7 @@ def rounded(source: Source, blocks: TokenBlocks, slopes: dict[str, Slope], grid:
         for role, name in block.linears():
             weight = block.part(role).weight.data
             before = weight.clone()
+            scheme = WeightScheme(grid, group_for(weight.shape[1], GROUP_SIZE), method="nearest")
             changed[name] = quantize_nearest(weight, scheme).dequantize()
             t2[name] = rel_error(weight, changed[name])
             weight.copy_(changed[name])

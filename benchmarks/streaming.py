@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from domain import model_folder
-from quality import RESULTS, provenance
+from experiment import RESULTS, provenance
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from paley.format.checkpoint import Checkpoint, ShardWriter

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tables_binary
 import tables_weights
-from quality import RESULTS
+from experiment import RESULTS
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "results.md"
 README = OUT.parents[1] / "README.md"
@@ -53,7 +53,7 @@ def quality(model: str) -> list[str]:
         seconds = sum(row["seconds"].values())
         lines.append(
             f"| {name} | {plus(row, 'perplexity', 3)} | {plus(row, 'gap')} | {plus(row, 'kl')} "
-            f"| {row['top1_agreement']:.1%} | {row['bits_per_quantized_weight']:.2f} "
+            f"| {row['top1_agreement']:.1%} | {row['bits']:.2f} "
             f"| × {row['linear_flops_ratio']:.2f} | {seconds:.0f} |"
         )
     return [*lines, ""]

@@ -9,29 +9,19 @@ and zeros counted as float16.
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
-import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
-from domain import MODELS, model_folder, texts
-from quality import RESULTS, provenance
+from experiment import Experiment
 
 from paley.core import grids, tables
-from paley.core.errors import PaleyError
 from paley.core.packing import stored_bits
 from paley.eval.perplexity import evaluate
-from paley.eval.reference import Reference
 from paley.model.adapter import Adapter
-from paley.model.loading import Source, open_source
-from paley.pipeline.accounting import parameter_count, quantized_bits
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.sensitivities import measure_for
-from paley.pipeline.stages import decide, execute
-from paley.pipeline.texts import Texts
 from paley.recipe import Recipe, apply_settings, preset
 from paley.sensitivity import Sensitivity
 
@@ -127,21 +117,19 @@ def allocated(budget: float) -> dict[str, Recipe]:
     }
 
 
-def measure(source: Source, recipe: Recipe, blocks: Texts, reference: Reference, slopes: Sensitivity) -> dict:
-    start = time.time()
-    plan = decide(source, recipe, blocks, None, Monitor(), "cpu", slopes)
-    model, reports = execute(source, plan, blocks, None, Monitor(), "cpu")
+def measure(experiment: Experiment, recipe: Recipe, slopes: Sensitivity) -> dict:
+    row, plan, _, reports = experiment.quantize(recipe, slopes)
     grid = recipe.weights.grid if recipe.budget is None else "allocated"
     group = recipe.weights.group_size
-    return evaluate(model, blocks.test, reference).to_dict() | {
-        "bits": quantized_bits(plan, source), "setting": grid + (f" /{group}" if group else ""),
+    return row | {
+        "setting": grid + (f" /{group}" if group else ""),
         "predicted": plan.predicted_loss,
-        "rel_error": {r.name: r.rel_error for r in reports}, "seconds": round(time.time() - start, 1),
-    }  # fmt: skip
+        "rel_error": {r.name: r.rel_error for r in reports},
+    }
 
 
-def measure_hqq(source: Source, budget: float, blocks: Texts, reference: Reference) -> dict | None:
-    model = source.load()
+def measure_hqq(experiment: Experiment, budget: float) -> dict | None:
+    model = experiment.source.load()
     linears = {path: block.part(role) for block in Adapter(model).blocks for role, path in block.linears()}
     narrow = min(linear.in_features for linear in linears.values())
     fitting = [
@@ -159,64 +147,28 @@ def measure_hqq(source: Source, budget: float, blocks: Texts, reference: Referen
             linear.weight.data, nbits=bits, group_size=group, axis=1, device="cpu", compute_dtype=torch.float32
         )
         linear.weight.data = Quantizer.dequantize(q, meta).view_as(linear.weight).float()
-    return evaluate(model, blocks.test, reference).to_dict() | {
+    return evaluate(model, experiment.blocks.test, experiment.reference).to_dict() | {
         "bits": bits + 32 / group, "setting": f"{bits} bits /{group}", "seconds": round(time.time() - start, 1),
     }  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", choices=MODELS)
+    parser = Experiment.parser(__doc__, calibration=128, search=8, test=96)
     parser.add_argument("--bits", default=",".join(map(str, BITS)))
-    parser.add_argument("--only", default="", help="rows whose method this expression finds; others stay as they were")
-    parser.add_argument("--calibration", type=int, default=128)
-    parser.add_argument("--test", type=int, default=96)
     arguments = parser.parse_args()
-    source = open_source(model_folder(arguments.model))
-    blocks = texts(arguments.model, source.tokenizer(), calibration=arguments.calibration, search=8,
-                   test=arguments.test)  # fmt: skip
-    reference = Reference.of(source.load(), blocks.test)
-    model = Adapter(source.skeleton())
+    experiment = Experiment("weights", arguments)
     widths: dict[int, int] = {}
-    for block in model.blocks:
+    for block in Adapter(experiment.source.skeleton()).blocks:
         for role, _ in block.linears():
             linear = block.part(role)
             widths[linear.in_features] = widths.get(linear.in_features, 0) + linear.weight.numel()
-    file = RESULTS / f"weights-{arguments.model}.json"
-    rows = json.loads(file.read_text())["rows"] if arguments.only and file.exists() else {}
-    result = {
-        "model": arguments.model,
-        "parameters": parameter_count(source),
-        "sequences": {"calibration": arguments.calibration, "test": len(blocks.test.ids)},
-        "test": blocks.test.source,
-        **provenance(),
-        "original_nll": float(reference.nll.double().mean()),
-        "rows": rows,
-    }
-    slopes = measure_for(allocated(4)["unbiased p=2 + allocation"], source, None, Monitor(), "cpu")
+    slopes = measure_for(allocated(4)["unbiased p=2 + allocation"], experiment.source, None, Monitor(), "cpu")
     for nominal in map(float, arguments.bits.split(",")):
         budget = nominal + scale_bits(widths)
-        work: dict[str, Callable[[], dict | None]] = {}
         for name, recipe in (*recipes(budget, widths), *allocated(budget).items()):
-            work[name] = functools.partial(measure, source, recipe, blocks, reference, slopes)
+            experiment.row(f"{nominal:g} {name}", functools.partial(measure, experiment, recipe, slopes))
         if Quantizer is not None:
-            work["hqq"] = functools.partial(measure_hqq, source, budget, blocks, reference)
-        for name, run in work.items():
-            if not re.search(arguments.only, name):
-                continue
-            try:
-                row = run()
-            except PaleyError as error:  # a budget below a method's reach is a result too
-                print(f"{nominal:g} {name}: {error}", flush=True)
-                continue
-            if row is None:
-                continue
-            result["rows"][f"{nominal:g} {name}"] = row | {"commit": result["commit"]}
-            print(f"{nominal:5g} {name:30s} {row['setting']:14s} {row['bits']:.3f} bits  gap {row['gap']:.4f} ± "
-                  f"{row['gap_stderr']:.4f}  KL {row['kl']:.4f} ± {row['kl_stderr']:.4f}  {row['seconds']} s",
-                  flush=True)  # fmt: skip
-            RESULTS.mkdir(exist_ok=True)
-            file.write_text(json.dumps(result, indent=1) + "\n")
+            experiment.row(f"{nominal:g} hqq", functools.partial(measure_hqq, experiment, budget))
 
 
 if __name__ == "__main__":
