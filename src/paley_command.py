@@ -5,6 +5,7 @@ It stands beside the package: importing anything from there imports torch and tr
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -12,7 +13,7 @@ from types import FrameType
 
 __all__ = ["main"]
 
-_STOPPED = "stopped\n"
+_STOPPED = b"stopped\n"
 
 
 def main() -> None:
@@ -27,13 +28,14 @@ def main() -> None:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         app(prog_name="paley")
     except KeyboardInterrupt:  # beside the verb, which deals with its own
-        sys.stderr.write(_STOPPED)
+        with contextlib.suppress(OSError):
+            os.write(2, _STOPPED)
         sys.exit(128 + signal.SIGINT)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
     """Ends the process at once: nothing is open yet, and numpy's import swallows a KeyboardInterrupt."""
     try:
-        os.write(2, _STOPPED.encode())
+        os.write(2, _STOPPED)
     finally:  # also where nobody reads it any more
         os._exit(128 + number)

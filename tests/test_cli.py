@@ -357,6 +357,7 @@ def test_a_plan_is_not_changed_by_settings(made):
         ),
         (torch.OutOfMemoryError("CUDA out of memory."), 2, "error: the GPU's memory is full"),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "error: the disk is full"),
+        (OSError(errno.EROFS, "Read-only file system", "OUT.run"), 2, "error: OUT.run: Read-only file system;"),
         (KeyboardInterrupt(), 130, "stopped"),
         (RuntimeError("a bug"), 1, ""),
         (OSError(errno.EIO, "a broken disk"), 1, ""),

@@ -26,12 +26,13 @@ __all__ = ["Verbs", "naming", "peak_memory", "quiet", "say", "shell", "spread_se
 STOPPED = 130  # 128 + SIGINT, as shells have it
 _SETTING = re.compile(r"[a-z_][a-z_.]*=")
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE}
 _NO_SPACE = re.compile(r"os error (28|122)\b")  # the same two, as the errors of safetensors spell them
 _ALLOCATION = re.compile(r"DefaultCPUAllocator|can't allocate memory")
 
 
 class Verbs(TyperGroup):
-    """Bad input and a full machine end in one line on stderr and exit code 2, Ctrl-C in 130.
+    """Bad input, and what the machine has not or allows not, end in one line on stderr and exit code 2, Ctrl-C in 130.
 
     Any other exception is a bug, and keeps its traceback.
     """
@@ -49,10 +50,10 @@ class Verbs(TyperGroup):
             say("stopped")
             raise typer.Exit(STOPPED) from None
         except (MemoryError, OSError, RuntimeError, SafetensorError) as error:
-            shortage = _shortage(error)
-            if shortage is None:
+            reason = _machine(error)
+            if reason is None:
                 raise
-            message = shortage
+            message = reason
         say(f"error: {message}")
         raise typer.Exit(2)
 
@@ -112,8 +113,8 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _shortage(error: Exception) -> str | None:
-    """What ran out on this machine, if that is what the error says."""
+def _machine(error: Exception) -> str | None:
+    """What ran out on this machine or what it forbids, if that is what the error says."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or _ALLOCATION.search(str(error)):
         device = "the GPU's memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
         return (
@@ -123,6 +124,8 @@ def _shortage(error: Exception) -> str | None:
     full = isinstance(error, OSError) and error.errno in _DISK_FULL
     if full or (isinstance(error, SafetensorError) and _NO_SPACE.search(str(error))):
         return f"the disk is full ({_first_line(error)}); make room, then repeat the command with --resume"
+    if isinstance(error, OSError) and error.errno in _REFUSED:
+        return f"{error.filename or 'this machine'}: {error.strerror}; change that, or choose another place"
     return None
 
 
