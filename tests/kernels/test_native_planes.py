@@ -15,6 +15,7 @@ from paley import kernels
 from paley.core import planes
 from paley.core.errors import PaleyError
 from paley.kernels import native
+from plane_examples import example, integers
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=f"native kernels: {kernels.why_unavailable()}")
 LEVELS = native.LEVELS[: native.LEVELS.index(native.best_planes_level()) + 1] if kernels.available() else ()
@@ -24,25 +25,9 @@ SHAPES = list(itertools.product((1, 2, 3, 17), (1, 17, 100), (32, 64, 96, 128)))
 LARGE = [(1, 64, 512), (33, 65, 512), (70, 130, 256)]  # more than a tile of tokens, more than a panel of rows
 
 
-def integers(low: int, high: int, *shape: int, seed: int = 0) -> Tensor:
-    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def example(tokens: int, out: int, group_size: int, groups: int = 3, seed: int = 0) -> tuple[Tensor, ...]:
-    """x_codes, x_scales, x_zeros, codes, centroids of random numbers."""
-    g = torch.Generator().manual_seed(seed)
-    return (
-        integers(0, 16, tokens, groups * group_size, seed=seed).to(torch.uint8),
-        torch.rand(tokens, groups, generator=g),
-        integers(0, 16, tokens, groups, seed=seed + 1).to(torch.uint8),
-        integers(0, 4, out, groups * group_size, seed=seed + 2).to(torch.uint8),
-        torch.randn(out, groups, 4, generator=g).half(),
-    )
-
-
 def whole_numbers(tokens: int, out: int, group_size: int) -> tuple[Tensor, ...]:
     """As `example`, but all that is added up is exact in float32."""
-    x_codes, x_scales, x_zeros, codes, centroids = example(tokens, out, group_size)
+    x_codes, x_scales, x_zeros, codes, centroids = example(tokens, out, 3, group_size)
     x_scales = torch.exp2(integers(-3, 3, *x_scales.shape).float())
     return x_codes, x_scales, x_zeros, codes, integers(-9, 10, *centroids.shape).half()
 
@@ -93,12 +78,12 @@ def test_whole_numbers_are_exact(tokens, out, group_size):
 
 @pytest.mark.parametrize(("tokens", "out", "group_size"), SHAPES + LARGE)
 def test_random_numbers_are_close_and_the_same_each_way(tokens, out, group_size):
-    assert_close(example(tokens, out, group_size))
+    assert_close(example(tokens, out, 3, group_size))
 
 
 @pytest.mark.parametrize("threads", [2, 3, 64])
 def test_threads_change_nothing(threads):
-    given = example(5, 300, 128)
+    given = example(5, 300, 3, 128)
     alone = products(given)
     for way, y in products(given, threads).items():
         assert torch.equal(y, alone[way]), way
@@ -107,7 +92,7 @@ def test_threads_change_nothing(threads):
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_mirrored_centroids(tokens):
     """-b, -a, a, b, the paper's two scales: the kernels skip one of three sums."""
-    for given in (example(tokens, 100, 128), whole_numbers(tokens, 100, 128)):
+    for given in (example(tokens, 100, 3, 128), whole_numbers(tokens, 100, 128)):
         *x, codes, centroids = given
         a, b = centroids[..., 0], centroids[..., 1]
         mirrored = torch.stack([-b, -a, a, b], -1)
@@ -117,7 +102,7 @@ def test_mirrored_centroids(tokens):
 
 
 def test_zero_weights_and_zero_inputs():
-    x_codes, x_scales, x_zeros, codes, centroids = example(3, 17, 64)
+    x_codes, x_scales, x_zeros, codes, centroids = example(3, 17, 3, 64)
     for given in (
         (x_codes, x_scales, x_zeros, codes, torch.zeros_like(centroids)),
         (x_codes, torch.zeros_like(x_scales), x_zeros, codes, centroids),
@@ -138,14 +123,14 @@ def test_the_largest_sums_do_not_overflow(group_size, code, zero, weight):
 
 def test_tiny_and_large_centroids():
     """Subnormal float16 too, and float16's largest."""
-    x_codes, x_scales, x_zeros, codes, centroids = example(2, 40, 64)
+    x_codes, x_scales, x_zeros, codes, centroids = example(2, 40, 3, 64)
     assert_close((x_codes, x_scales, x_zeros, codes, (centroids.float() * 2.0**-20).half()))
     assert_close((x_codes, x_scales, x_zeros, codes, centroids.clamp(-1, 1) * 65504))
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_subnormal_centroids_count_also_where_subnormals_are_zeros(tokens, subnormals_are_zeros):
-    *x, codes, centroids = example(tokens, 40, 64)
+    *x, codes, centroids = example(tokens, 40, 3, 64)
     tiny = (centroids.float() * 2.0**-20).half()
     assert (tiny.float().abs() < 2.0**-14).all()
     a, b = tiny[..., 0], tiny[..., 1]
@@ -161,12 +146,12 @@ def test_subnormal_centroids_count_also_where_subnormals_are_zeros(tokens, subno
 
 
 def test_minus_zero_is_the_same_each_way():
-    *x, codes, centroids = example(2, 40, 64)
+    *x, codes, centroids = example(2, 40, 3, 64)
     assert_close((*x, codes, torch.full_like(centroids, -0.0)))
 
 
 def test_a_blob_takes_what_codes_and_centroids_take():
-    given = example(1, 128, 128)
+    given = example(1, 128, 3, 128)
     assert len(native.pack_planes(*given[3:])) - 64 == 128 * 3 * (128 * 2 + 4 * 16) // 8
     assert native.blob_bytes(128, 3, 128) - 64 == 128 * 3 * (128 * 2 + 4 * 16) // 8
 
@@ -181,7 +166,7 @@ def test_other_groups_take_the_reference_and_auto_says_so_once(group_size, monke
     kernels._say_misfit.cache_clear()
     monkeypatch.setenv("PALEY_BACKEND", "auto")
     kernels.backend()  # says what it took, before
-    given = example(3, 17, group_size)
+    given = example(3, 17, 3, group_size)
     with caplog.at_level(logging.INFO, logger="paley"):
         prepared = planes.prepare(*given[3:])
         planes.prepare(*given[3:])
@@ -222,7 +207,7 @@ def test_the_op_runs_the_kernel(monkeypatch):
 def test_the_rules_for_ops(backend, monkeypatch):
     kernels.register()
     monkeypatch.setenv("PALEY_BACKEND", backend)
-    given = example(3, 17, 64)
+    given = example(3, 17, 3, 64)
     torch.library.opcheck(torch.ops.paley.planes_pack.default, given[3:])
     prepared = planes.prepare(*given[3:])
     weight = (prepared.weight, prepared.centroids, 17)
@@ -233,7 +218,7 @@ def test_the_rules_for_ops(backend, monkeypatch):
 def test_other_devices_are_refused(monkeypatch):
     kernels.register()
     monkeypatch.setenv("PALEY_BACKEND", "native")
-    *x, codes, centroids = example(3, 17, 64)
+    *x, codes, centroids = example(3, 17, 3, 64)
     blob, elsewhere = native.pack_planes(codes, centroids), [y.to("meta") for y in x]
     with pytest.raises(PaleyError, match="inputs are on meta, but the weight was prepared on cpu; move the inputs"):
         planes.reference(*elsewhere, blob, None, 17)
@@ -247,7 +232,7 @@ def test_other_devices_are_refused(monkeypatch):
 
 
 def test_inputs_of_another_shape_are_refused():
-    x_codes, x_scales, x_zeros, codes, centroids = example(3, 64, 128)
+    x_codes, x_scales, x_zeros, codes, centroids = example(3, 64, 3, 128)
     blob = native.pack_planes(codes, centroids)
     for x in (
         (x_codes[:, :256], x_scales[:, :2], x_zeros[:, :2]),
@@ -267,7 +252,7 @@ def test_inputs_of_another_shape_are_refused():
 
 
 def test_unknown_ways_are_refused():
-    given = example(1, 16, 32)
+    given = example(1, 16, 3, 32)
     blob = native.pack_planes(*given[3:])
     with pytest.raises(PaleyError, match="path 'dot' is none of auto, popcount, dots, tables; did you mean 'dots'"):
         native.planes_matmul(*given[:3], blob, 16, path="dot")
@@ -278,7 +263,7 @@ def test_unknown_ways_are_refused():
 
 
 def test_a_level_that_this_machine_lacks_is_refused(monkeypatch):
-    given = example(1, 16, 32)
+    given = example(1, 16, 3, 32)
     blob = native.pack_planes(*given[3:])
     y = native.planes_matmul(*given[:3], blob, 16)
     monkeypatch.setattr(native, "_level", lambda what, level, best: native.LEVELS.index(best) + 1)
@@ -302,7 +287,7 @@ def test_the_best_level_for_planes_is_what_the_processor_says():
 
 
 def test_the_library_itself_refuses_other_blobs(monkeypatch):
-    given = example(1, 17, 64)
+    given = example(1, 17, 3, 64)
     blob = native.pack_planes(*given[3:])
     for byte, value in ((0, 0), (4, 18), (8, 2), (12, 1), (16, 2), (19, 255)):  # magic, out, groups, words, mirrored
         other = blob.clone()
