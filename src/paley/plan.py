@@ -6,23 +6,19 @@ same bytes.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FiniteFloat, PlainSerializer
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, PlainSerializer
 
 from paley.core.errors import PaleyError
-from paley.core.files import write_atomic
 from paley.core.grids import know
 from paley.core.schemes import AttentionSlot, LinearSlot
 from paley.core.transforms import Transform
-from paley.recipe.loading import load_json
+from paley.recipe.documents import Document
 from paley.recipe.models import Recipe
-from paley.recipe.saving import in_natural_order, json_lines
-from paley.recipe.validation import CORE_ERRORS, validate
+from paley.recipe.saving import in_natural_order
 
 __all__ = ["VERSION", "Plan", "Rotation", "Trial"]
 
@@ -40,8 +36,8 @@ def _to_name(value: float) -> float | str:
 
 
 Loss = Annotated[float, BeforeValidator(_from_name), PlainSerializer(_to_name, when_used="json")]
-LinearSlots = Annotated[dict[str, Annotated[LinearSlot, CORE_ERRORS]], AfterValidator(in_natural_order)]
-AttentionSlots = Annotated[dict[str, Annotated[AttentionSlot, CORE_ERRORS]], AfterValidator(in_natural_order)]
+LinearSlots = Annotated[dict[str, LinearSlot], AfterValidator(in_natural_order)]
+AttentionSlots = Annotated[dict[str, AttentionSlot], AfterValidator(in_natural_order)]
 
 
 @dataclass(frozen=True)
@@ -69,21 +65,21 @@ class Trial(BaseModel):
     objective: Loss
 
 
-class Plan(BaseModel):
+class Plan(Document):
     """What to do to each linear layer and each attention of the model whose fingerprint this is.
 
     Slots are held in the natural order of their names, whatever order they come in. grids: the points of grids that
     came from a user's file.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    what: ClassVar[str] = "plan"
 
     version: Literal[1] = VERSION
     fingerprint: str
     model_type: str
-    grids: Annotated[dict[str, list[list[float]]], AfterValidator(know), CORE_ERRORS] = {}
+    grids: Annotated[dict[str, list[list[float]]], AfterValidator(know)] = Field(default_factory=dict)
     recipe: Recipe
-    rotation: Annotated[Rotation, CORE_ERRORS] | None = None
+    rotation: Rotation | None = None
     linears: LinearSlots
     attentions: AttentionSlots
     predicted_loss: Loss | None = None
@@ -98,20 +94,3 @@ class Plan(BaseModel):
                 f"the model here has {actual}; use that model, or make a new plan for this one"
             )
         return self
-
-    def to_json(self) -> str:
-        """The file's text: the same for equal plans, one line for each slot, transform and trial."""
-        return json_lines(self.model_dump(mode="json"), levels=2) + "\n"
-
-    def save(self, path: str | Path) -> None:
-        """Write the plan; the file is either the old one or the whole new one, also where this is cut off."""
-        write_atomic(path, self.to_json())
-
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """The plan in a file; raises where there is none, or no valid one of this version."""
-        data = load_json(Path(path), "plan")
-        if isinstance(data, dict) and data.get("version") != VERSION:
-            got = json.dumps(data.get("version"))
-            raise PaleyError(f"{path}: is a plan of version {got}, this Paley reads version {VERSION}")
-        return validate(cls, data, str(path))

@@ -6,18 +6,14 @@ squared error of each slot, the loss grows by about sum alpha t^2 (arXiv:2411.17
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat
 
 from paley.core.errors import PaleyError, nearest_name
-from paley.core.files import write_atomic
-from paley.recipe.loading import load_json
-from paley.recipe.saving import in_natural_order, json_lines
-from paley.recipe.validation import validate
+from paley.recipe.documents import Document
+from paley.recipe.saving import in_natural_order
 
 __all__ = ["VERSION", "MeasuredSlot", "MeasuredText", "Sensitivity"]
 
@@ -54,12 +50,14 @@ class MeasuredSlot(_Frozen):
     levels: tuple[tuple[Positive, FiniteFloat], ...]
 
 
-class Sensitivity(_Frozen):
+class Sensitivity(Document):
     """How fast `metric` grows with the relative squared error of each slot of the model with this fingerprint.
 
     metric "kl": nats a token, baseline 0; "perplexity": baseline is the model's own. folded: measured with the norms'
     gains in the weights, as recipes that rotate have it. Slots are held in the natural order of their names.
     """
+
+    what: ClassVar[str] = "sensitivity file"
 
     version: Literal[1] = VERSION
     fingerprint: str
@@ -92,20 +90,3 @@ class Sensitivity(_Frozen):
                 hint = nearest_name(name, self.slots)
                 raise PaleyError(f"sensitivity: {name} has no slope{hint}; measure it with `paley sensitivity{more}`")
         return self
-
-    def to_json(self) -> str:
-        """The file's text: the same for equal sensitivities, one line for each slot."""
-        return json_lines(self.model_dump(mode="json"), levels=2) + "\n"
-
-    def save(self, path: str | Path) -> None:
-        """Write the file; it is either the old one or the whole new one, also where this is cut off."""
-        write_atomic(path, self.to_json())
-
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """The sensitivities in a file; raises where there are none, or no valid ones of this version."""
-        data = load_json(Path(path), "sensitivity file")
-        if isinstance(data, dict) and data.get("version") != VERSION:
-            got = json.dumps(data.get("version"))
-            raise PaleyError(f"{path}: is a sensitivity file of version {got}, this Paley reads version {VERSION}")
-        return validate(cls, data, str(path))

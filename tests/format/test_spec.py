@@ -76,7 +76,7 @@ def test_defaults_are_those_of_the_schemes():
             1,
             r"keys.clip: unknown key; did you mean 'clip_ratio'\?",
         ),
-        (["linears", UP, "weight", "grid"], "imt3", r"\['model.layers.0.mlp.up_proj'\]: unknown grid 'imt3'"),
+        (["linears", UP, "weight", "grid"], "imt3", r"\['model.layers.0.mlp.up_proj'\]\.weight: unknown grid 'imt3'"),
         (
             ["linears", UP, "weight", "group_size"],
             "8",

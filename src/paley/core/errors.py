@@ -6,8 +6,11 @@ import difflib
 from collections.abc import Iterable
 
 
-class PaleyError(Exception):
-    """Bad input or a bad file. The command line prints the message and exits with 2."""
+class PaleyError(ValueError):
+    """Bad input or a bad file. The command line prints the message and exits with 2.
+
+    A ValueError, so that pydantic knows it as an answer to data and adds at which key.
+    """
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str:

@@ -134,6 +134,8 @@ def _hub_documents(source: str) -> list[str]:
             characters += len(rows[-1])
             if characters >= HUB_CHARACTERS:
                 break
+    except PaleyError:  # a ValueError too, with a message of its own
+        raise
     except (OSError, ValueError) as error:
         state = "HF_HUB_OFFLINE is set and no cached copy serves" if offline else "the hub gave no such text"
         raise PaleyError(f"{source}: {state} ({error}); {WAY_OUT}") from error

@@ -6,8 +6,8 @@ import json
 from dataclasses import fields
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from paley.core.errors import PaleyError, nearest_name
 from paley.core.grids import know
@@ -20,17 +20,6 @@ FORMAT_VERSION = 1
 QUANT_METHOD = "paley"
 
 
-def _core_errors(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
-    """The schemes of `paley.core` check themselves; through this pydantic knows at which key."""
-    try:
-        return handler(value)
-    except PaleyError as error:
-        raise PydanticCustomError("paley", "{reason}", {"reason": str(error)}) from None
-
-
-_CHECKED = WrapValidator(_core_errors)
-
-
 class QuantizationConfig(BaseModel):
     """Keys of the two maps are module names, as in the transformers model; from a file by `from_dict`.
 
@@ -41,9 +30,9 @@ class QuantizationConfig(BaseModel):
 
     quant_method: Literal["paley"] = QUANT_METHOD
     format_version: Literal[1] = FORMAT_VERSION
-    grids: Annotated[dict[str, list[list[float]]], AfterValidator(know), _CHECKED] = {}
-    linears: dict[str, Annotated[LinearSlot, _CHECKED]]
-    attentions: dict[str, Annotated[AttentionSlot, _CHECKED]]
+    grids: Annotated[dict[str, list[list[float]]], AfterValidator(know)] = {}
+    linears: dict[str, LinearSlot]
+    attentions: dict[str, AttentionSlot]
 
     @classmethod
     def from_dict(cls, data: object, where: str = "quantization_config") -> Self:
@@ -92,5 +81,5 @@ def _reason(detail: ErrorDetails) -> str:
         return f"{path}: unknown key{nearest_name(str(loc[-1]), known)}; known here: {', '.join(known)}"
     if kind in ("missing", "missing_argument"):
         return f"{path}: is required and missing"
-    reason = detail["msg"].removeprefix("Input ")
-    return f"{path}: {reason}" if kind == "paley" else f"{path}: {reason}, got {detail['input']!r}"
+    reason = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return f"{path}: {reason}" if kind == "value_error" else f"{path}: {reason}, got {detail['input']!r}"

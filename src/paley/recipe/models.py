@@ -24,12 +24,11 @@ from paley.core.errors import PaleyError, nearest_name
 from paley.core.grids import load as load_grid
 from paley.core.schemes import ActivationScheme, AttentionSlot, LinearSlot, WeightScheme
 from paley.core.transforms import Transform
-from paley.recipe.validation import CORE_ERRORS
 
 __all__ = ["Budget", "Calibration", "Override", "Recipe", "Search", "Test"]
 
-Weight = Annotated[WeightScheme, CORE_ERRORS] | None
-Activation = Annotated[ActivationScheme, CORE_ERRORS] | None
+Weight = WeightScheme | None
+Activation = ActivationScheme | None
 Text = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(ge=1)]
 SeqLen = Annotated[int, Field(ge=2)]

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from paley.core.errors import PaleyError, nearest_name
 
-__all__ = ["CORE_ERRORS", "key_path", "known_keys", "read_text", "validate"]
+__all__ = ["key_path", "known_keys", "read_text", "validate"]
 
 M = TypeVar("M", bound=BaseModel)
 Loc = Sequence[str | int]
@@ -26,17 +26,6 @@ TYPES = {
     "float": "number",
     "int": "integer",
 }
-
-
-def _core_errors(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
-    try:
-        return handler(value)
-    except PaleyError as error:
-        raise PydanticCustomError("paley", "{reason}", {"reason": str(error)}) from None
-
-
-# The schemes of `paley.core` check themselves; this tells pydantic, which then knows at which key.
-CORE_ERRORS = WrapValidator(_core_errors)
 
 
 def read_text(path: Path, what: str) -> str:
@@ -73,7 +62,7 @@ def _explain(error: ValidationError, data: object, model: type[BaseModel]) -> st
         loc = _loc_in(data, detail)
         path = key_path(loc)
         reasons.setdefault(path, []).append(_reason(detail, loc, model))
-        if detail["type"] not in ("paley", "value_error", *MISSING):
+        if detail["type"] not in ("value_error", *MISSING):
             got[path] = f" (got {_shown(detail['input'])}, {_type(detail['input'])})"
     sentences = [f"{path}: {' or '.join(why)}{got.get(path, '')}".removeprefix(": ") for path, why in reasons.items()]
     return "; ".join(sentences)
