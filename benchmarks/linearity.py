@@ -192,8 +192,9 @@ def draw() -> None:
     found = [json.loads(file.read_text()) for file in files if file.exists()]
     for result in found:
         save(result)
-    figure, axes = plt.subplots(1, len(found), figsize=(5 * len(found) + 0.8, 4.4), squeeze=False, layout="constrained")
-    for axis, result in zip(axes[0], found, strict=True):
+    figure, axes = plt.subplots(-(-len(found) // 2), 2, figsize=(10.4, 4.7 * -(-len(found) // 2)), squeeze=False,
+                                layout="constrained")  # fmt: skip
+    for axis, result in zip(axes.flat, found, strict=False):
         values = [r[key] for r in result["rows"].values() for key in ("kl_predicted", "kl")]
         ends = min(values) / 1.4, max(values) * 1.4
         axis.plot(ends, ends, color="0.6", linewidth=1, zorder=0)
@@ -204,7 +205,8 @@ def draw() -> None:
             axis.scatter(r["kl_predicted"], r["kl"], s=34, marker=marker, facecolor=inside, edgecolor=colour)
         axis.set(xscale="log", yscale="log", xlim=ends, ylim=ends, aspect="equal")
         axis.set(title=result["model"], xlabel="predicted KL, sum of $\\alpha\\,t^2$ (nats a token)")
-    axes[0][0].set_ylabel("measured KL on test text")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("measured KL on test text")
     for marker, inside, label in (
         ("o", "0.4", "random grids"), ("s", "0.4", "one grid for all"), ("o", "none", "a layer beyond $t^2=4^{-1.7}$")
     ):  # fmt: skip
