@@ -49,7 +49,7 @@ class Meter:
             untie_(adapter)
             fold_norms_(adapter)
         self.runner = BlockRunner(adapter)
-        self.probe = NoiseProbe(self.runner, blocks.ids, metric=metric, kinds=("weight",), seed=seed)
+        self.probe = NoiseProbe(self.runner, blocks.ids, metric=metric, kinds=("weight",), rotated=fold, seed=seed)
         self.trials: dict[tuple[str, int], tuple[float, float, int]] = {}
 
     def slopes(self, agreement: float | None = None) -> tuple[dict[str, Slope], dict]:

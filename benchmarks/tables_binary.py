@@ -48,7 +48,8 @@ def methods() -> list[str]:
     for model, data in found.items():
         n = data["sequences"]
         lines.append(
-            f"{model}: {n['test']} test sequences, {n['calibration']} for calibration, commit {data['commit'][:10]}. "
+            f"{model}: {n['test']} test sequences, {n['calibration']} for calibration, "
+            f"newest rows of commit {data['commit'][:10]}. "
             f"`python benchmarks/binary.py {model} --test {n['test']} --calibration {n['calibration']}`"
         )
         lines.append("")

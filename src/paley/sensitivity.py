@@ -53,8 +53,9 @@ class MeasuredSlot(_Frozen):
 class Sensitivity(Document):
     """How fast `metric` grows with the relative squared error of each slot of the model with this fingerprint.
 
-    metric "kl": nats a token, baseline 0; "perplexity": baseline is the model's own. folded: measured with the norms'
-    gains in the weights, as recipes that rotate have it. Slots are held in the natural order of their names.
+    metric "kl": nats a token, baseline 0; "perplexity": baseline is the model's own. folded: measured as recipes that
+    rotate have it, with the norms' gains in the weights and noise of one size for rows that they mix. Slots are held
+    in the natural order of their names.
     """
 
     what: ClassVar[str] = "sensitivity file"

@@ -27,8 +27,8 @@ DOWN = "model.layers.1.mlp.down_proj"
 METRICS = ("kl", "perplexity")
 
 
-def make(adapter=None, metric="kl", kinds=KINDS, ids=IDS, seed=0) -> NoiseProbe:
-    return NoiseProbe(BlockRunner(adapter or small_adapter(), batch=4), ids, metric=metric, kinds=kinds, seed=seed)
+def make(adapter=None, metric="kl", kinds=KINDS, ids=IDS, **settings) -> NoiseProbe:
+    return NoiseProbe(BlockRunner(adapter or small_adapter(), batch=4), ids, metric=metric, kinds=kinds, **settings)
 
 
 def qwen3_adapter() -> Adapter:
@@ -61,6 +61,23 @@ def test_noise_has_the_size_asked_for(shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 7
     noisy = add_noise(x, 0.3, torch.Generator().manual_seed(2))
     assert rel_error(x, noisy) == pytest.approx(0.09, rel=0.03)
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("role", ["q", "v", "o", "gate", "down"])
+def test_noise_in_a_weight_is_as_large_as_the_rows_it_goes_into(role, rotated):
+    """Rounding has a scale for each row; what is to be rotated gets one size for the rows that will be mixed."""
+    adapter = small_adapter()
+    linear = adapter.blocks[0].part(role)
+    linear.weight.data *= torch.linspace(0.5, 4, linear.out_features)[:, None]
+    (name,) = (path for r, path in adapter.blocks[0].linears() if r == role)
+    before, probe, errors = linear.weight.clone(), make(adapter, rotated=rotated), 0
+    for draw in range(40):
+        with probe.noise(name, 0.3, draw):
+            errors += (linear.weight - before).square().sum(1) / 40
+    mixed = {"v": 8, "o": 32, "down": 32}.get(role, 1) if rotated else 1
+    sizes = before.square().sum(1).view(-1, mixed).mean(1).repeat_interleave(mixed)
+    assert (errors / sizes).tolist() == pytest.approx([0.09] * len(sizes), rel=0.2)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -175,14 +192,22 @@ def test_keys_and_values_are_off_by_t_in_each_head_where_attention_reads_them(mo
     assert errors.mean((0, 2)).tolist() == pytest.approx([0.09] * 2, rel=0.05)
 
 
-def test_rotating_the_model_leaves_its_slopes():
+def test_what_is_going_to_be_rotated_has_the_slopes_of_the_rotated_model():
     plain, rotated = small_adapter(), small_adapter()
+    for adapter in (plain, rotated):
+        for block in adapter.blocks:
+            for role, _ in block.linears():  # rows that differ, which a rotation of the columns evens out
+                weight = block.part(role).weight
+                weight.data *= torch.linspace(0.2, 1.5, len(weight))[:, None]
     rotate_(rotated, Rotation(residual=Transform(32, 32, 32, seed=1), head=Transform(8, 8, 8, seed=2)))
     ids, ratios = IDS.repeat(2, 1), []
     for seed in range(2):
         plain_slopes, rotated_slopes = (
             measure_slopes(list(probe.slots), probe.delta, agreement=None)
-            for probe in (make(a, kinds=["weight"], ids=ids, seed=seed) for a in (plain, rotated))
+            for probe in (
+                make(plain, kinds=["weight"], ids=ids, seed=seed, rotated=True),
+                make(rotated, kinds=["weight"], ids=ids, seed=seed),
+            )
         )
         ratios.append([rotated_slopes[name].alpha / slope.alpha for name, slope in plain_slopes.items()])
     means = torch.tensor(ratios).mean(0)
@@ -229,7 +254,7 @@ def test_slopes_of_noise_predict_the_kl_of_rounding(shared_dir):
     folded, rotated = Adapter(source.load()), Adapter(source.load())
     untie_(folded)
     fold_norms_(folded)
-    probe, times = make(folded, kinds=["weight"], ids=ids), noise_levels(5)
+    probe, times = make(folded, kinds=["weight"], ids=ids, rotated=True), noise_levels(5)
     slopes = {
         slot: fit_slope([(t * t, probe.delta(slot, t, draw)) for draw, t in enumerate(times)]) for slot in probe.slots
     }

@@ -1,8 +1,10 @@
 """What Gaussian noise in one slot of a model adds to its loss, re-running only what the noise can change.
 
-The noise is isotropic, so a rotation of the model (R1 to R4) leaves its effect as it is, and slopes measured on the
-unrotated model hold for the rotated one. Folding the norms' gains is no rotation: it changes which weights are large,
-and a model that is going to be rotated is to be measured with them folded.
+A weight is rounded by scales of its own for each row, so the noise is as large as the row that it goes into. It is
+isotropic within a row, so that what rotates a row (R1, R4, HIGGS) leaves its effect as it is. What rotates a column
+mixes rows: R1 all those of o_proj and down_proj, R2 those of a head in v_proj; slopes that are to hold for the rotated
+model take noise of one size there. Folding the norms' gains is no rotation: it changes which weights are large, and a
+model that is going to be rotated is to be measured with them folded.
 """
 
 from __future__ import annotations
@@ -30,17 +32,25 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 @dataclass(frozen=True)
 class NoiseSlot:
-    """A tensor that noise goes into; numel: entries of a weight, or values a token; roles: the linears concerned."""
+    """A tensor that noise goes into; numel: entries of a weight, or values a token; roles: the linears concerned.
+
+    rows: so many consecutive rows of a weight get noise of one size.
+    """
 
     name: str
     kind: Kind
     block: int
     numel: int
     roles: tuple[str, ...]
+    rows: int = 1
 
 
-def noise_slots(adapter: Adapter, kinds: Collection[str]) -> list[NoiseSlot]:
-    """The slots of these kinds in the order the blocks compute them; named as in plans and searches."""
+def noise_slots(adapter: Adapter, kinds: Collection[str], *, rotated: bool = False) -> list[NoiseSlot]:
+    """The slots of these kinds in the order the blocks compute them; named as in plans and searches.
+
+    rotated: R1 and R2 are going to mix the rows of some weights before these are rounded.
+    """
+    mixed = {"o": adapter.hidden_size, "down": adapter.hidden_size, "v": adapter.head_dim} if rotated else {}
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise PaleyError(
             f"sensitivity: unknown kind {unknown[0]!r} of slots{nearest_name(unknown[0], KINDS)}; "
@@ -53,7 +63,7 @@ def noise_slots(adapter: Adapter, kinds: Collection[str]) -> list[NoiseSlot]:
         for role, path in block.linears():
             if not isinstance(linear := block.part(role), nn.Linear):
                 raise PaleyError(f"{path}: is a {type(linear).__name__}; measure the original, unquantized model")
-            found.append(NoiseSlot(path, "weight", block.index, linear.weight.numel(), (role,)))
+            found.append(NoiseSlot(path, "weight", block.index, linear.weight.numel(), (role,), mixed.get(role, 1)))
         for name, roles in SHARED_INPUTS:
             width = block.part(roles[0]).in_features
             found.append(NoiseSlot(f"{block.name}.{name}_input", "input", block.index, width, roles))
@@ -74,6 +84,7 @@ def add_noise(x: Tensor, t: float, generator: torch.Generator) -> Tensor:
 class NoiseProbe:
     """`delta(slot, t, draw)` for the slots of an unquantized model in eval mode, on ids [sequences, seq_len].
 
+    rotated: see `noise_slots`.
     Each (slot, draw) has noise of its own, drawn from `seed`, whatever else is measured, and in whatever order.
 
     Perplexity is not at its minimum, so noise first moves it up or down in proportion to t, which says nothing of the
@@ -81,10 +92,13 @@ class NoiseProbe:
     minimum and needs no mirror.
     """
 
-    def __init__(self, runner: BlockRunner, ids: Tensor, *, metric: Metric, kinds: Collection[str], seed: int = 0):
+    def __init__(
+        self, runner: BlockRunner, ids: Tensor, *,
+        metric: Metric, kinds: Collection[str], rotated: bool = False, seed: int = 0,
+    ):  # fmt: skip
         self.runner, self.seed = runner, seed
         self._signs = (1, -1) if metric == "perplexity" else (1,)
-        self.slots = {slot.name: slot for slot in noise_slots(runner.adapter, kinds)}
+        self.slots = {slot.name: slot for slot in noise_slots(runner.adapter, kinds, rotated=rotated)}
         self._prefix = Prefix(runner, ids)
         reference = runner.suffix(0, runner.embed(ids))
         self._objective = Objective(runner, ids, reference, metric)
@@ -123,7 +137,7 @@ Noisy = Callable[[Tensor], Tensor]
 def _in_weight(adapter: Adapter, block: Block, slot: NoiseSlot, noisy: Noisy) -> Iterator[None]:
     weight = block.part(slot.roles[0]).weight.data
     kept = weight.clone()
-    weight.copy_(noisy(kept.flatten()).view_as(kept))
+    weight.copy_(noisy(kept.view(-1, slot.rows * kept.shape[1])).view_as(kept))
     try:
         yield
     finally:

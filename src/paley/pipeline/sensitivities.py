@@ -49,8 +49,8 @@ def measure_sensitivity(
     """Measures a checkpoint folder, a Hub name or an opened source on the calibration part of the text `source`.
 
     source: as in `paley.data.documents`, `self` (text that the model samples), or `random` (uniform random tokens:
-    no data at all, metric kl only). fold: with the norms' gains in the weights, as recipes that rotate have it: the
-    slopes of q, k, v, gate and up depend on that, while rotations change none. Finished trials are kept in
+    no data at all, metric kl only). fold: as recipes that rotate have it, with the norms' gains in the weights and
+    noise of one size for rows that they mix. Finished trials are kept in
     progress_file, and taken from it where it exists.
     """
     monitor = monitor or Monitor()
@@ -88,7 +88,8 @@ def measure_on(
     if fold:
         untie_(adapter)
         fold_norms_(adapter)
-    probe = NoiseProbe(BlockRunner(adapter), blocks.ids.to(device), metric=metric, kinds=kinds, seed=seed)
+    runner, ids = BlockRunner(adapter), blocks.ids.to(device)
+    probe = NoiseProbe(runner, ids, metric=metric, kinds=kinds, rotated=fold, seed=seed)
     settings = {
         "fingerprint": source.fingerprint, "metric": metric, "sha256": blocks.sha256, "folded": fold,
         "levels": levels, "seed": seed,
