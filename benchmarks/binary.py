@@ -7,7 +7,6 @@ columns one stays in int8 where a method keeps any. Bits are those stored for ea
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 
 from experiment import Experiment
@@ -18,26 +17,17 @@ from paley.recipe import Recipe, apply_settings, preset
 GROUP, SHARE = 128, 32
 
 
-def group_for(width: int, wanted: int) -> int:
-    """The divisor of `width` nearest to `wanted`, the larger of two."""
-    return min((d for d in range(1, width + 1) if width % d == 0), key=lambda d: (abs(d - wanted), -d))
-
-
 class Variants:
-    """Recipes for a model whose layers read `hidden` values, down_proj `mlp`."""
+    """Recipes for a model whose residual stream has `hidden` values."""
 
-    def __init__(self, hidden: int, mlp: int):
-        self.hidden, self.mlp = hidden, mlp
+    def __init__(self, hidden: int):
+        self.hidden = hidden
 
     def grouped(self, base: str, *settings: str, group: int = GROUP, outliers: int = 0) -> Recipe:
-        """base with groups in every layer's weights and inputs, down_proj's of its own."""
-        own, down = (group_for(width, group) for width in (self.hidden, self.mlp))
+        """base with groups in every layer's weights and inputs."""
         recipe = apply_settings(preset(base), [*settings, f"outliers={outliers}"])
-        schemes = {part: scheme for part in ("weights", "inputs") if (scheme := getattr(recipe, part)) is not None}
-        recipe = apply_settings(recipe, [f"{part}.group_size={own}" for part in schemes])
-        made = {"pattern": "*.down_proj"}
-        made |= {part.removesuffix("s"): vars(scheme) | {"group_size": down} for part, scheme in schemes.items()}
-        return apply_settings(recipe, [f"overrides=[{json.dumps(made)}]"])
+        parts = [part for part in ("weights", "inputs") if getattr(recipe, part) is not None]
+        return apply_settings(recipe, ["fit_groups=true", *(f"{part}.group_size={group}" for part in parts)])
 
     def rows(self) -> Iterator[tuple[str, Recipe]]:
         few, most = max(1, self.hidden // SHARE // 2), max(1, self.hidden // SHARE)
@@ -79,8 +69,7 @@ class Variants:
 
 def main() -> None:
     experiment = Experiment("binary", Experiment.parser(__doc__, calibration=128, search=8, test=96).parse_args())
-    block = Adapter(experiment.source.skeleton()).blocks[0]
-    for name, recipe in Variants(block.part("q").in_features, block.part("down").in_features).rows():
+    for name, recipe in Variants(Adapter(experiment.source.skeleton()).hidden_size).rows():
         experiment.row(name, lambda recipe=recipe: experiment.quantize(recipe)[0])
 
 

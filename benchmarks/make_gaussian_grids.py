@@ -8,15 +8,17 @@ p >= 2: over-relaxed Lloyd on fresh samples from the companding limit, N(0, (p +
 noise that dies away; the best restart on samples of its own; ever larger batches; and last the mean of each cell
 over 2^23 samples and their negatives. t2 is then measured on 2^24 plain samples that nothing was trained on.
 Grids already in the file stay unless named: `make_gaussian_grids.py p2n256 p4n1024` makes these anew.
+Any other pPnN, p 1 to 4 and n 2 to 4096, goes to a file of its own, which `paley quantize --grid FILE` takes:
+`make_gaussian_grids.py p2n100 --output p2n100.safetensors`.
 
 NormalFloat (arXiv:2305.14314) and AbnormalFloat (arXiv:2306.06965) points follow from their definitions below.
 """
 
+import argparse
 import itertools
 import json
 import math
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from scipy.special import ndtr, ndtri
 from torch import Tensor
 
 from paley import kernels
+from paley.core import tables
 from paley.core.nearest import nearest_points
 
 TABLES = Path(__file__).parents[1] / "src/paley/core/tables"
@@ -177,14 +180,14 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict]:
         return {name: f.get_tensor(name) for name in f.keys()}, json.loads(f.metadata()["grids"])  # noqa: SIM118
 
 
-def write(path: Path, grids: dict[str, Tensor], records: dict) -> None:
+def write(path: Path, tensors: dict[str, Tensor], records: dict) -> None:
     records["about"] = {
         "what": "points [n, p] of least t2 = E|x - nearest|^2 / p for x ~ N(0, I_p), in lexicographic order",
         "script": SCRIPT,
         "torch": torch.__version__,
     }
     partial = path.with_suffix(".partial")
-    save_file(grids, partial, metadata={"grids": json.dumps(records, sort_keys=True)})
+    save_file(tensors, partial, metadata={"grids": json.dumps(records, sort_keys=True)})
     partial.chmod(0o644)  # safetensors lets only the owner read
     os.replace(partial, path)
 
@@ -200,6 +203,41 @@ def make_gaussian_grids(anew: list[str]) -> None:
         grids[name], records[name] = make(p, n)
         write(path, grids, records)
         print(f"{name}: t2 {records[name]['t2']:.6g}, {time.process_time() - start:.1f} s", flush=True)
+
+
+def make_file(name: str, output: Path) -> None:
+    """One grid into a file of its own: a tensor `points`, and of the grid what the packaged file records."""
+    if output.suffix != ".safetensors":
+        raise SystemExit(f"{output}: --grid reads points from .safetensors files alone; name it so")
+    if output.exists():
+        raise SystemExit(f"{output}: is there already; remove it, or name another file")
+    if not output.absolute().parent.is_dir():
+        raise SystemExit(f"{output}: there is no folder {output.parent}; make it first")
+    start = time.process_time()
+    points, record = make(*sized(name))
+    write(output, {"points": points}, {name: record})
+    print(f"{name}: t2 {record['t2']:.6g}, {time.process_time() - start:.1f} s, written to {output}")
+
+
+def sized(name: str) -> tuple[int, int]:
+    """'p2n100' -> (2, 100)."""
+    if (size := tables.size_of(name)) is None:
+        raise SystemExit(
+            f"{name}: no grid of this name can be made; give p<p>n<n>, p values from 1 to {tables.MAX_DIM} "
+            f"and n points from 2 to {tables.MAX_POINTS}"
+        )
+    return size
+
+
+def make_packaged(names: list[str]) -> None:
+    for name in names:
+        p, n = sized(name)
+        if n not in SIZES[p]:
+            raise SystemExit(f"{name}: is not packaged; --output {name}.safetensors makes it in a file of its own")
+    if not (TABLES / "gaussian.json").exists():  # checkpoints depend on its exact numbers
+        make_gaussian_json()
+    make_normal_floats()
+    make_gaussian_grids(anew=names)
 
 
 def make_gaussian_json() -> None:
@@ -256,10 +294,22 @@ def make_normal_floats() -> None:
     (TABLES / "normalfloat.json").write_text(json.dumps({"provenance": about, "points": points}, indent=1) + "\n")
 
 
-if __name__ == "__main__":
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("names", nargs="*", metavar="pPnN", help="packaged grids to make anew; one with --output")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="a .safetensors file for the one grid named")
+    given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     kernels.register()
-    if not (TABLES / "gaussian.json").exists():  # checkpoints depend on its exact numbers
-        make_gaussian_json()
-    make_normal_floats()
-    make_gaussian_grids(anew=sys.argv[1:])
+    if given.output is None:
+        make_packaged(given.names)
+    elif len(given.names) != 1:
+        raise SystemExit(f"--output {given.output}: takes one grid a file, got {len(given.names)} names")
+    else:
+        make_file(given.names[0], given.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -15,11 +15,11 @@ import statistics
 import time
 
 import torch
-from binary import group_for
 from domain import MODELS, model_folder, texts
 from experiment import RESULTS, provenance
 
 from paley.core.metrics import rel_error
+from paley.core.rounding import fitting_group_size
 from paley.core.schemes import WeightScheme
 from paley.core.transforms import Transform
 from paley.data import TokenBlocks, blocks_from_ids
@@ -88,7 +88,7 @@ def rounded(source: Source, blocks: TokenBlocks, slopes: dict[str, Slope], grid:
         for role, name in block.linears():
             weight = block.part(role).weight.data
             before = weight.clone()
-            scheme = WeightScheme(grid, group_for(weight.shape[1], GROUP_SIZE), method="nearest")
+            scheme = WeightScheme(grid, fitting_group_size(weight.shape[1], GROUP_SIZE), method="nearest")
             changed[name] = quantize_nearest(weight, scheme).dequantize()
             t2[name] = rel_error(weight, changed[name])
             weight.copy_(changed[name])

@@ -1,4 +1,4 @@
-"""Writes docs/results.md from benchmarks/results/*.json, so that no figure in it is typed by hand."""
+"""Writes docs/results*.md and README's tables from benchmarks/results/*.json: no figure there is typed by hand."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import tables_binary
+import tables_rows
 import tables_weights
 from experiment import RESULTS
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "results.md"
+ROWS = OUT.with_name("results-rows.md")
 README = OUT.parents[1] / "README.md"
 BEGIN, END = "<!-- made by benchmarks/tables.py -->", "<!-- end -->"
 MODELS = ("ref-llama", "babyllama-tok361-969k", "stories260k-llama", "tinystories-656k-llama")
@@ -132,7 +134,8 @@ def main() -> None:
         lines += quality(model)
     lines += search_cost() + cost() + tables_weights.all_lines() + tables_binary.all_lines()
     readme()
-    OUT.write_text("\n".join(lines).rstrip() + "\n")
+    for file, page in ((OUT, lines), (ROWS, tables_rows.all_lines())):
+        file.write_text("\n".join(page).rstrip() + "\n")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tables_weights import MODELS, read
+from tables_weights import MODELS, commits, read
 
 __all__ = ["all_lines"]
 
@@ -39,17 +39,20 @@ def methods() -> list[str]:
         "",
         "Loss gained in nats per token ± one standard error, KL to the original, and in brackets the bits stored for",
         "each weight of the quantized layers: codes, centroids or scales, INT8 columns. **No row has one bit a",
-        "weight.** Inputs and KV cache have 4 bits (16 in the last row). Groups are the divisor of a width nearest to",
-        "128; where INT8 columns are kept they are 1/32 of a hidden state. `w1a4, before` is the reconstruction as it",
-        "was first built, with INT8 columns and no rotation; the rows after it change one thing in it. `w1a4` is the",
-        "preset, which those rows decided. `paley w?a4kv4` is our default at those bits, without search.",
+        "weight**: they have 2.0 to 3.6. Inputs and KV cache have 4 bits (16 in the last row). Groups are the divisor",
+        "of a width nearest to 128, 64 or 256, which for widths of 64 and 128 is the width; where INT8 columns are",
+        "kept they are 1/32 of a hidden state. `w1a4, before` is the reconstruction as it was first built, with INT8",
+        "columns and no rotation; the rows after it change one thing in it. `w1a4` is the preset, which those rows",
+        "decided. `paley w?a4kv4` is our default at those bits, without search; it and `higgs` have inputs on gauss4",
+        "with one scale a token, and rtn, gptq and atom-like have caches as their presets have them. Perplexities:",
+        "[row by row](results-rows.md).",
         "",
     ]
     for model, data in found.items():
         n = data["sequences"]
         lines.append(
             f"{model}: {n['test']} test sequences, {n['calibration']} for calibration, "
-            f"newest rows of commit {data['commit'][:10]}. "
+            f"rows of {commits(data)}. "
             f"`python benchmarks/binary.py {model} --test {n['test']} --calibration {n['calibration']}`"
         )
         lines.append("")

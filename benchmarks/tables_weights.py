@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,9 @@ def weights() -> list[str]:
         "float16 scale a row (or 1024 columns of it) on top; in brackets the bits that a row stores where it has no",
         "finer setting. `rtn`, `nf`, `af`, `gptq` and `hqq` quantize the weights as they are; `higgs` is as",
         "published, and needs no data; `unbiased` has its scales stretched; allocation goes by slopes on text that",
-        "the model sampled itself; *ours* is `--preset w4a16`: rotations folded, GPTQ aimed at the residual stream.",
+        "the model sampled itself; *ours*: as `--preset w4a16`, rotations folded, GPTQ aimed at the residual stream,",
+        "on one-dimensional grids (`ours, w?a16`) or on vectors of two, as the preset has them now.",
+        "Perplexities and KL: [row by row](results-rows.md).",
         "",
     ]
     for model in MODELS:
@@ -60,7 +63,7 @@ def weights() -> list[str]:
             rows.setdefault(method, {})[budget] = row
         budgets = sorted({b for row in rows.values() for b in row}, key=float)
         lines += [
-            f"**{model}**, {found['sequences']['test']} test sequences, commit {found['commit'][:10]}. "
+            f"**{model}**, {found['sequences']['test']} test sequences, rows of {commits(found)}. "
             f"`python benchmarks/weights.py {model} --test {found['sequences']['test']} "
             f"--calibration {found['sequences']['calibration']}`",
             "",
@@ -73,6 +76,13 @@ def weights() -> list[str]:
             lines.append(f"| {method} | " + " | ".join(cells) + " |")
         lines.append("")
     return lines
+
+
+def commits(found: dict) -> str:
+    """'commits 7a8ce1a (70 rows), 0453b33 (28)': where each row of a file was measured."""
+    measured = (row["commit"].partition("+") for row in found["rows"].values())
+    counts = Counter(commit[:7] + plus + changes for commit, plus, changes in measured)
+    return ", ".join(f"{commit} ({count})" for commit, count in counts.most_common())
 
 
 def readme() -> list[str]:
@@ -122,6 +132,7 @@ def linearity() -> list[str]:
     for summary in found.values():
         kl = summary["kl"]
         rows["rank correlation, 30 random ones of 3 to 5 bits"].append(f"{kl['spearman']:.3f}")
+        rows.setdefault("the same of the growth of perplexity", []).append(f"{summary['perplexity']['spearman']:.3f}")
         rows.setdefault("correlation of logs, mean bits regressed out", []).append(
             f"{kl['pearson of logs, bits regressed out']:.3f}"
         )
@@ -130,9 +141,9 @@ def linearity() -> list[str]:
         for pair, rank in summary["rank correlations of slopes"].items():
             rows.setdefault(f"slopes: {pair}", []).append(f"{rank:.3f}")
         for grid in ("p2n256", "p2n64", "p2n16"):
-            layers = summary[f"rel_error / t2 - 1, {grid}"]
-            beyond = len(layers["beyond 3%, and in standard errors"])
-            rows.setdefault(f"layers' error / t² − 1, {grid}: mean, largest, layers beyond 3%", []).append(
+            layers = summary[f"rel_error / that of Gaussian weights - 1, {grid}"]
+            beyond = f"{layers['beyond 3% and 3 standard errors']} of {layers['layers']}"
+            rows.setdefault(f"layers' error / Gaussians' − 1, {grid}: mean, largest, beyond 3% and chance", []).append(
                 f"{layers['mean']:+.1%}, {layers['largest']:+.1%}, {beyond}"
             )
     return [*lines, *(f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items()), ""]

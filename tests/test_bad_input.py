@@ -117,12 +117,14 @@ SETTINGS = {
     "bits out of range": (["--preset", "w9a4"], r"W9 has no grid"),
     "one bit by another method": (("--preset", "rtn-w1a4"), "W1 and the method bwa need each other"),
     "groups wider than the layer": (
-        ("--preset", "w1a4"),
-        r"layers.0.self_attn.q_proj: in_features=24 is no multiple of group_size=128; use a divisor or expand",
+        ("--preset", "w1g128a4"),
+        r"layers.0.self_attn.q_proj: in_features=24 is no multiple of group_size=128; set a divisor such as 24 "
+        r"\(weights.group_size, inputs.group_size\), or fit_groups=true",
     ),
     "groups of inputs": (
         ("--preset", "w1a4", "--set", "weights.group_size=24", "inputs.group_size=16", "outliers=0"),
-        r"layers.0.self_attn.q_proj: input: dimension 24 is no multiple of group_size=16",
+        r"q_proj: input: dimension 24 is no multiple of group_size=16; set a divisor such as 12 or 24 "
+        r"\(weights.group_size, inputs.group_size\), or fit_groups=true",
     ),
     "more outliers than columns": (
         ("--preset", "w1a4", "--set", "weights.group_size=8", "inputs.group_size=8", "outliers=24"),
@@ -238,12 +240,13 @@ BUDGETS = {
     "too many bits": ("--target-bpw 33", r"--target-bpw: 33 bits are out of reach; [\d.]+ to [\d.]+ can be had"),
     "no bits": ("--target-bpw 0", r"--target-bpw: should be greater than 0 \(got 0"),
     "no number": ("--target-bpw abc", r"--target-bpw abc: expected .*such as"),
-    "not a number": ("--target-bpw nan", r"--target-bpw.*number"),
+    "not a number": ("--target-bpw nan", r"--target-bpw nan: must be a finite number"),
     "several": ("--target-bpw 2,3", r"--target-bpw 2,3: one model takes one budget; `paley plan` compares"),
     "nothing": ("--target-bpw=", r"--target-bpw : expected"),
     "unknown unit": ("--target-size 4XB", r"--target-size 4XB: expected a size such as 4GB"),
     "too small": ("--target-size 1KB", r"--target-size: 1,000 bytes are out of reach; [\d,]+ to [\d,]+ can be had"),
-    "no cache": ("--kv-bpw 4", r"--kv-bpw: this recipe quantizes no keys or values"),
+    "no cache": ("--preset higgs-4 --kv-bpw 4", r"--kv-bpw: this recipe .* such as --preset higgs-w4a16kv4, or set"),
+    "no number for the cache": ("--kv-bpw inf", r"--kv-bpw inf: must be a finite number"),
     "slopes without a budget": ("--preset higgs-4 --sensitivity SLOPES", r"--sensitivity serves a budget: give --tar"),
     "no such slopes": ("--target-bpw 4 --sensitivity no.json", r"no\.json: no such sensitivity file"),
     "unmeasured": ("--target-bpw 1.5", r"--target-bpw: 1\.5 bits are out of reach"),
@@ -263,7 +266,7 @@ def test_bad_budgets(name, model, slopes, tmp_path):
     assert "measuring sensitivities" not in result[1]
 
 
-@pytest.mark.parametrize("budgets", ["3,abc", "3,,4", "1.5,4", "3,33"])
+@pytest.mark.parametrize("budgets", ["3,abc", "3,,4", "1.5,4", "3,33", "3,nan"])
 def test_bad_curves(budgets, model, slopes, tmp_path):
     before = sorted(p.name for p in tmp_path.iterdir())
     result = run("plan", model, "--target-bpw", budgets, "--output", tmp_path / "plan.json")
@@ -303,6 +306,14 @@ GRIDS = {
     "another name": (lambda f: save_file({"grid": torch.randn(8, 2)}, f), r"one tensor, points \[n, p\], got grid"),
     "not safetensors": (lambda f: f.write_text("points"), r"my\.safetensors: no safetensors file"),
     "truncated": (write_truncated, r"my\.safetensors: truncated"),
+    "too large": (
+        write_points(16, 2, change=lambda p: p.mul_(1e30)),
+        r"my\.safetensors: its points do not fit .*error on N\(0, 1\) is \S+e\+\d\d, .*scale the points",
+    ),
+    "near 0": (
+        write_points(16, 2, change=lambda p: p.mul_(1e-6)),
+        r"my\.safetensors: .*scale the points to unit variance",
+    ),
     "missing": (lambda f: None, r"my\.safetensors: cannot be read: No such file"),
 }
 
@@ -320,7 +331,8 @@ def test_bad_grids(name, model, tmp_path):
 def test_an_unknown_grid_is_no_file(model, tmp_path):
     before = sorted(p.name for p in tmp_path.iterdir())
     result = run("quantize", model, "--preset", "higgs-4", "--grid", "p2n65", "--output", tmp_path / "out")
-    assert_refused(result, r"unknown grid 'p2n65'", tmp_path, before)
+    way_out = r"make_gaussian_grids\.py p2n65 --output p2n65\.safetensors, then --grid p2n65\.safetensors"
+    assert_refused(result, r"unknown grid 'p2n65'.*" + way_out, tmp_path, before)
 
 
 def test_points_edited_in_a_plan(model, tmp_path):

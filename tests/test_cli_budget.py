@@ -10,11 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import paley
 from command_line import paley_
+from paley.model.rotation import input_blocks
+from tiny_models import save_tiny
 
 SLOPES = ["--text", "random", "--sequences", 2, "--seq-len", 24, "--levels", 3]
 MEASURED = ["--set", "budget.source=random", "budget.sequences=2", "budget.seq_len=24", "budget.levels=3"]
@@ -125,6 +127,28 @@ def test_a_budget_for_the_cache(made, tmp_path):
     assert all(grid in shown for grid in slots)
 
 
+@pytest.mark.parametrize("weights", [["--target-bpw", 4.2], []])
+def test_a_budget_for_the_cache_alone_brings_its_schemes(made, tmp_path, weights):
+    args = [*weights, "--kv-bpw", 5, "--sensitivity", made.slopes, "--no-score", "--output", tmp_path / "o"]
+    shown = paley_("quantize", made.model, *args)
+    assert "measuring what rounding loses of keys, values and inputs" in shown.err
+    assert "predicted loss" in shown.err
+    plan = paley.Plan.load(tmp_path / "o/plan.json")
+    assert all(slot.keys and slot.values for slot in plan.attentions.values())
+    assert all(slot.weight or slot.transform is None for slot in plan.linears.values())
+    assert (len({slot.weight and slot.weight.grid for slot in plan.linears.values()}) > 1) == bool(weights)
+
+
+def test_few_bits_are_mentioned_once(made, tmp_path):
+    args = ["plan", made.model, "--sensitivity", made.slopes, "--set", "test=null", "--output", tmp_path / "plan.json"]
+    note = "below 3 bits losses grow faster than predicted"
+    assert f"{note} (2.6, 2.8)" in paley_(*args, "--target-bpw", "2.6,2.8,4").err
+    shown = paley_(*args, "--target-bpw", "2.6")
+    assert shown.err.count(note) == 1
+    assert "predicted loss" in shown.out
+    assert note not in paley_(*args, "--target-bpw", "4", "--overwrite").err
+
+
 def test_another_packaged_grid(made, tmp_path):
     paley_("quantize", made.model, "--preset", "higgs-4", "--grid", "p3n64", "--no-score", "--output", tmp_path / "o")
     assert grids_of(json.loads(paley_("inspect", tmp_path / "o", "--json").out)) == {"p3n64"}
@@ -183,3 +207,30 @@ def test_no_score_is_reported_on_the_text_behind_the_slopes(made, tmp_path):
     paley_("quantize", made.model, "--target-bpw", 4.2, "--sensitivity", slopes, *test, "--output", out)
     assert paley.Plan.load(out / "plan.json").recipe.budget.source == str(text)
     assert "tuned on this text" in paley_("eval", out, "--data", text, code=2).err
+
+
+def test_inspect_names_layers_that_are_not_gaussian(tmp_path, tiny_tokenizer):
+    """One linear's rotated rows have two values, +1 and -1; those of all others are Gaussian."""
+    model = save_tiny(tmp_path / "model", tiny_tokenizer, hidden_size=128, intermediate_size=256)
+    name, other = "model.layers.1.self_attn.q_proj", "model.layers.0.self_attn.q_proj"
+    for file in model.glob("*.safetensors"):
+        tensors = load_file(file)
+        if f"{name}.weight" in tensors:
+            turned = torch.randint(0, 2, (128, 128), generator=torch.Generator().manual_seed(1)) * 2.0 - 1
+            tensors[f"{name}.weight"] = input_blocks(128, 64, 0).adjoint(turned.double()).float().contiguous()
+            save_file(tensors, file, metadata={"format": "pt"})
+    settings = ["--set", "test=null", "hadamard=64"]
+    paley_("quantize", model, "--preset", "higgs-3", *settings, "--output", tmp_path / "o")
+    shown = paley_("inspect", tmp_path / "o").out.splitlines()
+    said = [line for line in shown if line.startswith("not Gaussian")]
+    linears = json.loads(paley_("inspect", tmp_path / "o", "--json").out)["linears"]
+    off = {n: slot["rel_error"] / slot["gaussian_error"] - 1 for n, slot in linears.items()}
+    where = "below" if off[name] < 0 else "above"
+    assert said == [f"not Gaussian: {name}, error {abs(off[name]):.0%} {where} its grid's"]
+    assert abs(off[other]) < 0.03
+    integers = ["weights.grid=int4", "weights.scale_search=absmax"]
+    for kind in (integers, ["weights.grid=int4", "weights.scale_search=rms"]):
+        paley_("quantize", model, "--preset", "higgs-3", *settings, *kind, "--output", tmp_path / "o", "--overwrite")
+        assert "not Gaussian" not in paley_("inspect", tmp_path / "o").out
+        found = json.loads(paley_("inspect", tmp_path / "o", "--json").out)["linears"]
+        assert {slot["gaussian_error"] for slot in found.values()} == {None}

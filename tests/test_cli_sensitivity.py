@@ -67,7 +67,7 @@ def test_json_is_one_object_that_holds_the_file(model, tmp_path):
     assert found["output"] == str(output)
     assert found["sensitivity"] == json.loads(output.read_text())
     assert found["sensitivity"]["metric"] == "perplexity"
-    assert found["sensitivity"]["text"]["source"] == "pydoc"
+    assert found["sensitivity"]["text"]["source"] == "self"
     assert found["sensitivity"]["folded"] is True
 
 
@@ -116,7 +116,7 @@ def test_overwrite_starts_anew(model, tmp_path):
         ("MODEL --output a.json --text random --metric perplexity", "perplexity of random tokens means nothing"),
         ("MODEL --output a.json --levels 1", "at least 3 noise levels"),
         (
-            "MODEL --output a.json --seq-len 24 --sequences 100000",
+            "MODEL --output a.json --text pydoc --seq-len 24 --sequences 100000",
             "use fewer or shorter sequences (--sequences, --seq",
         ),
         ("MODEL --output a.json --device tpu", "--device tpu: no such device"),

@@ -18,15 +18,17 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from paley import hf
+from paley import hf, kernels
 from paley.core import rounding
 from paley.core.errors import PaleyError
 from paley.core.schemes import ActivationScheme, AttentionSlot, LinearSlot, WeightScheme
 from paley.core.transforms import Transform
 from paley.format.spec import QuantizationConfig
+from paley.methods.nearest import quantize_nearest
 from paley.model.attention import attach_slots
 from paley.model.kv_cache import PackedKVCache, cache_argument
 from paley.model.linear import QuantLinear
+from paley.model.plane_product import PlaneWeight
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3], [2, 7, 1, 8, 2, 8, 1, 8, 2, 8]])
 
@@ -317,3 +319,63 @@ def test_the_configuration_survives_its_dictionary():
     assert json.loads(config.to_json_string()) == written
     assert dict(config) == written
     assert config.spec.linears["model.layers.0.mlp.down_proj"].transform == Transform(40, 48, 12)
+
+
+UP = "model.layers.0.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("tensor", "value", "complaint"),
+    [
+        (f"{UP}.scales", torch.nan, "must be positive and finite"),
+        (f"{UP}.scales", 0.0, "must be positive and finite"),
+        ("model.layers.0.mlp.down_proj.zeros", 16, "holds 16, beyond the last code of uint4"),
+        ("model.norm.weight", torch.inf, "holds a number that is not finite"),
+        ("model.embed_tokens.weight", torch.nan, "holds a number that is not finite"),
+    ],
+)
+def test_damaged_numbers_are_refused_by_name(tmp_path, tensor, value, complaint):
+    write(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[tensor].flatten()[3] = value
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PaleyError, match=f"^{tmp_path}: {tensor}: {complaint}"):
+        hf.load(tmp_path)
+
+
+def binary_checkpoint(folder: Path) -> None:
+    """Two layers on bit planes, beside one whose inputs have no groups for them."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=61, hidden_size=64, intermediate_size=96, num_hidden_layers=1,
+                         num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    inputs = {"up": ActivationScheme("uint4", group_size=32), "gate": ActivationScheme("uint4", group_size=32),
+              "down": ActivationScheme("int4")}  # fmt: skip
+    weight, linears = WeightScheme("free2", 32, method="nearest", scale_search="em"), {}
+    for role, scheme in inputs.items():
+        name = f"model.layers.0.mlp.{role}_proj"
+        linears[name], linear = LinearSlot(weight, scheme), model.get_submodule(name)
+        q = quantize_nearest(linear.weight.data, weight)
+        model.set_submodule(name, QuantLinear.from_linear(linear, linears[name], q))
+    described = config.to_dict() | {"quantization_config": section(linears, {}), "architectures": ["LlamaForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(described))
+    save_file({n: t.contiguous() for n, t in model.state_dict().items()}, folder / "model.safetensors")
+
+
+@pytest.mark.skipif(kernels.backend() != "native", reason="native kernels are not built, or off")
+def test_what_kernels_multiply_stays_packed_and_is_multiplied_so(tmp_path, monkeypatch):
+    products = []
+    product = PlaneWeight.product
+    monkeypatch.setattr(PlaneWeight, "product", lambda self, x: products.append(self) or product(self, x))
+    binary_checkpoint(tmp_path)
+    dense = hf.load(tmp_path, dense=True)
+    assert not any(p.requires_grad for p in dense.parameters())
+    want = dense(IDS).logits
+    assert not products
+    for how, unpacked in (("auto", {"down_proj"}), (False, set())):
+        model = hf.load(tmp_path, dense=how)
+        layers = {n.rpartition(".")[2]: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+        assert {name for name, layer in layers.items() if layer.dense is not None} == unpacked
+        torch.testing.assert_close(model(IDS).logits, want, rtol=0, atol=1e-5)  # nobody turned gradients off
+        assert len(products) == 2
+        products.clear()

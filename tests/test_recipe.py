@@ -33,6 +33,7 @@ def full_recipe() -> Recipe:
         expand="auto",
         expand_mlp=128,
         rotate_output=False,
+        fit_groups=True,
         center_keys=True,
         compensate="plain",
         search=Search(method="gbs", source="naïve.txt", iterations=4),
@@ -88,6 +89,25 @@ def test_binary_weights_have_short_names():
     assert w1a16.inputs is w1a16.keys is w1a16.values is None
     assert preset("w1g64a4").weights.group_size == preset("w1g64a4").inputs.group_size == 64
     assert preset("w1a4kv16").keys is None
+
+
+def test_a_group_written_by_hand_is_not_fitted():
+    assert preset("w1a4").fit_groups
+    assert preset("w1a16").fit_groups
+    assert not preset("w1g64a4").fit_groups
+    assert not preset("w4g64a16").fit_groups
+    fits = {
+        ("inputs.group_size=64",): False,
+        ("weights={grid: free2, group_size: 64, scale_search: em}",): False,
+        ("weights.group_size=64", "fit_groups=true"): True,
+        ("fit_groups=true", "weights.group_size=64"): True,
+        ("weights.group_size=null", "weights.sweeps=0"): True,
+        ("weights={grid: int4}", "inputs=null"): True,
+        ("keys.group_size=4",): True,
+        ("overrides=[{pattern: '*', weight: {grid: int4, group_size: 64}}]",): True,
+    }
+    for settings, fitted in fits.items():
+        assert apply_settings(preset("w1a4"), settings).fit_groups == fitted
 
 
 @pytest.mark.parametrize("method", ["gbs", "higgs", "quarot", "quarot-clipped", "rtn"])
@@ -349,6 +369,25 @@ def test_overrides_change_what_they_name_in_order():
         recipe.check_overrides(["m.0.down_proj"], ["m.0.attn"])
     with pytest.raises(PaleyError, match=r"override '\*\.down_proj' with input .*did you mean 'm\.0\.down_pro'"):
         recipe.check_overrides(["m.0.down_pro"], ["m.0.down_proj"])
+
+
+def test_groups_are_fitted_to_a_width_but_for_those_of_overrides():
+    settings = ["inputs.group_size=64", "fit_groups=true"]
+    overrides = "overrides=[{pattern: down, weight: {grid: int4, group_size: 48}}, {pattern: up, input: {grid: int4}}]"
+    made = apply_settings(preset("w1a4"), [*settings, overrides])
+
+    def groups(recipe, name, width):
+        slot = recipe.linear_slot(name, width=width)
+        return slot.weight.group_size, slot.input.group_size
+
+    assert groups(made, "q", 320) == (160, 64)
+    assert groups(made, "q", 48) == (48, 48)
+    assert groups(made, "q", None) == (128, 64)
+    assert groups(made, "down", 320) == (48, 64)
+    assert groups(made, "up", 320) == (160, None)
+    assert groups(made.model_copy(update={"fit_groups": False}), "q", 320) == (128, 64)
+    rows = apply_settings(made, ["weights.group_size=null", "inputs=null", "overrides=[]"])
+    assert rows.linear_slot("q", width=320) == LinearSlot(rows.weights)
 
 
 def test_yaml_is_plain():

@@ -63,6 +63,15 @@ def test_slopes_by_kind():
     assert len(make().alphas()) == 3
 
 
+def test_losses_of_activations_follow_the_levels():
+    bent = slot("keys", alpha=2.0, levels=((0.01, 0.1), (0.02, 0.05), (0.04, 0.25)))
+    found = [bent.loss(t2) for t2 in (0.0, 0.005, 0.01, 0.025, 0.04, 0.05)]
+    assert found == pytest.approx([0.0, 0.05, 0.1, 0.175, 0.25, 0.27])  # the second level is lost in noise
+    assert bent.model_copy(update={"kind": "weight"}).loss(0.005) == pytest.approx(0.01)
+    assert bent.model_copy(update={"clamped": True}).loss(0.005) == pytest.approx(0.01)
+    assert slot("keys", alpha=2.0, levels=()).loss(0.005) == pytest.approx(0.01)
+
+
 def test_another_model_is_refused():
     assert make().check_fingerprint("f00d").fingerprint == "f00d"
     with pytest.raises(PaleyError, match="a llama model with fingerprint f00d, the model here has beef; use that"):
@@ -70,9 +79,22 @@ def test_another_model_is_refused():
 
 
 def test_a_slot_without_a_slope_is_named():
-    assert make().check_slots([Q, KEYS]).metric == "kl"
+    weight, keys = ("weight", 64), ("keys", 64)
+    assert make().check_slots({Q: weight, KEYS: keys}).metric == "kl"
     with pytest.raises(PaleyError, match=r"layers\.0\.self_attn\.v_proj has no slope; did you mean .*q_proj"):
-        make().check_slots([Q, "model.layers.0.self_attn.v_proj"])
+        make().check_slots({Q: weight, "model.layers.0.self_attn.v_proj": weight})
+    with pytest.raises(PaleyError, match=r"layers\.1\.keys has no slope; did you mean .*10\.keys.* --activations`"):
+        make().check_slots({"model.layers.1.keys": keys})
+    with pytest.raises(PaleyError, match=r"layers\.1\.values has no slope; measure it with"):
+        make().check_slots({"model.layers.1.values": ("values", 64)})
+
+
+@pytest.mark.parametrize("wanted", [("weight", 65), ("values", 64)])
+def test_a_slot_of_another_make_is_named(wanted):
+    with pytest.raises(
+        PaleyError, match=rf"10\.keys was measured as keys of 64 values, .* it is {wanted[0]} of {wanted[1]}"
+    ):
+        make().check_slots({KEYS: wanted})
 
 
 @pytest.mark.parametrize("step", ["os.fsync", "os.replace"])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,17 +21,12 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from paley.core import grids
 from paley.core.errors import PaleyError, nearest_name
 from paley.core.schemes import LinearSlot
 from paley.format.checkpoint import Checkpoint
 from paley.format.header import TensorInfo, read_header
-from paley.format.spec import (
-    OUTLIER_COLUMNS,
-    QUANT_METHOD,
-    QuantizationConfig,
-    check_outlier_columns,
-    expected_tensors,
-)
+from paley.format.spec import PARTS, QUANT_METHOD, QuantizationConfig, check_values, expected_tensors
 from paley.model import attention
 from paley.model.linear import QuantLinear
 from paley.model.loading import tied_partners
@@ -90,6 +85,15 @@ class PaleyQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise PaleyError("a Paley model is loaded from its safetensors files; a state_dict alone is not supported")
         _check_files(model, checkpoint_files)
+        self._folder = Path(checkpoint_files[0]).parent
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        try:
+            _check_values(model)
+        except PaleyError as error:
+            raise PaleyError(f"{self._folder}: {error}") from None
+        model.requires_grad_(False)  # as `is_trainable` says; inputs that want gradients keep layers off the kernels
+        return model
 
     def is_serializable(self) -> bool:  # type: ignore[override]
         return True
@@ -113,12 +117,13 @@ def load(
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-    dense: bool = False,
+    dense: bool | Literal["auto"] = False,
 ) -> PreTrainedModel:
     """The model in the quantized checkpoint folder `path`; codes and scales keep their types.
 
-    dense: keep each weight unpacked too (faster, and as large as an unquantized model). Errors: not a Paley
-    folder; tensors that are missing, too many, or of the wrong shape or type.
+    dense: keep each weight unpacked too, as large as in an unquantized model; "auto" leaves those packed that a
+    kernel multiplies as they are. Errors: not a Paley folder; tensors that are missing, too many, of the wrong shape or
+    type, or damaged.
     """
     register()
     folder = Path(path)
@@ -133,7 +138,7 @@ def load(
     model.to(device)  # type: ignore[arg-type]
     if dense:
         for module in model.modules():
-            if isinstance(module, QuantLinear):
+            if isinstance(module, QuantLinear) and not (dense == "auto" and module.on_planes):
                 module.materialize_(dtype)
     return model
 
@@ -180,11 +185,20 @@ def _check_files(model: PreTrainedModel, files: Iterable[str]) -> None:
         shape, dtype = tuple(needed[name].shape), exact.get(name)
         if info.shape != shape:
             raise PaleyError(f"{info.file}: {name} has shape {info.shape}, must have {shape}")
-        if name.endswith(OUTLIER_COLUMNS) and info.dtype == dtype:
-            layer = name.removesuffix(OUTLIER_COLUMNS)
-            check_outlier_columns(layer, info.read(), model.get_submodule(layer).in_features)  # type: ignore[arg-type]
         if info.dtype != dtype if dtype else info.dtype.is_floating_point != needed[name].is_floating_point():
             raise PaleyError(f"{info.file}: {name} is {info.dtype}, must be {dtype or 'a float type'}")
+
+
+def _check_values(model: PreTrainedModel) -> None:
+    """Raises for a damaged number, which could go unnoticed in fluent text."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear) and module.slot.weight is not None:
+            parts = {name + part: getattr(module, part[1:]) for part in PARTS}
+            stored = {part: tensor for part, tensor in parts.items() if tensor is not None}
+            check_values(name, stored, module.in_features, grids.load(module.slot.weight.grid))
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise PaleyError(f"{name}: holds a number that is not finite; the file is damaged")
 
 
 def _exact_dtypes(model: PreTrainedModel) -> dict[str, torch.dtype | None]:

@@ -6,7 +6,7 @@ squared error of each slot, the loss grows by about sum alpha t^2 (arXiv:2411.17
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat
@@ -21,7 +21,6 @@ VERSION = 1
 
 Positive = Annotated[FiniteFloat, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
-AGAIN = "measure it with `paley sensitivity`"
 
 
 class _Frozen(BaseModel):
@@ -48,6 +47,22 @@ class MeasuredSlot(_Frozen):
     stderr: Annotated[FiniteFloat, Field(ge=0)]
     clamped: bool = False
     levels: tuple[tuple[Positive, FiniteFloat], ...]
+
+    def loss(self, t2: float) -> float:
+        """What an error of t^2 adds: alpha t^2 for weights, of other kinds from level to level, then along alpha.
+
+        A budget takes keys far below the lowest level, where softmax makes the slope up to four times the fitted one.
+        """
+        if self.kind == "weight" or self.clamped:
+            return self.alpha * t2
+        low = low_loss = 0.0
+        for level, loss in self.levels:
+            if loss <= low_loss:  # lost in noise
+                continue
+            if t2 <= level:
+                return low_loss + (loss - low_loss) * (t2 - low) / (level - low)
+            low, low_loss = level, loss
+        return low_loss + self.alpha * (t2 - low)
 
 
 class Sensitivity(Document):
@@ -83,11 +98,17 @@ class Sensitivity(Document):
             )
         return self
 
-    def check_slots(self, names: Iterable[str]) -> Self:
-        """-> self; raises where one of the slots `names` was not measured."""
-        for name in names:
-            if name not in self.slots:
-                more = "" if name.endswith("_proj") else " --activations"
-                hint = nearest_name(name, self.slots)
-                raise PaleyError(f"sensitivity: {name} has no slope{hint}; measure it with `paley sensitivity{more}`")
+    def check_slots(self, wanted: Mapping[str, tuple[str, int]]) -> Self:
+        """wanted: name -> kind and numel -> self; raises where a slot was not measured, or one of another make was."""
+        for name, (kind, numel) in wanted.items():
+            slot = self.slots.get(name)
+            again = f"measure it with `paley sensitivity{'' if kind == 'weight' else ' --activations'}`"
+            if slot is None:
+                hint = nearest_name(name, self.alphas(kind))
+                raise PaleyError(f"sensitivity: {name} has no slope{hint}; {again}")
+            if (slot.kind, slot.numel) != (kind, numel):
+                raise PaleyError(
+                    f"sensitivity: {name} was measured as {slot.kind} of {slot.numel:,} values, in this model it is "
+                    f"{kind} of {numel:,}; the file was changed; {again}"
+                )
         return self

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import math
 from importlib import resources
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -14,6 +17,8 @@ from torch import Tensor
 from paley.core import grids, tables
 from paley.core.errors import PaleyError
 from paley.core.nearest import reference as nearest_points
+from paley.format.checkpoint import read_tensors
+from paley.format.header import read_metadata
 
 # t2 of HIGGS, arXiv:2411.17525.
 PUBLISHED = {
@@ -159,7 +164,8 @@ def test_abnormal_float_points_are_medians_of_blocks_of_64(name):
     ("name", "complaint"),
     [
         ("p2n255", r"unknown grid 'p2n255': no such Gaussian grid is packaged; did you mean 'p2n25?"),
-        ("p5n16", r"did you mean 'p\dn16'\?"),
+        ("p5n16", r"did you mean 'p\dn16'\?$"),
+        ("p2n830", r"or make it: python \S+ p2n830 --output p2n830.safetensors, then --grid p2n830.safe"),
         ("__metadata__", r"unknown grid '__metadata__'"),
         ("", r"unknown grid ''"),
     ],
@@ -169,3 +175,59 @@ def test_unknown_grids_are_refused(name, complaint):
         tables.gaussian_grid(name)
     with pytest.raises(PaleyError, match=complaint):
         tables.record(name)
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    """benchmarks/make_gaussian_grids.py."""
+    pytest.importorskip("scipy")
+    file = Path(__file__).resolve().parents[2] / "benchmarks/make_gaussian_grids.py"
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["p1n4", "p1n12", pytest.param("p2n4", marks=pytest.mark.slow)])
+def test_the_script_makes_what_is_packaged(script, name):
+    points, record = script.make(*tables.size_of(name))
+    packaged, t2 = tables.gaussian_grid(name)
+    assert torch.allclose(points, packaged, rtol=0, atol=1e-5)
+    assert record == tables.record(name) | {"t2": pytest.approx(t2, rel=1e-5), "stderr": record["stderr"]}
+
+
+def test_a_grid_of_any_size_goes_to_a_file_of_its_own(script, tmp_path, capsys):
+    file = tmp_path / "p1n100.safetensors"
+    script.main(["p1n100", "--output", str(file)])
+    assert f"written to {file}" in capsys.readouterr().out
+    points = read_tensors(file)["points"]
+    record = json.loads(read_metadata(file)["grids"])
+    assert points.shape == (100, 1)
+    assert record["about"]["script"] == "benchmarks/make_gaussian_grids.py"
+    assert grids.custom(points).gaussian_mse(1.0) == pytest.approx(record["p1n100"]["t2"], rel=1e-3)
+    assert tables.record("p1n64")["t2"] > record["p1n100"]["t2"] > tables.record("p1n128")["t2"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ("p2n100", r"p2n100: is not packaged; --output p2n100\.safetensors makes it"),
+        ("p2n256 p9n4", "p9n4: no grid of this name can be made"),
+        ("p2n1 --output FILE", "p2n1: no grid of this name .* n points from 2 to 4096"),
+        ("p2n4097 --output FILE", "p2n4097: no grid of this name"),
+        ("p5n16 --output FILE", "p5n16: no grid of this name .* p values from 1 to 4"),
+        ("gauss3 --output FILE", "gauss3: no grid of this name"),
+        ("--output FILE", "takes one grid a file, got 0"),
+        ("p1n4 p1n5 --output FILE", "takes one grid a file, got 2"),
+        ("p1n4 --output FILE.npy", r"--grid reads points from \.safetensors files alone"),
+        ("p1n4 --output /no/such/folder/g.safetensors", "there is no folder"),
+    ],
+)
+def test_names_that_the_script_cannot_make_are_refused(script, arguments, complaint, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "TABLES", tmp_path)
+    arguments = arguments.replace("FILE", str(tmp_path / "g.safetensors")).split()
+    with pytest.raises(SystemExit, match=complaint):
+        script.main(arguments)
+    assert not list(tmp_path.iterdir())

@@ -8,7 +8,15 @@ from torch import Tensor
 
 from paley.core import grids
 from paley.core.errors import PaleyError
-from paley.core.rounding import Quantized, dequantize, nearest_codes, quantize_dynamic, round_trip
+from paley.core.rounding import (
+    Quantized,
+    check_groups,
+    dequantize,
+    fitting_group_size,
+    nearest_codes,
+    quantize_dynamic,
+    round_trip,
+)
 from paley.core.schemes import ActivationScheme
 
 NAMES = [f"{family}{bits}" for family in grids.FAMILIES for bits in range(grids.MIN_BITS, grids.MAX_BITS + 1)]
@@ -164,8 +172,45 @@ def test_groups_have_scales_of_their_own():
     assert torch.equal(grouped, alone)
     assert not torch.equal(round_trip(x, ActivationScheme("int4")), alone)
     for use in (round_trip, quantize_dynamic):
-        with pytest.raises(PaleyError, match="dimension 16 is no multiple of group_size=5; use a divisor"):
+        with pytest.raises(
+            PaleyError, match="dimension 16 is no multiple of group_size=5; set a divisor such as 4 or 8"
+        ):
             use(x, ActivationScheme("int4", group_size=5))
+
+
+@pytest.mark.parametrize(
+    ("n", "group_size", "fitting"),
+    [
+        (896, 128, 128), (320, 128, 160), (172, 128, 86), (352, 128, 88), (384, 256, 192), (172, 64, 43), (24, 8, 8),
+        (32, 24, 32),  # 16 is as near
+        (64, 128, 64), (63, 128, 63), (1, 128, 1),
+        (514, 128, 257), (257, 128, 257),  # 2 and 1 are too small, whatever is far
+    ],
+)  # fmt: skip
+def test_a_group_size_is_fitted_to_a_width(n, group_size, fitting):
+    assert fitting_group_size(n, group_size) == fitting
+
+
+def test_fitted_groups_are_the_nearest_of_those_that_are_large_enough():
+    for n in range(1, 200):
+        for group_size in (1, 2, 7, 32, 100, 128):
+            fitting = fitting_group_size(n, group_size)
+            assert n % fitting == 0
+            assert fitting == n or 2 * fitting >= group_size
+            others = [d for d in range(1, n + 1) if n % d == 0 and 2 * d >= group_size and d != fitting]
+            assert all((abs(d - group_size), fitting) > (abs(fitting - group_size), d) for d in others)
+            assert fitting == group_size or n % group_size
+
+
+@pytest.mark.parametrize(
+    ("n", "group_size", "near"), [(320, 128, "80 or 160"), (24, 128, "24"), (257, 128, "257"), (1, 2, "1")]
+)
+def test_groups_that_do_not_fill_a_dimension_are_refused_with_the_divisors_around(n, group_size, near):
+    check_groups(n, None, "here")
+    check_groups(n, n, "here")
+    wanted = rf"^here: x={n} is no multiple of group_size={group_size}; set a divisor such as {near}, or leave$"
+    with pytest.raises(PaleyError, match=wanted):
+        check_groups(n, group_size, "here", what="x=", way_out=", or leave")
 
 
 def test_quantized_dequantizes_to_any_dtype():

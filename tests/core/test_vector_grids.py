@@ -5,11 +5,12 @@ import torch
 
 from paley.core import grids
 from paley.core.errors import PaleyError
+from paley.core.metrics import rel_error
 from paley.core.packing import pack_codes, packed_bytes, stored_bits, symbol, unpack_codes
 from paley.core.rounding import codes_per_row, quantize_dynamic, round_trip
 from paley.core.schemes import ActivationScheme, LinearSlot, WeightScheme
 from paley.format.spec import decode_linear, encode_linear
-from paley.methods.nearest import gaussian_error, quantize_nearest
+from paley.methods.nearest import gaussian_error, gaussian_spread, quantize_nearest
 
 VECTORS = ["p2n16", "p2n88", "p2n256", "p3n64", "p4n256", "e8q3k9"]
 
@@ -50,7 +51,44 @@ def test_gaussian_weights_have_the_error_of_the_grid(name):
     q = quantize_nearest(weight, scheme)
     error = float((q.dequantize() - weight).square().sum() / weight.square().sum())
     assert error == pytest.approx(gaussian_error(scheme, 1024), rel=0.02)
-    assert grids.load(name).mse == gaussian_error(scheme, 1024)
+
+
+@pytest.mark.parametrize("name", ["p2n16", "p2n256", "p3n64", "p4n256", "gauss3", "e8q3k9"])
+def test_the_error_of_the_grid_is_the_limit_of_large_groups(name):
+    t2 = grids.load(name).mse
+    for scale_search, limit in (("rms", t2), ("unbiased", t2 / (1 - t2))):
+        if name.startswith("e8") and scale_search == "unbiased":
+            continue  # its points are no means of their cells
+        scheme = WeightScheme(name, 2**20, "nearest", scale_search)
+        assert gaussian_error(scheme, 2**20) == pytest.approx(limit, rel=0.003)
+
+
+@pytest.mark.parametrize("scale_search", ["rms", "unbiased"])
+@pytest.mark.parametrize(("name", "group_size"), [("p2n256", 64), ("p2n16", 50), ("p4n256", 128), ("p1n4", 64),
+                                                  ("p3n64", 64), ("p2n64", 320), ("p2n256", 16)])  # fmt: skip
+def test_small_groups_have_less_error_than_their_grid(name, group_size, scale_search):
+    scheme = WeightScheme(name, group_size, "nearest", scale_search)
+    lost = 0.0
+    for seed in range(8):
+        weight = normal(2**18 // group_size, 2 * group_size, seed=100 + seed)
+        lost += rel_error(weight, quantize_nearest(weight, scheme).dequantize())
+    by_chance = 2 * gaussian_spread(name) / 2**11
+    assert gaussian_error(scheme, 2 * group_size) == pytest.approx(lost / 8, rel=0.003 + by_chance)
+
+
+def test_how_far_gaussian_weights_are_off_by_chance():
+    scheme = WeightScheme("p2n64", 64, "nearest", "rms")
+    weights = [normal(64, 64, seed=seed) for seed in range(100)]
+    errors = torch.tensor([rel_error(weight, quantize_nearest(weight, scheme).dequantize()) for weight in weights])
+    measured = float(errors.std() / errors.mean())
+    assert measured == pytest.approx(gaussian_spread("p2n64") / 64, rel=0.25)
+
+
+def test_gptq_refits_scales_so_that_none_is_stretched():
+    errors = [
+        gaussian_error(WeightScheme("p2n16", 64, *how), 256) for how in (("gptq", "unbiased"), ("nearest", "rms"))
+    ]
+    assert errors[0] == errors[1]
 
 
 @pytest.mark.parametrize("size", [2, 3, 5, 9, 16, 45, 88, 256, 354, 830, 4096, 2**18, 13**8 * 5])
@@ -120,6 +158,35 @@ def test_a_grid_of_ones_own_is_known_by_its_points(tmp_path):
 def test_a_bad_grid_is_refused(points, complaint):
     with pytest.raises(PaleyError, match=complaint):
         grids.custom(points, "my.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("points", "error"),
+    [
+        (torch.linspace(-2, 2, 8)[:, None] * 100, r"\d{3}"),
+        (normal(16, 2) * 1e30, r"\S+e\+\d\d"),
+        (normal(16, 2) * 1e-3, "0.99"),
+        (normal(16, 2) + 9, r"\d{2}"),
+    ],
+)
+def test_points_for_another_variance_are_refused_where_scales_are_by_rms(points, error):
+    grid = grids.custom(points)
+    complaint = rf"relative squared error on N\(0, 1\) is {error}.*scale the points to unit variance"
+    with pytest.raises(PaleyError, match="my.safetensors: its points do not fit.*" + complaint):
+        grids.check_scaled(grid, "my.safetensors")
+    for make in (lambda: WeightScheme(grid.name, 8, "nearest", "unbiased"), lambda: ActivationScheme(grid.name, "rms")):
+        with pytest.raises(PaleyError, match=complaint):
+            make()
+
+
+def test_to_other_scales_any_multiple_of_the_points_is_the_same():
+    weight, found = normal(8, 64), []
+    for factor in (1e-3, 1.0, 256.0):
+        grid = grids.custom(torch.arange(-8.0, 8.0)[:, None] * factor)
+        for scale_search in ("absmax", "mse"):
+            found.append(quantize_nearest(weight, WeightScheme(grid.name, 32, "nearest", scale_search)).codes)
+    assert all(torch.equal(codes, found[i % 2]) for i, codes in enumerate(found))
+    grids.check_scaled(grids.custom(torch.arange(-8.0, 8.0)[:, None]), "integers have an error of 1/12")
 
 
 @pytest.mark.parametrize("size", [88, 255, 3, 3000, 9 * 3**8])

@@ -6,6 +6,7 @@ import torch
 from paley.core import grids
 from paley.core.errors import PaleyError
 from paley.core.schemes import WeightScheme
+from paley.methods.binary import fit_centroids
 from paley.methods.gptq import InputStatistics, quantize_gptq
 from paley.methods.nearest import quantize_nearest
 
@@ -63,6 +64,38 @@ def test_white_inputs_give_the_nearest_codes(grid):
     nearest = quantize_nearest(weight, scheme)
     assert torch.equal(q.codes, nearest.codes)
     assert torch.equal(q.scales, nearest.scales)
+
+
+def fitted_group_by_group(weight, q, gram, importance, outliers):
+    """-> the points [out, groups, 4] of weights made up for what q's earlier groups missed, by the normal equations."""
+    missed, width = weight.double() - q.dequantize().double(), weight.shape[1]
+    ordinary = [col for col in range(width) if col not in outliers]
+    found = []
+    for start in range(0, width, q.group_size):
+        done = [col for col in ordinary if col < start]
+        ahead = [col for col in range(width) if col not in done]
+        work = weight.double()
+        work[:, ahead] += missed[:, done] @ gram[done][:, ahead] @ torch.linalg.inv(gram[ahead][:, ahead])
+        cols = [col for col in ordinary if start <= col < start + q.group_size]
+        found.append(fit_centroids(work[:, None, cols], None if importance is None else importance[cols], 4))
+    return torch.cat(found, 1)
+
+
+@pytest.mark.parametrize("outliers", [(), (3, 17, 18, 47)])
+@pytest.mark.parametrize("search", SEARCHES)
+def test_points_are_fitted_to_the_compensated_weights_by_the_importance_of_the_damped_hessian(search, outliers):
+    weight, _, s = problem()
+    gram = s.gram.double() + 0.2 * s.gram.diagonal().mean() * torch.eye(48, dtype=torch.float64)
+    importance = {
+        "em": None,
+        "em_diagonal": gram.diagonal(),
+        "em_inverse": 1 / torch.linalg.inv(gram).diagonal().square(),
+    }[search]
+    scheme = WeightScheme("free2", 16, scale_search=search, sweeps=0)  # sweeps would refit the points
+    columns = torch.tensor(outliers, dtype=torch.int32) if outliers else None
+    q = quantize_gptq(weight, s, scheme, outlier_columns=columns, compensate=False, damp=0.2)
+    expected = fitted_group_by_group(weight, q, gram, importance, outliers)
+    torch.testing.assert_close(q.scales.float(), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_important_columns_are_rounded_better_where_the_points_know_it():

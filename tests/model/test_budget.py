@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from paley.core import grids
+from paley.core import grids, tables
 from paley.core.errors import PaleyError
 from paley.core.schemes import ActivationScheme, LinearSlot
 from paley.core.transforms import Transform
@@ -15,7 +15,14 @@ from paley.format import spec
 from paley.methods.nearest import gaussian_error
 from paley.methods.sensitivity import MAX_T
 from paley.model.adapter import Adapter
-from paley.model.budget import Slots, check_budget, decide_grids, weight_candidates
+from paley.model.budget import (
+    Slots,
+    activation_schemes,
+    check_budget,
+    decide_grids,
+    range_note,
+    weight_candidates,
+)
 from paley.model.rotation import input_blocks
 from paley.model.sensitivity import KINDS, noise_slots
 from paley.recipe import apply_settings, preset
@@ -75,9 +82,8 @@ def test_what_is_stored_meets_the_budget_and_more_bits_never_cost_accuracy(adapt
     bits, weights = stored_bits(found, adapter)
     assert limit - 0.2 < bits / weights <= limit
     assert allocation.costs == (bits,)
-    errors = {
-        path: 0.0 if slot.weight is None else gaussian_error(slot.weight, 128) for path, slot in found.linears.items()
-    }
+    widths = {path: adapter.model.get_submodule(path).in_features for path in found.linears}
+    errors = {p: 0.0 if s.weight is None else gaussian_error(s.weight, widths[p]) for p, s in found.linears.items()}
     assert allocation.loss == pytest.approx(sum(sensitivity.slots[path].alpha * e for path, e in errors.items()))
     least, most = (max(e for path, e in errors.items() if path.endswith(end)) for end in ("down_proj", "q_proj"))
     assert least <= most
@@ -158,7 +164,9 @@ def test_stored_bytes_and_bytes_read_are_one_problem(adapter):
     [
         (["budget={weights: 0.5}"], {}, r"budget.weights: 0.5 bits are out of reach; 1.\d+ to 16 can be had here"),
         (["budget={weights: 17}"], {}, r"17 bits are out of reach; 1.\d+ to 16"),
-        (["budget={weights: 4, kv: 3}"], {"kinds": KINDS}, "budget.kv: this recipe quantizes no keys or values"),
+        (["budget={weights: 4, kv: 3}"], {"kinds": KINDS}, "budget.kv: this recipe .* --preset higgs-w4a16kv4, or set"),
+        (["budget={weights: 4, inputs: 3}"], {"kinds": KINDS}, "budget.inputs: this recipe .* --preset higgs-w4a4, or"),
+        (["budget={weights: 4}"], {"name": "higgs-w16a4"}, "budget.weights: this recipe .* --preset higgs-4"),
         (["budget={size: 1000}"], {}, r"budget\.size: 1,000 bytes are out of reach; [\d,]+ to [\d,]+ can be had"),
         (["budget={weights: 4}"], {"folded": True}, "measured with the norms' gains in the weights"),
         (["budget={weights: 4, inputs: 5}"], {"name": "higgs-w4a4"}, "has no slope.*--activations"),
@@ -274,7 +282,78 @@ def test_a_size_counts_the_mean_keys(adapter):
 
 
 def test_candidates_are_the_kin_of_the_recipes_grid():
-    for grid in ("e8q14k4", "nf4", "af3", "int4", "p3n64"):
+    for grid in ("e8q14k4", "nf4", "af3", "int4"):
         scale = "rms" if grids.load(grid).p > 1 else "absmax"
         wanted = recipe("budget={weights: 4}", f"weights={{grid: {grid}, method: nearest, scale_search: {scale}}}")
         assert weight_candidates(wanted) == [*grids.family(grid), "keep"]
+
+
+def test_gaussian_grids_of_all_dimensions_are_candidates_without_data():
+    assert weight_candidates(recipe("budget={weights: 4}")) == [*tables.names(), "keep"]
+    own = grids.custom(torch.randn(40, 2, generator=torch.Generator().manual_seed(0)))
+    assert weight_candidates(recipe("budget={weights: 4}", f"weights.grid={own.name}"))[:2] == [own.name, "p1n2"]
+    calibrated = recipe("budget={weights: 4}", "weights.method=gptq", "weights.scale_search=rms")
+    assert weight_candidates(calibrated) == [*grids.family("p2n256"), "keep"]
+
+
+def test_eight_bits_have_a_grid(adapter):
+    wanted = recipe("budget={weights: 8.2}")
+    found, allocation = decide_grids(wanted, adapter, slots_of(wanted, adapter), slopes(adapter))
+    assert "p1n256" in {slot.weight.grid for slot in found.linears.values() if slot.weight}
+    kin = recipe(f"budget={{weights: 8.2, grids: [{', '.join(grids.family('p2n256'))}, keep]}}")
+    assert allocation.loss < decide_grids(kin, adapter, slots_of(kin, adapter), slopes(adapter))[1].loss / 2
+
+
+def test_keys_and_values_get_the_scheme_of_least_measured_error(adapter):
+    wanted = recipe("budget={kv: 8.6}", name="higgs-w4a16kv4")
+    start, asked = slots_of(wanted, adapter), set()
+
+    def errors(place, scheme, width):
+        asked.add((place, scheme))
+        clipped = scheme.clip_ratio < 1
+        few = grids.load(scheme.grid).bits < 5
+        return 4.0 ** -grids.load(scheme.grid).bits * (1 if clipped == few else 2)
+
+    found, allocation = decide_grids(wanted, adapter, start, slopes(adapter, KINDS), errors)
+    schemes = [s for slot in found.attentions.values() for s in (slot.keys, slot.values)]
+    assert all((s.clip_ratio < 1) == (grids.load(s.grid).bits < 5) for s in schemes)
+    assert allocation.loss == pytest.approx(sum(4.0 ** -grids.load(s.grid).bits for s in schemes))
+    places = {(f"model.layers.{i}.self_attn", what) for i in (0, 1) for what in ("keys", "values")}
+    offered = activation_schemes(wanted, adapter, start)
+    assert offered.keys() == places
+    assert asked == {(place, scheme) for place in places for scheme in offered[place]}
+    assert len(asked) == 4 * 7 * 2  # places, bits, clip ratios
+    assert activation_schemes(recipe("budget={weights: 4}", name="higgs-w4a16kv4"), adapter, start) == {}
+
+
+@pytest.mark.parametrize(
+    ("limit", "setting", "note"),
+    [
+        (2.6, "", "budget: below 3 bits losses grow faster than predicted"),
+        (9, ", grids: [p1n3, keep]", "budget: some weights are rounded beyond the range of the slopes"),
+        (3.4, "", ""),
+    ],
+)
+def test_budgets_beyond_the_linear_range_are_mentioned(adapter, limit, setting, note):
+    wanted = recipe(f"budget={{weights: {limit}{setting}}}")
+    found, _ = decide_grids(wanted, adapter, slots_of(wanted, adapter), slopes(adapter))
+    text = range_note(wanted, adapter, found)
+    assert text.startswith(note)
+    assert bool(text) == bool(note)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"kind": "input"}, r"0\.self_attn\.q_proj was measured as input of 16,384 values, .* weight of 16,384"),
+        (
+            {"numel": 7},
+            r"0\.self_attn\.q_proj was measured as weight of 7 values, in this model it is weight of 16,384",
+        ),
+    ],
+)
+def test_slopes_of_another_make_are_refused(adapter, change, complaint):
+    wanted, good, name = recipe("budget={weights: 4}"), slopes(adapter), "model.layers.0.self_attn.q_proj"
+    changed = good.slots | {name: good.slots[name].model_copy(update=change)}
+    with pytest.raises(PaleyError, match=complaint):
+        check_budget(wanted, adapter, slots_of(wanted, adapter), good.model_copy(update={"slots": changed}))

@@ -11,6 +11,7 @@ from paley import hf
 from paley.core import grids
 from paley.core.errors import PaleyError
 from paley.core.grids import FreeGrid
+from paley.core.schemes import ActivationScheme, WeightScheme
 from paley.format.checkpoint import Checkpoint
 from paley.model.linear import QuantLinear
 from paley.pipeline import make_plan, quantize
@@ -39,6 +40,17 @@ def recipe(text, name, *settings):
     parts = ("calibration", "search", "test")
     sizes = [setting for part in parts for setting in (f"{part}.sequences=4", f"{part}.seq_len=32")]
     return apply_settings(preset(name), [f"calibration.source={text}", *sizes, *settings])
+
+
+def test_what_the_presets_decide():
+    weights, inputs = WeightScheme("free2", 128, "gptq", "em_diagonal"), ActivationScheme("uint4", group_size=128)
+    cache = ActivationScheme("uint4", clip_ratio=0.95)
+    w1a4, w1a16 = preset("w1a4"), preset("w1a16")
+    assert (w1a4.weights, w1a4.inputs, w1a4.keys, w1a4.values) == (weights, inputs, cache, cache)
+    assert (w1a16.weights, w1a16.inputs, w1a16.keys, w1a16.values) == (weights, None, None, None)
+    for made in (w1a4, w1a16):
+        assert (made.rotate, made.hadamard, made.expand, made.expand_mlp) == (True, None, 0, "auto")
+        assert (made.outliers, made.center_keys, made.search.method) == (0, True, "none")
 
 
 COMPOSED = {

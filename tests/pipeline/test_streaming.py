@@ -1,10 +1,13 @@
 """Quantizing tensor by tensor: the same model as in memory, however it is cut up, stopped or shared out."""
 
+import gc
 import json
 import multiprocessing
 import os
+import pickle
 import signal
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,10 +19,11 @@ from paley import hf
 from paley.core import grids
 from paley.core.errors import PaleyError
 from paley.core.schemes import LinearSlot
-from paley.format.checkpoint import Checkpoint
+from paley.format.checkpoint import Checkpoint, read_tensors
 from paley.format.files import write_json
-from paley.model.loading import open_source
-from paley.pipeline import Monitor, quantize
+from paley.format.header import TensorInfo
+from paley.model.loading import Source, open_source
+from paley.pipeline import Monitor, quantize, streaming
 from paley.pipeline.stages import decide, execute
 from paley.pipeline.texts import Texts
 from paley.recipe import apply_settings, preset
@@ -88,6 +92,81 @@ def test_processes_share_the_work_without_changing_it(folder, tmp_path):
     alone = quantize(folder, higgs(), output=tmp_path / "one")
     shared = quantize(folder, higgs(), output=tmp_path / "two", workers=2)
     assert contents(alone.output) == contents(shared.output)
+
+
+def test_workers_are_other_processes(folder, tmp_path, monkeypatch):
+    """What is patched here a spawned process does not see: units that fail here are made elsewhere, or not at all."""
+
+    class Counting(Monitor):
+        most = 0
+
+        def step(self, detail: str = "") -> None:
+            self.most = max(self.most, len(multiprocessing.active_children()))
+
+    def fail(*args: object, **more: object) -> None:
+        raise AssertionError("rounded in the parent")
+
+    monkeypatch.setattr(streaming, "quantize_nearest", fail)
+    with pytest.raises(AssertionError, match="rounded in the parent"):
+        quantize(folder, higgs(), output=tmp_path / "one")
+    counting = Counting()
+    quantize(folder, higgs(), output=tmp_path / "two", workers=2, monitor=counting)
+    assert counting.most == 2
+
+
+def test_a_model_is_never_in_memory(tmp_path, tiny_tokenizer, monkeypatch):
+    folder = save_tiny(tmp_path / "model", tiny_tokenizer, num_hidden_layers=24, vocab_size=260)
+    infos = Checkpoint.open(folder).infos.values()
+    largest, total = max(info.nbytes for info in infos), sum(info.nbytes for info in infos)
+    seen, read = [], TensorInfo.read
+
+    def watched(info: TensorInfo) -> torch.Tensor:
+        tensor = read(info)
+        seen.append(in_memory())
+        return tensor
+
+    def fail(*args: object, **more: object) -> None:
+        raise AssertionError("loaded whole")
+
+    monkeypatch.setattr(Source, "load", fail)
+    monkeypatch.setattr(TensorInfo, "read", watched)
+    monkeypatch.setattr(streaming, "_SHARD", 2 * largest)
+    gc.collect()
+    gc.freeze()  # what is there already is passed over
+    try:
+        outcome = quantize(folder, higgs(), output=tmp_path / "out")
+    finally:
+        gc.unfreeze()
+    assert len(list(outcome.output.glob("*.safetensors"))) > 1
+    assert len(seen) > 2 * len(infos)  # checked, fingerprinted, rounded, read back
+    assert max(seen) < 6 * largest < total / 3
+
+
+def in_memory() -> int:
+    """Bytes of all tensors on the CPU that Python knows."""
+    found = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.device.type == "cpu"]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}.values())
+
+
+def test_a_unit_carries_the_grid_it_needs(tmp_path, tiny_tokenizer, monkeypatch):
+    folder = save_tiny(tmp_path / "model", tiny_tokenizer)
+    grid = grids.custom(torch.randn(9, 2, generator=torch.Generator().manual_seed(5)))
+    outcome = quantize(folder, higgs(f"weights.grid={grid.name}"), output=tmp_path / "out")
+    name, slot = next(iter(outcome.plan.linears.items()))
+    info = Checkpoint.open(folder).info(f"{name}.weight")
+    job = pickle.dumps(streaming.TensorJob(name, info, slot, tmp_path / "unit.safetensors", outcome.plan.grids))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        report = pool.submit(_unpickled, job).result()
+    assert report.rel_error == outcome.results["layers"][name]["rel_error"]
+    stored = Checkpoint.open(outcome.output)
+    for tensor, value in read_tensors(tmp_path / "unit.safetensors").items():
+        assert torch.equal(value, stored[tensor])
+
+
+def _unpickled(job: bytes):
+    torch.set_num_threads(1)
+    return streaming.quantize_tensor(pickle.loads(job))
 
 
 def test_a_stopped_run_makes_no_weight_twice(folder, tmp_path, monkeypatch):

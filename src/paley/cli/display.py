@@ -131,11 +131,13 @@ def clip(made: ActivationScheme | None) -> str:
 
 def plan_table(plan: Plan) -> Table:
     """What a plan does, summed up."""
-    recipe, rotation = plan.recipe, plan.rotation
+    recipe, rotation, linears = plan.recipe, plan.rotation, plan.linears.values()
+    weights = _counted(scheme(slot.weight, slot.outliers) for slot in linears)
     rows: list[Row] = [
-        ("weights", scheme(recipe.weights, recipe.outliers) if recipe.budget is None else _shares(_grids(plan))),
-        ("linear inputs", scheme(recipe.inputs)),
-        ("keys, values", f"{scheme(recipe.keys)}, {scheme(recipe.values)}"),
+        ("weights", weights if recipe.budget is None else _shares(_grids(plan))),
+        ("linear inputs", _counted(scheme(slot.input) for slot in linears)),
+        ("keys", _counted(scheme(attention.keys) for attention in plan.attentions.values())),
+        ("values", _counted(scheme(attention.values) for attention in plan.attentions.values())),
     ]
     for name, transform in asdict(rotation).items() if rotation is not None else ():
         if transform is not None:
@@ -159,6 +161,12 @@ def _grids(plan: Plan) -> dict[str, int]:
     """How many linears have each grid, the most frequent first."""
     found = Counter("16 bits" if slot.weight is None else slot.weight.grid for slot in plan.linears.values())
     return dict(found.most_common())
+
+
+def _counted(schemes: Iterable[str]) -> str:
+    """What is really in the slots, the most frequent first."""
+    found = dict(Counter(schemes).most_common())
+    return _shares(found) if len(found) > 1 else "".join(found)
 
 
 def _shares(grids: dict[str, int]) -> str:

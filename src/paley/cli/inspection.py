@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from paley.cli.display import Row, clip, line, scheme, scores, show, table
+from paley.core import grids, packing
+from paley.core.grids import FreeGrid
 from paley.format.checkpoint import Checkpoint
 from paley.format.files import read_json
-from paley.format.spec import PARTS, WEIGHT, QuantizationConfig, quantization_of
+from paley.format.spec import CODES, PARTS, SCALES, WEIGHT, QuantizationConfig, quantization_of
+from paley.methods.nearest import gaussian_error, gaussian_spread
 
 __all__ = ["Inspection"]
 
@@ -18,6 +21,8 @@ _REL_ERROR = (
     "rel_error: ‖W − Ŵ‖² / ‖W‖² against the rotated weight, not an output error; o_proj and down_proj also make up "
     "for the layers before them, and can exceed 1"
 )
+_OFF, _BY_CHANCE = 0.03, 3  # beyond that part, and so many standard errors, an error is not that of Gaussian weights
+_LISTED = 8
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,9 @@ class Inspection:
     def to_dict(self) -> dict[str, Any]:
         """Plain data; bytes of a linear are those of its weight: codes, scales, zeros."""
         linears = {
-            name: asdict(slot) | {"rel_error": self.rel_error(name), "bytes": self.nbytes(name)}
+            name: asdict(slot)
+            | {"rel_error": self.rel_error(name), "gaussian_error": self.gaussian_error(name)}
+            | {"bytes": self.nbytes(name)}
             for name, slot in self.config.linears.items()
         }
         return {
@@ -57,6 +64,8 @@ class Inspection:
         header = ("linear layer", "weight", "input", "clip", "rel_error", "bytes")
         show(table(header, self._linear_rows(), left=3))
         line(_REL_ERROR)
+        for said in self.not_gaussian():
+            line(said)
         caches = [
             (name, scheme(slot.keys), clip(slot.keys), scheme(slot.values), clip(slot.values))
             for name, slot in self.config.attentions.items()
@@ -75,6 +84,41 @@ class Inspection:
     def rel_error(self, name: str) -> float | None:
         """The measured error of a linear's weight, relative; None where none was recorded."""
         return self.results.get("layers", {}).get(name, {}).get("rel_error")
+
+    def gaussian_error(self, name: str) -> float | None:
+        """The error that Gaussian weights would have; None where the grid is not for them, or GPTQ chose codes."""
+        slot = self.config.linears[name]
+        if (made := slot.weight) is None or made.method != "nearest" or made.scale_search not in ("rms", "unbiased"):
+            return None
+        grid = grids.load(made.grid)
+        if isinstance(grid, FreeGrid) or not (grid.unit or grid.name.startswith("gauss")):
+            return None
+        width, whole = self._width(name), made.group_size is None
+        return gaussian_error(replace(made, group_size=width if whole else made.group_size), width)
+
+    def not_gaussian(self) -> list[str]:
+        """A line for each layer whose error is beyond chance not that of Gaussian weights, worst first."""
+        found = []
+        for name, slot in self.config.linears.items():
+            error, expected = self.rel_error(name), self.gaussian_error(name)
+            if error is None or expected is None or slot.weight is None:
+                continue
+            off = error / expected - 1
+            values = self.checkpoint.shape(name + CODES)[0] * self._width(name)
+            if abs(off) > max(_OFF, _BY_CHANCE * gaussian_spread(slot.weight.grid) / values**0.5):
+                found.append((abs(off), f"{name}, error {abs(off):.0%} {'above' if off > 0 else 'below'} its grid's"))
+        lines = [f"not Gaussian: {said}" for _, said in sorted(found, key=lambda entry: -entry[0])]
+        if (more := len(lines) - _LISTED) > 0:
+            lines[_LISTED:] = [f"not Gaussian: {more} more; --json has the gaussian_error of each layer"]
+        return lines
+
+    def _width(self, name: str) -> int:
+        """Columns of a quantized weight; where a row has one scale, as many as its codes have room for."""
+        made = self.config.linears[name].weight
+        assert made is not None
+        if made.group_size is not None:
+            return made.group_size * self.checkpoint.shape(name + SCALES)[1]
+        return int(8 * self.checkpoint.shape(name + CODES)[1] / packing.stored_bits(grids.load(made.grid)))
 
     def nbytes(self, name: str) -> int:
         """Stored bytes of a linear's weight."""

@@ -23,6 +23,7 @@ from paley.methods.sensitivity import LEVELS
 from paley.model.loading import read_config, resolve
 from paley.model.sensitivity import KINDS
 from paley.pipeline.sensitivities import measure_sensitivity
+from paley.pipeline.texts import SELF
 from paley.recipe import Test
 from paley.sensitivity import MeasuredSlot, Sensitivity
 
@@ -51,9 +52,9 @@ def sensitivity_verb(
         typer.Option(
             "--text",
             metavar="SOURCE|random",
-            help="A file, pydoc, hub:DATASET[:CONFIG][:SPLIT], self (sampled), or random tokens (kl only).",
+            help="self (sampled), a file, pydoc, hub:DATASET[:CONFIG][:SPLIT], or random tokens (kl only).",
         ),
-    ] = "pydoc",
+    ] = SELF,
     sequences: Annotated[int, typer.Option("--sequences", min=1, help="How many sequences.")] = 16,
     seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens of each.")] = 512,
     activations: Annotated[

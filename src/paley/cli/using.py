@@ -70,7 +70,7 @@ def generate_verb(
     device = check_device(device)
     tokenizer = load_tokenizer(resolve(model))
     made = generate(
-        load_model(model, device),
+        load_model(model, device, kernels=True),
         tokenizer,
         prompt,
         max_new_tokens=max_new_tokens,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ from paley.recipe import Recipe, apply_settings, examples, load_recipe, preset
 __all__ = ["Wish"]
 
 _OPTIONS = {"weights": "--target-bpw", "size": "--target-size", "kv": "--kv-bpw"}  # of a budget's keys
-BUDGETED = "higgs-4"  # what a budget alone stands for: HIGGS, whose grids it then chooses
+# What a budget alone stands for: HIGGS, whose grids it then chooses; one for the cache needs schemes there.
+BUDGETED, BUDGETED_BOTH, BUDGETED_CACHE = "higgs-4", "higgs-w4a16kv4", "higgs-w16a16kv4"
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ class Wish:
                     "or make a new one with `paley plan`"
                 )
             return Plan.load(self.plan)
-        recipe = load_recipe(self.recipe) if self.recipe is not None else preset(self.preset or BUDGETED)
+        alone = BUDGETED if "kv" not in budget else BUDGETED_BOTH if len(budget) > 1 else BUDGETED_CACHE
+        recipe = load_recipe(self.recipe) if self.recipe is not None else preset(self.preset or alone)
         if budget:
             kept = {} if recipe.budget is None else recipe.budget.model_dump(exclude_none=True, mode="json")
             settings = [f"budget={json.dumps(kept | budget)}", *settings]
@@ -80,7 +83,11 @@ class Wish:
             "size": None if self.target_size is None else _bytes(self.target_size),
             "kv": self.kv_bpw,
         }
-        return {key: value for key, value in given.items() if value is not None}
+        found = {key: value for key, value in given.items() if value is not None}
+        for key, value in found.items():
+            if not math.isfinite(value):
+                raise PaleyError(f"{_OPTIONS[key]} {value}: must be a finite number")
+        return found
 
     def _all_settings(self) -> list[str]:
         """--set, then the options that are shorter names of settings; text quoted, as values are YAML."""
@@ -109,6 +116,7 @@ def _with_grid(recipe: Recipe, name: str) -> Recipe:
         if set(tensors) != {"points"}:
             raise PaleyError(f"{name}: a grid's file holds one tensor, points [n, p], got {', '.join(sorted(tensors))}")
         grid = grids.custom(tensors["points"], name)
+        grids.check_scaled(grid, name)
     else:
         grid = grids.load(name)
     weights = recipe.weights.on_grid(grid.name)

@@ -56,11 +56,15 @@ def is_paley(folder: Path) -> bool:
         return False
 
 
-def load_model(model: str, device: str) -> PreTrainedModel:
-    """A Paley folder, with unpacked weights for speed, or an ordinary checkpoint (folder or Hub name)."""
+def load_model(model: str, device: str, *, kernels: bool = False) -> PreTrainedModel:
+    """A Paley folder, its weights unpacked for speed, or an ordinary checkpoint (folder or Hub name).
+
+    kernels: leave those weights packed that a native kernel multiplies as they are; scores do without, so that they are
+    the same on every machine.
+    """
     path = resolve(model)
     if is_paley(path):
-        return hf.load(path, device=device, dense=True)
+        return hf.load(path, device=device, dense="auto" if kernels and device == "cpu" else True)
     return open_source(path).load(device=device)
 
 

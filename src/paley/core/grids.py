@@ -28,13 +28,14 @@ from paley.core.lattice import E8Grid
 from paley.core.nearest import nearest_points
 
 __all__ = [
-    "FAMILIES", "AnyGrid", "FixedGrid", "FreeGrid", "Grid", "code_dtype", "custom", "custom_points", "family", "fixed",
-    "know", "load", "names",
+    "FAMILIES", "AnyGrid", "FixedGrid", "FreeGrid", "Grid", "check_scaled", "code_dtype", "custom", "custom_points",
+    "family", "fixed", "know", "load", "names",
 ]  # fmt: skip
 
 FAMILIES = ("int", "uint", "odd", "gauss")
 MIN_BITS, MAX_BITS = 2, 8
 MAX_POINTS, MAX_DIM = 4096, 8
+_PROBES = 2**12  # vectors that tell whether a grid is made for values of variance 1
 _FEW = 16  # comparing with each edge beats a binary search up to about here
 _CUSTOM: dict[str, Grid] = {}  # grids that came from files, under names that are hashes of their points
 
@@ -151,6 +152,15 @@ class Grid:
         x = torch.randn(2**18, self.p, generator=torch.Generator().manual_seed(0))
         return float((self.round(x.clone()) - x).square().mean())
 
+    @functools.cached_property
+    def fit(self) -> tuple[float, float]:
+        """On a few values of N(0, 1): the relative squared error, and how many times too short the points are."""
+        x = torch.randn(_PROBES, self.p, generator=torch.Generator().manual_seed(0))
+        points, x = self.round(x.clone()).double(), x.double()
+        length, along = float(points.square().sum()), float((points * x).sum())
+        error = float((points - x).square().sum() / x.square().sum())
+        return error, along / length if length else math.inf
+
 
 FixedGrid = Grid | E8Grid
 AnyGrid = FixedGrid | FreeGrid
@@ -178,7 +188,8 @@ def _load(name: str) -> AnyGrid:
     if match is None or match[1] not in FAMILIES:
         families = [f + "<bits>" for f in (*FAMILIES, "nf", "af")] + ["free<1-4>", "mirror<1-4>"]
         known = ", ".join([*families, "p<p>n<n>", "e8q<q>k<k>"])
-        raise PaleyError(f"unknown grid {name!r}: known are {known}{nearest_name(name, names())}")
+        hint = nearest_name(name, names()) + tables.how_to_make(name)
+        raise PaleyError(f"unknown grid {name!r}: known are {known}{hint}")
     family, bits = match[1], int(match[2])
     if not MIN_BITS <= bits <= MAX_BITS:
         raise PaleyError(f"grid {name!r}: bits must be between {MIN_BITS} and {MAX_BITS}, got {bits}")
@@ -213,7 +224,11 @@ def fixed(name: str) -> FixedGrid:
 
 
 def custom(points: Tensor, where: str = "grid") -> Grid:
-    """points [n, p] of your own, for values of unit rms -> a grid whose name is a hash of them."""
+    """points [n, p] of your own -> a grid whose name is a hash of them.
+
+    Scales by rms take them as points for values of unit rms (`check_scaled`); to "absmax" and "mse" any multiple is
+    the same.
+    """
     if points.ndim != 2 or not points.is_floating_point():
         raise PaleyError(f"{where}: points must be floats [n, p], got {points.dtype} {list(points.shape)}")
     n, p = points.shape
@@ -229,6 +244,22 @@ def custom(points: Tensor, where: str = "grid") -> Grid:
     digest = hashlib.sha256(f"{n} {p} ".encode() + points.numpy().tobytes()).hexdigest()
     name = f"custom-{digest[:16]}"
     return _CUSTOM.setdefault(name, Grid(name, points.double(), unit=True))
+
+
+def check_scaled(grid: FixedGrid, where: str) -> None:
+    """Raises for a grid of one's own that scales by rms cannot use, as its points are not for values of variance 1."""
+    if grid.name not in _CUSTOM:
+        return
+    error, short = _CUSTOM[grid.name].fit
+    # So short that not even `unbiased` scales, which go up to twice the rms, would stretch them.
+    if error < 1 and short < 2:
+        return
+    size = float(_CUSTOM[grid.name].points.square().mean().sqrt())
+    raise PaleyError(
+        f"{where}: its points do not fit values of variance 1, which scales by rms are for: their relative squared "
+        f"error on N(0, 1) is {error:.3g}, that of zeros 1, and the points have a root mean square of {size:.3g}; "
+        "scale the points to unit variance"
+    )
 
 
 def custom_points(used: Iterable[str]) -> dict[str, list[list[float]]]:

@@ -72,6 +72,7 @@ class E8Grid:
 
     p: ClassVar[int] = DIM
     affine: ClassVar[bool] = False
+    unit: ClassVar[bool] = True
     step: ClassVar[float | None] = None
     gaussian_scale: ClassVar[float] = 1.0
 

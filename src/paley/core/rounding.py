@@ -5,6 +5,7 @@ The pure-torch code here is the meaning of every faster kernel.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,7 @@ __all__ = [
     "codes_per_row",
     "dequantize",
     "dynamic_scales",
+    "fitting_group_size",
     "look_up",
     "nearest_codes",
     "quantize_dynamic",
@@ -89,10 +91,25 @@ def split_groups(x: Tensor, group_size: int | None, where: str = "rounding") -> 
     return x.unflatten(-1, (x.shape[-1] // size, size))
 
 
-def check_groups(n: int, group_size: int | None, where: str) -> None:
-    """Raises unless groups fill n values."""
+def check_groups(n: int, group_size: int | None, where: str, *, what: str = "dimension ", way_out: str = "") -> None:
+    """Raises unless groups fill n values. what: the error's word for n; way_out: what it adds to the divisors."""
     if group_size is not None and n % group_size:
-        raise PaleyError(f"{where}: dimension {n} is no multiple of group_size={group_size}; use a divisor or expand")
+        below, above = ([d for d in _divisors(n) if (d < group_size) == less] for less in (True, False))
+        near = " or ".join(str(d) for d in (*below[-1:], *above[:1]) if d > 1 or n == 1)
+        raise PaleyError(
+            f"{where}: {what}{n} is no multiple of group_size={group_size}; set a divisor such as {near}{way_out}"
+        )
+
+
+def fitting_group_size(n: int, group_size: int) -> int:
+    """The divisor of n nearest to group_size, the larger of two and none below half of it; n itself where n is less."""
+    return min((d for d in _divisors(n) if 2 * d >= group_size), key=lambda d: (abs(d - group_size), -d), default=n)
+
+
+def _divisors(n: int) -> list[int]:
+    """Ascending."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return small + [n // d for d in reversed(small) if d * d < n]
 
 
 def codes_per_row(n: int, p: int) -> int:

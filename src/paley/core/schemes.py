@@ -34,6 +34,8 @@ def _check_scale(where: str, key: str, grid: FixedGrid, scale: str) -> None:
         raise PaleyError(
             f"{where}: grid {name!r} is made for Gaussian vectors of {grid.p} values and needs {key} 'rms'"
         )
+    if by_rms:
+        grids.check_scaled(grid, f"{where}: grid {name!r}")
 
 
 @dataclass(frozen=True)

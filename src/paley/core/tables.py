@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from importlib import resources
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from paley.core.errors import PaleyError, nearest_name
 
-__all__ = ["gaussian_grid", "names", "record"]
+__all__ = ["gaussian_grid", "how_to_make", "names", "record", "size_of"]
+
+MAX_POINTS, MAX_DIM = 4096, 4  # of the grids that the script makes
 
 
 @functools.cache
@@ -46,5 +49,22 @@ def record(name: str) -> dict:
     """What was measured of a grid: t2, its stderr, on how many samples, and the seed; PaleyError for other names."""
     header, records, _ = _file()
     if name not in header:
-        raise PaleyError(f"unknown grid {name!r}: no such Gaussian grid is packaged{nearest_name(name, names())}")
+        near = nearest_name(name, names())
+        raise PaleyError(f"unknown grid {name!r}: no such Gaussian grid is packaged{near}{how_to_make(name)}")
     return records[name]
+
+
+def size_of(name: str) -> tuple[int, int] | None:
+    """'p2n100' -> (2, 100), packaged or not; None where the script cannot make a grid of that name."""
+    match = re.fullmatch(r"p([1-9]\d*)n([1-9]\d*)", name)
+    if match is None or int(match[1]) > MAX_DIM or not 2 <= int(match[2]) <= MAX_POINTS:
+        return None
+    return int(match[1]), int(match[2])
+
+
+def how_to_make(name: str) -> str:
+    """`; make it with ...` for the name of a grid that is not packaged but can be made, or an empty string."""
+    if size_of(name) is None:
+        return ""
+    file = f"{name}.safetensors"
+    return f"; or make it: python benchmarks/make_gaussian_grids.py {name} --output {file}, then --grid {file}"

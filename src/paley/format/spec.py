@@ -13,14 +13,14 @@ from torch import Tensor
 from paley.core import grids, packing
 from paley.core.errors import PaleyError
 from paley.core.grids import FreeGrid
-from paley.core.rounding import Outliers, Quantized, codes_per_row
+from paley.core.rounding import Outliers, Quantized, check_groups, codes_per_row
 from paley.core.schemes import LinearSlot, WeightScheme
 from paley.format.checkpoint import Checkpoint
 from paley.format.config import FORMAT_VERSION, QUANT_METHOD, QuantizationConfig
 
 __all__ = [
     "BIAS", "FORMAT_VERSION", "OUTLIER_COLUMNS", "PARTS", "QUANT_METHOD", "WEIGHT", "QuantizationConfig",
-    "bits_per_weight", "check_outlier_columns", "check_outliers", "decode_linear", "encode_linear", "expected_tensors",
+    "bits_per_weight", "check_outliers", "check_values", "decode_linear", "encode_linear", "expected_tensors",
     "linear_bytes", "quantization_of", "stored_bytes", "unpack_weight",
 ]  # fmt: skip
 
@@ -62,11 +62,10 @@ def expected_tensors(name: str, slot: LinearSlot, in_features: int, out_features
         )
     if slot.weight is None:
         return {name + WEIGHT: (None, (out_features, in_features))}
+    if in_features < 1:
+        raise PaleyError(f"{name}: in_features={in_features} must be positive")
     size = slot.weight.group_size or in_features
-    if in_features < 1 or in_features % size:
-        raise PaleyError(
-            f"{name}: in_features={in_features} is no multiple of group_size={size}; use a divisor or expand"
-        )
+    check_groups(in_features, size, name, what="in_features=")
     check_outliers(name, slot.outliers, in_features)
     grid = grids.load(slot.weight.grid)
     width = packing.packed_bytes(codes_per_row(in_features, grid.p), grid.size)
@@ -121,7 +120,7 @@ def encode_linear(name: str, q: Quantized) -> dict[str, Tensor]:
     outliers = 0 if q.outliers is None else len(q.outliers.columns)
     slot = LinearSlot(WeightScheme("int4", q.group_size).on_grid(q.grid), outliers=outliers)
     _check_form(name, found, expected_tensors(name, slot, in_features, out_features))
-    _check_values(name, found, in_features, grid)
+    check_values(name, found, in_features, grid)
     return found
 
 
@@ -139,7 +138,7 @@ def decode_linear(name: str, tensors: Tensors, slot: LinearSlot, in_features: in
     out_features = codes.shape[0] if codes is not None and codes.dim() else 0
     _check_form(name, found, expected_tensors(name, slot, in_features, out_features))
     grid = grids.load(slot.weight.grid)
-    _check_values(name, found, in_features, grid)
+    check_values(name, found, in_features, grid)
     codes, outliers = unpack_weight(found[name + CODES], grid, in_features), None
     if slot.outliers:
         outliers = Outliers(*(found[name + part] for part in (OUTLIER_COLUMNS, OUTLIERS, OUTLIER_SCALES)))
@@ -177,8 +176,8 @@ def _check_form(name: str, found: Mapping[str, Tensor], wanted: Expected) -> Non
         raise PaleyError(f"{extra[0]}: is there, but the grid of {name} has no such tensor")
 
 
-def _check_values(name: str, found: Mapping[str, Tensor], in_features: int, grid: grids.AnyGrid) -> None:
-    """Scales are positive and finite, zeros are codes of the grid, and the bits that fill a row are 0."""
+def check_values(name: str, found: Mapping[str, Tensor], in_features: int, grid: grids.AnyGrid) -> None:
+    """Raises unless scales are positive and finite, points ascend, zeros and columns exist, and padding is 0."""
     codes, scales, zeros = found[name + CODES], found[name + SCALES], found.get(name + ZEROS)
     if isinstance(grid, FreeGrid):
         points = grid.points(scales.float())
@@ -187,7 +186,7 @@ def _check_values(name: str, found: Mapping[str, Tensor], in_features: int, grid
     elif not bool(((scales > 0) & scales.isfinite()).all()):
         raise PaleyError(f"{name + SCALES}: must be positive and finite, and are not; the file is damaged")
     if (columns := found.get(name + OUTLIER_COLUMNS)) is not None:
-        check_outlier_columns(name, columns, in_features)
+        _check_outlier_columns(name, columns, in_features)
         outlier_scales = found[name + OUTLIER_SCALES]
         if not bool(((outlier_scales > 0) & outlier_scales.isfinite()).all()):
             raise PaleyError(f"{name + OUTLIER_SCALES}: must be positive and finite, and are not; the file is damaged")
@@ -199,7 +198,7 @@ def _check_values(name: str, found: Mapping[str, Tensor], in_features: int, grid
         raise PaleyError(f"{name + CODES}: the bits after a row's last code must be 0; the file is damaged")
 
 
-def check_outlier_columns(name: str, columns: Tensor, in_features: int) -> None:
+def _check_outlier_columns(name: str, columns: Tensor, in_features: int) -> None:
     """Raises unless the columns ascend within the weight's."""
     within = bool((columns >= 0).all()) and bool((columns < in_features).all())
     if not within or bool((columns.long().diff() <= 0).any()):

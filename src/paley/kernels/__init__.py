@@ -62,8 +62,21 @@ def _resolve(name: str) -> str:
 
 
 def planes_fit(group_size: int) -> bool:
-    """Whether the native plane kernels take groups of so many columns."""
-    return native.fits(group_size)
+    """Whether native kernels multiply planes in groups of so many columns; where not, it is said once.
+
+    Errors: PaleyError where native kernels are asked for by name and do not.
+    """
+    if backend() != "native":
+        return False
+    if native.fits(group_size):
+        return True
+    if _asked() == "native":
+        raise PaleyError(
+            f"PALEY_BACKEND=native: the plane kernels take no groups of {group_size} columns, only multiples of 32 up "
+            "to 512; quantize in such groups, or set PALEY_BACKEND=auto for the torch reference"
+        )
+    _say_misfit(int(group_size))
+    return False
 
 
 @functools.cache
@@ -98,20 +111,9 @@ def _planes_pack_fake(codes: Tensor, centroids: Tensor) -> Tensor:
 
 
 def _packs(codes: Tensor, centroids: Tensor) -> bool:
-    """Whether native kernels take this weight. Errors: PaleyError where they are asked for by name and do not."""
+    """Whether native kernels take this weight."""
     planes.check_weight(codes, centroids)
-    if backend() != "native":
-        return False
-    group_size = codes.shape[1] // centroids.shape[1]
-    if planes_fit(group_size):
-        return True
-    if _asked() == "native":
-        raise PaleyError(
-            f"PALEY_BACKEND=native: the plane kernels take no groups of {group_size} columns, only multiples of 32 up "
-            "to 512; quantize in such groups, or set PALEY_BACKEND=auto for the torch reference"
-        )
-    _say_misfit(int(group_size))
-    return False
+    return planes_fit(codes.shape[1] // centroids.shape[1])
 
 
 @functools.cache

@@ -1,24 +1,27 @@
-"""Scales for weights, and rounding to nearest: what every other weight method starts from."""
+"""Scales for weights, and rounding to nearest, what every other weight method starts from; and what Gaussians lose."""
 
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from paley.core import grids
-from paley.core.grids import FixedGrid, FreeGrid
+from paley.core.grids import FixedGrid, FreeGrid, Grid
 from paley.core.metrics import rel_error
 from paley.core.rounding import Quantized, dynamic_scales, look_up, nearest_codes, quantized, split_groups, storable
 from paley.core.schemes import WeightScheme
 from paley.methods.binary import fit_centroids
 
-__all__ = ["gaussian_error", "quantize_nearest", "weight_scales"]
+__all__ = ["gaussian_error", "gaussian_spread", "quantize_nearest", "weight_scales"]
 
 _SHRINK_STEPS = 80  # clip ratios 1.00, 0.99, ... 0.21, as in GPTQ's reference runs
 _ERROR_POWER = 2.4
 _SAMPLES = 2**17
+_VECTORS = 2**16
+_FEW = 48  # values of a group; below, what is of the order of 1 / group^2 counts
 
 
 def weight_scales(weight: Tensor, scheme: WeightScheme, where: str = "weight") -> tuple[Tensor, Tensor | None]:
@@ -57,13 +60,79 @@ def _least_error(groups: Tensor, grid: FixedGrid) -> tuple[Tensor, Tensor]:
 
 @functools.lru_cache(maxsize=1024)
 def gaussian_error(scheme: WeightScheme, width: int) -> float:
-    """t^2 of the scheme on Gaussian rows of so many columns: ||W - Ŵ||^2 / ||W||^2, the same for every such layer."""
-    grid = grids.load(scheme.grid)
+    """t^2 of the scheme on Gaussian rows of so many columns: ||W - Ŵ||^2 / ||W||^2, the same for every such layer.
+
+    With scales by rms it tends to the grid's own t^2 as groups grow, and is less in small ones, whose values lie on a
+    sphere: no group is as long as some are among independent values.
+    """
+    grid, group, samples = grids.load(scheme.grid), scheme.group_size or width, _SAMPLES
     if scheme.scale_search in ("rms", "unbiased") and not isinstance(grid, FreeGrid):
-        least = scheme.scale_search == "rms" or scheme.method == "gptq"
-        return grid.mse if least else grid.mse / (1 - grid.mse)
-    weight = torch.randn(-(-_SAMPLES // width), width, generator=torch.Generator().manual_seed(0))
+        if scheme.method == "gptq":  # refits its scales for least error
+            scheme = replace(scheme, scale_search="rms")
+        # Where p does not divide the group, vectors across two of them are on no sphere.
+        if group >= (4 * _FEW if group % grid.p else _FEW):
+            return _error_on_sphere(grid, group, stretched=scheme.scale_search == "unbiased")
+        samples = 8 * _SAMPLES
+    weight = torch.randn(-(-samples // width), width, generator=torch.Generator().manual_seed(0))
     return rel_error(weight, quantize_nearest(weight, scheme).dequantize())
+
+
+@functools.lru_cache(maxsize=1024)
+def gaussian_spread(grid: str) -> float:
+    """Standard error of rel_error / `gaussian_error` of a Gaussian weight, times the root of its number of values."""
+    loaded = grids.fixed(grid)
+    length, error, _ = _moments(loaded)
+    weights = _weights(length, loaded.p, None)
+    return float((weights @ error.square() / (weights @ error).square() - 1).sqrt()) * loaded.p**0.5
+
+
+@functools.lru_cache(maxsize=32)  # of 1.5 MB each
+def _moments(grid: FixedGrid) -> tuple[Tensor, Tensor, Tensor]:
+    """|x|^2, |x - q|^2 and x·(x - q) [vectors], float64, of vectors x and their nearest points q at the best scale.
+
+    x ~ N(0, (p + 2) / p), so that far vectors, of most error, are not few.
+    """
+    x = torch.randn(_VECTORS, grid.p, generator=torch.Generator().manual_seed(0)) * ((grid.p + 2) / grid.p) ** 0.5
+    off = x - grid.round(x / grid.gaussian_scale) * grid.gaussian_scale
+    x, off = x.double(), off.double()
+    return x.square().sum(1), off.square().sum(1), (x * off).sum(1)
+
+
+def _weights(length: Tensor, p: int, group: int | None) -> Tensor:
+    """Weights [vectors], of sum 1, that make `_moments` those of N(0, I_p), or of the sphere's points of rms 1.
+
+    p of the coordinates of a point on the sphere of `group` dimensions have the density
+    (1 - |x|^2 / group)^((group - p - 2) / 2).
+    """
+    drawn = length * (p / (p + 2) / -2)
+    if group is None:
+        wanted = length / -2
+    else:
+        wanted = (1 - length / group).clamp(min=0).log() * ((group - p - 2) / 2)
+    return (wanted - drawn).softmax(0)
+
+
+def _error_on_sphere(grid: FixedGrid, group: int, *, stretched: bool) -> float:
+    """Mean |w - ŵ|^2 / |w|^2 of w uniform on a sphere of `group` dimensions and of rms 1, as scaled groups are."""
+    length, error, short = _moments(grid)
+    gaussian, sphere = _weights(length, grid.p, None), _weights(length, grid.p, group)
+    # The grid's own t^2 is known better than from these few vectors, which only tell how it changes.
+    mse = grid.mse * float(sphere @ error / (gaussian @ error))
+    if not stretched:
+        return mse
+    # With e = |w - q|² and d = w·(w - q), means over the group, `_stretched` leaves (e - d²) / (1 - d)²: here of the
+    # means of e and d over all groups, and what their fluctuations add, which are of the order of 1 / group.
+    along = short - error  # q·(w - q): 0 on average where the points are at their best scale
+    best = isinstance(grid, Grid) and not grid.name.startswith("custom-")
+    lost = mse + float(sphere @ along - (gaussian @ along if best else 0)) / grid.p
+    both = torch.stack([short, error, length]) / grid.p
+    both = both - (both @ sphere)[:, None]
+    covariance = both * sphere @ both.T * (grid.p / group)
+    # On a sphere the lengths of a group's vectors add up to `group`.
+    covariance = covariance - torch.outer(covariance[2], covariance[2]) / covariance[2, 2]
+    left, g = mse - lost**2, 1 / (1 - lost)
+    curvature = -2 * g**2 - 8 * lost * g**3 + 6 * left * g**4
+    return left * g**2 + curvature / 2 * float(covariance[0, 0]) + 2 * g**3 * float(covariance[0, 1])
 
 
 def quantize_nearest(weight: Tensor, scheme: WeightScheme, where: str = "weight") -> Quantized:

@@ -1,20 +1,21 @@
 """Grids for slots under a budget: measured slopes times the error of each grid, minimised exactly.
 
 The linearity theorem (arXiv:2411.17525) makes the loss a sum over slots, alpha * t^2, and the choice a knapsack:
-`core.allocation` solves it. Here slots become its items, and its answer the slots' schemes.
+`core.allocation` solves it. Here slots become its items, and its answer the slots' schemes. t^2 of a weight is that of
+Gaussian values, which rotation makes of it; of keys, values and inputs it is measured (`model.activation_errors`).
 """
 
 from __future__ import annotations
 
 import fnmatch
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from paley.core import grids, packing
+from paley.core import grids, packing, tables
 from paley.core.allocation import Allocation, Choice, allocate
 from paley.core.errors import PaleyError
 from paley.core.rounding import codes_per_row, round_trip
@@ -22,17 +23,29 @@ from paley.core.schemes import ActivationScheme, AttentionSlot, LinearSlot, Weig
 from paley.format import spec
 from paley.methods.nearest import gaussian_error
 from paley.methods.sensitivity import MAX_T
+from paley.model.activation_errors import Place
 from paley.model.adapter import SHARED_INPUTS, Adapter, Block
 from paley.model.rotation import decide_rotation
 from paley.recipe import Budget, Recipe
 from paley.sensitivity import Sensitivity
 
-__all__ = ["Slots", "check_budget", "decide_grids", "weight_candidates"]
+__all__ = [
+    "Errors", "Slots", "activation_schemes", "check_budget", "decide_grids", "range_note", "weight_candidates",
+]  # fmt: skip
+
+# (place, scheme, width) -> t^2 of the scheme there, on vectors of so many values
+Errors = Callable[[Place, ActivationScheme, int], float]
 
 KEEP = "keep"
 _SAMPLES = 2**17
+_FEW_BITS = 3  # below, losses were measured to grow faster than the slopes say (docs/methods.md)
 _TOTALS = {"size": "bits on disk", "read": "bits read a token"}  # limits in bytes, and what they limit
 _AVERAGES = {"weights": ("weight",), "kv": ("keys", "values"), "inputs": ("input",)}  # limits in bits per value
+_WAYS_OUT = {  # what a recipe may lack, and one that has it
+    "weights": ("weights", "such as --preset higgs-4"),
+    "kv": ("keys or values", "such as --preset higgs-w4a16kv4, or set keys and values"),
+    "inputs": ("inputs", "such as --preset higgs-w4a4, or set inputs"),
+}
 
 
 @dataclass(frozen=True)
@@ -47,52 +60,90 @@ class Slots:
 class _Item:
     """A slot that the budget decides: `places` (module, field) get the scheme that a choice stands for.
 
-    slope: the name of the slot that its slope was measured of.
+    slope: the name of the slot that its slope was measured of. options: what schemes of activations were chosen from.
     """
 
     name: str
     slope: str
     kind: str
-    places: tuple[tuple[str, str], ...]
+    places: tuple[Place, ...]
     schemes: dict[str, WeightScheme | ActivationScheme | None]
     errors: dict[str, float]
     bits: dict[str, int]  # stored once for a weight, for each token otherwise
+    options: tuple[ActivationScheme, ...] = ()
 
 
-def decide_grids(recipe: Recipe, adapter: Adapter, slots: Slots, sensitivity: Sensitivity) -> tuple[Slots, Allocation]:
+def decide_grids(
+    recipe: Recipe, adapter: Adapter, slots: Slots, sensitivity: Sensitivity, errors: Errors | None = None
+) -> tuple[Slots, Allocation]:
     """The slots with the grids of least predicted loss that the recipe's budget can pay for.
 
-    adapter: the original model, or its skeleton. Slots that an override of the recipe sets are left as they are, and
-    paid for. Errors: PaleyError, for slopes that are missing or were measured otherwise, and for budgets out of reach.
+    adapter: the original model, or its skeleton. errors: measured ones of `activation_schemes`; those of Gaussian
+    values unless given. Slots that an override of the recipe sets are left as they are, and paid for.
+    Raises PaleyError for slopes that are missing or were measured otherwise, and for budgets out of reach.
     """
     budget = recipe.budget
     assert budget is not None
-    _check_slopes(recipe, sensitivity)
-    items = _budgeted(recipe, adapter, slots)
+    items = _budgeted(recipe, adapter, slots, errors or _gaussian)
     _check_reach(recipe, adapter, slots, items)
+    _check_slopes(recipe, adapter, items, sensitivity)
     amounts = _amounts(budget, recipe, adapter, slots, items)
-    sensitivity.check_slots(item.slope for item in items if len(item.bits) > 1)
     choices = {}
     for item in _within_linear_range(items, amounts, budget):
-        alpha = sensitivity.slots[item.slope].alpha if len(item.bits) > 1 else 0.0
+        slot = sensitivity.slots[item.slope] if len(item.bits) > 1 else None
         choices[item.name] = [
-            Choice(name, alpha * item.errors[name], tuple(_costs(item.kind, bits, amounts, budget)))
+            Choice(
+                name,
+                slot.loss(item.errors[name]) if slot is not None else 0.0,
+                tuple(_costs(item.kind, bits, amounts, budget)),
+            )
             for name, bits in item.bits.items()
         ]
     found = allocate(choices, list(amounts.values()), resources=list(amounts))
     return _with_choices(slots, items, found, recipe), found
 
 
-def check_budget(recipe: Recipe, adapter: Adapter, slots: Slots) -> None:
-    """As `decide_grids`, without slopes: raises for budgets out of reach, before anybody measures for them."""
-    _check_reach(recipe, adapter, slots, _budgeted(recipe, adapter, slots))
+def check_budget(recipe: Recipe, adapter: Adapter, slots: Slots, sensitivity: Sensitivity | None = None) -> None:
+    """Raises as `decide_grids` would, before anybody measures slopes, or errors, for it."""
+    items = _budgeted(recipe, adapter, slots, _unmeasured)
+    _check_reach(recipe, adapter, slots, items)
+    if sensitivity is not None:
+        _check_slopes(recipe, adapter, items, sensitivity)
 
 
-def _budgeted(recipe: Recipe, adapter: Adapter, slots: Slots) -> list[_Item]:
+def activation_schemes(recipe: Recipe, adapter: Adapter, slots: Slots) -> dict[Place, tuple[ActivationScheme, ...]]:
+    """Where the budget decides a grid of keys, values or inputs -> the schemes whose errors it is decided by."""
+    items = _budgeted(recipe, adapter, slots, _unmeasured)
+    return {item.places[0]: item.options for item in items if item.options}
+
+
+def range_note(recipe: Recipe, adapter: Adapter, slots: Slots) -> str:
+    """Why the loss may exceed what was predicted for weights decided so; empty where nothing speaks against it."""
+    assert recipe.budget is not None
+    if not _is_budgeted("weight", recipe.budget):
+        return ""
+    bits = values = beyond = 0
+    for path, slot in slots.linears.items():
+        linear: Any = adapter.model.get_submodule(path)
+        out_features, in_features = linear.weight.shape
+        bits += 8 * spec.linear_bytes(path, slot, in_features, out_features, _itemsize(recipe))
+        values += out_features * in_features
+        if slot.weight is not None:
+            beyond += gaussian_error(slot.weight, slot.stored_width(in_features)) > MAX_T**2
+    if bits < _FEW_BITS * values:
+        return f"budget: below {_FEW_BITS} bits losses grow faster than predicted"
+    if beyond:
+        return (
+            "budget: some weights are rounded beyond the range of the slopes, where losses grow faster than predicted"
+        )
+    return ""
+
+
+def _budgeted(recipe: Recipe, adapter: Adapter, slots: Slots, errors: Errors) -> list[_Item]:
     budget = recipe.budget
     assert budget is not None
     _check_widths(recipe, adapter)
-    return [item for item in _items(recipe, adapter, slots) if _is_budgeted(item.kind, budget)]
+    return [item for item in _items(recipe, adapter, slots, errors) if _is_budgeted(item.kind, budget)]
 
 
 def _within_linear_range(items: list[_Item], amounts: dict[str, int], budget: Budget) -> list[_Item]:
@@ -140,7 +191,8 @@ def _check_reach(recipe: Recipe, adapter: Adapter, slots: Slots, items: list[_It
         if (limit := getattr(budget, key)) is None:
             continue
         if not of_kind:
-            raise PaleyError(f"budget.{key}: this recipe quantizes no {' or '.join(kinds)}; give it a scheme for them")
+            what, where = _WAYS_OUT[key]
+            raise PaleyError(f"budget.{key}: this recipe quantizes no {what}; take one that does, {where}")
         values = sum(_values(adapter, item) for item in of_kind)
         low = sum(min(item.bits.values()) for item in of_kind) / values
         high = sum(max(item.bits.values()) for item in of_kind) / values
@@ -192,23 +244,26 @@ def _costs(kind: str, bits: int, amounts: dict[str, int], budget: Budget) -> Ite
         yield counts[resource].get(kind, 0) * bits
 
 
-def _items(recipe: Recipe, adapter: Adapter, slots: Slots) -> Iterator[_Item]:
+def _items(recipe: Recipe, adapter: Adapter, slots: Slots, errors: Errors) -> Iterator[_Item]:
     for block in adapter.blocks:
         for role, path in block.linears():
             if slots.linears[path].weight is not None:
                 yield _weight_item(recipe, block.part(role), path, slots.linears[path])
         for name, roles in SHARED_INPUTS:
-            yield from _input_items(recipe, block, f"{block.name}.{name}_input", roles, slots)
+            yield from _input_items(recipe, block, f"{block.name}.{name}_input", roles, slots, errors)
         path = block.path("attention")
         for kind in ("keys", "values"):
             if (scheme := getattr(slots.attentions[path], kind)) is not None:
                 options = _options(recipe, path, kind, scheme)
                 yield _activation_item(
-                    f"{block.name}.{kind}", kind, ((path, kind),), options, adapter.head_dim, adapter.num_kv_heads
-                )
+                    f"{block.name}.{kind}", kind, ((path, kind),), options, adapter.head_dim, adapter.num_kv_heads,
+                    errors,
+                )  # fmt: skip
 
 
-def _input_items(recipe: Recipe, block: Block, name: str, roles: tuple[str, ...], slots: Slots) -> Iterator[_Item]:
+def _input_items(
+    recipe: Recipe, block: Block, name: str, roles: tuple[str, ...], slots: Slots, errors: Errors
+) -> Iterator[_Item]:
     """One item for the linears that read one tensor and round it alike; overrides may set members apart."""
     groups: dict[tuple[ActivationScheme, bool], list[str]] = {}
     for path in map(block.path, roles):
@@ -217,7 +272,7 @@ def _input_items(recipe: Recipe, block: Block, name: str, roles: tuple[str, ...]
     for n, ((scheme, _), paths) in enumerate(groups.items()):
         width = slots.linears[paths[0]].stored_width(block.part(roles[0]).in_features)
         places = tuple((path, "input") for path in paths)
-        item = _activation_item(name, "input", places, _options(recipe, paths[0], "input", scheme), width, 1)
+        item = _activation_item(name, "input", places, _options(recipe, paths[0], "input", scheme), width, 1, errors)
         yield replace(item, name=f"{name}-{n}") if n else item
 
 
@@ -246,24 +301,38 @@ def _kept(recipe: Recipe, slot: LinearSlot) -> LinearSlot:
 
 
 def _activation_item(
-    name: str, kind: str, places: tuple[tuple[str, str], ...], options: list[ActivationScheme], width: int, rows: int
+    name: str,
+    kind: str,
+    places: tuple[Place, ...],
+    options: list[ActivationScheme],
+    width: int,
+    rows: int,
+    errors: Errors,
 ) -> _Item:
-    """rows vectors of `width` values a token, a scale and a zero point for each group."""
-    bits = {}
+    """rows vectors of `width` values a token, a scale and a zero point for each group; of a grid the best scheme."""
+    bits: dict[str, int] = {}
+    best: dict[str, float] = {}
+    schemes: dict[str, WeightScheme | ActivationScheme | None] = {}
     for scheme in options:
         grid = grids.load(scheme.grid)
         groups = width // (scheme.group_size or width)
         beside = groups * (16 + 8 * grid.affine)
-        bits[scheme.grid] = rows * (8 * packing.packed_bytes(codes_per_row(width, grid.p), grid.size) + beside)
-    schemes: dict[str, WeightScheme | ActivationScheme | None] = {scheme.grid: scheme for scheme in options}
-    return _Item(name, name, kind, places, schemes, {s.grid: _activation_error(s, width) for s in options}, bits)
+        bits[grid.name] = rows * (8 * packing.packed_bytes(codes_per_row(width, grid.p), grid.size) + beside)
+        error = errors(places[0], scheme, width)
+        if grid.name not in best or error < best[grid.name]:
+            best[grid.name], schemes[grid.name] = error, scheme
+    return _Item(name, name, kind, places, schemes, best, bits, tuple(options))
 
 
 def _options(recipe: Recipe, path: str, kind: str, scheme: ActivationScheme) -> list[ActivationScheme]:
-    """The scheme with every grid of its grid's family, or itself where an override set it."""
+    """The scheme with every grid of its grid's family, or itself where an override set it.
+
+    Of keys and values also unclipped: what few bits gain by clipping, many lose.
+    """
     if _is_overridden(recipe, path, kind):
         return [scheme]
-    return [replace(scheme, grid=name) for name in grids.family(scheme.grid)]
+    ratios = dict.fromkeys((scheme.clip_ratio, *((1.0,) if kind != "input" else ())))
+    return [replace(scheme, grid=name, clip_ratio=ratio) for name in grids.family(scheme.grid) for ratio in ratios]
 
 
 def weight_candidates(recipe: Recipe) -> list[str]:
@@ -272,7 +341,11 @@ def weight_candidates(recipe: Recipe) -> list[str]:
     if budget is not None and budget.grids is not None:
         return list(budget.grids)
     assert scheme is not None
-    return [*grids.family(scheme.grid), KEEP]
+    family = grids.family(scheme.grid)
+    if scheme.method == "nearest" and set(family) & set(tables.names()):
+        # Gaussian grids of all dimensions: each meets rates that the others have not, and p = 1 alone has 8 bits.
+        family = [*(name for name in family if name not in tables.names()), *tables.names()]
+    return [*family, KEEP]
 
 
 def _with_choices(slots: Slots, items: list[_Item], found: Allocation, recipe: Recipe) -> Slots:
@@ -292,7 +365,7 @@ def _is_overridden(recipe: Recipe, path: str, field: str) -> bool:
     return any(fnmatch.fnmatchcase(path, o.pattern) and field in o.model_fields_set for o in recipe.overrides)
 
 
-def _check_slopes(recipe: Recipe, sensitivity: Sensitivity) -> None:
+def _check_slopes(recipe: Recipe, adapter: Adapter, items: list[_Item], sensitivity: Sensitivity) -> None:
     if sensitivity.folded != recipe.rotate:
         have, need = ("with", "without") if sensitivity.folded else ("without", "with")
         flag = "--fold" if recipe.rotate else "--no-fold"
@@ -300,10 +373,19 @@ def _check_slopes(recipe: Recipe, sensitivity: Sensitivity) -> None:
             f"the sensitivities were measured {have} the norms' gains in the weights, but this recipe quantizes "
             f"weights {need} them; measure them again with `paley sensitivity {flag}`"
         )
+    sensitivity.check_slots({item.slope: (item.kind, _values(adapter, item)) for item in items if len(item.bits) > 1})
+
+
+def _unmeasured(place: Place, scheme: ActivationScheme, width: int) -> float:
+    return 0.0
+
+
+def _gaussian(place: Place, scheme: ActivationScheme, width: int) -> float:
+    return _gaussian_error(scheme, width)
 
 
 @functools.lru_cache(maxsize=256)
-def _activation_error(scheme: ActivationScheme, width: int) -> float:
+def _gaussian_error(scheme: ActivationScheme, width: int) -> float:
     x = torch.randn(-(-_SAMPLES // width), width, generator=torch.Generator().manual_seed(0))
     return float((round_trip(x, scheme) - x).square().mean() / x.square().mean())
 

@@ -106,6 +106,7 @@ class QuantLinear(nn.Module):
             if own.shape != tensor.shape:
                 raise PaleyError(f"{full}: must have shape {tuple(own.shape)}, got {tuple(tensor.shape)}")
             own.copy_(tensor)
+        self._planes = None  # tensors made in inference mode do not know that they were written to
         self.release_()
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -154,14 +155,18 @@ class QuantLinear(nn.Module):
         With a native kernel for weights and inputs it works on the codes, and equals a product of floats to rounding.
         """
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        plain = self.dense is not None or x.device.type != "cpu" or x.requires_grad
-        if not plain and runs_on_planes(self.slot, self.in_features):
+        if self.dense is None and self.on_planes and x.device.type == "cpu" and not x.requires_grad:
             y = self._plane_weight().product(self._once(encode_input, x))
             y = y.to(x.dtype).view(*x.shape[:-1], self.out_features)
             return y if bias is None else y + bias
         x = self.round_input(x)
         weight = self.dequantize(x.dtype) if self.dense is None else self.dense.to(x.dtype)
         return nn.functional.linear(x, weight, bias)
+
+    @property
+    def on_planes(self) -> bool:
+        """Whether a native kernel multiplies the codes as they are, on a CPU and without gradients."""
+        return runs_on_planes(self.slot, self.in_features)
 
     def _plane_weight(self) -> PlaneWeight:
         """The weight as the kernel wants it, made anew only where the stored tensors have changed."""

@@ -24,12 +24,12 @@ def runs_on_planes(slot: LinearSlot, width: int) -> bool:
     size = slot.weight.group_size or width
     alike = size == (slot.input.group_size or width)
     four = isinstance(weight, FreeGrid) and weight.size == 4 and inputs.affine and inputs.size == 16
-    return four and alike and kernels.backend() == "native" and kernels.planes_fit(size)
+    return four and alike and kernels.planes_fit(size)
 
 
 @dataclass(frozen=True)
 class PlaneWeight:
-    """Beside the packed tensors `parts` of a layer, and as large as they are: what the kernel reads.
+    """Beside the packed tensors `parts` of a layer: what the kernel reads, as large as they are but for outliers.
 
     outliers: float32 [out, k], their weights.
     """

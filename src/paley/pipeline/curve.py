@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from paley.pipeline.accounting import quantized_bits
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.sensitivities import measure_for
 from paley.pipeline.slots import check_settings
-from paley.pipeline.stages import decide
+from paley.pipeline.stages import decide, measure_errors_for
 from paley.pipeline.texts import Texts
 from paley.plan import Plan
 from paley.recipe import Recipe
@@ -44,6 +45,8 @@ def accuracy_size_curve(
     """The optimum under each of the budgets, in stored bits per weight, everything else as the recipe says."""
     if recipe.budget is None:
         raise PaleyError("curve: the recipe has no budget to vary; give it budget.weights")
+    if odd := [bits for bits in budgets if not math.isfinite(bits)]:
+        raise PaleyError(f"budget.weights: must be a finite number, got {odd[0]}")
     monitor, source = monitor or Monitor(), open_source(model)
     unsearched = recipe.model_copy(update={"search": recipe.search.model_copy(update={"method": "none"})})
     wanted = {
@@ -55,12 +58,27 @@ def accuracy_size_curve(
     if sensitivity is None:
         check_seq_len(source.config, {"budget.seq_len": recipe.budget.seq_len})
         sensitivity = measure_for(recipe, source, None, monitor, device)
-    points = []
+    sensitivity.check_fingerprint(source.fingerprint)
+    errors = measure_errors_for(next(iter(wanted.values())), source, sensitivity, monitor, device) if wanted else None
+    points, notes = [], _Notes()
     for bits, each in wanted.items():
-        heard = Monitor() if points else monitor  # a note holds for all of them
-        plan = decide(source, each, Texts(None, None, None), None, heard, device, sensitivity)
+        notes.bits = bits
+        plan = decide(source, each, Texts(None, None, None), None, notes, device, sensitivity, errors)
         points.append(_point(bits, plan, source))
+    for text, of in notes.heard.items():
+        monitor.note(text if len(of) == len(points) else f"{text} ({', '.join(f'{bits:g}' for bits in of)})")
     return points
+
+
+class _Notes(Monitor):
+    """Keeps each note with the budgets that it is about, so that it is given once."""
+
+    def __init__(self) -> None:
+        self.bits = 0.0
+        self.heard: dict[str, list[float]] = {}
+
+    def note(self, text: str) -> None:
+        self.heard.setdefault(text, []).append(self.bits)
 
 
 def _point(budget: float, plan: Plan, source: Source) -> CurvePoint:

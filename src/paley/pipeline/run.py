@@ -212,7 +212,10 @@ def _plan(
 ) -> Plan:
     file = run.path / "plan.json"
     if not file.exists():
-        decide(source, recipe, texts, run, monitor, device, sensitivity).save(file)
+        plan = decide(source, recipe, texts, run, monitor, device, sensitivity)
+        if recipe.budget is not None and not plan.trace:
+            monitor.note(f"budget: predicted loss {plan.predicted_loss:.4f}")
+        plan.save(file)
     return Plan.load(file)
 
 

@@ -26,16 +26,17 @@ from paley.pipeline.trial_log import remembering
 from paley.recipe import Recipe
 from paley.sensitivity import MeasuredSlot, MeasuredText, Sensitivity
 
-__all__ = ["RANDOM", "measure_for", "measure_on", "measure_sensitivity", "random_ids"]
+__all__ = ["RANDOM", "measure_for", "measure_on", "measure_sensitivity", "random_ids", "some_blocks"]
 
 RANDOM = "random"
+_SOME = 4  # sequences that show what activations look like
 
 
 def measure_sensitivity(
     model: str | Path | Source,
     *,
     metric: Metric = "kl",
-    source: str = "pydoc",
+    source: str = SELF,
     sequences: int = 16,
     seq_len: int = 512,
     kinds: Collection[str] = ("weight",),
@@ -48,7 +49,7 @@ def measure_sensitivity(
 ) -> Sensitivity:
     """Measures a checkpoint folder, a Hub name or an opened source on the calibration part of the text `source`.
 
-    source: as in `paley.data.documents`, `self` (text that the model samples), or `random` (uniform random tokens:
+    source: `self` (text that the model samples), as in `paley.data.documents`, or `random` (uniform random tokens:
     no data at all, metric kl only). fold: as recipes that rotate have it, with the norms' gains in the weights and
     noise of one size for rows that they mix. Finished trials are kept in
     progress_file, and taken from it where it exists.
@@ -137,6 +138,25 @@ def measure_for(recipe: Recipe, source: Source, run: RunDirectory | None, monito
         metric=budget.metric, kinds=kinds, fold=recipe.rotate, levels=budget.levels, seed=recipe.seed, device=device,
         monitor=monitor, progress_file=run.path / "slopes.jsonl" if run else None,
     )  # fmt: skip
+
+
+def some_blocks(recipe: Recipe, source: Source, sensitivity: Sensitivity, monitor: Monitor, device: str) -> TokenBlocks:
+    """A few sequences of the text that the slopes were measured on, no more of it than they took.
+
+    Where a file's slopes are of a text that is not here, the model samples one, and a note says so.
+    """
+    budget, text = recipe.budget, sensitivity.text
+    assert budget is not None
+    limit = getattr(source.config, "max_position_embeddings", None) or budget.seq_len
+    seq_len = max(2, min(budget.seq_len, limit, text.tokens))
+    sequences = max(1, min(_SOME, text.tokens // seq_len))
+    try:
+        return _blocks(source, text.source, sequences, seq_len, recipe.seed, device)
+    except PaleyError as error:
+        if text.source in (SELF, RANDOM):
+            raise
+        monitor.note(f"budget: keys, values and inputs are measured on text that the model samples instead ({error})")
+        return _blocks(source, SELF, sequences, seq_len, recipe.seed, device)
 
 
 def _blocks(source: Source, text: str, sequences: int, seq_len: int, seed: int, device: str) -> TokenBlocks:

@@ -18,8 +18,9 @@ from paley.format.checkpoint import read_tensors
 from paley.format.dtypes import FLOATS, cast_to_store
 from paley.format.writer import write_tensors
 from paley.methods.gbs import Outcome
+from paley.model.activation_errors import MeasuredErrors, measure_errors
 from paley.model.adapter import Adapter, Block
-from paley.model.budget import Slots, check_budget, decide_grids
+from paley.model.budget import Slots, activation_schemes, check_budget, decide_grids, range_note
 from paley.model.calibrate import BlockQuantizer, LayerReport, wrap_
 from paley.model.capture import BlockRunner
 from paley.model.fold import rotate_input_
@@ -28,14 +29,14 @@ from paley.model.rotation import decide_rotation, rotate_
 from paley.model.search import ClipSearch
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.run_directory import RunDirectory
-from paley.pipeline.sensitivities import measure_for
-from paley.pipeline.slots import check_plan, slots_for
+from paley.pipeline.sensitivities import measure_for, some_blocks
+from paley.pipeline.slots import check_plan, fitted_groups, slots_for
 from paley.pipeline.texts import Texts
 from paley.plan import Plan, Trial
 from paley.recipe import Recipe
 from paley.sensitivity import Sensitivity
 
-__all__ = ["decide", "execute", "prepare_", "storage_dtype"]
+__all__ = ["decide", "execute", "measure_errors_for", "prepare_", "storage_dtype"]
 
 
 def decide(
@@ -46,26 +47,33 @@ def decide(
     monitor: Monitor,
     device: str,
     sensitivity: Sensitivity | None = None,
+    errors: MeasuredErrors | None = None,
 ) -> Plan:
     """What to do to each slot of the model: the recipe's schemes, with grids allocated and clip ratios searched where
-    it says so. sensitivity: what grids are allocated by; measured now unless given.
+    it says so. sensitivity, errors: what grids are allocated by; measured now unless given.
 
     The search sees weights quantized under the recipe's own clip ratios; executing the plan calibrates them
     anew under the found ones.
     """
     searches = recipe.search.method != "none"
-    adapter = Adapter(source.load(device=device) if searches else source.skeleton())
+    adapter = Adapter(source.skeleton())
     rotation = decide_rotation(recipe, adapter)
     linears, attentions = slots_for(recipe, adapter, rotation)
+    if text := fitted_groups(recipe, adapter, rotation):
+        monitor.note(f"fit_groups: {text}")
     predicted = None
     if recipe.budget is not None:
-        check_budget(recipe, adapter, Slots(linears, attentions))
+        slots = Slots(linears, attentions)
+        check_budget(recipe, adapter, slots)
         sensitivity = sensitivity or measure_for(recipe, source, run, monitor, device)
         sensitivity.check_fingerprint(source.fingerprint)
         if not recipe.rotate and recipe.hadamard is None:
-            monitor.note("budget: the predicted loss counts on Gaussian values, but nothing is rotated to make them so")
-        slots, allocation = decide_grids(recipe, adapter, Slots(linears, attentions), sensitivity)
+            monitor.note("budget: the prediction counts on Gaussian weights, but nothing is rotated to make them so")
+        errors = errors or measure_errors_for(recipe, source, sensitivity, monitor, device)
+        slots, allocation = decide_grids(recipe, adapter, slots, sensitivity, errors)
         linears, attentions, predicted = slots.linears, slots.attentions, allocation.loss
+        if text := range_note(recipe, adapter, slots):
+            monitor.note(text)
     plan = Plan(
         fingerprint=source.fingerprint, model_type=source.config.model_type, recipe=recipe, rotation=rotation,
         linears=linears, attentions=attentions, predicted_loss=predicted,
@@ -75,6 +83,7 @@ def decide(
     if not searches:
         return plan
     assert texts.search is not None
+    adapter = Adapter(source.load(device=device))
     ids = texts.search.ids.to(device)
     runner = BlockRunner(adapter)
     prepare_(source, adapter, plan)
@@ -103,6 +112,30 @@ def decide(
             "predicted_loss": list(slot_losses.values())[-1] if slot_losses else None,
         }
     )
+
+
+def measure_errors_for(
+    recipe: Recipe, source: Source, sensitivity: Sensitivity, monitor: Monitor, device: str
+) -> MeasuredErrors | None:
+    """What rounding loses of the keys, values and inputs whose grids the recipe's budget decides; None without any."""
+    skeleton = Adapter(source.skeleton())
+    rotation = decide_rotation(recipe, skeleton)
+    linears, attentions = slots_for(recipe, skeleton, rotation)
+    slots = Slots(linears, attentions)
+    check_budget(recipe, skeleton, slots, sensitivity)
+    if not (schemes := activation_schemes(recipe, skeleton, slots)):
+        return None
+    monitor.stage("measuring what rounding loses of keys, values and inputs", 1)
+    blocks = some_blocks(recipe, source, sensitivity, monitor, device)
+    adapter = Adapter(source.load(device=device))
+    plan = Plan(
+        fingerprint=source.fingerprint, model_type=source.config.model_type, recipe=recipe, rotation=rotation,
+        linears=linears, attentions=attentions,
+    )  # fmt: skip
+    prepare_(source, adapter, plan)
+    found = measure_errors(adapter, blocks.ids.to(device), linears, attentions, schemes)
+    monitor.step()
+    return found
 
 
 def execute(

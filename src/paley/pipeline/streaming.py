@@ -59,12 +59,14 @@ class TensorJob:
     weight: TensorInfo
     slot: LinearSlot
     file: Path
+    grids: dict[str, list[list[float]]]  # the points of a grid that came from a file
 
 
 def quantize_tensor(job: TensorJob) -> LayerReport:
     """Reads, rotates, rounds and writes one weight; the file appears whole or not at all."""
     scheme, transform = job.slot.weight, job.slot.transform
     assert scheme is not None
+    know(job.grids)
     weight = job.weight.read()
     parts: dict[str, list[Tensor]] = {}
     error = norm = 0.0
@@ -89,13 +91,19 @@ def stream_checkpoint(
     skeleton = source.skeleton()
     check_plan(plan, Adapter(skeleton))
     jobs = [
-        TensorJob(name, source.checkpoint.info(name + spec.WEIGHT), slot, run.tensor_file(name))
+        TensorJob(
+            name,
+            source.checkpoint.info(name + spec.WEIGHT),
+            slot,
+            run.tensor_file(name),
+            {grid: points for grid, points in plan.grids.items() if grid == slot.weight.grid},
+        )
         for name, slot in plan.linears.items()
         if slot.weight is not None
     ]
     monitor.stage("quantizing weights", len(jobs))
     reports = {}
-    for report in _run(jobs, plan, workers):
+    for report in _run(jobs, workers):
         reports[report.name] = report
         monitor.step(f"{report.name}  rel_error {report.rel_error:.4f}")
     files = {job.name: job.file for job in jobs}
@@ -109,7 +117,7 @@ def stream_checkpoint(
     return [reports[job.name] for job in jobs]
 
 
-def _run(jobs: list[TensorJob], plan: Plan, workers: int) -> Iterator[LayerReport]:
+def _run(jobs: list[TensorJob], workers: int) -> Iterator[LayerReport]:
     """Reports as they come; a weight whose file is there already is not made again."""
     waiting = []
     for job in jobs:
@@ -123,7 +131,7 @@ def _run(jobs: list[TensorJob], plan: Plan, workers: int) -> Iterator[LayerRepor
         return
     # Spawned, as torch's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(plan.grids,))
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin)
     try:
         with _no_interrupt():
             begun = [pool.submit(quantize_tensor, job) for job in waiting]
@@ -148,12 +156,11 @@ def _no_interrupt() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _begin(grids: dict[str, list[list[float]]]) -> None:
-    """What a new process must know: the grids that came from files, to use one thread, and to end without a word."""
+def _begin() -> None:
+    """What a new process must know: to use one thread, and to end without a word."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else the parent has it ignored
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    know(grids)
     torch.set_num_threads(1)
 
 

@@ -76,17 +76,29 @@ def apply_settings(recipe: Recipe, settings: Iterable[str]) -> Recipe:
     """recipe with settings such as 'search.sequences=8', 'inputs.clip_ratio=0.85' or 'weights=null' put in.
 
     Values are YAML. All settings are put in before the result is checked, so their order does not matter
-    unless one holds another.
+    unless one holds another. A group_size of weights or inputs is taken, or refused: it sets fit_groups to false,
+    unless that is set as well.
     """
     settings = list(settings)
     data = recipe.model_dump(mode="json")
+    by_hand: dict[str, Any] = {}
     for setting in settings:
         where = f"setting {setting!r}"
         key, equals, text = setting.partition("=")
         if not key.strip() or not equals:
             raise PaleyError(f"{where}: expected KEY=VALUE, for example search.sequences=8")
-        _put(data, key.strip().split("."), yaml_value(text, where), where)
+        by_hand[key.strip()] = yaml_value(text, where)
+        _put(data, key.strip().split("."), by_hand[key.strip()], where)
+    if "fit_groups" not in by_hand and any(_gives_groups(key, value) for key, value in by_hand.items()):
+        data["fit_groups"] = False
     return validate(Recipe, data, f"settings {' '.join(settings)}") if settings else recipe
+
+
+def _gives_groups(key: str, value: Any) -> bool:
+    """Whether a setting says how many columns of a linear's weight or input share a scale."""
+    part, _, field = key.partition(".")
+    size = value if field == "group_size" else value.get("group_size") if isinstance(value, dict) else None
+    return part in ("weights", "inputs") and size is not None
 
 
 def _put(data: dict[str, Any], keys: list[str], value: Any, where: str) -> None:

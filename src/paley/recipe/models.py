@@ -22,6 +22,7 @@ from pydantic import (
 
 from paley.core.errors import PaleyError, nearest_name
 from paley.core.grids import load as load_grid
+from paley.core.rounding import fitting_group_size
 from paley.core.schemes import ActivationScheme, AttentionSlot, LinearSlot, WeightScheme
 from paley.core.transforms import Transform
 
@@ -36,6 +37,7 @@ Bits = Annotated[FiniteFloat, Field(gt=0)]
 Expansion = Annotated[int, Field(ge=0)] | Literal["auto"]
 _PLACES = ("weight", "input", "outliers", "keys", "values")
 S = TypeVar("S", LinearSlot, AttentionSlot)
+Grouped = TypeVar("Grouped", WeightScheme, ActivationScheme)
 
 
 class _Frozen(BaseModel):
@@ -171,6 +173,8 @@ class Recipe(_Frozen):
     rotate_output: also rotate what o_proj reads, over all heads, at run time. center_keys: see AttentionSlot.
     hadamard: rotate what every quantized linear reads at run time, in blocks of at most so many values, whose
     weights share a scale (HIGGS, arXiv:2411.17525); needs no data and no other tensor of the model.
+    fit_groups: where the group_size of weights or inputs does not divide what a layer stores of a row, the layer gets
+    the divisor nearest to it (see `fitting_group_size`); an override's own group_size stays, and must divide.
     expand and expand_mlp: dimensions that the residual stream and down_proj's input gain.
     outliers: input columns of each quantized linear that stay in int8, see LinearSlot.
     """
@@ -182,6 +186,7 @@ class Recipe(_Frozen):
     rotate: bool = True
     rotate_output: bool = True
     hadamard: Annotated[int, Field(ge=2)] | None = None
+    fit_groups: bool = False
     budget: Budget | None = None
     center_keys: bool = False
     expand: Expansion = 0
@@ -205,9 +210,15 @@ class Recipe(_Frozen):
             raise ValueError("expand and expand_mlp need rotate: true; dimensions of zeros alone change nothing")
         return self
 
-    def linear_slot(self, name: str, transform: Transform | None = None) -> LinearSlot:
-        """The slot of the linear layer `name`: the recipe's schemes, then each fitting override in order."""
-        slot = LinearSlot(self.weights, self.inputs, transform, self.outliers if self.weights is not None else 0)
+    def linear_slot(self, name: str, transform: Transform | None = None, width: int | None = None) -> LinearSlot:
+        """The slot of the linear layer `name`: the recipe's schemes, then each fitting override in order.
+
+        width: columns of the stored weight, which fit_groups goes by.
+        """
+        weights, inputs = self.weights, self.inputs
+        if self.fit_groups and width is not None:
+            weights, inputs = _fitted(weights, width), _fitted(inputs, width)
+        slot = LinearSlot(weights, inputs, transform, self.outliers if weights is not None else 0)
         for override in self.overrides:
             slot = override.apply(name, slot)
         return slot
@@ -240,3 +251,9 @@ class Recipe(_Frozen):
     def to_yaml(self) -> str:
         """A file that `load_recipe` reads back to an equal recipe."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _fitted(scheme: Grouped | None, width: int) -> Grouped | None:
+    if scheme is None or scheme.group_size is None:
+        return scheme
+    return replace(scheme, group_size=fitting_group_size(width, scheme.group_size))

@@ -88,6 +88,7 @@ def _fill(data: dict[str, Any], bits: dict[str, int], group: str | None, name: s
         for part in (data["weights"], data["inputs"]):
             if part is data["weights"] or (part is not None and "group_size" in part):
                 part["group_size"] = int(group)
+        data["fit_groups"] = False  # a number that someone wrote is taken, or refused
     if bits["a"] == bits["kv"] == UNQUANTIZED:
         data["search"]["method"] = "none"  # no activation slot has a clip ratio to search
     return data

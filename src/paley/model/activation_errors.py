@@ -1,0 +1,91 @@
+"""What rounding loses of a model's own keys, values and layer inputs: outliers and biases make them no Gaussians."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from paley.core.rounding import round_trip
+from paley.core.schemes import ActivationScheme, AttentionSlot, LinearSlot
+from paley.model.adapter import Adapter
+from paley.model.capture import capture_inputs
+from paley.model.kv_cache import SCALE_DTYPE, cache_argument, centered
+
+__all__ = ["MeasuredErrors", "Place", "measure_errors"]
+
+Place = tuple[str, str]  # a module's path, and its slot's field: keys, values or input
+
+
+@dataclass(frozen=True)
+class MeasuredErrors:
+    """t^2 of each scheme at each place: sum |x - round(x)|^2 / sum |x|^2."""
+
+    table: Mapping[tuple[Place, ActivationScheme], float]
+
+    def __call__(self, place: Place, scheme: ActivationScheme, width: int) -> float:
+        return self.table[place, scheme]
+
+
+@torch.no_grad()
+def measure_errors(
+    adapter: Adapter,
+    ids: Tensor,
+    linears: Mapping[str, LinearSlot],
+    attentions: Mapping[str, AttentionSlot],
+    schemes: Mapping[Place, Sequence[ActivationScheme]],
+) -> MeasuredErrors:
+    """One forward of ids [sequences, seq_len], unrounded: adapter is rotated and wrapped, but no slot is active.
+
+    Keys are those behind RoPE. Errors are relative to what a slope's noise was relative to: the key with its mean.
+    """
+    table: dict[tuple[Place, ActivationScheme], float] = {}
+    model = adapter.model
+
+    def add(path: str, x: Tensor) -> None:
+        place = path, "input"
+        rounded, columns = _turned_input(x, linears[path])
+        table.update({(place, s): _loss(rounded, s, torch.float32, columns) / _energy(x) for s in schemes[place]})
+
+    cache = DynamicCache()
+    watched = {path: model.get_submodule(path) for path, field in schemes if field == "input"}
+    with capture_inputs(watched, add):
+        model(ids, use_cache=True, logits_to_keep=1, **cache_argument(model, cache))
+    for block in adapter.blocks:
+        path = block.path("attention")
+        layer = cache.layers[block.part("attention").layer_idx]
+        for field, x in (("keys", layer.keys), ("values", layer.values)):
+            place = path, field
+            if place not in schemes:
+                continue
+            assert x is not None
+            rounded = _turned_keys(x, attentions[path]) if field == "keys" else x
+            table.update({(place, s): _loss(rounded, s, SCALE_DTYPE) / _energy(x) for s in schemes[place]})
+    return MeasuredErrors(table)
+
+
+def _turned_input(x: Tensor, slot: LinearSlot) -> tuple[Tensor, Tensor]:
+    """x [tokens, in] -> what the slot rounds, and its columns of most energy: outliers, which have a finer grid."""
+    x = x if slot.transform is None else slot.transform.apply(x)
+    columns = x.double().square().sum(0).topk(slot.outliers).indices
+    return x.index_fill(-1, columns, 0.0), columns
+
+
+def _turned_keys(keys: Tensor, slot: AttentionSlot) -> Tensor:
+    """keys [batch, kv_heads, tokens, head_dim] -> less their mean, and rotated, where the slot says so."""
+    keys = centered(keys, slot, keys.double().mean((0, 2)).half())
+    return keys if slot.transform is None else slot.transform.apply(keys)
+
+
+def _energy(x: Tensor) -> float:
+    return float(x.double().square().sum().clamp(min=torch.finfo(torch.float64).tiny))
+
+
+def _loss(x: Tensor, scheme: ActivationScheme, scale_dtype: torch.dtype, apart: Tensor | None = None) -> float:
+    """apart: columns whose loss does not count."""
+    x = x.contiguous()
+    off = round_trip(x, scheme, scale_dtype).double() - x
+    return float((off if apart is None else off.index_fill(-1, apart, 0.0)).square().sum())

@@ -1,0 +1,95 @@
+"""What rounding loses is measured on what a model really caches and reads, as it is rounded afterwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from paley.core.schemes import ActivationScheme, AttentionSlot, LinearSlot, WeightScheme
+from paley.core.transforms import Transform
+from paley.model.activation_errors import measure_errors
+from paley.model.adapter import Adapter
+from paley.model.calibrate import set_attention_, wrap_
+from paley.model.inputs import round_input
+from paley.model.kv_cache import PackedKVCache, cache_argument
+from paley.model.linear import QuantLinear
+
+IDS = torch.randint(50, (2, 40), generator=torch.Generator().manual_seed(0))
+ATTENTION, DOWN = "model.layers.1.self_attn", "model.layers.1.mlp.down_proj"
+
+
+def adapter(bias: float = 3.0) -> Adapter:
+    """A model whose keys have a large mean."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=50, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.2,
+    )  # fmt: skip
+    made = Adapter(Qwen2ForCausalLM(config).eval())
+    for block in made.blocks:
+        block.part("k").bias.data.normal_().mul_(bias)
+    return made
+
+
+def wrapped(slot: AttentionSlot, linear: LinearSlot | None = None, bias: float = 3.0):
+    made = adapter(bias)
+    of = {DOWN: linear or LinearSlot()}
+    linears = {path: of.get(path, LinearSlot()) for block in made.blocks for _, path in block.linears()}
+    attentions = {block.path("attention"): slot for block in made.blocks}
+    wrap_(made, linears, attentions)
+    return made, linears, attentions
+
+
+@pytest.mark.parametrize("transform", [None, Transform(16, 16, 16, 3)])
+@pytest.mark.parametrize("what", ["keys", "values"])
+@torch.no_grad()
+def test_it_is_the_error_of_the_packed_cache(what, transform):
+    scheme = ActivationScheme("uint4", clip_ratio=0.9)
+    made, linears, attentions = wrapped(AttentionSlot(scheme, scheme, transform))
+    found = measure_errors(made, IDS, linears, attentions, {(ATTENTION, what): [scheme]})
+    read = {}
+    for slot in (AttentionSlot(), attentions[ATTENTION]):
+        set_attention_(made.blocks[1], slot)  # the block before it stays exact
+        cache = PackedKVCache(made.model)
+        made.model(IDS, use_cache=True, **cache_argument(made.model, cache))
+        side = getattr(cache.layers[1], f"_{what}").read()
+        read[slot] = side if isinstance(side, torch.Tensor) else side.dequantize()
+    exact, rounded = read.values()
+    exact = transform.apply(exact) if transform and what == "keys" else exact
+    expected = (rounded - exact).double().square().sum() / exact.double().square().sum()
+    assert found((ATTENTION, what), scheme, 16) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_centred_keys_lose_less_of_the_same_energy():
+    scheme = ActivationScheme("uint4")
+    lost = {}
+    for center in (False, True):
+        made, linears, attentions = wrapped(AttentionSlot(scheme, None, center_keys=center), bias=0.0)
+        for block in made.blocks:
+            block.part("k").bias.data[:] = torch.tensor([0.0] * 15 + [9.0]).repeat(2)  # RoPE hardly turns it
+        place = ATTENTION, "keys"
+        lost[center] = measure_errors(made, IDS, linears, attentions, {place: [scheme]})(place, scheme, 16)
+    assert lost[True] < lost[False] / 3
+
+
+@pytest.mark.parametrize("outliers", [0, 4])
+@torch.no_grad()
+def test_inputs_are_those_that_a_linear_rounds(outliers):
+    scheme = ActivationScheme("gauss4", scale="rms")
+    transform = None if outliers else Transform(96, 96, 96, 1)
+    weight = WeightScheme("int4", method="nearest", scale_search="absmax")
+    linear = LinearSlot(weight, scheme, transform, outliers)
+    made, linears, attentions = wrapped(AttentionSlot(), linear)
+    found = measure_errors(made, IDS, linears, attentions, {(DOWN, "input"): [scheme]})
+    seen = []
+    down = made.model.get_submodule(DOWN)
+    assert isinstance(down, QuantLinear)
+    down.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, -2)))
+    made.model(IDS)
+    exact = transform.apply(seen[0]) if transform else seen[0]
+    columns = exact.square().sum(0).topk(outliers).indices
+    rounded = round_input(seen[0], linear, columns if outliers else None)
+    off, rest = (rounded - exact).double(), torch.ones(96).index_fill(0, columns, 0.0)
+    expected = (off * rest).square().sum() / seen[0].double().square().sum()
+    assert found((DOWN, "input"), scheme, 96) == pytest.approx(float(expected), rel=1e-4)
