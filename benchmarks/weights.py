@@ -107,11 +107,14 @@ def _ours(grid: str) -> Recipe:
 
 def allocated(budget: float) -> dict[str, Recipe]:
     limit = f"weights: {budget}, sequences: 4, seq_len: 256"
-    base = apply_settings(preset("higgs-2"), [f"budget={{{limit}}}"])
+    default = apply_settings(preset("higgs-2"), [f"budget={{{limit}}}"])
+    flat = [n for n in tables.names() if n[1] == "2"]
+    base = apply_settings(default, [f"budget={{{limit}, grids: [{', '.join(flat)}, keep]}}"])
     every = [n for n in tables.names() if n[1] in "234"] + [n for n in grids.names() if n.startswith("e8")]
     mixed = apply_settings(base, [f"budget={{{limit}, grids: [{', '.join(every)}, keep]}}"])
     return {
         "unbiased p=2 + allocation": base,
+        "unbiased p=1..4 + allocation": default,
         "unbiased p=2..4, e8 + allocation": mixed,
         "p=2 + allocation + gptq": _calibrated(base),
     }
