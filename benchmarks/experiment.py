@@ -54,17 +54,27 @@ class Experiment:
         self.reference = Reference.of(self.source.load(), blocks.test)
         self.only = arguments.only
         self.file = RESULTS / f"{kind}-{arguments.model}.json"
+        counts["test"] = len(blocks.test.ids)
         nll = self.reference.nll.double().mean()
         self.result = {
             "model": arguments.model,
             "parameters": parameter_count(self.source),
             "text": {"test": blocks.test.source, "calibration": blocks.calibration.source},
-            "sequences": counts | {"test": len(blocks.test.ids)},
+            "sequences": counts,
             "seq_len": MODELS[arguments.model].seq_len,
             **provenance(),
             "original": {"nll": float(nll), "perplexity": float(nll.exp())},
-            "rows": json.loads(self.file.read_text())["rows"] if self.only and self.file.exists() else {},
+            "rows": self._kept(counts) if self.only and self.file.exists() else {},
         }
+
+    def _kept(self, counts: dict[str, int]) -> dict:
+        """The rows there; they must have been measured on as much text."""
+        kept = json.loads(self.file.read_text())
+        if not kept["sequences"].items() <= counts.items():
+            raise SystemExit(
+                f"{self.file}: its rows have {kept['sequences']}, not {counts}; give the same, or no --only"
+            )
+        return kept["rows"]
 
     @staticmethod
     def parser(description: str | None, *, calibration: int, search: int, test: int) -> ArgumentParser:

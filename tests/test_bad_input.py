@@ -214,7 +214,7 @@ UP = "model.layers.0.mlp.up_proj"
 SENSITIVITIES = {
     "another model": (lambda d: d.update(fingerprint="f00d"), r"of a llama model with fingerprint f00d.*paley sens"),
     "NaN slope": (lambda d: d["slots"][UP].update(alpha=float("nan")), r"up_proj'\]\.alpha: should be a finite"),
-    "another version": (lambda d: d.update(version=2), r"version 2, this Paley reads version 1"),
+    "another version": (lambda d: d.update(version=1), r"version 1, this Paley reads version 2"),
     "missing slot": (lambda d: d["slots"].pop(UP), r"up_proj has no slope.*`paley sensitivity`"),
     "folded": (lambda d: d.update(folded=True), r"measured with the norms' gains.*paley sensitivity --no-fold"),
     "unknown key": (lambda d: d.update(metrics="kl"), r"metrics: unknown key; did you mean 'metric'"),

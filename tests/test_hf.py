@@ -330,8 +330,8 @@ UP = "model.layers.0.mlp.up_proj"
         (f"{UP}.scales", torch.nan, "must be positive and finite"),
         (f"{UP}.scales", 0.0, "must be positive and finite"),
         ("model.layers.0.mlp.down_proj.zeros", 16, "holds 16, beyond the last code of uint4"),
-        ("model.norm.weight", torch.inf, "holds a number that is not finite"),
-        ("model.embed_tokens.weight", torch.nan, "holds a number that is not finite"),
+        ("model.norm.weight", torch.inf, "holds a number that is not finite; the file is damaged"),
+        ("model.embed_tokens.weight", torch.nan, "holds a number that is not finite; the file is damaged"),
     ],
 )
 def test_damaged_numbers_are_refused_by_name(tmp_path, tensor, value, complaint):
@@ -339,8 +339,18 @@ def test_damaged_numbers_are_refused_by_name(tmp_path, tensor, value, complaint)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors[tensor].flatten()[3] = value
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(PaleyError, match=f"^{tmp_path}: {tensor}: {complaint}"):
+    with pytest.raises(PaleyError, match=f"^{tmp_path}.*: {tensor}:? {complaint}"):
         hf.load(tmp_path)
+
+
+def test_a_number_beyond_the_type_asked_for_is_no_damage(tmp_path):
+    write(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.norm.weight"][3] = 1e6
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    hf.load(tmp_path, dtype=torch.bfloat16)
+    with pytest.raises(PaleyError, match=r"norm\.weight has no place in torch\.float16; load with another dtype"):
+        hf.load(tmp_path, dtype=torch.float16)
 
 
 def binary_checkpoint(folder: Path) -> None:

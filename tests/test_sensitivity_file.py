@@ -126,7 +126,7 @@ def put(*keys):
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (put("version", 2), "is a sensitivity file of version 2, this Paley reads version 1"),
+        (put("version", 1), "is a sensitivity file of version 1, this Paley reads version 2"),
         (lambda data: data.pop("version"), "is a sensitivity file of version null"),
         (lambda data: data.pop("fingerprint"), "fingerprint: is required and missing"),
         (lambda data: data.pop("folded"), "folded: is required and missing"),

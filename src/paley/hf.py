@@ -5,7 +5,7 @@ Without it transformers only warns about the unknown method and returns a model 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,14 +84,10 @@ class PaleyQuantizer(HfQuantizer):
             attention.attach_slots(model, spec.attentions)
         if not checkpoint_files:
             raise PaleyError("a Paley model is loaded from its safetensors files; a state_dict alone is not supported")
-        _check_files(model, checkpoint_files)
-        self._folder = Path(checkpoint_files[0]).parent
+        self._stored = _check_files(model, checkpoint_files)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        try:
-            _check_values(model)
-        except PaleyError as error:
-            raise PaleyError(f"{self._folder}: {error}") from None
+        _check_values(model, self._stored)
         model.requires_grad_(False)  # as `is_trainable` says; inputs that want gradients keep layers off the kernels
         return model
 
@@ -161,8 +157,8 @@ def _replace_linear_(model: PreTrainedModel, name: str, linear: nn.Linear, slot:
     model.set_submodule(name, quantized)
 
 
-def _check_files(model: PreTrainedModel, files: Iterable[str]) -> None:
-    """Compares the names, shapes and types in the files' headers with what the model needs.
+def _check_files(model: PreTrainedModel, files: Iterable[str]) -> dict[str, TensorInfo]:
+    """Compares the names, shapes and types in the files' headers with what the model needs -> the headers' entries.
 
     transformers itself fills what is missing with random numbers and mentions it in a log.
     """
@@ -187,18 +183,24 @@ def _check_files(model: PreTrainedModel, files: Iterable[str]) -> None:
             raise PaleyError(f"{info.file}: {name} has shape {info.shape}, must have {shape}")
         if info.dtype != dtype if dtype else info.dtype.is_floating_point != needed[name].is_floating_point():
             raise PaleyError(f"{info.file}: {name} is {info.dtype}, must be {dtype or 'a float type'}")
+    return found
 
 
-def _check_values(model: PreTrainedModel) -> None:
-    """Raises for a damaged number, which could go unnoticed in fluent text."""
+def _check_values(model: PreTrainedModel, stored: Mapping[str, TensorInfo]) -> None:
+    """Raises for a damaged number, which could go unnoticed in fluent text; what is offloaded is read from its file."""
+    state = {n: stored[n].read() if t.is_meta and n in stored else t for n, t in model.state_dict().items()}
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear) and module.slot.weight is not None:
-            parts = {name + part: getattr(module, part[1:]) for part in PARTS}
-            stored = {part: tensor for part, tensor in parts.items() if tensor is not None}
-            check_values(name, stored, module.in_features, grids.load(module.slot.weight.grid))
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise PaleyError(f"{name}: holds a number that is not finite; the file is damaged")
+            found = {name + part: state[name + part] for part in PARTS if name + part in state}
+            try:
+                check_values(name, found, module.in_features, grids.load(module.slot.weight.grid))
+            except PaleyError as error:
+                raise PaleyError(f"{stored[name + PARTS[0]].file.parent}: {error}") from None
+    for name, info in stored.items():
+        if state[name].is_floating_point() and not bool(state[name].isfinite().all()):
+            if bool(info.read().isfinite().all()):
+                raise PaleyError(f"{info.file}: {name} has no place in {state[name].dtype}; load with another dtype")
+            raise PaleyError(f"{info.file}: {name} holds a number that is not finite; the file is damaged")
 
 
 def _exact_dtypes(model: PreTrainedModel) -> dict[str, torch.dtype | None]:

@@ -17,7 +17,7 @@ from paley.recipe.saving import in_natural_order
 
 __all__ = ["VERSION", "MeasuredSlot", "MeasuredText", "Sensitivity"]
 
-VERSION = 1
+VERSION = 2  # 1 had noise of one size in all rows of a weight
 
 Positive = Annotated[FiniteFloat, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -75,7 +75,7 @@ class Sensitivity(Document):
 
     what: ClassVar[str] = "sensitivity file"
 
-    version: Literal[1] = VERSION
+    version: Literal[2] = VERSION
     fingerprint: str
     model_type: str
     metric: Literal["kl", "perplexity"]

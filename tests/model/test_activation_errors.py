@@ -57,7 +57,7 @@ def test_it_is_the_error_of_the_packed_cache(what, transform):
         read[slot] = side if isinstance(side, torch.Tensor) else side.dequantize()
     exact, rounded = read.values()
     exact = transform.apply(exact) if transform and what == "keys" else exact
-    expected = (rounded - exact).double().square().sum() / exact.double().square().sum()
+    expected = ((rounded - exact).double().square().sum(-1) / exact.double().square().sum(-1)).mean()
     assert found((ATTENTION, what), scheme, 16) == pytest.approx(float(expected), rel=1e-5)
 
 
@@ -91,5 +91,24 @@ def test_inputs_are_those_that_a_linear_rounds(outliers):
     columns = exact.square().sum(0).topk(outliers).indices
     rounded = round_input(seen[0], linear, columns if outliers else None)
     off, rest = (rounded - exact).double(), torch.ones(96).index_fill(0, columns, 0.0)
-    expected = (off * rest).square().sum() / seen[0].double().square().sum()
+    expected = ((off * rest).square().sum(-1) / seen[0].double().square().sum(-1)).mean()
     assert found((DOWN, "input"), scheme, 96) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_one_huge_vector_does_not_outshout_the_others():
+    """Slopes' noise is as large as each vector; so a token that is a thousand times as loud counts as any other."""
+    made, linears, attentions = wrapped(AttentionSlot(), LinearSlot(input=ActivationScheme("int4")))
+    scheme, loud = ActivationScheme("int4"), [1.0]
+    down = made.model.get_submodule(DOWN)
+
+    def amplify(module, args):
+        x = args[0].clone()
+        x[:, 0] *= loud[0]
+        return (x,)
+
+    down.register_forward_pre_hook(amplify, prepend=True)
+    found = []
+    for loud[0] in (1.0, 1024.0):  # a power of two changes no digit
+        found.append(measure_errors(made, IDS, linears, attentions, {(DOWN, "input"): [scheme]}))
+    plain, amplified = (f((DOWN, "input"), scheme, 96) for f in found)
+    assert amplified == pytest.approx(plain, rel=1e-6)

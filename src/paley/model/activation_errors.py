@@ -22,7 +22,7 @@ Place = tuple[str, str]  # a module's path, and its slot's field: keys, values o
 
 @dataclass(frozen=True)
 class MeasuredErrors:
-    """t^2 of each scheme at each place: sum |x - round(x)|^2 / sum |x|^2."""
+    """t^2 of each scheme at each place: the mean over vectors of |x - round(x)|^2 / |x|^2, as slopes' noise has it."""
 
     table: Mapping[tuple[Place, ActivationScheme], float]
 
@@ -48,7 +48,7 @@ def measure_errors(
     def add(path: str, x: Tensor) -> None:
         place = path, "input"
         rounded, columns = _turned_input(x, linears[path])
-        table.update({(place, s): _loss(rounded, s, torch.float32, columns) / _energy(x) for s in schemes[place]})
+        table.update({(place, s): _error(x, rounded, s, torch.float32, columns) for s in schemes[place]})
 
     cache = DynamicCache()
     watched = {path: model.get_submodule(path) for path, field in schemes if field == "input"}
@@ -63,7 +63,7 @@ def measure_errors(
                 continue
             assert x is not None
             rounded = _turned_keys(x, attentions[path]) if field == "keys" else x
-            table.update({(place, s): _loss(rounded, s, SCALE_DTYPE) / _energy(x) for s in schemes[place]})
+            table.update({(place, s): _error(x, rounded, s, SCALE_DTYPE) for s in schemes[place]})
     return MeasuredErrors(table)
 
 
@@ -80,12 +80,11 @@ def _turned_keys(keys: Tensor, slot: AttentionSlot) -> Tensor:
     return keys if slot.transform is None else slot.transform.apply(keys)
 
 
-def _energy(x: Tensor) -> float:
-    return float(x.double().square().sum().clamp(min=torch.finfo(torch.float64).tiny))
-
-
-def _loss(x: Tensor, scheme: ActivationScheme, scale_dtype: torch.dtype, apart: Tensor | None = None) -> float:
-    """apart: columns whose loss does not count."""
-    x = x.contiguous()
-    off = round_trip(x, scheme, scale_dtype).double() - x
-    return float((off if apart is None else off.index_fill(-1, apart, 0.0)).square().sum())
+def _error(
+    x: Tensor, turned: Tensor, scheme: ActivationScheme, scale_dtype: torch.dtype, apart: Tensor | None = None
+) -> float:
+    """Each vector counts alike: one of huge values would else be all that is seen. apart: columns that do not count."""
+    turned = turned.contiguous()
+    off = round_trip(turned, scheme, scale_dtype).double() - turned
+    lost = (off if apart is None else off.index_fill(-1, apart, 0.0)).square().sum(-1)
+    return float((lost / x.double().square().sum(-1).clamp(min=torch.finfo(torch.float64).tiny)).mean())

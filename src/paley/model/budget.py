@@ -90,7 +90,7 @@ def decide_grids(
     amounts = _amounts(budget, recipe, adapter, slots, items)
     choices = {}
     for item in _within_linear_range(items, amounts, budget):
-        slot = sensitivity.slots[item.slope] if len(item.bits) > 1 else None
+        slot = sensitivity.slots.get(item.slope)  # None for what no budget is about, and nobody measured
         choices[item.name] = [
             Choice(
                 name,

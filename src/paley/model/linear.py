@@ -155,7 +155,7 @@ class QuantLinear(nn.Module):
         With a native kernel for weights and inputs it works on the codes, and equals a product of floats to rounding.
         """
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self.dense is None and self.on_planes and x.device.type == "cpu" and not x.requires_grad:
+        if self.dense is None and x.device.type == "cpu" and not x.requires_grad and self.on_planes:
             y = self._plane_weight().product(self._once(encode_input, x))
             y = y.to(x.dtype).view(*x.shape[:-1], self.out_features)
             return y if bias is None else y + bias

@@ -52,6 +52,8 @@ class Source:
                 self.path, config=self.config, dtype=dtype, use_safetensors=True, local_files_only=True,
                 trust_remote_code=False, output_loading_info=True, attn_implementation="sdpa",
             )  # fmt: skip
+        except PaleyError:
+            raise
         except (RuntimeError, ValueError) as error:
             raise PaleyError(f"{self.path}: transformers cannot load this checkpoint: {error}") from error
         model, info = loaded

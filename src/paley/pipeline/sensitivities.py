@@ -93,7 +93,7 @@ def measure_on(
     probe = NoiseProbe(runner, ids, metric=metric, kinds=kinds, rotated=fold, seed=seed)
     settings = {
         "fingerprint": source.fingerprint, "metric": metric, "sha256": blocks.sha256, "folded": fold,
-        "levels": levels, "seed": seed,
+        "levels": levels, "seed": seed, "noise": "rows",
     }  # fmt: skip
     rounds: list[int] = []
 
