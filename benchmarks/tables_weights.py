@@ -89,7 +89,7 @@ def readme() -> list[str]:
     """Weights alone on the demo model, at the two budgets that separate methods."""
     if (found := read("weights-ref-llama.json")) is None:
         return []
-    columns = ("rtn", "nf", "gptq", "higgs p=2", "unbiased p=2 + allocation", "p=2 + allocation + gptq")
+    columns = ("rtn", "nf", "gptq", "higgs p=2", "unbiased p=1..4 + allocation", "p=2 + allocation + gptq")
     names = ("round to nearest", "NormalFloat", "GPTQ", "HIGGS", "ours, no data", "ours + GPTQ")
     lines = [
         "Weights alone, the same model and measure; about 0.04 bits of scales on top:",
