@@ -153,6 +153,7 @@ def sensitivities() -> list[str]:
     lines = [
         "## Slopes",
         "",
+        "Measured with noise of one size in all rows of a weight, as the paper has it; below, noise goes by rows.",
         "Rank correlation (Spearman) of the slopes of all linear layers, measured with norms folded. `python",
         "benchmarks/sensitivity.py MODEL`",
         "",
