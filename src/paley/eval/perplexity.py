@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,7 +83,7 @@ def evaluate(
         reference = _fitting(reference, model, blocks)
     cached = _has_quantized_cache(model)
     columns: list[Tensor] = []
-    kv_bytes = at_16_bits = 2.0 * len(Adapter(model).blocks) * _side_bytes(model)
+    kv_bytes = at_16_bits = 2.0 * Adapter(model).sites.blocks * _side_bytes(model)
     for at in range(0, len(blocks.ids), batch):
         sequences = slice(at, min(at + batch, len(blocks.ids)))
         ids = blocks.ids[sequences].to(model.device)
@@ -92,7 +92,7 @@ def evaluate(
         check_finite(scores[0], at, blocks.source)
         columns.append(scores.double().mean(-1).cpu())
         if cache is not None:
-            kv_bytes = _kv_bytes_per_token(model, cache, ids[:, :-1].numel())
+            kv_bytes = _kv_bytes_per_token(model, cache, len(ids))
         if progress is not None:
             progress(sequences.stop, len(blocks.ids))
     return _summary(blocks, torch.cat(columns, 1), reference, kv_bytes, at_16_bits)
@@ -107,7 +107,7 @@ def _score(
     sequences: slice,
 ) -> Tensor:
     """ids [batch, seq_len] -> [1 or 3, batch, seq_len - 1]: nll and, with a reference, KL and agreement."""
-    head = Adapter(model).part("head")
+    head = Adapter(model).head
     columns, start = [], 0
     for hidden, targets in zip(_hidden(model, ids, cache, chunk), ids[:, 1:].split(chunk, 1), strict=True):
         logits = head(hidden)
@@ -130,21 +130,22 @@ def _hidden(model: PreTrainedModel, ids: Tensor, cache: PackedKVCache | None, ch
 
 
 def _has_quantized_cache(model: PreTrainedModel) -> bool:
-    slots = [slot for m in model.modules() if (slot := getattr(m, "kv_slot", None)) is not None]
-    return any(slot.keys is not None or slot.values is not None for slot in slots)
+    schemes = [scheme for m in model.modules() if (scheme := getattr(m, "kv_scheme", None)) is not None]
+    return any(scheme.keys is not None or scheme.values is not None for scheme in schemes)
 
 
 def _side_bytes(model: PreTrainedModel, bytes_per_value: int = 2) -> int:
     """What one token's keys (or values) take in one layer that does not quantize them."""
-    adapter = Adapter(model)
-    return adapter.num_kv_heads * adapter.head_dim * bytes_per_value
+    return Adapter(model).sites.of("keys")[0].numel * bytes_per_value
 
 
-def _kv_bytes_per_token(model: PreTrainedModel, cache: PackedKVCache, tokens: int) -> float:
-    """What a token takes in `cache`, which holds `tokens` of them, unquantized sides at 16 bits."""
-    total = cache.nbytes / tokens
+def _kv_bytes_per_token(model: PreTrainedModel, cache: PackedKVCache, sequences: int) -> float:
+    """What a token takes in `cache` while each layer holds it, unquantized sides at 16 bits."""
+    total = 0.0
     for layer in cache.layers:
-        unquantized = (layer.slot.keys is None) + (layer.slot.values is None)
+        held = layer.get_mask_sizes(0)[0]  # fewer than were read if the layer's attention has a window
+        unquantized = (layer.scheme.keys is None) + (layer.scheme.values is None)
+        total += layer.nbytes / (sequences * held)
         total -= unquantized * (_side_bytes(model, layer.dtype.itemsize) - _side_bytes(model))
     return total
 
@@ -152,7 +153,7 @@ def _kv_bytes_per_token(model: PreTrainedModel, cache: PackedKVCache, tokens: in
 def _fitting(reference: Reference, model: PreTrainedModel, blocks: TokenBlocks) -> Reference:
     """reference with its head on the model's device; raises where its ids or vocabulary are others."""
     reference.check(blocks)
-    vocabulary = cast(int, Adapter(model).part("head").out_features)
+    vocabulary = Adapter(model).sites.head.shape[0]
     if reference.head.shape[0] != vocabulary:
         raise PaleyError(
             f"reference for {reference.source}: its model's vocabulary has {reference.head.shape[0]} tokens, "

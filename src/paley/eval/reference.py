@@ -54,7 +54,7 @@ class Reference:
     def of(cls, model: PreTrainedModel, blocks: TokenBlocks, batch: int = 8) -> Reference:
         """Runs the unquantized `model` over `blocks` of any role, `batch` sequences at a time."""
         check(model, blocks, batch, CHUNK)
-        head = Adapter(model).part("head")
+        head = Adapter(model).head
         if not isinstance(head, nn.Linear) or head.bias is not None:
             raise PaleyError(
                 f"reference: the model's lm_head is a {head}, expected a Linear without bias; "

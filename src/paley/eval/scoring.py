@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -51,7 +49,7 @@ def check(model: PreTrainedModel, blocks: TokenBlocks, batch: int, chunk: int) -
         raise PaleyError(f"evaluation: needs batch >= 1 and chunk >= 1, got batch={batch}, chunk={chunk}")
     if blocks.ids.shape[1] < 2:
         raise PaleyError(f"{blocks.source}: blocks of one token predict nothing; use seq_len >= 2")
-    vocabulary = len(cast(Tensor, Adapter(model).part("embedding").weight))
+    vocabulary = Adapter(model).sites.embedding.shape[0]
     low, high = int(blocks.ids.min()), int(blocks.ids.max())
     if low < 0 or high >= vocabulary:
         raise PaleyError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,24 +86,19 @@ class Checkpoint:
         for name in self.infos:
             yield name, self.tensor(name)
 
-    def check_finite(self, progress: Callable[[str], None] = lambda name: None) -> None:
-        """PaleyError names the first tensor with a NaN or infinity; `progress` hears of each in its turn."""
-        for name, info in self.infos.items():
-            progress(name)
-            if not info.dtype.is_floating_point:
-                continue
-            bad = first_not_finite(info.read())
-            if bad is not None:
-                index, value = bad
-                raise PaleyError(
-                    f"{info.file}: {name} holds {value} at {list(index)}; the checkpoint is damaged, "
-                    "get a sound copy of it"
-                )
+    def fingerprint(self, *, check_finite: bool = False) -> str:
+        """sha256 in hex of what the model computes: tensors and config, however they are cut into files.
 
-    def fingerprint(self) -> str:
-        """sha256 in hex of what the model computes: tensors and config, however they are cut into files."""
+        check_finite: PaleyError names the first tensor with a NaN or infinity, found in the same pass.
+        """
         digest = hashlib.sha256(_canonical(_lasting(self.config)))
         for name, tensor in self.items():
+            if check_finite and tensor.is_floating_point() and (bad := first_not_finite(tensor)) is not None:
+                index, value = bad
+                raise PaleyError(
+                    f"{self.info(name).file}: {name} holds {value} at {list(index)}; the checkpoint is damaged, "
+                    "get a sound copy of it"
+                )
             digest.update(_canonical([name, str(tensor.dtype), list(tensor.shape)]))
             digest.update(as_bytes(tensor))
         return digest.hexdigest()

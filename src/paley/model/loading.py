@@ -20,9 +20,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from paley.arch import Sites, family, sites
 from paley.core.errors import PaleyError, nearest_name
 from paley.format.checkpoint import Checkpoint
-from paley.model.adapter import architecture
 
 __all__ = [
     "Source", "check_fit", "check_seq_len", "empty_model", "is_ignored", "load_tokenizer", "open_source", "read_config",
@@ -35,15 +35,18 @@ _FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
 @dataclass(frozen=True)
 class Source:
-    """A checked checkpoint folder of a supported architecture; `fingerprint` names its contents.
+    """A checked checkpoint folder of a supported family; `fingerprint` names its contents.
 
     In `checkpoint` a tied pair stands once, as the embedding, under whichever names the files hold it.
+    skeleton: the model without its weights. sites: its places where a tensor can be quantized.
     """
 
     path: Path
     checkpoint: Checkpoint
     fingerprint: str
     config: Any
+    skeleton: PreTrainedModel
+    sites: Sites
 
     def load(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
         """The model in eval mode; raises where the files and the config disagree."""
@@ -66,12 +69,6 @@ class Source:
         model.requires_grad_(False)
         return model.eval().to(device)
 
-    def skeleton(self) -> PreTrainedModel:
-        """The model without its weights; raises where the files and the config disagree."""
-        model = empty_model(self.config)
-        check_fit(self.path, {name: info.shape for name, info in self.checkpoint.infos.items()}, model)
-        return model
-
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that came with the weights."""
         return load_tokenizer(self.path)
@@ -82,7 +79,7 @@ def _join_tie(path: Path, checkpoint: Checkpoint, config: Any) -> Checkpoint:
 
     transformers writes the embedding and reads either name; there are files with lm_head.weight alone.
     """
-    row = architecture(config.model_type)
+    row = family(config.model_type)
     head, embedding = f"{row.head}.weight", f"{row.embedding}.weight"
     if not config.tie_word_embeddings or head not in checkpoint:
         return checkpoint
@@ -170,11 +167,13 @@ def open_source(model: str | Path) -> Source:
     path = resolve(model)
     checkpoint = Checkpoint.open(path)
     config = read_config(path)
-    architecture(config.model_type)
+    row = family(config.model_type)
     if getattr(config, "quantization_config", None) is not None:
         raise PaleyError(f"{path}: is quantized already; give the original, full-precision checkpoint")
-    checkpoint.check_finite()
-    return Source(path, _join_tie(path, checkpoint, config), checkpoint.fingerprint(), config)
+    fingerprint = checkpoint.fingerprint(check_finite=True)
+    checkpoint, skeleton = _join_tie(path, checkpoint, config), empty_model(config)
+    check_fit(path, {name: info.shape for name, info in checkpoint.infos.items()}, skeleton)
+    return Source(path, checkpoint, fingerprint, config, skeleton, sites(row, config))
 
 
 def resolve(model: str | Path) -> Path:

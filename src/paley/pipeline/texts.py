@@ -70,7 +70,7 @@ def check_lengths(recipe: Recipe, source: Source, *, measures: bool) -> None:
 
 def needs_data(recipe: Recipe) -> bool:
     """Whether a weight's codes depend on more than that weight: on a text, or on what is folded into it."""
-    return recipe.rotate or bool(_tuning_sources(recipe))
+    return recipe.rotate == "folded" or bool(_tuning_sources(recipe))
 
 
 def test_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> TokenBlocks:
@@ -104,7 +104,7 @@ def _named_sources(recipe: Recipe) -> list[str | None]:
 
 def calibrates(recipe: Recipe) -> bool:
     """Whether the recipe gathers calibration text: for weights, for mean keys, or for a search's draft."""
-    weights = [recipe.weights, *(o.weight for o in recipe.overrides)]
+    weights = [recipe.weights, recipe.head, *(o.weight for o in recipe.overrides)]
     outliers = max(recipe.outliers, *(o.outliers for o in recipe.overrides), 0)
     wanting = any(scheme is not None and (scheme.needs_data or outliers > 0) for scheme in weights)
     centers = recipe.center_keys and any([recipe.keys, *(o.keys for o in recipe.overrides)])

@@ -150,17 +150,17 @@ class Override(_Frozen):
         """The scheme fields that were given, null ones too."""
         return {name: getattr(self, name) for name in _PLACES if name in self.model_fields_set}
 
-    def apply(self, name: str, slot: S) -> S:
-        """slot of the module `name` -> slot with what this override changes."""
+    def apply(self, name: str, scheme: S) -> S:
+        """scheme of the module `name` -> scheme with what this override changes."""
         if not fnmatch.fnmatchcase(name, self.pattern):
-            return slot
-        names = ("weight", "input", "outliers") if isinstance(slot, LinearSlot) else ("keys", "values")
+            return scheme
+        names = ("weight", "input", "outliers") if isinstance(scheme, LinearScheme) else ("keys", "values")
         given = dict.fromkeys(names) if self.keep else self._schemes()
-        fields = {n: given.get(n, getattr(slot, n)) for n in names}
+        fields = {n: given.get(n, getattr(scheme, n)) for n in names}
         if "outliers" in fields and fields["weight"] is None:
             fields["outliers"] = 0
         try:
-            return replace(slot, **fields)
+            return replace(scheme, **fields)
         except PaleyError as error:
             raise PaleyError(f"{name}: {error}") from None
 
@@ -168,11 +168,14 @@ class Override(_Frozen):
 class Recipe(_Frozen):
     """How to quantize a model; null schemes leave those tensors unquantized.
 
+    embedding, head: schemes of the word embedding and of lm_head; a tied pair has one.
+    rotate: `folded` rotates the residual stream and the value heads inside the weights (QuaRot, arXiv:2404.00456), and
+    the inputs of o and down at run time; `online` rotates the input of every quantized linear at run time, which needs
+    no data and no other tensor of the model (HIGGS, arXiv:2411.17525); `auto` folds if the family permits it.
+    hadamard: what turns by itself does so in blocks of at most so many values, whose weights share a scale.
     compensate: GPTQ aims at the outputs its own inputs give (plain), at the original outputs given quantized
     inputs (quantized_inputs: GPTAQ, arXiv:2504.02692), or at the original residual stream (residual_stream).
     rotate_output: also rotate what o_proj reads, over all heads, at run time. center_keys: see AttentionSlot.
-    hadamard: rotate what every quantized linear reads at run time, in blocks of at most so many values, whose
-    weights share a scale (HIGGS, arXiv:2411.17525); needs no data and no other tensor of the model.
     fit_groups: where the group_size of weights or inputs does not divide what a layer stores of a row, the layer gets
     the divisor nearest to it (see `fitting_group_size`); an override's own group_size stays, and must divide.
     expand and expand_mlp: dimensions that the residual stream and down_proj's input gain.
@@ -180,12 +183,14 @@ class Recipe(_Frozen):
     """
 
     weights: Weight = None
+    embedding: Weight = None
+    head: Weight = None
     inputs: Activation = None
     keys: Activation = None
     values: Activation = None
-    rotate: bool = True
+    rotate: Literal["auto", "folded", "online", "none"] = "auto"
     rotate_output: bool = True
-    hadamard: Annotated[int, Field(ge=2)] | None = None
+    hadamard: Annotated[int, Field(ge=2)] = 1024
     fit_groups: bool = False
     budget: Budget | None = None
     center_keys: bool = False
@@ -202,33 +207,36 @@ class Recipe(_Frozen):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.rotate and self.hadamard is not None:
-            raise ValueError("hadamard rotates each layer's input by itself: set rotate: false, or leave it out")
         if self.outliers and self.weights is None:
             raise ValueError("outliers are columns of quantized weights, and no weight is: set outliers: 0")
-        if not self.rotate and (self.expand or self.expand_mlp not in (0, "auto")):  # auto: as far as rotation needs it
-            raise ValueError("expand and expand_mlp need rotate: true; dimensions of zeros alone change nothing")
+        widens = self.expand or self.expand_mlp not in (0, "auto")  # auto: as far as rotation needs it
+        if self.rotate in ("online", "none") and widens:
+            raise ValueError("expand and expand_mlp need rotate: folded; dimensions of zeros alone change nothing")
         return self
 
-    def linear_slot(self, name: str, transform: Transform | None = None, width: int | None = None) -> LinearSlot:
-        """The slot of the linear layer `name`: the recipe's schemes, then each fitting override in order.
+    def linear_scheme(
+        self, name: str, kind: str, transform: Transform | None = None, width: int | None = None
+    ) -> LinearScheme:
+        """What is done to the weight `name`, and to the input of a linear: first the recipe's, then each fitting override.
 
-        width: columns of the stored weight, which fit_groups goes by.
+        kind: linear, embedding or head. width: columns of the stored weight, which fit_groups goes by.
         """
-        weights, inputs = self.weights, self.inputs
+        weight = {"embedding": self.embedding, "head": self.head}.get(kind, self.weights)
+        inputs = self.inputs if kind == "linear" else None
         if self.fit_groups and width is not None:
-            weights, inputs = _fitted(weights, width), _fitted(inputs, width)
-        slot = LinearSlot(weights, inputs, transform, self.outliers if weights is not None else 0)
+            weight, inputs = _fitted(weight, width), _fitted(inputs, width)
+        outliers = self.outliers if kind == "linear" and weight is not None else 0
+        scheme = LinearScheme(weight, inputs, transform, outliers)
         for override in self.overrides:
-            slot = override.apply(name, slot)
-        return slot
+            scheme = override.apply(name, scheme)
+        return scheme
 
-    def attention_slot(self, name: str, transform: Transform | None = None) -> AttentionSlot:
-        """The slot of the attention `name`: the recipe's schemes, then each fitting override in order."""
-        slot = AttentionSlot(self.keys, self.values, transform, self.center_keys)
+    def attention_scheme(self, name: str, transform: Transform | None = None) -> AttentionScheme:
+        """What is done to the keys and values of an attention: the recipe's schemes, then each fitting override."""
+        scheme = AttentionScheme(self.keys, self.values, transform, self.center_keys)
         for override in self.overrides:
-            slot = override.apply(name, slot)
-        return slot
+            scheme = override.apply(name, scheme)
+        return scheme
 
     def check_overrides(self, linears: Iterable[str], attentions: Iterable[str]) -> None:
         """Raises where an override's pattern fits no module that it could change."""
