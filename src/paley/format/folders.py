@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from paley.core.errors import PaleyError
-from paley.format.files import read_json
+from paley.core.reading import read_json
 
 __all__ = ["LOCK", "RESULTS", "check_free", "exchange", "hold", "locked", "restore", "taken"]
 
