@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,18 @@ from transformers import PreTrainedModel
 
 from paley.core.errors import PaleyError
 from paley.core.files import write_atomic
+from paley.core.reading import read_json
 from paley.data import TokenBlocks
 from paley.eval.perplexity import evaluate
 from paley.eval.reference import Reference
 from paley.format.checkpoint import Checkpoint
 from paley.format.files import write_json
+from paley.format.publish import RESULTS
 from paley.model.loading import Source, open_source
 from paley.pipeline.accounting import parameter_count, quantized_bits, untouched
 from paley.pipeline.card import model_card
 from paley.pipeline.monitor import Monitor
-from paley.pipeline.run_directory import RESULTS, RunDirectory, check_output, open_run
+from paley.pipeline.run_directory import RunDirectory
 from paley.pipeline.saving import first_logits, load_stored, save_checkpoint, verify
 from paley.pipeline.slots import check_settings
 from paley.pipeline.stages import decide, execute, storage_dtype
@@ -71,7 +72,8 @@ def quantize(
     wanted = plan.recipe if plan is not None else recipe
     assert wanted is not None
     wanted = _as_measured(wanted, sensitivity)
-    check_output(output, resume=resume, overwrite=overwrite)
+    run = RunDirectory(output)
+    run.check_free(resume=resume, overwrite=overwrite)
     if wanted.test is None and not (is_data_free(plan) if plan is not None else not needs_data(wanted)):
         raise PaleyError(
             "test: null (--no-score) leaves nothing to verify this model on; only data-free recipes can go without, "
@@ -79,7 +81,7 @@ def quantize(
         )
     monitor.stage("checking the checkpoint", 1)
     source = open_source(model)
-    _check_not_inside(output, source.path)
+    run.check_apart(source.path)
     check_lengths(wanted, source, measures=_measures(wanted, plan, sensitivity))
     if plan is not None:
         plan.check_fingerprint(source.fingerprint)
@@ -87,11 +89,12 @@ def quantize(
         sensitivity.check_fingerprint(source.fingerprint)
     check_settings(source, wanted, plan)
     key = _key(source, wanted, plan.to_json() if plan is not None else wanted.hash() + _digest(sensitivity))
-    with open_run(output, key, resume=resume, overwrite=overwrite) as run:
+    with run.open(key, resume=resume, overwrite=overwrite):
         if not (resume and run.finished) and not (run.checkpoint / RESULTS).exists():
             _make(source, wanted, plan, sensitivity, run, monitor, device, workers)
-        run.publish()
-    return Outcome(output, Plan.load(output / "plan.json"), json.loads((output / RESULTS).read_text()))
+        for path in run.publish():
+            monitor.note(f"{path}: cannot be deleted; delete it yourself")
+    return Outcome(output, Plan.load(output / "plan.json"), read_json(output / RESULTS))
 
 
 def make_plan(
@@ -182,14 +185,6 @@ def _make(
 def _evaluate(model: PreTrainedModel, test: TokenBlocks, reference: Reference | None, monitor: Monitor) -> dict:
     monitor.stage("evaluating through the quantized cache", -(-len(test.ids) // EVAL_BATCH))
     return evaluate(model, test, reference, batch=EVAL_BATCH, progress=lambda done, total: monitor.step()).to_dict()
-
-
-def _check_not_inside(output: Path, model: Path) -> None:
-    """Raises where replacing `output` would take the model, or the ground that the user stands on, away."""
-    for what, path in (("the model", model), ("the current folder", Path.cwd())):
-        for taken in (output, RunDirectory(output, "").path):
-            if path.resolve().is_relative_to(taken.resolve()):
-                raise PaleyError(f"{taken}: holds {what} {path.resolve()}; choose another --output")
 
 
 def _reference(source: Source, test: TokenBlocks, run: RunDirectory, monitor: Monitor, device: str) -> Reference:
