@@ -259,6 +259,40 @@ def test_a_folder_of_someone_else_is_never_deleted(tmp_path):
     assert (output / "thesis.txt").read_text() == (other / "thesis.txt").read_text() == "precious"
 
 
+@pytest.mark.parametrize("resumable", [True, False])
+@pytest.mark.parametrize(
+    ("names", "ours"),
+    [([], True), (["lock"], True), (["lock", ".run.json.1a2b.tmp"], True), ([".profile"], False), (["new"], False)],
+)
+def test_a_work_folder_is_known_by_its_state_which_is_written_first(tmp_path, resumable, names, ours):
+    work = Work(tmp_path / "out", resumable=resumable).path
+    work.mkdir()
+    for name in names:
+        (work / name).touch()
+    refused = pytest.raises(PaleyError, match="is no work folder of Paley; move it away, or choose another --output")
+    with nullcontext() if ours else refused:
+        make(tmp_path / "out", "key", "new", resumable=resumable, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out" if ours else work.name]
+
+
+def test_progress_that_cannot_be_cleared_is_not_taken_for_that_of_another_run(tmp_path, monkeypatch):
+    run = Work(tmp_path / "out", resumable=True)
+    with run.open("key"):
+        (run.path / "final").mkdir()
+    rename = Path.rename
+
+    def refuse(self: Path, target: Path) -> None:
+        if self.name == "final":
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    for flag in ("overwrite", "resume"):
+        with pytest.raises(PaleyError, match=r"out\.run/final: cannot be deleted; delete it yourself, or choose"):
+            make(tmp_path / "out", "other key", "new", **{flag: True})
+    assert not run.output.exists()
+
+
 @pytest.mark.parametrize("output", ["/", "//", "/.."])
 def test_a_folder_without_a_name_is_refused(output):
     with pytest.raises(PaleyError, match="is no name for a new folder"):

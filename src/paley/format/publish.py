@@ -53,7 +53,7 @@ class Work:
 
     def __init__(self, output: str | Path, *, resumable: bool = False):
         self.key, self.resumable = "", resumable
-        self._given = output  # as errors call it
+        self._given = Path(output)  # as errors call it
         self.output = Path(os.path.realpath(output))
         if not self.output.name:
             raise PaleyError(f"{output}: is no name for a new folder; choose another --output")
@@ -84,8 +84,11 @@ class Work:
                 raise PaleyError(f"{self._given}: is made in {self.path}, which holds {what}; choose another --output")
 
     def check_free(self, *, resume: bool = False, overwrite: bool = False) -> None:
-        """Raises PaleyError if something is in the way that neither flag allows to touch. It reads no model."""
-        with disk(Path(self._given)):
+        """Raises PaleyError if something is in the way that neither flag allows to touch.
+
+        `open` calls it too; a call of its own refuses before any model is read.
+        """
+        with disk(self._given):
             if self.output.exists() and (overwrite or not resume):
                 if not overwrite:
                     raise _taken(self._given)
@@ -105,7 +108,7 @@ class Work:
         """
         self.key = key
         self.check_free(resume=resume, overwrite=overwrite)
-        with locked(self.path, Path(self._given)), self.files:
+        with locked(self.path, self._given), self.files:
             self._begin(resume=resume, overwrite=overwrite)
             try:
                 yield self
@@ -209,7 +212,7 @@ class Work:
         return "run" in self._state or all(name == LOCK or name.startswith(f".{STATE}.") for name in names)
 
 
-def _taken(output: str | Path) -> PaleyError:
+def _taken(output: Path) -> PaleyError:
     return PaleyError(f"{output}: exists already; choose another --output, or replace it with --overwrite")
 
 
