@@ -208,11 +208,12 @@ def test_no_folder(tmp_path):
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        (b"{", "config.json: is not JSON"),
-        (b"", "config.json: is not JSON"),
-        (b"\xff{}", "config.json: is not JSON"),
-        (b"[" * 10**5, "config.json: is not JSON"),
-        (b"[]", "config.json: must be a JSON object, got list"),
+        (b"{", "config.json: is not valid JSON"),
+        (b"", "config.json: is not valid JSON .*; copy or download it again"),
+        (b"\xff{}", "config.json: is not UTF-8 text"),
+        (b'{"a": 1, "a": 2}', "config.json: the key 'a' is given twice"),
+        (b"[" * 10**5, "config.json: is not valid JSON"),
+        (b"[]", "config.json: expected a mapping of keys to values, got list"),
     ],
 )
 def test_a_config_that_is_none(tmp_path, text, complaint):
@@ -284,7 +285,7 @@ def test_an_index_that_leads_elsewhere(tmp_path, file):
 def test_an_index_that_is_none(tmp_path, text):
     index, _ = sharded(tmp_path)
     index.write_text(text)
-    refused(tmp_path, "index.json: (must|is not JSON)")
+    refused(tmp_path, "index.json: (must have|is not valid JSON|expected a mapping)")
 
 
 def test_links_as_in_the_hub_cache_are_followed(tmp_path):

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
-import os
 from types import SimpleNamespace
 
 import pytest
@@ -154,25 +151,6 @@ def test_damaged_progress_is_refused(made, tmp_path):
             measure_sensitivity(made.model, **SMALL, progress_file=file)
     with pytest.raises(PaleyError, match="cannot be written"):
         measure_sensitivity(made.model, **SMALL, progress_file=tmp_path)
-
-
-def test_two_runs_do_not_share_a_file(made, tmp_path):
-    file = tmp_path / "a.partial.jsonl"
-    with file.open("a") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(PaleyError, match="another run is at work on it"):
-            measure_sensitivity(made.model, **SMALL, progress_file=file)
-
-
-def test_a_file_system_without_locks_is_named(made, tmp_path, monkeypatch):
-    def flock(file, how):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    file = tmp_path / "a.partial.jsonl"
-    with pytest.raises(PaleyError, match=r"a\.partial\.jsonl: .*No locks available.*; choose another --output"):
-        measure_sensitivity(made.model, **SMALL, progress_file=file)
-    assert not file.exists()  # else it passes for an unfinished measurement
 
 
 def test_random_tokens(made):

@@ -9,8 +9,8 @@ from typing import Any
 from paley.cli.display import Row, clip, line, scheme, scores, show, table
 from paley.core import grids, packing
 from paley.core.grids import FreeGrid
+from paley.core.reading import read_json
 from paley.format.checkpoint import Checkpoint
-from paley.format.files import read_json
 from paley.format.spec import CODES, PARTS, SCALES, WEIGHT, QuantizationConfig, quantization_of
 from paley.methods.nearest import gaussian_error, gaussian_spread
 

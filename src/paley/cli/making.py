@@ -13,12 +13,12 @@ import typer
 import paley
 from paley.cli import display, options
 from paley.cli.app import app
-from paley.cli.process import STOPPED, naming, peak_memory, say, shell, typed
+from paley.cli.process import STOPPED, how_to_resume, naming, peak_memory, say, shell
 from paley.cli.progress import watching
 from paley.cli.wish import Wish
 from paley.cli.work import check_device, is_paley
 from paley.core.errors import PaleyError
-from paley.format.folders import taken
+from paley.format.publish import check_file
 from paley.pipeline.curve import accuracy_size_curve
 from paley.pipeline.run_directory import RunDirectory
 from paley.sensitivity import Sensitivity
@@ -86,7 +86,7 @@ def quantize_verb(
                 monitor=monitor,
             )
     except KeyboardInterrupt:
-        say(_how_to_resume(ctx, output))
+        say(how_to_resume(ctx, RunDirectory(output).path))
         raise typer.Exit(STOPPED) from None
     cost = display.Cost(time.monotonic() - start, peak_memory())
     if as_json:
@@ -113,15 +113,6 @@ def _slopes(file: Path | None, chosen: paley.Recipe | paley.Plan) -> Sensitivity
     if isinstance(chosen, paley.Plan) or chosen.budget is None:
         raise PaleyError("--sensitivity serves a budget: give --target-bpw, --target-size, --kv-bpw, or a recipe's own")
     return Sensitivity.load(file)
-
-
-def _how_to_resume(ctx: typer.Context, output: Path) -> str:
-    run = RunDirectory(output, "").path
-    if not run.exists():
-        return "stopped; nothing was begun"
-    args = typed(ctx)
-    command = shell(*args, *([] if "--resume" in args else ["--resume"]))
-    return f"stopped; what is finished is kept in {run}. Go on with:\n  {command}"
 
 
 @app.command("plan")
@@ -172,12 +163,7 @@ def plan_verb(
         else:
             display.show(display.curve_table(curve))
         return
-    if output.is_dir():
-        raise PaleyError(f"{output}: is a folder; give the plan's file")
-    if output.exists() and not overwrite:
-        raise taken(output)
-    if not output.absolute().parent.is_dir():
-        raise PaleyError(f"{output}: there is no folder {output.parent}; make it first")
+    check_file(output, "the plan's file", overwrite=overwrite)
     with naming(wish.options()), watching() as monitor:
         made = paley.make_plan(model, chosen, sensitivity=slopes, device=check_device(device), monitor=monitor)
     made.save(output)

@@ -13,12 +13,11 @@ import typer
 
 from paley.cli import display, options
 from paley.cli.app import app
-from paley.cli.process import STOPPED, naming, peak_memory, say, shell, typed
+from paley.cli.process import STOPPED, how_to_resume, naming, peak_memory, say, shell
 from paley.cli.progress import watching
 from paley.cli.work import check_device
-from paley.core.errors import PaleyError
 from paley.eval.figures import with_error
-from paley.format.folders import taken
+from paley.format.publish import check_file, unfinished
 from paley.methods.sensitivity import LEVELS
 from paley.model.loading import read_config, resolve
 from paley.model.sensitivity import KINDS
@@ -79,7 +78,9 @@ def sensitivity_verb(
     """
     start = time.monotonic()
     partial = Path(f"{output}.partial.jsonl")
-    _check_output(output, partial, resume=resume, overwrite=overwrite)
+    check_file(output, "the file for the sensitivities", overwrite=overwrite or (resume and partial.exists()))
+    if partial.exists() and not (resume or overwrite):
+        raise unfinished(partial, "measurement")
     device = check_device(device)
     if overwrite and not resume:
         partial.unlink(missing_ok=True)
@@ -91,7 +92,7 @@ def sensitivity_verb(
                 monitor=monitor, progress_file=partial,
             )  # fmt: skip
     except KeyboardInterrupt:
-        say(_how_to_resume(ctx, partial))
+        say(how_to_resume(ctx, partial))
         raise typer.Exit(STOPPED) from None
     found.save(output)
     partial.unlink(missing_ok=True)
@@ -111,28 +112,6 @@ def _short_test(model: str) -> list[str]:
     """The setting that a model needs which reads fewer tokens than a test's sequences have."""
     limit = getattr(read_config(resolve(model)), "max_position_embeddings", None)
     return ["--set", f"test.seq_len={limit}"] if limit is not None and limit < Test().seq_len else []
-
-
-def _check_output(output: Path, partial: Path, *, resume: bool, overwrite: bool) -> None:
-    """Raises where the file or an unfinished measurement is in the way."""
-    if output.is_dir():
-        raise PaleyError(f"{output}: is a folder; give the file for the sensitivities")
-    if not output.absolute().parent.is_dir():
-        raise PaleyError(f"{output}: there is no folder {output.parent}; make it first")
-    if output.exists() and not overwrite and not (resume and partial.exists()):
-        raise taken(output)
-    if partial.exists() and not (resume or overwrite):
-        raise PaleyError(
-            f"{partial}: an unfinished measurement is here; go on with --resume, or start anew with --overwrite"
-        )
-
-
-def _how_to_resume(ctx: typer.Context, partial: Path) -> str:
-    if not partial.exists():
-        return "stopped; nothing was begun"
-    args = typed(ctx)
-    command = shell(*args, *([] if "--resume" in args else ["--resume"]))
-    return f"stopped; what is finished is kept in {partial}. Go on with:\n  {command}"
 
 
 def _show(found: Sensitivity, cost: display.Cost) -> None:

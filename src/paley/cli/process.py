@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from typer.core import TyperGroup
 
 from paley.core.errors import PaleyError
 
-__all__ = ["Verbs", "naming", "peak_memory", "quiet", "say", "shell", "spread_settings", "typed"]
+__all__ = ["Verbs", "how_to_resume", "naming", "peak_memory", "quiet", "say", "shell", "spread_settings", "typed"]
 
 STOPPED = 130  # 128 + SIGINT, as shells have it
 _SETTING = re.compile(r"[a-z_][a-z_.]*=")
@@ -87,6 +88,15 @@ def naming(options: Mapping[str, str]) -> Iterator[None]:
 def typed(ctx: Any) -> list[str]:
     """The arguments as the user typed them, the verb first."""
     return ctx.find_root().meta[__name__]
+
+
+def how_to_resume(ctx: Any, kept: Path) -> str:
+    """What to say when a verb is stopped: where its finished work is kept, and the command that goes on."""
+    if not kept.exists():
+        return "stopped; nothing was begun"
+    args = typed(ctx)
+    command = shell(*args, *([] if "--resume" in args else ["--resume"]))
+    return f"stopped; what is finished is kept in {kept}. Go on with:\n  {command}"
 
 
 def say(text: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from transformers import PreTrainedModel
 from paley import hf
 from paley.cli.process import naming
 from paley.core.errors import PaleyError
+from paley.core.reading import read_json
 from paley.data import TokenBlocks
 from paley.eval.perplexity import EvalResult, evaluate
 from paley.eval.reference import Reference
@@ -50,9 +50,9 @@ def check_device(name: str) -> str:
 def is_paley(folder: Path) -> bool:
     """Whether config.json says that the model is in our format; False where it cannot be read."""
     try:
-        section = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+        section = read_json(folder / "config.json")["quantization_config"]
         return section["quant_method"] == QUANT_METHOD
-    except (OSError, ValueError, LookupError, TypeError):
+    except (PaleyError, LookupError, TypeError):
         return False
 
 

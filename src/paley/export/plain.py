@@ -7,10 +7,8 @@ and W T x = (W T) x. The weights keep the values they were rounded to, and take 
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +17,14 @@ import torch
 from torch import Tensor
 
 from paley.core.errors import PaleyError, nearest_name
-from paley.core.files import disk, write_atomic
+from paley.core.files import write_atomic
 from paley.core.rounding import Quantized
 from paley.core.schemes import LinearSlot
 from paley.format import spec
 from paley.format.checkpoint import Checkpoint
 from paley.format.dtypes import FLOATS, cast_to_store
 from paley.format.files import copy_companions, write_json
-from paley.format.folders import LOCK, RESULTS, check_free, exchange, locked, restore
+from paley.format.publish import RESULTS, Work
 from paley.format.writer import ShardWriter
 from paley.model.loading import check_fit, empty_model, read_config
 
@@ -34,8 +32,7 @@ __all__ = ["Plain", "dequantize"]
 
 _CHUNK = 2**22  # values decoded together
 _SHARD = 2**28  # bytes; a shard is in memory while it fills
-# What the work folder holds: the output as it is made; the older one, until the new one is in its place; what goes.
-_NEW, _REPLACED, _DISCARDED = "new", "replaced", "discarded-"
+_RUN = "dequantize"
 
 _CARD = """\
 ---
@@ -98,9 +95,11 @@ def dequantize(
     and how many there are. Errors: PaleyError, with nothing in `output`.
     """
     folder, output = Path(path), Path(output)
-    with disk(output):
-        _check_place(folder, output)
-        check_free(output, overwrite=overwrite)
+    place = Work(output)
+    place.check_apart(folder)
+    if place.output.is_relative_to(folder.resolve()):
+        raise PaleyError(f"{output}: lies in the model's own folder; choose another --output")
+    place.check_free(overwrite=overwrite)
     checkpoint = Checkpoint.open(folder)
     section = spec.quantization_of(checkpoint)
     dropped = _rounded_at_run_time(section)
@@ -117,8 +116,8 @@ def dequantize(
     linears = _linears(checkpoint, section, means)
     kept = _kept(checkpoint, linears, means)
     try:
-        with _workplace(output, overwrite=overwrite) as work:
-            new = work / _NEW
+        with place.open(_RUN, overwrite=overwrite) as work:
+            new = work.new
             with ShardWriter(new, max_shard_bytes=_SHARD) as writer:
                 tensors = _tensors(checkpoint, linears, kept, FLOATS[config["dtype"]], cast=dtype is not None)
                 for name, tensor in tensors:
@@ -128,72 +127,9 @@ def dequantize(
             copy_companions(folder, new)
             made = Plain(output, tuple(dropped), checkpoint.nbytes, Checkpoint.open(new).nbytes)
             _describe(new, folder, section, config, made)
-            check_free(output, overwrite=overwrite)  # of what has come there meanwhile
-            exchange(new, output.resolve(), work / _REPLACED)
-            return replace(made, leftover=_clear(work))
+            return replace(made, leftover=work.publish())
     except OSError as error:
         raise PaleyError(f"{output}: cannot be written: {error.strerror or error}") from error
-
-
-@contextmanager
-def _workplace(output: Path, *, overwrite: bool) -> Iterator[Path]:
-    """The locked folder beside `output` in which it is made; what a killed run left is put back, or removed."""
-    place = output.resolve()
-    work = _work_folder(place)
-    new, aside = work / _NEW, work / _REPLACED
-    with locked(work, output):
-        restore(new, place, aside)
-        check_free(output, overwrite=overwrite)
-        _clear(work)
-        try:
-            yield work
-        finally:
-            restore(new, place, aside)
-            _clear(work)
-
-
-def _work_folder(place: Path) -> Path:
-    return place.with_name(f".{place.name}.tmp")
-
-
-def _clear(work: Path) -> tuple[Path, ...]:
-    """Deletes what a run made in `work`, after `restore`; -> what the system keeps, under names in nobody's way."""
-    for name in (_NEW, _REPLACED):
-        with suppress(OSError):  # whoever needs the name says so
-            if (work / name).exists():
-                (work / name).rename(tempfile.mkdtemp(prefix=_DISCARDED, dir=work))
-    for entry in work.glob(_DISCARDED + "*"):
-        shutil.rmtree(entry, ignore_errors=True)
-    return tuple(sorted(entry for entry in work.iterdir() if entry.name != LOCK))
-
-
-def _check_place(folder: Path, output: Path) -> None:
-    """Raises where the output, or the making of it, would take the source, a stranger's files or the user's ground."""
-    place = output.resolve()
-    if not place.name:
-        raise PaleyError(f"{output}: is no name for a new folder; choose another --output")
-    work = _work_folder(place)
-    for what, path in (("the model", folder), ("the current folder", Path.cwd())):
-        if path.resolve().is_relative_to(place):
-            raise PaleyError(f"{output}: holds {what} {path.resolve()}; choose another --output")
-        if path.resolve().is_relative_to(work):
-            raise PaleyError(f"{output}: is made in {work}, which holds {what}; choose another --output")
-    if place.is_relative_to(folder.resolve()):
-        raise PaleyError(f"{output}: lies in the model's own folder; choose another --output")
-    if not _is_work_folder(work):
-        raise PaleyError(f"{work}: is no work folder of Paley; move it away, or choose another --output")
-
-
-def _is_work_folder(path: Path) -> bool:
-    """Whether a run of ours may take it: absent, empty, or with a lock and nothing that we do not make."""
-    try:
-        names = {entry.name for entry in path.iterdir()}
-    except FileNotFoundError:
-        return True
-    except NotADirectoryError:
-        return False
-    known = {name for name in names if name in (LOCK, _NEW, _REPLACED) or name.startswith(_DISCARDED)}
-    return not names or (LOCK in names and names == known)
 
 
 def _rounded_at_run_time(section: spec.QuantizationConfig) -> list[str]:
@@ -290,7 +226,7 @@ def _describe(work: Path, folder: Path, section: spec.QuantizationConfig, config
     """results.json and the card: where this checkpoint came from. plan.json says which texts the model was tuned on."""
     grids = Counter("16 bits" if slot.weight is None else slot.weight.grid for slot in section.linears.values())
     about = {"quantized_bytes": made.quantized_bytes, "bytes": made.bytes, "dropped": list(made.dropped)}
-    write_json(work / RESULTS, {"run": "dequantize", "from": folder.resolve().name, **about})
+    write_json(work / RESULTS, {"run": _RUN, "from": folder.resolve().name, **about})
     card = _CARD.format(
         model_type=config.get("model_type"), folder=folder.resolve().name, dtype=config["dtype"], size=made.bytes,
         grids=", ".join(f"{grid} × {count}" for grid, count in grids.items()), quantized_size=made.quantized_bytes,

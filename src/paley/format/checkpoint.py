@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from paley.core.errors import PaleyError, nearest_name
-from paley.format.files import read_json, write_json
+from paley.core.reading import read_json
+from paley.format.files import write_json
 from paley.format.header import TensorInfo, as_bytes, read_header
 from paley.format.writer import INDEX, SINGLE, ShardWriter, write_tensors
 
@@ -42,7 +43,7 @@ class Checkpoint:
             raise PaleyError(f"{folder}: {what}; give the folder of a Hugging Face checkpoint")
         if not (folder / "config.json").is_file():
             raise PaleyError(f"{folder}: no config.json here; give the folder of a Hugging Face checkpoint")
-        return cls(folder, read_json(folder / "config.json"), _find_tensors(folder))
+        return cls(folder, _read(folder / "config.json"), _find_tensors(folder))
 
     @property
     def names(self) -> list[str]:
@@ -172,7 +173,7 @@ def _read_shard(file: Path, promised: set[str]) -> dict[str, TensorInfo]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> file name right in the folder."""
-    found = read_json(index).get("weight_map")
+    found = _read(index).get("weight_map")
     if not isinstance(found, dict) or not found:
         raise PaleyError(f"{index}: must have a 'weight_map' of tensors to files; copy or download it again")
     for name, file in found.items():
@@ -181,6 +182,13 @@ def _weight_map(index: Path) -> dict[str, str]:
                 f"{index}: {name!r} is said to be in {file!r}; only safetensors files of the same folder are opened"
             )
     return found
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return read_json(file)
+    except PaleyError as error:
+        raise PaleyError(f"{error}; copy or download it again") from None
 
 
 def _why_no_weights(folder: Path) -> str:

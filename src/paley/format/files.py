@@ -5,20 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 from paley.core.errors import PaleyError
 from paley.core.files import disk, write_atomic
 
-__all__ = ["copy_companions", "read_json", "write_json"]
+__all__ = ["copy_companions", "write_json"]
 
 # Carried over as they are; everything else in a model's folder is weights, or not the model's.
 _COMPANIONS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-
-_AGAIN = "copy or download it again"
 
 
 def write_json(path: str | Path, obj: object) -> None:
@@ -28,19 +25,6 @@ def write_json(path: str | Path, obj: object) -> None:
     except (TypeError, ValueError) as error:
         raise PaleyError(f"{path}: cannot be written as JSON: {error}") from None
     write_atomic(path, text + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in the file; PaleyError says why there is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PaleyError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:  # bad JSON or UTF-8, nesting without end
-        raise PaleyError(f"{path}: is not JSON ({error}); {_AGAIN}") from None
-    if not isinstance(found, dict):
-        raise PaleyError(f"{path}: must be a JSON object, got {type(found).__name__}; {_AGAIN}")
-    return found
 
 
 def copy_companions(source: Path, folder: Path) -> None:

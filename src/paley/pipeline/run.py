@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,14 @@ from transformers import PreTrainedModel
 
 from paley.core.errors import PaleyError
 from paley.core.files import write_atomic
+from paley.core.reading import read_json
 from paley.core.schemes import Schemes
 from paley.data import TokenBlocks
 from paley.eval.perplexity import evaluate
 from paley.eval.reference import Reference
 from paley.format.checkpoint import Checkpoint
 from paley.format.files import write_json
+from paley.format.publish import RESULTS
 from paley.model.loading import Source, open_source
 from paley.model.problem import Problem
 from paley.pipeline.accounting import parameter_count, quantized_bits, untouched
@@ -26,7 +27,7 @@ from paley.pipeline.decide import Decision, decide
 from paley.pipeline.execute import execute
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.resolve import resolve, under_plan
-from paley.pipeline.run_directory import RESULTS, RunDirectory, check_output, open_run
+from paley.pipeline.run_directory import RunDirectory
 from paley.pipeline.saving import first_logits, load_stored, save_checkpoint, verify
 from paley.pipeline.streaming import stream_checkpoint
 from paley.pipeline.texts import Texts, check_lengths, gather, needs_data
@@ -78,12 +79,13 @@ def quantize(
     wanted = plan.recipe if plan is not None else recipe
     assert wanted is not None
     wanted = _as_measured(wanted, sensitivity)
-    check_output(output, resume=resume, overwrite=overwrite)
+    run = RunDirectory(output)
+    run.check_free(resume=resume, overwrite=overwrite)
     if wanted.test is None and plan is None and needs_data(wanted):
         raise PaleyError(_UNVERIFIED)
     monitor.stage("checking the checkpoint", 1)
     source = open_source(model)
-    _check_not_inside(output, source.path)
+    run.check_apart(source.path)
     check_lengths(wanted, source, measures=_measures(wanted, plan, sensitivity))
     problem = resolve(source, wanted) if plan is None else under_plan(source, plan)
     if wanted.test is None and not problem.is_data_free:
@@ -91,11 +93,12 @@ def quantize(
     if sensitivity is not None:
         sensitivity.check_fingerprint(source.fingerprint)
     key = _key(problem, plan.to_json() if plan is not None else wanted.hash() + _digest(sensitivity))
-    with open_run(output, key, resume=resume, overwrite=overwrite) as run:
+    with run.open(key, resume=resume, overwrite=overwrite):
         if not (resume and run.finished) and not (run.checkpoint / RESULTS).exists():
             _make(problem, wanted, plan, sensitivity, run, monitor, device, workers)
-        run.publish()
-    return Outcome(output, Plan.load(output / "plan.json"), json.loads((output / RESULTS).read_text()))
+        for path in run.publish():
+            monitor.note(f"{path}: cannot be deleted; delete it yourself")
+    return Outcome(output, Plan.load(output / "plan.json"), read_json(output / RESULTS))
 
 
 def make_plan(
@@ -196,14 +199,6 @@ def _make(
 def _evaluate(model: PreTrainedModel, test: TokenBlocks, reference: Reference | None, monitor: Monitor) -> dict:
     monitor.stage("evaluating through the quantized cache", -(-len(test.ids) // EVAL_BATCH))
     return evaluate(model, test, reference, batch=EVAL_BATCH, progress=lambda done, total: monitor.step()).to_dict()
-
-
-def _check_not_inside(output: Path, model: Path) -> None:
-    """Raises where replacing `output` would take the model, or the ground that the user stands on, away."""
-    for what, path in (("the model", model), ("the current folder", Path.cwd())):
-        for taken in (output, RunDirectory(output, "").path):
-            if path.resolve().is_relative_to(taken.resolve()):
-                raise PaleyError(f"{taken}: holds {what} {path.resolve()}; choose another --output")
 
 
 def _reference(source: Source, test: TokenBlocks, run: RunDirectory, monitor: Monitor, device: str) -> Reference:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -12,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from paley.core.errors import PaleyError
 from paley.data import TokenBlocks, blocks_from_ids, token_blocks
 from paley.eval.sampling import sample_documents
-from paley.methods.sensitivity import AGREEMENT, LEVELS, measure_slopes, noise_levels
+from paley.format.journal import open_journal
+from paley.methods.sensitivity import AGREEMENT, LEVELS, Delta, measure_slopes, noise_levels
 from paley.model.adapter import Adapter
 from paley.model.capture import BlockRunner
 from paley.model.fold import fold_norms_
@@ -23,7 +26,6 @@ from paley.model.trials import Metric
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.run_directory import RunDirectory
 from paley.pipeline.texts import SELF
-from paley.pipeline.trial_log import remembering
 from paley.sensitivity import MeasuredSlot, MeasuredText, Sensitivity
 
 __all__ = ["RANDOM", "measure_for", "measure_on", "measure_sensitivity", "random_ids", "some_blocks"]
@@ -100,7 +102,7 @@ def measure_on(
         rounds.append(trials)
         monitor.stage("measuring sensitivities" if len(rounds) == 1 else f"measuring close ones, {len(rounds)}", trials)
 
-    with remembering(probe.delta, progress_file, settings) as remembered:
+    with _remembering(probe.delta, progress_file, settings) as remembered:
 
         def delta(slot: str, t: float, draw: int) -> float:
             value = remembered(slot, t, draw)
@@ -124,6 +126,29 @@ def measure_on(
             for name, slope in slopes.items()
         },
     )  # fmt: skip
+
+
+@contextmanager
+def _remembering(delta: Delta, file: str | Path | None, settings: dict[str, Any]) -> Iterator[Delta]:
+    """delta that takes known trials from the journal `file`, and appends new ones; a kill loses the trial at work."""
+    if file is None:
+        yield delta
+        return
+    with open_journal(file, settings, _trial, what="measurement") as journal:
+        known = dict(journal.entries)
+
+        def remembered(slot: str, t: float, draw: int) -> float:
+            if (slot, draw) not in known:
+                known[slot, draw] = value = delta(slot, t, draw)
+                if math.isfinite(value):
+                    journal.append({"slot": slot, "level": draw, "delta": value})
+            return known[slot, draw]
+
+        yield remembered
+
+
+def _trial(entry: dict[str, Any]) -> tuple[tuple[str, int], float]:
+    return (str(entry["slot"]), int(entry["level"])), float(entry["delta"])
 
 
 def measure_for(problem: Problem, run: RunDirectory | None, monitor: Monitor, device: str) -> Sensitivity:

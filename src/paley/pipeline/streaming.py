@@ -78,7 +78,7 @@ def stream_checkpoint(
     """Quantizes every weight of the problem, writes the run's checkpoint folder -> a report for each weight."""
     source = problem.source
     jobs = [
-        TensorJob(site.name, source.checkpoint.info(site.name + spec.WEIGHT), scheme, run.tensor_file(site.name))
+        TensorJob(site.name, source.checkpoint.info(site.name + spec.WEIGHT), scheme, run.stage_file("final", site.name))
         for site, scheme in problem.weights()
         if scheme.weight is not None
     ]

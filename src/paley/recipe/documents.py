@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from paley.core.errors import PaleyError
 from paley.core.files import write_atomic
-from paley.recipe.loading import load_json
+from paley.core.reading import read_json
 from paley.recipe.saving import json_lines
 from paley.recipe.validation import validate
 
@@ -35,9 +35,9 @@ class Document(BaseModel):
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """The document in a file; raises where there is none, or no valid one of this version."""
-        data = load_json(Path(path), cls.what)
+        data = read_json(Path(path), cls.what)
         version = cls.model_fields["version"].default
-        if isinstance(data, dict) and data.get("version") != version:
+        if data.get("version") != version:
             got = json.dumps(data.get("version"))
             raise PaleyError(f"{path}: is a {cls.what} of version {got}, this Paley reads version {version}")
         return validate(cls, data, str(path))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,11 @@ from typing import Any
 import yaml
 
 from paley.core.errors import PaleyError, nearest_name
+from paley.core.reading import read_json, read_text
 from paley.recipe.models import Recipe
-from paley.recipe.validation import key_path, known_keys, read_text, validate
+from paley.recipe.validation import key_path, known_keys, validate
 
-__all__ = ["apply_settings", "load_recipe", "unique_keys", "yaml_value"]
+__all__ = ["apply_settings", "load_recipe", "yaml_value"]
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -40,33 +40,11 @@ def yaml_value(text: str, where: str) -> Any:
         raise PaleyError(f"{where}: is not valid YAML ({reason})") from None
 
 
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """json.loads's object_pairs_hook that refuses a key given twice."""
-    data = dict(pairs)
-    if len(data) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise PaleyError(f"the key {next(n for n in names if names.count(n) > 1)!r} is given twice")
-    return data
-
-
-def load_json(path: Path, what: str) -> Any:
-    """The plain data that a JSON file holds."""
-    text = read_text(path, what)
-    try:
-        return json.loads(text, object_pairs_hook=unique_keys)
-    except json.JSONDecodeError as error:
-        raise PaleyError(
-            f"{path}: is not valid JSON (line {error.lineno}, column {error.colno}: {error.msg})"
-        ) from None
-    except (PaleyError, RecursionError) as error:
-        raise PaleyError(f"{path}: {error}") from None
-
-
 def load_recipe(path: str | Path) -> Recipe:
     """A .yaml, .yml or .json file -> the recipe; errors name the file, the key, the value and its type."""
     path = Path(path)
     if path.suffix == ".json":
-        data = load_json(path, "recipe")
+        data = read_json(path, "recipe")
     else:
         data = yaml_value(read_text(path, "recipe"), str(path))
     return validate(Recipe, data, str(path))

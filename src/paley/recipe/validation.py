@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -12,7 +11,7 @@ from pydantic_core import ErrorDetails
 
 from paley.core.errors import PaleyError, nearest_name
 
-__all__ = ["key_path", "known_keys", "read_text", "validate"]
+__all__ = ["key_path", "known_keys", "validate"]
 
 M = TypeVar("M", bound=BaseModel)
 Loc = Sequence[str | int]
@@ -26,18 +25,6 @@ TYPES = {
     "float": "number",
     "int": "integer",
 }
-
-
-def read_text(path: Path, what: str) -> str:
-    """The UTF-8 text of the file, or a PaleyError that says why there is none."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise PaleyError(f"{path}: no such {what}") from None
-    except UnicodeDecodeError as error:
-        raise PaleyError(f"{path}: is not UTF-8 text (byte {error.start}), expected a {what}") from None
-    except (OSError, ValueError) as error:  # a folder, no permission, a NUL in the name
-        raise PaleyError(f"{path}: cannot be read as a {what} ({error})") from None
 
 
 def validate(model: type[M], data: object, where: str) -> M:

@@ -1,4 +1,4 @@
-"""A folder in another's place: nothing is lost at any step, and one process at a time."""
+"""One process at a time, and no folder left that was made for nothing."""
 
 from __future__ import annotations
 
@@ -11,65 +11,7 @@ from typing import IO
 import pytest
 
 from paley.core.errors import PaleyError
-from paley.format.folders import LOCK, exchange, locked, restore
-
-
-@pytest.fixture
-def folders(tmp_path):
-    """(new, place, aside), the last of which is not there."""
-    new, place, aside = (tmp_path / name for name in ("new", "place", "aside"))
-    for folder in (new, place):
-        folder.mkdir()
-        (folder / "name").write_text(folder.name)
-    return new, place, aside
-
-
-def test_the_old_folder_is_kept_aside(folders):
-    new, place, aside = folders
-    exchange(*folders)
-    assert ((place / "name").read_text(), (aside / "name").read_text(), new.exists()) == ("new", "place", False)
-    restore(*folders)  # of a whole exchange
-    assert (place / "name").read_text() == "new"
-
-
-def test_half_an_exchange_is_undone(folders):
-    new, place, aside = folders
-    place.rename(aside)
-    restore(*folders)
-    assert (place / "name").read_text() == "place"
-    with pytest.raises(PaleyError, match=r"place: cannot be written: No such file .* or choose another --output"):
-        exchange(new / "missing", place, aside)
-    assert ((place / "name").read_text(), aside.exists()) == ("place", False)
-
-
-def test_what_comes_between_the_two_steps_of_an_exchange_costs_nothing(folders):
-    _, place, aside = folders
-    place.rename(aside)
-    place.mkdir()
-    (place / "name").write_text("stranger")
-    for step in (restore, exchange):
-        with pytest.raises(PaleyError, match=r"place: exists already, .*aside .*; move one of the two away"):
-            step(*folders)
-    assert [(folder / "name").read_text() for folder in folders] == ["new", "stranger", "place"]
-    (place / "name").unlink()
-    place.rmdir()
-    exchange(*folders)
-    assert [(folder / "name").read_text() for folder in (place, aside)] == ["new", "place"]
-
-
-def test_what_cannot_be_moved_stays_where_it_is(folders, monkeypatch):
-    new, place, aside = folders
-    rename = Path.rename
-
-    def refuse(self: Path, target: Path) -> None:
-        if self == new:
-            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
-        rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(PaleyError, match="place: cannot be written: Directory not empty"):
-        exchange(*folders)
-    assert ((new / "name").read_text(), (place / "name").read_text(), aside.exists()) == ("new", "place", False)
+from paley.format.locks import LOCK, locked
 
 
 def test_one_process_at_a_time(tmp_path):
