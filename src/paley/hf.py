@@ -21,7 +21,6 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from paley.core import grids
 from paley.core.errors import PaleyError, nearest_name
 from paley.core.schemes import LinearSlot
 from paley.format.checkpoint import Checkpoint
@@ -193,7 +192,7 @@ def _check_values(model: PreTrainedModel, stored: Mapping[str, TensorInfo]) -> N
         if isinstance(module, QuantLinear) and module.slot.weight is not None:
             found = {name + part: state[name + part] for part in PARTS if name + part in state}
             try:
-                check_values(name, found, module.in_features, grids.load(module.slot.weight.grid))
+                check_values(name, found, module.in_features, module.slot.weight.grid)
             except PaleyError as error:
                 raise PaleyError(f"{stored[name + PARTS[0]].file.parent}: {error}") from None
     for name, info in stored.items():

@@ -18,6 +18,7 @@ import torch
 from paley.core import grids, packing, tables
 from paley.core.allocation import Allocation, Choice, allocate
 from paley.core.errors import PaleyError
+from paley.core.grids import AnyGrid
 from paley.core.rounding import codes_per_row, round_trip
 from paley.core.schemes import ActivationScheme, AttentionSlot, LinearSlot, WeightScheme
 from paley.format import spec
@@ -282,12 +283,13 @@ def _weight_item(recipe: Recipe, linear: Any, path: str, slot: LinearSlot) -> _I
     assert scheme is not None
     schemes: dict[str, WeightScheme | ActivationScheme | None] = {}
     errors, bits = {}, {}
-    names = [scheme.grid] if _is_overridden(recipe, path, "weight") else weight_candidates(recipe)
-    for name in names:
-        if name == KEEP:
+    own = {scheme.grid.name: scheme.grid}
+    candidates = own if _is_overridden(recipe, path, "weight") else weight_candidates(recipe)
+    for name, grid in candidates.items():
+        if grid is None:
             chosen, errors[name] = _kept(recipe, slot), 0.0
         else:
-            chosen = replace(slot, weight=scheme.on_grid(name))
+            chosen = replace(slot, weight=scheme.on_grid(grid))
             errors[name] = gaussian_error(chosen.weight, slot.stored_width(in_features))
         schemes[name] = chosen.weight
         bits[name] = 8 * spec.linear_bytes(path, chosen, in_features, out_features, _itemsize(recipe))
@@ -314,7 +316,7 @@ def _activation_item(
     best: dict[str, float] = {}
     schemes: dict[str, WeightScheme | ActivationScheme | None] = {}
     for scheme in options:
-        grid = grids.load(scheme.grid)
+        grid = scheme.grid
         groups = width // (scheme.group_size or width)
         beside = groups * (16 + 8 * grid.affine)
         bits[grid.name] = rows * (8 * packing.packed_bytes(codes_per_row(width, grid.p), grid.size) + beside)
@@ -332,20 +334,22 @@ def _options(recipe: Recipe, path: str, kind: str, scheme: ActivationScheme) -> 
     if _is_overridden(recipe, path, kind):
         return [scheme]
     ratios = dict.fromkeys((scheme.clip_ratio, *((1.0,) if kind != "input" else ())))
-    return [replace(scheme, grid=name, clip_ratio=ratio) for name in grids.family(scheme.grid) for ratio in ratios]
+    return [replace(scheme, grid=grid, clip_ratio=ratio) for grid in grids.family(scheme.grid) for ratio in ratios]
 
 
-def weight_candidates(recipe: Recipe) -> list[str]:
-    """Names of the grids that a weight may get, and 'keep'."""
+def weight_candidates(recipe: Recipe) -> dict[str, AnyGrid | None]:
+    """Name -> grid that a weight may get; None for 'keep'."""
     budget, scheme = recipe.budget, recipe.weights
     if budget is not None and budget.grids is not None:
-        return list(budget.grids)
+        return {name: None if name == KEEP else grids.load(name) for name in budget.grids}
     assert scheme is not None
-    family = grids.family(scheme.grid)
-    if scheme.method == "nearest" and set(family) & set(tables.names()):
+    family: dict[str, AnyGrid | None] = {grid.name: grid for grid in grids.family(scheme.grid)}
+    tabled = tables.names()
+    if scheme.method == "nearest" and family.keys() & set(tabled):
         # Gaussian grids of all dimensions: each meets rates that the others have not, and p = 1 alone has 8 bits.
-        family = [*(name for name in family if name not in tables.names()), *tables.names()]
-    return [*family, KEEP]
+        others = {name: grid for name, grid in family.items() if name not in tabled}
+        family = others | {name: grids.load(name) for name in tabled}
+    return family | {KEEP: None}
 
 
 def _with_choices(slots: Slots, items: list[_Item], found: Allocation, recipe: Recipe) -> Slots:

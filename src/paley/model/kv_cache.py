@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from paley.core import grids, packing, rounding
+from paley.core import packing, rounding
 from paley.core.errors import PaleyError
 from paley.core.schemes import ActivationScheme, AttentionSlot
 from paley.core.transforms import Transform
@@ -58,9 +58,9 @@ class PackedKV:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """-> [batch, kv_heads, tokens, width] in `dtype`, still in transform's coordinates."""
-        grid = grids.load(self.scheme.grid)
+        grid = self.scheme.grid
         codes = packing.unpack_codes(self.codes, grid.size, rounding.codes_per_row(self.width, grid.p))
-        return rounding.dequantize(codes, self.scales, self.zeros, grid, self.width).to(dtype)
+        return grid.dequantize(codes, self.scales, self.zeros, self.width).to(dtype)
 
 
 def cache_argument(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
@@ -75,7 +75,7 @@ def pack_kv(x: Tensor, scheme: ActivationScheme, transform: Transform | None = N
     if transform is not None:
         x = transform.apply(x)
     q = rounding.quantize_dynamic(x.contiguous(), scheme, SCALE_DTYPE)  # uneven grids are searched in contiguous rows
-    codes = packing.pack_codes(q.codes, grids.load(scheme.grid).size)
+    codes = packing.pack_codes(q.codes, scheme.grid.size)
     return PackedKV(codes, q.scales, q.zeros, x.shape[-1], scheme, transform)
 
 

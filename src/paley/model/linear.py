@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from paley.core import grids
 from paley.core.errors import PaleyError
 from paley.core.rounding import Outliers, Quantized, check_groups
 from paley.core.schemes import LinearSlot
@@ -83,7 +82,7 @@ class QuantLinear(nn.Module):
         elif slot.weight is None:
             made.weight = _parameter(linear.weight.detach().clone())
         else:
-            raise PaleyError(f"{name}: the slot wants codes of {slot.weight.grid!r}, but none came")
+            raise PaleyError(f"{name}: the slot wants codes of {slot.weight.grid.name!r}, but none came")
         if bias:
             made.bias = _parameter(linear.bias.detach().clone())
         return made
@@ -95,7 +94,7 @@ class QuantLinear(nn.Module):
         if scheme is None:
             raise PaleyError(f"{self.name}: the slot keeps the weight unquantized, but codes came")
         if q.grid != scheme.grid:
-            raise PaleyError(f"{self.name}: the slot wants codes of {scheme.grid!r}, got {q.grid!r}")
+            raise PaleyError(f"{self.name}: the slot wants codes of {scheme.grid.name!r}, got {q.grid.name!r}")
         if (q.codes.shape[0], q.width) != (self.out_features, self.in_features):
             want, got = (self.out_features, self.in_features), (q.codes.shape[0], q.width)
             raise PaleyError(f"{self.name}: codes must have shape {want}, got {got}")
@@ -122,7 +121,7 @@ class QuantLinear(nn.Module):
         scheme, codes, scales = self.slot.weight, self.codes, self.scales
         if scheme is None or codes is None or scales is None:
             return None
-        unpacked = unpack_weight(codes, grids.load(scheme.grid), self.in_features)
+        unpacked = unpack_weight(codes, scheme.grid, self.in_features)
         return Quantized(unpacked, scales, self.zeros, scheme.grid, self.in_features, self._quantized_outliers())
 
     def _quantized_outliers(self) -> Outliers | None:
@@ -178,8 +177,8 @@ class QuantLinear(nn.Module):
         return self._planes
 
     def extra_repr(self) -> str:
-        weight = self.slot.weight.grid if self.slot.weight else "float"
-        inputs = self.slot.input.grid if self.slot.input else "float"
+        weight = self.slot.weight.grid.name if self.slot.weight else "float"
+        inputs = self.slot.input.grid.name if self.slot.input else "float"
         return f"in={self.in_features}, out={self.out_features}, weight={weight}, input={inputs}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from paley import kernels
-from paley.core import grids, planes
-from paley.core.grids import FreeGrid
+from paley.core import planes
 from paley.core.rounding import Quantized
 from paley.core.schemes import LinearSlot
 from paley.model.inputs import InputCodes
@@ -20,10 +19,10 @@ def runs_on_planes(slot: LinearSlot, width: int) -> bool:
     """Whether kernels take the slot: weights of four points a group, unsigned 4-bit inputs, the same groups of both."""
     if slot.weight is None or slot.input is None or slot.input.refit:
         return False
-    weight, inputs = grids.load(slot.weight.grid), grids.fixed(slot.input.grid)
+    weight, inputs = slot.weight.grid, slot.input.grid
     size = slot.weight.group_size or width
     alike = size == (slot.input.group_size or width)
-    four = isinstance(weight, FreeGrid) and weight.size == 4 and inputs.affine and inputs.size == 16
+    four = weight.free and weight.size == 4 and inputs.affine and inputs.size == 16
     return four and alike and kernels.planes_fit(size)
 
 
@@ -42,10 +41,8 @@ class PlaneWeight:
     @classmethod
     def of(cls, q: Quantized, parts: tuple[Tensor | None, ...]) -> PlaneWeight:
         """q: the weight that the tensors `parts` stand for."""
-        grid = grids.load(q.grid)
-        assert isinstance(grid, FreeGrid)
         outliers = None if q.outliers is None else q.outliers.dequantize()
-        return cls(parts, _versions(parts), planes.prepare(q.codes, grid.points(q.scales)), outliers)
+        return cls(parts, _versions(parts), planes.prepare(q.codes, q.grid.group_points(q.scales)), outliers)
 
     def is_of(self, parts: tuple[Tensor | None, ...]) -> bool:
         """Whether these are the same tensors, unchanged."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from paley.core import grids, hadamard
+from paley.core import hadamard
 from paley.core.errors import PaleyError
 from paley.core.transforms import Transform
 from paley.model import fold
@@ -77,7 +77,7 @@ def _auto_expansion(recipe: Recipe, hidden: int) -> int:
     Lemma 4.1 of arXiv:2504.13989 with b = b' + 1: (n + d) b' <= n (b' + 1). Widths are multiples of 64 where
     one fits, and among them the smallest dense factor wins, then the smallest width.
     """
-    bits = [grids.load(s.grid).bits for s in (recipe.weights, recipe.inputs) if s is not None]
+    bits = [s.grid.bits for s in (recipe.weights, recipe.inputs) if s is not None]
     limit = hidden + int(hidden / max(bits)) if bits else hidden
     for step in _GRANULARITIES:
         widths = [n for n in range(hidden // step * step + step, limit + 1, step) if _exists(n)]

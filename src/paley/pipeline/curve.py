@@ -85,5 +85,5 @@ def _point(budget: float, plan: Plan, source: Source) -> CurvePoint:
     bits = quantized_bits(plan, source)
     assert bits is not None
     assert plan.predicted_loss is not None
-    used = Counter("keep" if slot.weight is None else slot.weight.grid for slot in plan.linears.values())
+    used = Counter("keep" if slot.weight is None else slot.weight.grid.name for slot in plan.linears.values())
     return CurvePoint(budget, bits, plan.predicted_loss, dict(used.most_common()))

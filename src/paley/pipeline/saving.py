@@ -58,7 +58,7 @@ def _config(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> dict[str,
     config["dtype"] = str(dtype).removeprefix("torch.")
     if _is_quantized(plan):
         config["quantization_config"] = spec.QuantizationConfig(
-            grids=plan.grids, linears=plan.linears, attentions=plan.attentions
+            linears=plan.linears, attentions=plan.attentions
         ).to_dict()
     if config["model_type"] == "llama" and config["hidden_size"] % config["num_attention_heads"]:
         # transformers' LlamaConfig insists on hidden_size being a multiple of the heads, even where head_dim is

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from paley.core.grids import custom_points
 from paley.core.rounding import Quantized
 from paley.format import spec
 from paley.format.checkpoint import read_tensors
@@ -78,8 +75,6 @@ def decide(
         fingerprint=source.fingerprint, model_type=source.config.model_type, recipe=recipe, rotation=rotation,
         linears=linears, attentions=attentions, predicted_loss=predicted,
     )  # fmt: skip
-    # Whatever names a grid of a user's file, the recipe too, must be readable elsewhere.
-    plan = plan.model_copy(update={"grids": custom_points(_texts(plan.model_dump(mode="json")))})
     if not searches:
         return plan
     assert texts.search is not None
@@ -156,15 +151,6 @@ def storage_dtype(recipe: Recipe, source: Source) -> torch.dtype:
         return FLOATS[recipe.dtype]
     own = getattr(source.config, "dtype", None)
     return own if own in (torch.float16, torch.bfloat16) else torch.float16
-
-
-def _texts(data: Any) -> Iterator[str]:
-    """Every text in plain data."""
-    if isinstance(data, str):
-        yield data
-    elif isinstance(data, dict | list):
-        for value in data.values() if isinstance(data, dict) else data:
-            yield from _texts(value)
 
 
 def prepare_(source: Source, adapter: Adapter, plan: Plan) -> None:

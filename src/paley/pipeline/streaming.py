@@ -21,7 +21,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from paley.core.errors import PaleyError
-from paley.core.grids import know
 from paley.core.schemes import LinearSlot
 from paley.core.transforms import Transform
 from paley.format import spec
@@ -59,14 +58,12 @@ class TensorJob:
     weight: TensorInfo
     slot: LinearSlot
     file: Path
-    grids: dict[str, list[list[float]]]  # the points of a grid that came from a file
 
 
 def quantize_tensor(job: TensorJob) -> LayerReport:
     """Reads, rotates, rounds and writes one weight; the file appears whole or not at all."""
     scheme, transform = job.slot.weight, job.slot.transform
     assert scheme is not None
-    know(job.grids)
     weight = job.weight.read()
     parts: dict[str, list[Tensor]] = {}
     error = norm = 0.0
@@ -91,13 +88,7 @@ def stream_checkpoint(
     skeleton = source.skeleton()
     check_plan(plan, Adapter(skeleton))
     jobs = [
-        TensorJob(
-            name,
-            source.checkpoint.info(name + spec.WEIGHT),
-            slot,
-            run.tensor_file(name),
-            {grid: points for grid, points in plan.grids.items() if grid == slot.weight.grid},
-        )
+        TensorJob(name, source.checkpoint.info(name + spec.WEIGHT), slot, run.tensor_file(name))
         for name, slot in plan.linears.items()
         if slot.weight is not None
     ]
