@@ -50,6 +50,8 @@ def test_the_points_of_a_group_are_what_its_codes_stand_for(name):
         ({"points": [[1.0], [2.0, 3.0]]}, "points: must be lists of equal length"),
         ({"points": []}, "points: must be lists of equal length"),
         ({"points": [[1.0], [float("nan")]]}, "points: holds NaN or infinite points"),
+        ({"points": [[1.0], [1e300]]}, "points: holds NaN or infinite points"),
+        ({"points": [[1.0], [10**400]]}, "points: must be numbers that float32 can hold"),
         ({"points": [[1.0], [1.0]]}, "points: holds the same point twice"),
     ],
 )

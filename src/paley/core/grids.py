@@ -71,12 +71,7 @@ class Grid(Fixed):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy, also in another process, comes of the name or the points."""
-        return (load, (self.name,)) if self.packaged else (custom_of, (self.rows,))
-
-    @functools.cached_property
-    def rows(self) -> tuple[tuple[float, ...], ...]:
-        """The points as plain numbers."""
-        return tuple(map(tuple, self.points.tolist()))
+        return (load, (self.name,)) if self.packaged else (custom_of, (tuple(map(tuple, self.points.tolist())),))
 
     @property
     def best_scaled(self) -> bool:
@@ -283,7 +278,7 @@ def custom_of(rows: tuple[tuple[float, ...], ...]) -> Grid:
     """As `custom`, of plain numbers."""
     if len({len(row) for row in rows}) != 1:
         raise PaleyError("points: must be lists of equal length")
-    return custom(torch.tensor(rows, dtype=torch.float32), "points")
+    return custom(torch.tensor(rows, dtype=torch.float64), "points")
 
 
 def names() -> list[str]:

@@ -32,7 +32,10 @@ def from_plain(value: object) -> AnyGrid:
         raise PaleyError("points: must be a list of lists of numbers")
     if wrong := [x for row in rows for x in row if type(x) not in (int, float)]:
         raise PaleyError(f"points: must be numbers, got {reprlib.repr(wrong[0])}")
-    return grids.custom_of(tuple(map(tuple, rows)))
+    try:
+        return grids.custom_of(tuple(tuple(map(float, row)) for row in rows))
+    except OverflowError:
+        raise PaleyError("points: must be numbers that float32 can hold") from None
 
 
 def with_points(data: dict[str, Any], where: str) -> dict[str, Any]:
