@@ -137,7 +137,7 @@ def summary(result: dict) -> dict:
     for grid in GAUSSIAN:
         expected = gaussian_errors(result, grid)
         off = {n: error / expected[n] - 1 for n, error in rows[f"uniform {grid}"]["rel_error"].items()}
-        one = gaussian_spread(grid)  # a small matrix of Gaussian values is off by chance
+        one = gaussian_spread(grids.load(grid))  # a small matrix of Gaussian values is off by chance
         errors = {n: one / result["linears"][n] ** 0.5 for n in off}
         beyond = {n: [round(d, 4), round(d / errors[n], 1)] for n, d in off.items() if abs(d) > 0.03}
         found[f"rel_error / that of Gaussian weights - 1, {grid}"] = {

@@ -43,7 +43,7 @@ from domain import model_folder
 from safetensors import safe_open
 from torch import Tensor
 
-from paley.core import grids, nearest
+from paley.core import nearest
 from paley.core.metrics import rel_error
 from paley.core.schemes import WeightScheme
 from paley.core.transforms import Transform
@@ -178,7 +178,7 @@ def paley(scheme: WeightScheme, rotated: bool) -> Quantizer:
         return [quantize_nearest(rows, grouped) for rows in weight.split(CHUNK // weight.shape[1])]
 
     parts: dict[str, Callable[[Tensor], object]] = {"quantize_nearest": rounded}
-    if (grid := grids.fixed(scheme.grid)).p > 1:
+    if (grid := scheme.grid).p > 1:
         points = grid.points.float()
         parts["nearest point"] = lambda weight: native.nearest_points(weight.view(-1, grid.p), points, threads=1)
     return Quantizer(quantize, restore, parts)

@@ -122,7 +122,7 @@ def allocated(budget: float) -> dict[str, Recipe]:
 
 def measure(experiment: Experiment, recipe: Recipe, slopes: Sensitivity) -> dict:
     row, plan, _, reports = experiment.quantize(recipe, slopes)
-    grid = recipe.weights.grid if recipe.budget is None else "allocated"
+    grid = recipe.weights.grid.name if recipe.budget is None else "allocated"
     group = recipe.weights.group_size
     return row | {
         "setting": grid + (f" /{group}" if group else ""),

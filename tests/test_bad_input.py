@@ -11,6 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from paley.cli import app
+from paley.core.grids import Grid
+from paley.core.plain_grids import from_plain
+from paley.plan import Plan
 
 
 @pytest.fixture(scope="module")
@@ -335,12 +338,24 @@ def test_an_unknown_grid_is_no_file(model, tmp_path):
     assert_refused(result, r"unknown grid 'p2n65'.*" + way_out, tmp_path, before)
 
 
-def test_points_edited_in_a_plan(model, tmp_path):
+def as_older(plan: dict) -> None:
+    """Plans once had a grid's points at their top, and in each scheme its name."""
+    points = plan["recipe"]["weights"]["grid"]["points"]
+    name = from_plain({"points": points}).name
+    for scheme in (plan["recipe"]["weights"], *(slot["weight"] for slot in plan["linears"].values())):
+        assert scheme["grid"] == {"points": points}
+        scheme["grid"] = name
+    plan["grids"] = {name: points}
+
+
+def test_points_edited_in_an_older_plan(model, tmp_path):
     write_points(16, 2)(tmp_path / "my.safetensors")
     plan = tmp_path / "plan.json"
     args = ["--preset", "higgs-4", "--grid", tmp_path / "my.safetensors", "--set", "test=null"]
     code, output = run("plan", model, *args, "--output", plan)
     assert code == 0, output
+    edit_json(plan, as_older)
+    assert isinstance(Plan.load(plan).recipe.weights.grid, Grid)
     edit_json(plan, lambda data: next(iter(data["grids"].values()))[3].__setitem__(0, 0.25))
     before = sorted(p.name for p in tmp_path.iterdir())
     result = run("quantize", model, "--plan", plan, "--output", tmp_path / "out")

@@ -158,7 +158,10 @@ DOWN = "model.layers.0.mlp.down_proj"
             put("linears", DOWN, "inputs", None),
             rf"linears\['{DOWN}'\]\.inputs: unknown key; did you mean 'input'",
         ),
-        (put("linears", DOWN, "weight", "grid", "int1"), rf"linears\['{DOWN}'\]\.weight: grid 'int1': bits must be"),
+        (
+            put("linears", DOWN, "weight", "grid", "int1"),
+            rf"linears\['{DOWN}'\]\.weight\.grid: grid 'int1': bits must be",
+        ),
         (put("attentions", "a", None), r"attentions\.a: should be an object \(got null, null\)"),
         (put("trace", 0, "objective", "small"), r"trace\[0\]\.objective: should be a valid number"),
         (put("trace", 0, "clip", 1), r"trace\[0\]\.clip: unknown key; did you mean 'clip_ratio'"),

@@ -8,7 +8,6 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from paley.core import grids
 from paley.core.errors import PaleyError
 from paley.core.schemes import ActivationScheme, AttentionSlot, LinearSlot, WeightScheme
 from paley.core.transforms import Transform
@@ -84,7 +83,7 @@ def test_binary_weights_have_short_names():
     assert w1a4 == preset("bwa-w1a4kv4")
     assert w1a4.weights is not None
     assert w1a4.inputs is not None
-    assert (w1a4.weights.grid, w1a4.inputs.grid, w1a4.keys.grid) == ("free2", "uint4", "uint4")
+    assert (w1a4.weights.grid.name, w1a4.inputs.grid.name, w1a4.keys.grid.name) == ("free2", "uint4", "uint4")
     assert w1a16.weights == w1a4.weights
     assert w1a16.inputs is w1a16.keys is w1a16.values is None
     assert preset("w1g64a4").weights.group_size == preset("w1g64a4").inputs.group_size == 64
@@ -116,7 +115,7 @@ def test_every_method_loads_at_every_width(method, bits):
     recipe = preset(f"{method}-w{bits}a{bits}kv{bits}")
     for scheme in (recipe.weights, recipe.inputs, recipe.keys, recipe.values):
         assert scheme is not None
-        assert grids.load(scheme.grid).bits == bits
+        assert scheme.grid.bits == bits
 
 
 @pytest.mark.parametrize(
@@ -166,9 +165,9 @@ def test_the_facts_of_gbs():
     assert recipe.keys is not None
     assert recipe.keys == recipe.values
     schemes = (recipe.weights, recipe.inputs, recipe.keys)
-    assert [grids.load(s.grid).bits for s in schemes] == [3, 4, 2]
+    assert [s.grid.bits for s in schemes] == [3, 4, 2]
     # Rotated weights and inputs are Gaussian, and their grid and scale are made for that.
-    assert [grids.load(s.grid).affine for s in schemes] == [False, False, True]
+    assert [s.grid.affine for s in schemes] == [False, False, True]
     assert (recipe.weights.method, recipe.inputs.scale) == ("gptq", "rms")
     assert (recipe.rotate, recipe.search.method, recipe.compensate) == (True, "gbs", "residual_stream")
     assert recipe.expand == 0
@@ -235,7 +234,7 @@ def test_bad_preset_names(name, complaint):
         ("expand: big", r"expand: should be a valid integer or should be 'auto' \(got \"big\", text\)"),
         ("expand: -1", r"expand: should be greater than or equal to 0"),
         ("weights: int4", r"weights: should be an object \(got \"int4\", text\)"),
-        ("weights: {grid: int40}", r"weights: grid 'int40': bits must be between 2 and 8"),
+        ("weights: {grid: int40}", r"weights\.grid: grid 'int40': bits must be between 2 and 8"),
         ("weights: {group_size: 64}", r"weights\.grid: is required and missing"),
         ("inputs: {grid: uint4, scale: rms}", "inputs: .*'uint4' has a zero point"),
         ("inputs: {grid: int4, clip_ratio: .nan}", r"inputs: .*clip_ratio must be in \(0, 4\]"),

@@ -10,10 +10,10 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, PlainSerializer
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FiniteFloat, PlainSerializer
 
 from paley.core.errors import PaleyError
-from paley.core.grids import know
+from paley.core.plain_grids import with_points
 from paley.core.schemes import AttentionSlot, LinearSlot
 from paley.core.transforms import Transform
 from paley.recipe.documents import Document
@@ -68,8 +68,7 @@ class Trial(BaseModel):
 class Plan(Document):
     """What to do to each linear layer and each attention of the model whose fingerprint this is.
 
-    Slots are held in the natural order of their names, whatever order they come in. grids: the points of grids that
-    came from a user's file.
+    Slots are held in the natural order of their names, whatever order they come in.
     """
 
     what: ClassVar[str] = "plan"
@@ -77,7 +76,6 @@ class Plan(Document):
     version: Literal[1] = VERSION
     fingerprint: str
     model_type: str
-    grids: Annotated[dict[str, list[list[float]]], AfterValidator(know)] = Field(default_factory=dict)
     recipe: Recipe
     rotation: Rotation | None = None
     linears: LinearSlots
@@ -85,6 +83,10 @@ class Plan(Document):
     predicted_loss: Loss | None = None
     bits_per_weight: FiniteFloat | None = None
     trace: tuple[Trial, ...] = ()
+
+    @classmethod
+    def upgraded(cls, data: dict[str, Any], where: str) -> dict[str, Any]:
+        return with_points(data, where)
 
     def check_fingerprint(self, actual: str) -> Self:
         """-> self; raises where the plan was made for another model than that of fingerprint `actual`."""

@@ -60,6 +60,24 @@ def test_defaults_are_those_of_the_schemes():
     assert config.attentions["model.layers.0.self_attn"].keys == ActivationScheme("int4", clip_ratio=0.9)
 
 
+def test_a_grid_of_ones_own_is_read_from_new_files_and_older_ones():
+    points = [[-1.5, 0.25], [0.5, 1.0], [1.0, -0.75]]
+    own = grids.custom(torch.tensor(points))
+    weight = WeightScheme(own, scale_search="rms")
+    config = QuantizationConfig(linears={UP: LinearSlot(weight, ActivationScheme(own, "rms"))}, attentions={})
+    data = json.loads(json.dumps(config.to_dict()))
+    assert data["linears"][UP]["weight"]["grid"] == {"points": points}
+    assert QuantizationConfig.from_dict(data) == config
+    for place in ("weight", "input"):
+        data["linears"][UP][place]["grid"] = own.name
+    with pytest.raises(PaleyError, match=rf"weight\.grid: grid '{own.name}': its points are not known here"):
+        QuantizationConfig.from_dict(data)
+    assert QuantizationConfig.from_dict({"grids": {own.name: points}} | data) == config
+    changed = {"grids": {own.name: [[-1.5, 0.3], *points[1:]]}} | data
+    with pytest.raises(PaleyError, match=f"grids: grid '{own.name}': these points are 'custom-.*the file was changed"):
+        QuantizationConfig.from_dict(changed)
+
+
 @pytest.mark.parametrize(
     ("path", "value", "complaint"),
     [
@@ -76,7 +94,11 @@ def test_defaults_are_those_of_the_schemes():
             1,
             r"keys.clip: unknown key; did you mean 'clip_ratio'\?",
         ),
-        (["linears", UP, "weight", "grid"], "imt3", r"\['model.layers.0.mlp.up_proj'\]\.weight: unknown grid 'imt3'"),
+        (
+            ["linears", UP, "weight", "grid"],
+            "imt3",
+            r"\['model.layers.0.mlp.up_proj'\]\.weight.grid: unknown grid 'imt3'",
+        ),
         (
             ["linears", UP, "weight", "group_size"],
             "8",

@@ -1,5 +1,6 @@
 """Budgets through slots: every byte is counted as stored, overrides stay, and what slopes do not know is refused."""
 
+import json
 from dataclasses import replace
 from math import prod
 
@@ -9,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from paley.core import grids, tables
 from paley.core.errors import PaleyError
+from paley.core.plain_grids import to_plain
 from paley.core.schemes import ActivationScheme, LinearSlot
 from paley.core.transforms import Transform
 from paley.format import spec
@@ -96,7 +98,7 @@ def test_grids_beyond_the_linear_range_are_taken_only_where_they_must(adapter):
     for limit, beyond in ((3.2, False), (2.13, True)):
         wanted = recipe(f"budget={{weights: {limit}}}")
         found, _ = decide_grids(wanted, adapter, slots_of(wanted, adapter), slopes(adapter, k_proj=1e-6))
-        assert any(grids.load(s.weight.grid).mse > MAX_T**2 for s in found.linears.values() if s.weight) == beyond
+        assert any(s.weight.grid.mse > MAX_T**2 for s in found.linears.values() if s.weight) == beyond
 
 
 def test_overrides_stay_and_are_paid_for(adapter):
@@ -130,8 +132,8 @@ def test_cache_and_inputs_have_budgets_of_their_own(adapter):
     wanted = recipe("budget={weights: 4.2, kv: 4.5, inputs: 5.0}", name="higgs-w4a4kv4")
     sensitivity = slopes(adapter, KINDS, keys=20.0, down_input=20.0)
     found, allocation = decide_grids(wanted, adapter, slots_of(wanted, adapter), sensitivity)
-    keys = [grids.load(s.keys.grid).bits for s in found.attentions.values()]
-    values = [grids.load(s.values.grid).bits for s in found.attentions.values()]
+    keys = [s.keys.grid.bits for s in found.attentions.values()]
+    values = [s.values.grid.bits for s in found.attentions.values()]
     assert sum(keys) > sum(values)
     heads, dim = 2, 32
     per_token = sum(heads * (dim * b + 24) for b in (*keys, *values))
@@ -139,7 +141,7 @@ def test_cache_and_inputs_have_budgets_of_their_own(adapter):
     assert per_token <= 4.5 * 4 * heads * dim
     down = [s.input for p, s in found.linears.items() if p.endswith("down_proj")]
     gate = [s.input for p, s in found.linears.items() if p.endswith("gate_proj")]
-    assert min(grids.load(s.grid).bits for s in down) > max(grids.load(s.grid).bits for s in gate)
+    assert min(s.grid.bits for s in down) > max(s.grid.bits for s in gate)
     block = found.linears["model.layers.0.self_attn.q_proj"], found.linears["model.layers.0.self_attn.v_proj"]
     assert block[0].input == block[1].input  # one tensor, rounded once
 
@@ -149,7 +151,7 @@ def test_stored_bytes_and_bytes_read_are_one_problem(adapter):
     sensitivity = slopes(adapter, KINDS)
     start = recipe(settings % 10**9, name="higgs-w4a16kv4")
     loose, unlimited = decide_grids(start, adapter, slots_of(start, adapter), sensitivity)
-    assert {s.keys.grid for s in loose.attentions.values()} == {"uint8"}  # nothing but `read` limits the cache
+    assert {s.keys.grid.name for s in loose.attentions.values()} == {"uint8"}  # nothing but `read` limits the cache
     head = 2 * adapter.part("head").weight.numel()
     limit = unlimited.costs[1] // 8 + head - 100_000
     wanted = recipe(settings % limit, name="higgs-w4a16kv4")
@@ -208,7 +210,7 @@ def test_an_override_with_the_scheme_of_the_rest_still_stays(adapter):
     own = "{grid: int4, scale: absmax}"
     wanted = recipe("budget={inputs: 7}", f"inputs={own}", f"overrides=[{{pattern: '*k_proj', input: {own}}}]")
     found, _ = decide_grids(wanted, adapter, slots_of(wanted, adapter), slopes(adapter, ("input",)))
-    got = {path.rsplit(".", 1)[1]: slot.input.grid for path, slot in found.linears.items()}
+    got = {path.rsplit(".", 1)[1]: slot.input.grid.name for path, slot in found.linears.items()}
     assert got["k_proj"] == "int4"
     assert got["q_proj"] == got["v_proj"] != "int4"
 
@@ -285,22 +287,27 @@ def test_candidates_are_the_kin_of_the_recipes_grid():
     for grid in ("e8q14k4", "nf4", "af3", "int4"):
         scale = "rms" if grids.load(grid).p > 1 else "absmax"
         wanted = recipe("budget={weights: 4}", f"weights={{grid: {grid}, method: nearest, scale_search: {scale}}}")
-        assert weight_candidates(wanted) == [*grids.family(grid), "keep"]
+        family = grids.family(grids.load(grid))
+        assert weight_candidates(wanted) == {g.name: g for g in family} | {"keep": None}
 
 
 def test_gaussian_grids_of_all_dimensions_are_candidates_without_data():
-    assert weight_candidates(recipe("budget={weights: 4}")) == [*tables.names(), "keep"]
+    assert list(weight_candidates(recipe("budget={weights: 4}"))) == [*tables.names(), "keep"]
     own = grids.custom(torch.randn(40, 2, generator=torch.Generator().manual_seed(0)))
-    assert weight_candidates(recipe("budget={weights: 4}", f"weights.grid={own.name}"))[:2] == [own.name, "p1n2"]
+    wanted = recipe("budget={weights: 4}", f"weights.grid={json.dumps(to_plain(own))}")
+    assert list(weight_candidates(wanted).items())[:2] == [(own.name, own), ("p1n2", grids.load("p1n2"))]
     calibrated = recipe("budget={weights: 4}", "weights.method=gptq", "weights.scale_search=rms")
-    assert weight_candidates(calibrated) == [*grids.family("p2n256"), "keep"]
+    pairs = [grid.name for grid in grids.family(grids.load("p2n256"))]
+    assert list(weight_candidates(calibrated)) == [*pairs, "keep"]
 
 
 def test_eight_bits_have_a_grid(adapter):
     wanted = recipe("budget={weights: 8.2}")
     found, allocation = decide_grids(wanted, adapter, slots_of(wanted, adapter), slopes(adapter))
-    assert "p1n256" in {slot.weight.grid for slot in found.linears.values() if slot.weight}
-    kin = recipe(f"budget={{weights: 8.2, grids: [{', '.join(grids.family('p2n256'))}, keep]}}")
+    assert "p1n256" in {slot.weight.grid.name for slot in found.linears.values() if slot.weight}
+    kin = recipe(
+        f"budget={{weights: 8.2, grids: [{', '.join(g.name for g in grids.family(grids.load('p2n256')))}, keep]}}"
+    )
     assert allocation.loss < decide_grids(kin, adapter, slots_of(kin, adapter), slopes(adapter))[1].loss / 2
 
 
@@ -311,13 +318,13 @@ def test_keys_and_values_get_the_scheme_of_least_measured_error(adapter):
     def errors(place, scheme, width):
         asked.add((place, scheme))
         clipped = scheme.clip_ratio < 1
-        few = grids.load(scheme.grid).bits < 5
-        return 4.0 ** -grids.load(scheme.grid).bits * (1 if clipped == few else 2)
+        few = scheme.grid.bits < 5
+        return 4.0**-scheme.grid.bits * (1 if clipped == few else 2)
 
     found, allocation = decide_grids(wanted, adapter, start, slopes(adapter, KINDS), errors)
     schemes = [s for slot in found.attentions.values() for s in (slot.keys, slot.values)]
-    assert all((s.clip_ratio < 1) == (grids.load(s.grid).bits < 5) for s in schemes)
-    assert allocation.loss == pytest.approx(sum(4.0 ** -grids.load(s.grid).bits for s in schemes))
+    assert all((s.clip_ratio < 1) == (s.grid.bits < 5) for s in schemes)
+    assert allocation.loss == pytest.approx(sum(4.0**-s.grid.bits for s in schemes))
     places = {(f"model.layers.{i}.self_attn", what) for i in (0, 1) for what in ("keys", "values")}
     offered = activation_schemes(wanted, adapter, start)
     assert offered.keys() == places

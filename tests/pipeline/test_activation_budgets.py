@@ -59,7 +59,7 @@ def test_outliers_in_keys_are_seen_and_nothing_is_left_to_chance(made):
     found = [measure_errors_for(wanted, made.source, made.slopes, Monitor(), "cpu") for _ in range(2)]
     assert found[0] == found[1]
     assert found[0] is not None
-    of = {place[1]: e for (place, s), e in found[0].table.items() if (s.grid, s.clip_ratio) == ("uint4", 1.0)}
+    of = {place[1]: e for (place, s), e in found[0].table.items() if (s.grid.name, s.clip_ratio) == ("uint4", 1.0)}
     assert of["keys"] > 1.2 * of["values"]
     plans = [decide(made.source, wanted, NO_TEXTS, None, Monitor(), "cpu", made.slopes) for _ in range(2)]
     assert plans[0] == plans[1]

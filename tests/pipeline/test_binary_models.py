@@ -8,9 +8,7 @@ import torch
 
 import paley
 from paley import hf
-from paley.core import grids
 from paley.core.errors import PaleyError
-from paley.core.grids import FreeGrid
 from paley.core.schemes import ActivationScheme, WeightScheme
 from paley.format.checkpoint import Checkpoint
 from paley.model.linear import QuantLinear
@@ -105,7 +103,7 @@ def test_a_budget_chooses_among_free_grids(model, text):
     plan = make_plan(model, recipe(text, "w1a4", *GROUPS, budget))
     chosen = {slot.weight.grid for slot in plan.linears.values() if slot.weight is not None}
     assert len(chosen) > 1
-    assert all(isinstance(grids.load(grid), FreeGrid) for grid in chosen)
+    assert all(grid.free for grid in chosen)
 
 
 def test_without_data_it_is_streamed(model, text, tmp_path):

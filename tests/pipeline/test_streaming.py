@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from paley import hf
 from paley.core import grids
 from paley.core.errors import PaleyError
+from paley.core.plain_grids import to_plain
 from paley.core.schemes import LinearSlot
 from paley.format.checkpoint import Checkpoint, read_tensors
 from paley.format.files import write_json
@@ -26,6 +27,7 @@ from paley.model.loading import Source, open_source
 from paley.pipeline import Monitor, quantize, streaming
 from paley.pipeline.stages import decide, execute
 from paley.pipeline.texts import Texts
+from paley.plan import Plan
 from paley.recipe import apply_settings, preset
 from tiny_models import EMBEDDING, HEAD, higgs, save_tiny, store_tie_as
 
@@ -151,10 +153,10 @@ def in_memory() -> int:
 def test_a_unit_carries_the_grid_it_needs(tmp_path, tiny_tokenizer, monkeypatch):
     folder = save_tiny(tmp_path / "model", tiny_tokenizer)
     grid = grids.custom(torch.randn(9, 2, generator=torch.Generator().manual_seed(5)))
-    outcome = quantize(folder, higgs(f"weights.grid={grid.name}"), output=tmp_path / "out")
+    outcome = quantize(folder, higgs(f"weights.grid={json.dumps(to_plain(grid))}"), output=tmp_path / "out")
     name, slot = next(iter(outcome.plan.linears.items()))
     info = Checkpoint.open(folder).info(f"{name}.weight")
-    job = pickle.dumps(streaming.TensorJob(name, info, slot, tmp_path / "unit.safetensors", outcome.plan.grids))
+    job = pickle.dumps(streaming.TensorJob(name, info, slot, tmp_path / "unit.safetensors"))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         report = pool.submit(_unpickled, job).result()
@@ -262,18 +264,19 @@ def test_a_kept_weight_is_turned_where_its_input_is(folder, tmp_path):
 
 def test_processes_know_a_grid_of_ones_own(folder, tmp_path):
     grid = grids.custom(torch.randn(9, 2, generator=torch.Generator().manual_seed(3)))
-    wanted = higgs(f"weights.grid={grid.name}")
+    wanted = higgs(f"weights.grid={json.dumps(to_plain(grid))}")
     alone = quantize(folder, wanted, output=tmp_path / "one")
     shared = quantize(folder, wanted, output=tmp_path / "two", workers=2)
     assert contents(alone.output) == contents(shared.output)
-    assert list(alone.plan.grids) == [grid.name]
+    assert {slot.weight.grid for slot in alone.plan.linears.values()} == {grid}
 
 
 def test_a_grid_that_only_the_recipe_names_is_carried_too(folder, tmp_path):
     grid = grids.custom(torch.randn(9, 2, generator=torch.Generator().manual_seed(4)))
     keep = "overrides=[{pattern: '*', keep: true}]"
-    plan = quantize(folder, higgs(f"weights.grid={grid.name}", keep), output=tmp_path / "out").plan
-    assert list(plan.grids) == [grid.name]
+    plan = quantize(folder, higgs(f"weights.grid={json.dumps(to_plain(grid))}", keep), output=tmp_path / "out").plan
+    assert plan.recipe.weights.grid == grid
+    assert Plan.load(tmp_path / "out/plan.json") == plan
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def scheme(made: WeightScheme | ActivationScheme | None, outliers: int = 0) -> s
         return "16 bits"
     method = f" {made.method}" if isinstance(made, WeightScheme) else " refit" if made.refit else ""
     groups, columns = made.group_size and f" /{made.group_size}", outliers and f" + {outliers}"
-    return f"{made.grid}{method}{groups or ''}{columns or ''}"
+    return f"{made.grid.name}{method}{groups or ''}{columns or ''}"
 
 
 def clip(made: ActivationScheme | None) -> str:
@@ -159,7 +159,7 @@ def plan_table(plan: Plan) -> Table:
 
 def _grids(plan: Plan) -> dict[str, int]:
     """How many linears have each grid, the most frequent first."""
-    found = Counter("16 bits" if slot.weight is None else slot.weight.grid for slot in plan.linears.values())
+    found = Counter("16 bits" if slot.weight is None else slot.weight.grid.name for slot in plan.linears.values())
     return dict(found.most_common())
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from paley.cli.display import Row, clip, line, scheme, scores, show, table
-from paley.core import grids, packing
-from paley.core.grids import FreeGrid
+from paley.core import packing
+from paley.core.grids import as_fixed
 from paley.core.reading import read_json
 from paley.format.checkpoint import Checkpoint
 from paley.format.spec import CODES, PARTS, SCALES, WEIGHT, QuantizationConfig, quantization_of
@@ -44,7 +44,7 @@ class Inspection:
     def to_dict(self) -> dict[str, Any]:
         """Plain data; bytes of a linear are those of its weight: codes, scales, zeros."""
         linears = {
-            name: asdict(slot)
+            name: _plain(slot)
             | {"rel_error": self.rel_error(name), "gaussian_error": self.gaussian_error(name)}
             | {"bytes": self.nbytes(name)}
             for name, slot in self.config.linears.items()
@@ -53,7 +53,7 @@ class Inspection:
             "folder": str(self.checkpoint.folder),
             "model_type": self.checkpoint.config.get("model_type"),
             "linears": linears,
-            "attentions": {name: asdict(slot) for name, slot in self.config.attentions.items()},
+            "attentions": {name: _plain(slot) for name, slot in self.config.attentions.items()},
             "untouched_bytes": self.untouched(),
             "bytes": self.checkpoint.nbytes,
             **{key: self.results.get(key) for key in ("original_bytes", "bits_per_weight", "evaluation")},
@@ -90,8 +90,7 @@ class Inspection:
         slot = self.config.linears[name]
         if (made := slot.weight) is None or made.method != "nearest" or made.scale_search not in ("rms", "unbiased"):
             return None
-        grid = grids.load(made.grid)
-        if isinstance(grid, FreeGrid) or not (grid.unit or grid.name.startswith("gauss")):
+        if not made.grid.gaussian:
             return None
         width, whole = self._width(name), made.group_size is None
         return gaussian_error(replace(made, group_size=width if whole else made.group_size), width)
@@ -105,7 +104,7 @@ class Inspection:
                 continue
             off = error / expected - 1
             values = self.checkpoint.shape(name + CODES)[0] * self._width(name)
-            if abs(off) > max(_OFF, _BY_CHANCE * gaussian_spread(slot.weight.grid) / values**0.5):
+            if abs(off) > max(_OFF, _BY_CHANCE * gaussian_spread(as_fixed(slot.weight.grid)) / values**0.5):
                 found.append((abs(off), f"{name}, error {abs(off):.0%} {'above' if off > 0 else 'below'} its grid's"))
         lines = [f"not Gaussian: {said}" for _, said in sorted(found, key=lambda entry: -entry[0])]
         if (more := len(lines) - _LISTED) > 0:
@@ -118,7 +117,7 @@ class Inspection:
         assert made is not None
         if made.group_size is not None:
             return made.group_size * self.checkpoint.shape(name + SCALES)[1]
-        return int(8 * self.checkpoint.shape(name + CODES)[1] / packing.stored_bits(grids.load(made.grid)))
+        return int(8 * self.checkpoint.shape(name + CODES)[1] / packing.stored_bits(made.grid))
 
     def nbytes(self, name: str) -> int:
         """Stored bytes of a linear's weight."""
@@ -158,3 +157,9 @@ class Inspection:
                 rows.append(("bits per weight, quantized layers", f"{layers:.3f}"))
             rows += [(what, here) for what, _, here in scores(results["evaluation"] or {})]
         return rows
+
+
+def _plain(part: Any) -> dict[str, Any]:
+    """A slot or a scheme as plain data, its grid by name."""
+    values = {field.name: getattr(part, field.name) for field in fields(part)}
+    return {k: v.name if k == "grid" else _plain(v) if is_dataclass(v) else v for k, v in values.items()}

@@ -116,8 +116,8 @@ def _with_grid(recipe: Recipe, name: str) -> Recipe:
         if set(tensors) != {"points"}:
             raise PaleyError(f"{name}: a grid's file holds one tensor, points [n, p], got {', '.join(sorted(tensors))}")
         grid = grids.custom(tensors["points"], name)
-        grids.check_scaled(grid, name)
+        grid.check_scaled(name)
     else:
         grid = grids.load(name)
-    weights = recipe.weights.on_grid(grid.name)
+    weights = recipe.weights.on_grid(grid)
     return recipe.model_copy(update={"weights": weights})

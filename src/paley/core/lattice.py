@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from paley.core.errors import PaleyError, nearest_name
+from paley.core.fixed import Fixed
 
 __all__ = ["E8Grid", "e8_residual", "load", "names", "nearest_e8", "record"]
 
@@ -60,7 +61,7 @@ def nearest_e8(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class E8Grid:
+class E8Grid(Fixed):
     """betas: the scales, ascending; mse: t2 = E|x - nearest|^2 / 8 on N(0, 1), nan where nobody has measured it.
 
     Code = scale · q^8 + Σ z_i q^i, z the coordinates modulo q in the basis above.
@@ -70,9 +71,11 @@ class E8Grid:
     betas: tuple[float, ...]
     mse: float = math.nan
 
-    p: ClassVar[int] = DIM
     affine: ClassVar[bool] = False
     unit: ClassVar[bool] = True
+    gaussian: ClassVar[bool] = True
+    packaged: ClassVar[bool] = True
+    best_scaled: ClassVar[bool] = False
     step: ClassVar[float | None] = None
     gaussian_scale: ClassVar[float] = 1.0
 
@@ -88,6 +91,10 @@ class E8Grid:
     @property
     def name(self) -> str:
         return f"e8q{self.q}k{len(self.betas)}"
+
+    @property
+    def p(self) -> int:
+        return DIM
 
     @property
     def size(self) -> int:

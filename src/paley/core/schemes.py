@@ -11,7 +11,8 @@ from typing import ClassVar, Literal
 
 from paley.core import grids
 from paley.core.errors import PaleyError
-from paley.core.grids import FixedGrid, FreeGrid
+from paley.core.grids import AnyGrid, FixedGrid
+from paley.core.plain_grids import AnyGridField, FixedGridField
 from paley.core.transforms import Transform
 
 __all__ = ["ActivationScheme", "AttentionSlot", "LinearSlot", "WeightScheme"]
@@ -35,12 +36,12 @@ def _check_scale(where: str, key: str, grid: FixedGrid, scale: str) -> None:
             f"{where}: grid {name!r} is made for Gaussian vectors of {grid.p} values and needs {key} 'rms'"
         )
     if by_rms:
-        grids.check_scaled(grid, f"{where}: grid {name!r}")
+        grid.check_scaled(f"{where}: grid {name!r}")
 
 
 @dataclass(frozen=True)
 class WeightScheme:
-    """grid: a name of `paley.core.grids`; group_size: input columns that share a scale (None: the whole row).
+    """grid: itself, or the name of a packaged one; group_size: input columns that share a scale (None: the whole row).
 
     scale_search "absmax" lets the grid's end meet the largest weight; "mse" tries smaller scales and keeps
     the one of least error; "rms" takes the best scale for Gaussian values of the group's rms, as HIGGS does; "unbiased"
@@ -52,42 +53,44 @@ class WeightScheme:
 
     __pydantic_config__: ClassVar = _STRICT
 
-    grid: str
+    grid: AnyGridField
     group_size: int | None = None
     method: Literal["nearest", "gptq"] = "gptq"
     scale_search: Literal["absmax", "mse", "rms", "unbiased", "em", "em_diagonal", "em_inverse"] = "mse"
     sweeps: int = 4
 
     def __post_init__(self) -> None:
-        grid = grids.load(self.grid)
-        if isinstance(grid, FreeGrid) != (self.scale_search in _BY_EM):
-            other = ("absmax", "mse", "rms", "unbiased")
-            need = " or ".join(map(repr, _BY_EM if isinstance(grid, FreeGrid) else other))
-            raise PaleyError(f"weight scheme: grid {self.grid!r} needs scale_search {need}, got {self.scale_search!r}")
-        if not isinstance(grid, FreeGrid):
-            _check_scale("weight scheme", "scale_search", grid, self.scale_search)
+        object.__setattr__(self, "grid", grid := grids.as_grid(self.grid))
+        if grid.free != self.by_em:
+            need = " or ".join(map(repr, _BY_EM if grid.free else ("absmax", "mse", "rms", "unbiased")))
+            raise PaleyError(f"weight scheme: grid {grid.name!r} needs scale_search {need}, got {self.scale_search!r}")
+        if not self.by_em:
+            _check_scale("weight scheme", "scale_search", grids.as_fixed(grid), self.scale_search)
         _check_group_size("weight scheme", self.group_size)
         if not 0 <= self.sweeps <= 100:
             raise PaleyError(f"weight scheme: sweeps must be between 0 and 100, got {self.sweeps}")
+
+    @property
+    def by_em(self) -> bool:
+        """Whether each group's points are fitted to it, as free grids need it."""
+        return self.scale_search in _BY_EM
 
     @property
     def needs_data(self) -> bool:
         """Whether codes depend on the layer's inputs."""
         return self.method == "gptq" or self.scale_search in ("em_diagonal", "em_inverse")
 
-    def on_grid(self, name: str) -> WeightScheme:
+    def on_grid(self, grid: AnyGrid | str) -> WeightScheme:
         """The same on another grid; scales by rms where that has vectors, or was made for values of unit rms."""
-        grid, scale_search = grids.load(name), self.scale_search
-        if isinstance(grid, FreeGrid) != (scale_search in _BY_EM):
-            scale_search = "em" if isinstance(grid, FreeGrid) else "mse"
-        if isinstance(grid, FreeGrid):
-            return replace(self, grid=name, scale_search=scale_search)
+        grid, scale_search = grids.as_grid(grid), self.scale_search
+        if grid.free != self.by_em:
+            scale_search = "em" if grid.free else "mse"
         by_rms = scale_search in ("rms", "unbiased")
-        if not by_rms and (grid.p > 1 or name.startswith("custom-")):
+        if not grid.free and not by_rms and (grid.p > 1 or not grid.packaged):
             scale_search = "rms"
         elif by_rms and grid.affine:
             scale_search = "absmax"
-        return replace(self, grid=name, scale_search=scale_search)
+        return replace(self, grid=grid, scale_search=scale_search)
 
 
 @dataclass(frozen=True)
@@ -101,14 +104,15 @@ class ActivationScheme:
 
     __pydantic_config__: ClassVar = _STRICT
 
-    grid: str
+    grid: FixedGridField
     scale: Literal["absmax", "rms"] = "absmax"
     clip_ratio: float = 1.0
     group_size: int | None = None
     refit: bool = False
 
     def __post_init__(self) -> None:
-        _check_scale("activation scheme", "scale", grids.fixed(self.grid), self.scale)
+        object.__setattr__(self, "grid", grids.as_fixed(self.grid))
+        _check_scale("activation scheme", "scale", self.grid, self.scale)
         _check_group_size("activation scheme", self.group_size)
         if not 0.0 < self.clip_ratio <= 4.0:
             raise PaleyError(f"activation scheme: clip_ratio must be in (0, 4], got {self.clip_ratio}")
@@ -139,10 +143,10 @@ class LinearSlot:
             raise PaleyError(f"linear slot: outliers must be at least 0, got {self.outliers}")
         if self.outliers and self.weight is None:
             raise PaleyError("linear slot: outliers are columns of a quantized weight, but weight is null")
-        if self.outliers and self.weight is not None and (p := grids.load(self.weight.grid).p) > 1:
+        if self.outliers and self.weight is not None and (p := self.weight.grid.p) > 1:
             raise PaleyError(
-                f"linear slot: a code of grid {self.weight.grid!r} stands for {p} columns, none of which can be an "
-                "outlier alone; set outliers=0, or a grid of single values"
+                f"linear slot: a code of grid {self.weight.grid.name!r} stands for {p} columns, none of which can be "
+                "an outlier alone; set outliers=0, or a grid of single values"
             )
         if self.outliers and self.weight is not None and self.weight.scale_search == "unbiased":
             raise PaleyError(

@@ -134,10 +134,10 @@ def dequantize(
 
 def _rounded_at_run_time(section: spec.QuantizationConfig) -> list[str]:
     """What is rounded while the model runs, summed up: '14 linear inputs to int4'."""
-    found = Counter(f"linear inputs to {slot.input.grid}" for slot in section.linears.values() if slot.input)
+    found = Counter(f"linear inputs to {slot.input.grid.name}" for slot in section.linears.values() if slot.input)
     for what in ("keys", "values"):
         schemes = (getattr(slot, what) for slot in section.attentions.values())
-        found.update(f"layers' cached {what} to {scheme.grid}" for scheme in schemes if scheme)
+        found.update(f"layers' cached {what} to {scheme.grid.name}" for scheme in schemes if scheme)
     return [f"{count} {what}" for what, count in found.items()]
 
 
@@ -224,7 +224,7 @@ def _rows(q: Quantized, part: slice) -> Quantized:
 
 def _describe(work: Path, folder: Path, section: spec.QuantizationConfig, config: dict[str, Any], made: Plain) -> None:
     """results.json and the card: where this checkpoint came from. plan.json says which texts the model was tuned on."""
-    grids = Counter("16 bits" if slot.weight is None else slot.weight.grid for slot in section.linears.values())
+    grids = Counter("16 bits" if slot.weight is None else slot.weight.grid.name for slot in section.linears.values())
     about = {"quantized_bytes": made.quantized_bytes, "bytes": made.bytes, "dropped": list(made.dropped)}
     write_json(work / RESULTS, {"run": _RUN, "from": folder.resolve().name, **about})
     card = _CARD.format(

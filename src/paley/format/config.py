@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from paley.core.errors import PaleyError, nearest_name
-from paley.core.grids import know
+from paley.core.plain_grids import with_points
 from paley.core.schemes import ActivationScheme, AttentionSlot, LinearSlot, WeightScheme
 from paley.core.transforms import Transform
 
@@ -21,16 +21,12 @@ QUANT_METHOD = "paley"
 
 
 class QuantizationConfig(BaseModel):
-    """Keys of the two maps are module names, as in the transformers model; from a file by `from_dict`.
-
-    grids: the points of grids that came from a user's file, which the schemes then call by name.
-    """
+    """Keys of the two maps are module names, as in the transformers model; from a file by `from_dict`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     quant_method: Literal["paley"] = QUANT_METHOD
     format_version: Literal[1] = FORMAT_VERSION
-    grids: Annotated[dict[str, list[list[float]]], AfterValidator(know)] = {}
     linears: dict[str, LinearSlot]
     attentions: dict[str, AttentionSlot]
 
@@ -47,6 +43,7 @@ class QuantizationConfig(BaseModel):
                 f"{where}: format_version must be {FORMAT_VERSION}, got {version!r}; install the paley that "
                 "wrote this checkpoint, or quantize the model again"
             )
+        data = with_points(data, where)
         try:
             return cls.model_validate_json(json.dumps(data), strict=True)
         except ValidationError as error:
@@ -57,10 +54,7 @@ class QuantizationConfig(BaseModel):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for config.json."""
-        data = self.model_dump(mode="json")
-        if not data["grids"]:
-            del data["grids"]
-        return data
+        return self.model_dump(mode="json")
 
 
 # What stands under (map, module), and under (map, module, place).

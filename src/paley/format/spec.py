@@ -10,9 +10,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from paley.core import grids, packing
+from paley.core import packing
 from paley.core.errors import PaleyError
-from paley.core.grids import FreeGrid
+from paley.core.grids import AnyGrid
 from paley.core.rounding import Outliers, Quantized, check_groups, codes_per_row
 from paley.core.schemes import LinearSlot, WeightScheme
 from paley.format.checkpoint import Checkpoint
@@ -67,12 +67,12 @@ def expected_tensors(name: str, slot: LinearSlot, in_features: int, out_features
     size = slot.weight.group_size or in_features
     check_groups(in_features, size, name, what="in_features=")
     check_outliers(name, slot.outliers, in_features)
-    grid = grids.load(slot.weight.grid)
+    grid = slot.weight.grid
     width = packing.packed_bytes(codes_per_row(in_features, grid.p), grid.size)
     groups = (out_features, in_features // size)
     found: Expected = {
         name + CODES: (torch.uint8, (out_features, width)),
-        name + SCALES: (SCALE_DTYPE, (*groups, grid.stored) if isinstance(grid, FreeGrid) else groups),
+        name + SCALES: (SCALE_DTYPE, (*groups, *grid.scale_shape)),
     }
     if grid.affine:
         found[name + ZEROS] = (torch.uint8, groups)
@@ -100,11 +100,10 @@ def encode_linear(name: str, q: Quantized) -> dict[str, Tensor]:
 
     PaleyError for what would not come back: scales that float16 lacks, zeros outside of the grid.
     """
-    grid = grids.load(q.grid)
-    dims = 3 if isinstance(grid, FreeGrid) else 2
+    grid = q.grid
     shapes = tuple(q.codes.shape), tuple(q.scales.shape)
-    if [len(shape) for shape in shapes] != [2, dims] or not shapes[1][1] or q.width % shapes[1][1]:
-        wanted = "[out, groups, stored]" if dims == 3 else "[out, groups]"
+    if [len(shape) for shape in shapes] != [2, 2 + len(grid.scale_shape)] or not shapes[1][1] or q.width % shapes[1][1]:
+        wanted = "[out, groups, stored]" if grid.scale_shape else "[out, groups]"
         raise PaleyError(f"{name}: codes must be [out, in / p] and scales {wanted}, got {shapes}")
     scales = q.scales.to(SCALE_DTYPE)
     if not torch.equal(scales.to(q.scales.dtype), q.scales):  # also where there is a NaN
@@ -118,7 +117,7 @@ def encode_linear(name: str, q: Quantized) -> dict[str, Tensor]:
         found[name + OUTLIER_COLUMNS] = q.outliers.columns
     out_features, in_features = shapes[0][0], q.width
     outliers = 0 if q.outliers is None else len(q.outliers.columns)
-    slot = LinearSlot(WeightScheme("int4", q.group_size).on_grid(q.grid), outliers=outliers)
+    slot = LinearSlot(WeightScheme("int4", q.group_size).on_grid(grid), outliers=outliers)
     _check_form(name, found, expected_tensors(name, slot, in_features, out_features))
     check_values(name, found, in_features, grid)
     return found
@@ -137,15 +136,15 @@ def decode_linear(name: str, tensors: Tensors, slot: LinearSlot, in_features: in
     codes = found.get(name + CODES)
     out_features = codes.shape[0] if codes is not None and codes.dim() else 0
     _check_form(name, found, expected_tensors(name, slot, in_features, out_features))
-    grid = grids.load(slot.weight.grid)
+    grid = slot.weight.grid
     check_values(name, found, in_features, grid)
     codes, outliers = unpack_weight(found[name + CODES], grid, in_features), None
     if slot.outliers:
         outliers = Outliers(*(found[name + part] for part in (OUTLIER_COLUMNS, OUTLIERS, OUTLIER_SCALES)))
-    return Quantized(codes, found[name + SCALES], found.get(name + ZEROS), grid.name, in_features, outliers)
+    return Quantized(codes, found[name + SCALES], found.get(name + ZEROS), grid, in_features, outliers)
 
 
-def unpack_weight(packed: Tensor, grid: grids.AnyGrid, in_features: int) -> Tensor:
+def unpack_weight(packed: Tensor, grid: AnyGrid, in_features: int) -> Tensor:
     """packed uint8 [out, bytes] -> codes [out, ceil(in_features / p)]."""
     return packing.unpack_codes(packed, grid.size, codes_per_row(in_features, grid.p))
 
@@ -176,15 +175,10 @@ def _check_form(name: str, found: Mapping[str, Tensor], wanted: Expected) -> Non
         raise PaleyError(f"{extra[0]}: is there, but the grid of {name} has no such tensor")
 
 
-def check_values(name: str, found: Mapping[str, Tensor], in_features: int, grid: grids.AnyGrid) -> None:
+def check_values(name: str, found: Mapping[str, Tensor], in_features: int, grid: AnyGrid) -> None:
     """Raises unless scales are positive and finite, points ascend, zeros and columns exist, and padding is 0."""
     codes, scales, zeros = found[name + CODES], found[name + SCALES], found.get(name + ZEROS)
-    if isinstance(grid, FreeGrid):
-        points = grid.points(scales.float())
-        if not bool(scales.isfinite().all()) or bool((points.diff(dim=-1) < 0).any()):
-            raise PaleyError(f"{name + SCALES}: points must be finite and ascend, and do not; the file is damaged")
-    elif not bool(((scales > 0) & scales.isfinite()).all()):
-        raise PaleyError(f"{name + SCALES}: must be positive and finite, and are not; the file is damaged")
+    grid.check_scales(scales, name + SCALES)
     if (columns := found.get(name + OUTLIER_COLUMNS)) is not None:
         _check_outlier_columns(name, columns, in_features)
         outlier_scales = found[name + OUTLIER_SCALES]

@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from paley.core.grids import FixedGrid, FreeGrid
-from paley.core.rounding import look_up, nearest_codes, storable
+from paley.core.grids import AnyGrid, FixedGrid
+from paley.core.rounding import storable
 from paley.methods.binary import fit_centroids
 
 __all__ = ["Codebook", "Free", "Scaled", "Split", "blocks"]
@@ -76,15 +76,15 @@ class Scaled:
         of_each = slice(first, first + 1) if first == last else self._group_of[start:stop]
         scales, zeros = self.scales[:, of_each, 0], None if self.zeros is None else self.zeros[:, of_each, 0]
         groups = x[:, None] if first == last else x[..., None]
-        codes = nearest_codes(groups, scales[..., None], None if zeros is None else zeros[..., None], self.grid)
-        points = look_up(self.grid, codes, x.shape[1])
+        codes = self.grid.quantize(groups, scales[..., None], None if zeros is None else zeros[..., None])
+        points = self.grid.look_up(codes, x.shape[1])
         return codes[:, 0], (points if zeros is None else points - zeros) * scales
 
     def values(self, codes: Tensor) -> Tensor:
         return self._points(codes) * self.scales[:, self._group_of, 0]
 
     def _points(self, codes: Tensor) -> Tensor:
-        points = look_up(self.grid, codes, len(self._group))
+        points = self.grid.look_up(codes, len(self._group))
         return points if self.zeros is None else points - self.zeros[:, self._group_of, 0]
 
     def refit_(self, rest: Tensor, gram: Tensor, codes: Tensor) -> None:
@@ -111,10 +111,10 @@ class Free:
     zeros = None
 
     def __init__(
-        self, rows: int, grid: FreeGrid, groups: Sequence[slice], importance: Tensor | None, where: str = "weight"
+        self, rows: int, grid: AnyGrid, groups: Sequence[slice], importance: Tensor | None, where: str = "weight"
     ):
         self.grid, self.groups, self.importance, self.where = grid, groups, importance, where
-        self.scales = torch.zeros(rows, len(groups), grid.stored)
+        self.scales = torch.zeros(rows, len(groups), *grid.scale_shape)
         self._group = [index for index, g in enumerate(groups) for _ in range(g.start, g.stop)]
         self._starts = {g.start: index for index, g in enumerate(groups) if g.stop > g.start}
 
@@ -129,12 +129,14 @@ class Free:
         )[:, 0]
 
     def nearest(self, x: Tensor, cols: slice) -> tuple[Tensor, Tensor]:
-        scales = self.scales[:, self._group[cols.start]]
-        codes = self.grid.nearest(x, scales)
-        return codes[:, 0], self.grid.decode(codes, scales)
+        index = self._group[cols.start]
+        scales = self.scales[:, index : index + 1]
+        codes = self.grid.quantize(x[:, None], scales)
+        return codes[:, 0], self.grid.dequantize(codes, scales)
 
     def values(self, codes: Tensor) -> Tensor:
-        parts = [self.grid.decode(codes[:, cols], self.scales[:, index]) for index, cols in enumerate(self.groups)]
+        scales = self.scales.split(1, 1)
+        parts = [self.grid.dequantize(codes[:, cols], own) for cols, own in zip(self.groups, scales, strict=True)]
         return torch.cat(parts, -1)
 
     def refit_(self, rest: Tensor, gram: Tensor, codes: Tensor) -> None:
@@ -151,14 +153,14 @@ class Free:
             unit = torch.diag_embed(free.float() + 1e-7 * curve.diagonal(dim1=-2, dim2=-1))
             found = torch.linalg.solve(curve + unit, slope + free * scales)
             found = found.clamp(-_LARGEST, _LARGEST).half().float()
-            ascends = (self.grid.points(found).diff(dim=-1) >= 0).all(-1, keepdim=True)
+            ascends = (self.grid.group_points(found).diff(dim=-1) >= 0).all(-1, keepdim=True)
             found = torch.where(ascends, found, scales)
             rest[:, cols] -= (members @ (found - scales)[..., None])[..., 0]
             self.scales[:, index] = found
 
     def _members(self, codes: Tensor) -> Tensor:
         """codes [out, k] -> float32 [out, k, stored]."""
-        unit = torch.eye(self.grid.stored, device=codes.device)
+        unit = torch.eye(*self.grid.scale_shape, device=codes.device)
         rows = torch.cat([-unit.flip(0), unit]) if self.grid.mirrored else unit
         return rows[codes.long()]
 

@@ -13,8 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from paley.core import grids
-from paley.core.grids import FreeGrid, code_dtype
+from paley.core.grids import as_fixed
 from paley.core.rounding import OUTLIER_GRID, Outliers, Quantized, check_groups, quantized
 from paley.core.schemes import WeightScheme
 from paley.methods.codebooks import Codebook, Free, Scaled, Split, blocks
@@ -58,7 +57,7 @@ def quantize_gptq(
     original outputs given the quantized inputs; else at W x on those same inputs. damp: the share of gram's mean
     diagonal added to it. A scheme of method "nearest" uses the statistics for its scales alone.
     """
-    grid = grids.load(scheme.grid)
+    grid = scheme.grid
     gram, target = _target(weight, statistics, damp, compensate and scheme.method == "gptq")
     importance = _importance(gram, scheme.scale_search)
     order = torch.arange(weight.shape[1], device=weight.device)
@@ -79,7 +78,7 @@ def quantize_gptq(
         return quantized(codes, book.scales, book.zeros, grid, weight.shape[1])
     assert outlier_columns is not None
     ordinary, kept = codes.split([len(order) - len(outlier_columns), len(outlier_columns)], -1)
-    placed = torch.zeros_like(codes, dtype=code_dtype(grid)).index_copy(-1, order[: ordinary.shape[1]], ordinary)
+    placed = torch.zeros_like(codes, dtype=grid.code_dtype).index_copy(-1, order[: ordinary.shape[1]], ordinary)
     found = quantized(placed, book.ordinary.scales, book.ordinary.zeros, grid, weight.shape[1])
     own = Outliers(outlier_columns.int(), kept.to(torch.uint8), book.outliers.scales[..., 0].half())
     return replace(found, outliers=own)
@@ -89,23 +88,24 @@ def _codebook(
     target: Tensor, scheme: WeightScheme, order: Tensor, outliers: int, importance: Tensor | None, where: str
 ) -> Scaled | Free | Split:
     """For weights [out, in] whose columns are in `order`, the last `outliers` of them; importance [in] likewise."""
-    grid, columns = grids.load(scheme.grid), target.shape[1]
+    columns = target.shape[1]
     check_groups(columns, scheme.group_size, where)
     size, count = scheme.group_size or columns, columns - outliers
     ends = [int((order[:count] < end).sum()) for end in range(size, columns + 1, size)]
     groups = [slice(start, stop) for start, stop in zip([0, *ends], ends, strict=False)]
     book: Scaled | Free
-    if isinstance(grid, FreeGrid):
-        book = Free(len(target), grid, groups, importance, where)
+    if scheme.by_em:
+        book = Free(len(target), scheme.grid, groups, importance, where)
     elif not outliers:
-        book = Scaled(*weight_scales(target, scheme, where), grid, groups)
+        book = Scaled(*weight_scales(target, scheme, where), as_fixed(scheme.grid), groups)
     else:
-        book = Scaled(*_scales_of(target, groups, scheme, where), grid, groups)
+        book = Scaled(*_scales_of(target, groups, scheme, where), as_fixed(scheme.grid), groups)
     if not outliers:
         return book
     last = slice(count, columns)
-    own = WeightScheme(OUTLIER_GRID, scale_search="absmax")
-    return Split(book, Scaled(*weight_scales(target[:, last], own, where), grids.fixed(OUTLIER_GRID), [last]))
+    grid = as_fixed(OUTLIER_GRID)
+    own = WeightScheme(grid, scale_search="absmax")
+    return Split(book, Scaled(*weight_scales(target[:, last], own, where), grid, [last]))
 
 
 def _scales_of(

@@ -8,10 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from paley.core import grids
-from paley.core.grids import FixedGrid, FreeGrid, Grid
+from paley.core.grids import FixedGrid, as_fixed
 from paley.core.metrics import rel_error
-from paley.core.rounding import Quantized, dynamic_scales, look_up, nearest_codes, quantized, split_groups, storable
+from paley.core.rounding import Quantized, dynamic_scales, quantized, split_groups, storable
 from paley.core.schemes import WeightScheme
 from paley.methods.binary import fit_centroids
 
@@ -29,10 +28,10 @@ def weight_scales(weight: Tensor, scheme: WeightScheme, where: str = "weight") -
 
     "mse" keeps, of 80 clip ratios, the one of least sum |error|^2.4 in each group. Free grids: [out, groups, stored].
     """
-    grid = grids.load(scheme.grid)
     groups = split_groups(weight.float(), scheme.group_size, where)
-    if isinstance(grid, FreeGrid):
-        return fit_centroids(groups, None, grid.size, mirrored=grid.mirrored, where=where), None
+    if scheme.by_em:
+        return fit_centroids(groups, None, scheme.grid.size, mirrored=scheme.grid.mirrored, where=where), None
+    grid = as_fixed(scheme.grid)
     if scheme.scale_search != "mse":
         rule = "absmax" if scheme.scale_search == "absmax" else "rms"
         return dynamic_scales(groups, grid, rule, 1.0, torch.float16)
@@ -46,8 +45,8 @@ def _least_error(groups: Tensor, grid: FixedGrid) -> tuple[Tensor, Tensor]:
     best_scales, best_zeros = torch.zeros_like(best_error), torch.zeros_like(best_error)
     for step in range(_SHRINK_STEPS):
         scales, zeros = dynamic_scales(groups, grid, "absmax", 1 - step / 100, torch.float16)
-        codes = nearest_codes(groups, scales, zeros, grid)
-        points = look_up(grid, codes).view_as(groups)
+        codes = grid.quantize(groups, scales, zeros)
+        points = grid.look_up(codes).view_as(groups)
         values = (points if zeros is None else points - zeros) * scales
         error = (values - groups).abs().pow(_ERROR_POWER).sum(-1, keepdim=True)
         better = error < best_error
@@ -65,8 +64,9 @@ def gaussian_error(scheme: WeightScheme, width: int) -> float:
     With scales by rms it tends to the grid's own t^2 as groups grow, and is less in small ones, whose values lie on a
     sphere: no group is as long as some are among independent values.
     """
-    grid, group, samples = grids.load(scheme.grid), scheme.group_size or width, _SAMPLES
-    if scheme.scale_search in ("rms", "unbiased") and not isinstance(grid, FreeGrid):
+    group, samples = scheme.group_size or width, _SAMPLES
+    if scheme.scale_search in ("rms", "unbiased"):
+        grid = as_fixed(scheme.grid)
         if scheme.method == "gptq":  # refits its scales for least error
             scheme = replace(scheme, scale_search="rms")
         # Where p does not divide the group, vectors across two of them are on no sphere.
@@ -78,12 +78,11 @@ def gaussian_error(scheme: WeightScheme, width: int) -> float:
 
 
 @functools.lru_cache(maxsize=1024)
-def gaussian_spread(grid: str) -> float:
+def gaussian_spread(grid: FixedGrid) -> float:
     """Standard error of rel_error / `gaussian_error` of a Gaussian weight, times the root of its number of values."""
-    loaded = grids.fixed(grid)
-    length, error, _ = _moments(loaded)
-    weights = _weights(length, loaded.p, None)
-    return float((weights @ error.square() / (weights @ error).square() - 1).sqrt()) * loaded.p**0.5
+    length, error, _ = _moments(grid)
+    weights = _weights(length, grid.p, None)
+    return float((weights @ error.square() / (weights @ error).square() - 1).sqrt()) * grid.p**0.5
 
 
 @functools.lru_cache(maxsize=32)  # of 1.5 MB each
@@ -123,8 +122,7 @@ def _error_on_sphere(grid: FixedGrid, group: int, *, stretched: bool) -> float:
     # With e = |w - q|² and d = w·(w - q), means over the group, `_stretched` leaves (e - d²) / (1 - d)²: here of the
     # means of e and d over all groups, and what their fluctuations add, which are of the order of 1 / group.
     along = short - error  # q·(w - q): 0 on average where the points are at their best scale
-    best = isinstance(grid, Grid) and not grid.name.startswith("custom-")
-    lost = mse + float(sphere @ along - (gaussian @ along if best else 0)) / grid.p
+    lost = mse + float(sphere @ along - (gaussian @ along if grid.best_scaled else 0)) / grid.p
     both = torch.stack([short, error, length]) / grid.p
     both = both - (both @ sphere)[:, None]
     covariance = both * sphere @ both.T * (grid.p / group)
@@ -137,13 +135,13 @@ def _error_on_sphere(grid: FixedGrid, group: int, *, stretched: bool) -> float:
 
 def quantize_nearest(weight: Tensor, scheme: WeightScheme, where: str = "weight") -> Quantized:
     """weight [out, in] -> codes [out, in / p], each the nearest point under its group's scale."""
-    grid = grids.load(scheme.grid)
     scales, zeros = weight_scales(weight, scheme, where)
     groups = split_groups(weight.float(), scheme.group_size, where)
-    codes = nearest_codes(groups, scales, zeros, grid)
-    if scheme.scale_search == "unbiased" and not isinstance(grid, FreeGrid):
-        scales = _stretched(groups, look_up(grid, codes, weight.shape[1]).view_as(groups), scales)
-    return quantized(codes, scales, zeros, grid, weight.shape[1])
+    codes = scheme.grid.quantize(groups, scales, zeros)
+    if scheme.scale_search == "unbiased":
+        points = as_fixed(scheme.grid).look_up(codes, weight.shape[1])
+        scales = _stretched(groups, points.view_as(groups), scales)
+    return quantized(codes, scales, zeros, scheme.grid, weight.shape[1])
 
 
 def _stretched(groups: Tensor, points: Tensor, scales: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ class Planes:
         q = weight.quantized()
         assert q is not None
         self._layer = weight
-        self._weight = planes.prepare(q.codes, q.grid.points(q.scales))
+        self._weight = planes.prepare(q.codes, q.grid.group_points(q.scales))
         self._outliers = None if q.outliers is None else q.outliers.dequantize()
         self._scheme = weight.scheme
         self.how = ("codes", weight.scheme.input, weight.scheme.transform)
@@ -84,7 +84,7 @@ class Planes:
         weight, inputs = scheme.weight.grid, scheme.input.grid
         size = scheme.weight.group_size or width
         alike = size == (scheme.input.group_size or width)
-        four = weight.stored is not None and weight.size == 4 and inputs.affine and inputs.size == 16
+        four = weight.free and weight.size == 4 and inputs.affine and inputs.size == 16
         return four and alike and kernels.planes_fit(size)
 
     def encode(self, x: Tensor) -> InputCodes | None:

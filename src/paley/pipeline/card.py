@@ -99,5 +99,5 @@ def _scores(measured: dict[str, Any] | None) -> str:
 
 def _schemes(schemes: Iterable[WeightScheme | ActivationScheme | None]) -> str:
     """'p2n64 × 12, p2n256 × 2': what is really in the slots, the most frequent first."""
-    found = Counter("16 bits" if scheme is None else scheme.grid for scheme in schemes)
+    found = Counter("16 bits" if scheme is None else scheme.grid.name for scheme in schemes)
     return ", ".join(f"{grid} × {count}" if len(found) > 1 else grid for grid, count in found.most_common())

@@ -111,4 +111,4 @@ def _higgs(bits: float, name: str) -> Recipe:
     recipe = preset("higgs-w2a16")
     assert recipe.weights is not None
     best = max(fitting, key=lambda grid: (rates[grid], grid.size))
-    return recipe.model_copy(update={"weights": replace(recipe.weights, grid=best.name)})
+    return recipe.model_copy(update={"weights": replace(recipe.weights, grid=best)})
