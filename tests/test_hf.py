@@ -21,11 +21,11 @@ from transformers import (
 from paley import hf, kernels
 from paley.core import rounding
 from paley.core.errors import PaleyError
-from paley.core.schemes import ActivationScheme, AttentionSlot, LinearSlot, WeightScheme
+from paley.core.schemes import ActivationScheme, AttentionScheme, LinearScheme, WeightScheme
 from paley.core.transforms import Transform
 from paley.format.spec import QuantizationConfig
 from paley.methods.nearest import quantize_nearest
-from paley.model.attention import attach_slots
+from paley.model.attention import attach_schemes
 from paley.model.kv_cache import PackedKVCache, cache_argument
 from paley.model.linear import QuantLinear
 from paley.model.plane_product import PlaneWeight
@@ -55,19 +55,19 @@ def tiny(name: str = "llama") -> PreTrainedModel:
     return model.eval()
 
 
-def slots(model: PreTrainedModel) -> tuple[dict[str, LinearSlot], dict[str, AttentionSlot]]:
+def slots(model: PreTrainedModel) -> tuple[dict[str, LinearScheme], dict[str, AttentionScheme]]:
     """3-bit rows, 4-bit affine groups, a widening transform before down_proj, one layer with inputs only."""
     n = model.model.layers[0].self_attn.head_dim
     linears = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name != "lm_head":
-            linears[name] = LinearSlot(WeightScheme("int3"), ActivationScheme("int4", clip_ratio=0.9))
+            linears[name] = LinearScheme(WeightScheme("int3"), ActivationScheme("int4", clip_ratio=0.9))
         if name.endswith("down_proj"):
             scheme = WeightScheme("uint4", 8)
-            linears[name] = LinearSlot(scheme, ActivationScheme("odd3"), Transform(40, 48, 12))
-    linears["model.layers.1.self_attn.o_proj"] = LinearSlot(input=ActivationScheme("gauss4"))
-    kv = AttentionSlot(ActivationScheme("int3"), ActivationScheme("uint2", group_size=4), Transform(n, n, n))
-    return linears, {"model.layers.0.self_attn": kv, "model.layers.1.self_attn": AttentionSlot(kv.keys)}
+            linears[name] = LinearScheme(scheme, ActivationScheme("odd3"), Transform(40, 48, 12))
+    linears["model.layers.1.self_attn.o_proj"] = LinearScheme(input=ActivationScheme("gauss4"))
+    kv = AttentionScheme(ActivationScheme("int3"), ActivationScheme("uint2", group_size=4), Transform(n, n, n))
+    return linears, {"model.layers.0.self_attn": kv, "model.layers.1.self_attn": AttentionScheme(kv.keys)}
 
 
 def quantize_(model: PreTrainedModel) -> PreTrainedModel:
@@ -81,7 +81,7 @@ def quantize_(model: PreTrainedModel) -> PreTrainedModel:
             scheme = ActivationScheme(slot.weight.grid, group_size=slot.weight.group_size)
             q = rounding.quantize_dynamic(linear.weight.data, scheme)
         model.set_submodule(name, QuantLinear.from_linear(linear, slot, q))
-    attach_slots(model, attentions)
+    attach_schemes(model, attentions)
     return model
 
 
@@ -265,7 +265,7 @@ def test_a_configuration_that_fits_nothing_is_refused(tmp_path, where, change, m
 
 def test_a_quantized_head_must_not_be_tied(tmp_path):
     write(tmp_path, "qwen2")
-    slot = section({"lm_head": LinearSlot(WeightScheme("int4"))}, {})["linears"]
+    slot = section({"lm_head": LinearScheme(WeightScheme("int4"))}, {})["linears"]
     reconfigure(tmp_path, lambda c: c["quantization_config"]["linears"].update(slot))
     with pytest.raises(PaleyError, match="lm_head: its weight is tied"):
         hf.load(tmp_path)
@@ -364,7 +364,7 @@ def binary_checkpoint(folder: Path) -> None:
     weight, linears = WeightScheme("free2", 32, method="nearest", scale_search="em"), {}
     for role, scheme in inputs.items():
         name = f"model.layers.0.mlp.{role}_proj"
-        linears[name], linear = LinearSlot(weight, scheme), model.get_submodule(name)
+        linears[name], linear = LinearScheme(weight, scheme), model.get_submodule(name)
         q = quantize_nearest(linear.weight.data, weight)
         model.set_submodule(name, QuantLinear.from_linear(linear, linears[name], q))
     described = config.to_dict() | {"quantization_config": section(linears, {}), "architectures": ["LlamaForCausalLM"]}

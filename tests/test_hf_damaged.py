@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import paley
 from paley import hf
 from paley.core.errors import PaleyError
-from paley.core.schemes import LinearSlot, WeightScheme
+from paley.core.schemes import LinearScheme, WeightScheme
 from paley.core.transforms import Transform
 from paley.format.spec import QuantizationConfig
 from paley.methods.gptq import InputStatistics, quantize_gptq
@@ -40,7 +40,7 @@ def checkpoint(tmp_path):
         )
     ).eval()  # fmt: skip
     scheme, statistics, linear = WeightScheme("int3", 16), InputStatistics(), model.get_submodule(DOWN)
-    slot = LinearSlot(scheme, transform=Transform(40, 48, 12), outliers=3)
+    slot = LinearScheme(scheme, transform=Transform(40, 48, 12), outliers=3)
     linear.weight = nn.Parameter(slot.transform.apply(linear.weight.data))
     statistics.add(torch.eye(48), torch.eye(48))
     q = quantize_gptq(linear.weight.data, statistics, scheme, outlier_columns=torch.tensor([2, 31, 47]).int())

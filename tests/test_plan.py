@@ -28,11 +28,11 @@ def make_plan(**changes) -> Plan:
         "recipe": RECIPE,
         "rotation": Rotation(residual=Transform(60, 64, 64, seed=1), head=Transform(8, 8, 8)),
         "linears": {
-            f"{layer}.mlp.{name}": RECIPE.linear_slot(name, Transform(12, 12, 12) if name == "down_proj" else None)
+            f"{layer}.mlp.{name}": RECIPE.linear_scheme(name, Transform(12, 12, 12) if name == "down_proj" else None)
             for layer in layers
             for name in ("up_proj", "down_proj")
         },
-        "attentions": {f"{layer}.self_attn": RECIPE.attention_slot(layer) for layer in layers},
+        "attentions": {f"{layer}.self_attn": RECIPE.attention_scheme(layer) for layer in layers},
         "predicted_loss": 0.1 + 0.2,
         "bits_per_weight": 1 / 3,
         "trace": [Trial(slot="a", clip_ratio=0.7, objective=1e-300)],
@@ -86,7 +86,7 @@ def test_the_text_is_the_same_for_equal_plans_and_a_line_a_slot():
     assert json.loads(plan.to_json())["version"] == 1
     name = "model.layers.7.mlp.down_proj"
     clipped = RECIPE.model_copy(update={"inputs": ActivationScheme("odd3", clip_ratio=0.75)})
-    changed = make_plan(linears=plan.linears | {name: clipped.linear_slot(name, Transform(12, 12, 12))})
+    changed = make_plan(linears=plan.linears | {name: clipped.linear_scheme(name, Transform(12, 12, 12))})
     differing = [(a, b) for a, b in zip(lines, changed.to_json().split("\n"), strict=True) if a != b]
     assert len(differing) == 1
     assert differing[0][0].startswith(f'  "{name}": {{"weight": ')

@@ -7,7 +7,7 @@ import torch
 
 import paley
 from paley.core.metrics import kl_divergence
-from paley.core.schemes import AttentionSlot, LinearSlot
+from paley.core.schemes import AttentionScheme, LinearScheme
 from paley.model.adapter import Adapter
 from paley.model.calibrate import wrap_
 from paley.model.loading import open_source
@@ -34,8 +34,8 @@ def test_rotating_and_widening_keep_the_predictions(folder, expand):
     rotation = decide_rotation(preset("w3a3kv3").model_copy(update={"expand": expand}), adapter)
     rotate_(adapter, rotation)
     online = {"o": rotation.output, "down": rotation.mlp}
-    linears = {p: LinearSlot(transform=online.get(r)) for b in adapter.blocks for r, p in b.linears()}
-    wrap_(adapter, linears, {b.path("attention"): AttentionSlot(transform=rotation.head) for b in adapter.blocks})
+    linears = {p: LinearScheme(transform=online.get(r)) for b in adapter.blocks for r, p in b.linears()}
+    wrap_(adapter, linears, {b.path("attention"): AttentionScheme(transform=rotation.head) for b in adapter.blocks})
     assert float(kl_divergence(before, model(ids).logits).abs().max()) < 1e-5
     assert (model.config.hidden_size > rotation.residual.in_dim) == (expand == "auto")
 

@@ -9,7 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from paley.core.errors import PaleyError
-from paley.core.schemes import ActivationScheme, AttentionSlot, LinearSlot, WeightScheme
+from paley.core.schemes import ActivationScheme, AttentionScheme, LinearScheme, WeightScheme
 from paley.core.transforms import Transform
 from paley.recipe import (
     Override,
@@ -357,12 +357,12 @@ def test_overrides_change_what_they_name_in_order():
         ),
     )
     turn = Transform(8, 8, 8)
-    assert recipe.linear_slot("m.5.up_proj") == LinearSlot(recipe.weights, recipe.inputs)
-    assert recipe.linear_slot("m.5.down_proj", turn) == LinearSlot(recipe.weights, None, turn)
-    assert recipe.linear_slot("m.0.down_proj", turn) == LinearSlot(WeightScheme("int8"), None, turn)
-    assert recipe.linear_slot("m.1.down_proj", turn) == LinearSlot(None, None, turn)
-    assert recipe.attention_slot("m.0.attn", turn) == AttentionSlot(recipe.keys, None, turn)
-    assert recipe.attention_slot("m.1.attn") == AttentionSlot(None, None)
+    assert recipe.linear_scheme("m.5.up_proj") == LinearScheme(recipe.weights, recipe.inputs)
+    assert recipe.linear_scheme("m.5.down_proj", turn) == LinearScheme(recipe.weights, None, turn)
+    assert recipe.linear_scheme("m.0.down_proj", turn) == LinearScheme(WeightScheme("int8"), None, turn)
+    assert recipe.linear_scheme("m.1.down_proj", turn) == LinearScheme(None, None, turn)
+    assert recipe.attention_scheme("m.0.attn", turn) == AttentionScheme(recipe.keys, None, turn)
+    assert recipe.attention_scheme("m.1.attn") == AttentionScheme(None, None)
     recipe.check_overrides(["m.0.down_proj", "m.1.down_proj"], ["m.0.attn"])
     with pytest.raises(PaleyError, match=r"override 'm\.1\.\*' with keep fits none of the 2 modules"):
         recipe.check_overrides(["m.0.down_proj"], ["m.0.attn"])
@@ -376,7 +376,7 @@ def test_groups_are_fitted_to_a_width_but_for_those_of_overrides():
     made = apply_settings(preset("w1a4"), [*settings, overrides])
 
     def groups(recipe, name, width):
-        slot = recipe.linear_slot(name, width=width)
+        slot = recipe.linear_scheme(name, width=width)
         return slot.weight.group_size, slot.input.group_size
 
     assert groups(made, "q", 320) == (160, 64)
@@ -386,7 +386,7 @@ def test_groups_are_fitted_to_a_width_but_for_those_of_overrides():
     assert groups(made, "up", 320) == (160, None)
     assert groups(made.model_copy(update={"fit_groups": False}), "q", 320) == (128, 64)
     rows = apply_settings(made, ["weights.group_size=null", "inputs=null", "overrides=[]"])
-    assert rows.linear_slot("q", width=320) == LinearSlot(rows.weights)
+    assert rows.linear_scheme("q", width=320) == LinearScheme(rows.weights)
 
 
 def test_yaml_is_plain():
@@ -400,12 +400,12 @@ def test_yaml_is_plain():
 def test_outliers_can_be_set_layer_by_layer():
     settings = ["outliers=4", "overrides=[{pattern: '*down*', outliers: 9}, {pattern: '*o_proj', weight: null}]"]
     made = apply_settings(preset("rtn-w2a4"), settings)
-    slots = [made.linear_slot(name) for name in ("q_proj", "down_proj", "o_proj")]
+    slots = [made.linear_scheme(name) for name in ("q_proj", "down_proj", "o_proj")]
     assert [slot.outliers for slot in slots] == [4, 9, 0]
     assert load_recipe_text(made) == made
     vectors = apply_settings(made, ["overrides=[{pattern: '*', weight: {grid: p2n16, scale_search: rms}}]"])
     with pytest.raises(PaleyError, match=r"q_proj: linear slot: .*stands for 2 columns"):
-        vectors.linear_slot("q_proj")
+        vectors.linear_scheme("q_proj")
     with pytest.raises(PaleyError, match="no weight is: set outliers: 0"):
         apply_settings(preset("w16a8"), ["outliers=4"])
 

@@ -33,7 +33,7 @@ from paley.model.reading import build_, prepare_
 __all__ = ["PaleyConfig", "PaleyQuantizer", "load", "register"]
 
 
-# What `from_pretrained` makes ready; None while `load` is at work, which does so itself once the model is on its device.
+# The products that `from_pretrained` makes ready; None while `load` is at work, which does so on the right device.
 _PRODUCT: ContextVar[str | None] = ContextVar("product", default="auto")
 
 

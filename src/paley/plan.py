@@ -7,22 +7,19 @@ same bytes.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FiniteFloat, PlainSerializer
 
 from paley.core.errors import PaleyError
-from paley.core.plain_grids import with_points
-from paley.core.schemes import AttentionSlot, LinearSlot
-from paley.core.transforms import Transform
+from paley.core.schemes import AttentionScheme, LinearScheme, Rotation
 from paley.recipe.documents import Document
 from paley.recipe.models import Recipe
 from paley.recipe.saving import in_natural_order
 
-__all__ = ["VERSION", "Plan", "Rotation", "Trial"]
+__all__ = ["VERSION", "Plan", "Trial"]
 
-VERSION = 1
+VERSION = 2  # 1 had no embedding and head, and told rotations apart by the layers that they turn
 # JSON has no word for these numbers, and a search may well meet an infinite perplexity.
 NON_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
@@ -36,27 +33,12 @@ def _to_name(value: float) -> float | str:
 
 
 Loss = Annotated[float, BeforeValidator(_from_name), PlainSerializer(_to_name, when_used="json")]
-LinearSlots = Annotated[dict[str, LinearSlot], AfterValidator(in_natural_order)]
-AttentionSlots = Annotated[dict[str, AttentionSlot], AfterValidator(in_natural_order)]
-
-
-@dataclass(frozen=True)
-class Rotation:
-    """The model's transforms: residual (R1), head (R2 and R3, of head_dim), output (o_proj's input), mlp (R4).
-
-    None: not applied. output and mlp act at run time, before the input is rounded.
-    """
-
-    __pydantic_config__: ClassVar = {"extra": "forbid"}
-
-    residual: Transform | None = None
-    head: Transform | None = None
-    output: Transform | None = None
-    mlp: Transform | None = None
+LinearSchemes = Annotated[dict[str, LinearScheme], AfterValidator(in_natural_order)]
+AttentionSchemes = Annotated[dict[str, AttentionScheme], AfterValidator(in_natural_order)]
 
 
 class Trial(BaseModel):
-    """One evaluation of a search: the objective that `clip_ratio` in `slot` gave."""
+    """One evaluation of a search: the objective that `clip_ratio` at `slot` gave."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -66,27 +48,23 @@ class Trial(BaseModel):
 
 
 class Plan(Document):
-    """What to do to each linear layer and each attention of the model whose fingerprint this is.
+    """What to do to each weight and each attention of the model whose fingerprint this is.
 
-    Slots are held in the natural order of their names, whatever order they come in.
+    Schemes are held in the natural order of their names, whatever order they come in.
     """
 
     what: ClassVar[str] = "plan"
 
-    version: Literal[1] = VERSION
+    version: Literal[2] = VERSION
     fingerprint: str
     model_type: str
     recipe: Recipe
     rotation: Rotation | None = None
-    linears: LinearSlots
-    attentions: AttentionSlots
+    linears: LinearSchemes
+    attentions: AttentionSchemes
     predicted_loss: Loss | None = None
     bits_per_weight: FiniteFloat | None = None
     trace: tuple[Trial, ...] = ()
-
-    @classmethod
-    def upgraded(cls, data: dict[str, Any], where: str) -> dict[str, Any]:
-        return with_points(data, where)
 
     def check_fingerprint(self, actual: str) -> Self:
         """-> self; raises where the plan was made for another model than that of fingerprint `actual`."""

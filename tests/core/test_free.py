@@ -4,7 +4,7 @@ import torch
 from paley.core import free, grids
 from paley.core.errors import PaleyError
 from paley.core.rounding import Quantized, quantize_dynamic, round_trip
-from paley.core.schemes import ActivationScheme, AttentionSlot, LinearSlot, WeightScheme
+from paley.core.schemes import ActivationScheme, AttentionScheme, LinearScheme, WeightScheme
 
 
 def groups_and_scales(name, rows=5, groups=3, k=16, seed=0):
@@ -44,11 +44,11 @@ def test_free_grids_are_for_weights_and_scales_of_their_own():
         (lambda: ActivationScheme("free2"), "grid 'free2' is for weights"),
         (lambda: WeightScheme("free2"), "needs scale_search 'em' or 'em_diagonal' or 'em_inverse', got 'mse'"),
         (lambda: WeightScheme("int2", scale_search="em"), "needs scale_search 'absmax' or .*, got 'em'"),
-        (lambda: LinearSlot(WeightScheme("p2n16", scale_search="rms"), outliers=4), "stands for 2 columns"),
-        (lambda: LinearSlot(WeightScheme("p1n4", scale_search="unbiased"), outliers=4), "exclude each other"),
-        (lambda: LinearSlot(outliers=4), "but weight is null"),
-        (lambda: LinearSlot(WeightScheme("int2"), outliers=-1), "must be at least 0, got -1"),
-        (lambda: AttentionSlot(keys=ActivationScheme("uint4", refit=True)), "refit is for linear inputs"),
+        (lambda: LinearScheme(WeightScheme("p2n16", scale_search="rms"), outliers=4), "stands for 2 columns"),
+        (lambda: LinearScheme(WeightScheme("p1n4", scale_search="unbiased"), outliers=4), "exclude each other"),
+        (lambda: LinearScheme(outliers=4), "but weight is null"),
+        (lambda: LinearScheme(WeightScheme("int2"), outliers=-1), "must be at least 0, got -1"),
+        (lambda: AttentionScheme(keys=ActivationScheme("uint4", refit=True)), "refit is for linear inputs"),
         (lambda: grids.load("free8"), "free<1-4>"),
     ):
         with pytest.raises(PaleyError, match=complaint):

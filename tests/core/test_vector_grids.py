@@ -8,7 +8,7 @@ from paley.core.errors import PaleyError
 from paley.core.metrics import rel_error
 from paley.core.packing import pack_codes, packed_bytes, stored_bits, symbol, unpack_codes
 from paley.core.rounding import codes_per_row, quantize_dynamic, round_trip
-from paley.core.schemes import ActivationScheme, LinearSlot, WeightScheme
+from paley.core.schemes import ActivationScheme, LinearScheme, WeightScheme
 from paley.format.spec import decode_linear, encode_linear
 from paley.methods.nearest import gaussian_error, gaussian_spread, quantize_nearest
 
@@ -28,7 +28,7 @@ def test_the_same_values_come_back_by_both_paths_and_from_the_file(name, n, grou
     assert q.codes.shape == (3, codes_per_row(n, grid.p))
     assert (q.width, q.group_size) == (n, group_size or n)
     assert torch.equal(q.dequantize(), round_trip(x, scheme, torch.float16))
-    slot = LinearSlot(WeightScheme(name, group_size, "nearest", "rms"))
+    slot = LinearScheme(WeightScheme(name, group_size, "nearest", "rms"))
     stored = encode_linear("layer", q)
     assert stored["layer.codes"].shape == (3, packed_bytes(codes_per_row(n, grid.p), grid.size))
     assert torch.equal(decode_linear("layer", stored, slot, n).dequantize(), q.dequantize())

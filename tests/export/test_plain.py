@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import paley
 from paley.cli import app
 from paley.core.errors import PaleyError
-from paley.core.schemes import LinearSlot
+from paley.core.schemes import LinearScheme
 from paley.export.plain import dequantize
 from paley.format.checkpoint import Checkpoint
 from paley.format.writer import ShardWriter
@@ -162,10 +162,10 @@ def test_rounding_at_run_time_is_refused_or_dropped(rounding, tmp_path):
     assert "Dropped: 14 linear inputs" in (tmp_path / "plain" / "README.md").read_text()
     model = paley.load(rounding)
     for module in model.modules():  # the same model, rounding nothing as it runs
-        if isinstance(slot := getattr(module, "slot", None), LinearSlot):
-            module.slot = LinearSlot(slot.weight, None, slot.transform)
-        if hasattr(module, "kv_slot"):
-            module.kv_slot = None
+        if isinstance(slot := getattr(module, "slot", None), LinearScheme):
+            module.slot = LinearScheme(slot.weight, None, slot.transform)
+        if hasattr(module, "kv_scheme"):
+            module.kv_scheme = None
     want = logits(model)
     assert (plain_logits(tmp_path / "plain") - want).norm() <= 1e-5 * want.norm()
 

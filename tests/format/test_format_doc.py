@@ -16,7 +16,7 @@ from paley.core import grids, packing
 from paley.core.grids import AnyGrid
 from paley.core.hadamard import hadamard
 from paley.core.rounding import Outliers, Quantized, codes_per_row
-from paley.core.schemes import LinearSlot, WeightScheme
+from paley.core.schemes import LinearScheme, WeightScheme
 from paley.core.transforms import random_signs
 from paley.format.checkpoint import ShardWriter, write_json
 from paley.format.spec import QuantizationConfig, encode_linear
@@ -61,7 +61,7 @@ def random_linear(grid: AnyGrid, in_features: int, groups: int, generator: torch
 
 def write(folder: Path, linears: dict[str, Quantized], max_shard_bytes: int) -> None:
     slots = {
-        name: LinearSlot(
+        name: LinearScheme(
             WeightScheme("int4", q.group_size if q.scales.shape[1] > 1 else None).on_grid(q.grid),
             outliers=0 if q.outliers is None else len(q.outliers.columns),
         )

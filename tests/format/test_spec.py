@@ -9,7 +9,7 @@ from torch import Tensor
 from paley.core import grids
 from paley.core.errors import PaleyError
 from paley.core.rounding import Outliers, Quantized, quantize_dynamic
-from paley.core.schemes import ActivationScheme, AttentionSlot, LinearSlot, WeightScheme
+from paley.core.schemes import ActivationScheme, AttentionScheme, LinearScheme, WeightScheme
 from paley.core.transforms import Transform
 from paley.format.checkpoint import Checkpoint, ShardWriter, write_json
 from paley.format.spec import (
@@ -36,8 +36,8 @@ def quantized(grid: str = "uint3", in_features: int = 24, group_size: int | None
     return quantize_dynamic(weight, ActivationScheme(grid, group_size=group_size))
 
 
-def slot(grid: str = "uint3", group_size: int | None = 8) -> LinearSlot:
-    return LinearSlot(WeightScheme(grid, group_size))
+def slot(grid: str = "uint3", group_size: int | None = 8) -> LinearScheme:
+    return LinearScheme(WeightScheme(grid, group_size))
 
 
 # --- the section of config.json ---------------------------------------------------------------------------
@@ -46,17 +46,17 @@ def slot(grid: str = "uint3", group_size: int | None = 8) -> LinearSlot:
 def test_a_config_survives_json():
     config = QuantizationConfig(
         linears={
-            "a": LinearSlot(WeightScheme("gauss2", 16), ActivationScheme("odd4", "rms"), Transform(12, 24, 12, 5)),
-            "b": LinearSlot(),
+            "a": LinearScheme(WeightScheme("gauss2", 16), ActivationScheme("odd4", "rms"), Transform(12, 24, 12, 5)),
+            "b": LinearScheme(),
         },
-        attentions={"c": AttentionSlot(values=ActivationScheme("uint2", group_size=4))},
+        attentions={"c": AttentionScheme(values=ActivationScheme("uint2", group_size=4))},
     )
     assert QuantizationConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_defaults_are_those_of_the_schemes():
     config = QuantizationConfig.from_dict(CONFIG)
-    assert config.linears[UP] == LinearSlot(WeightScheme("int3", 8))
+    assert config.linears[UP] == LinearScheme(WeightScheme("int3", 8))
     assert config.attentions["model.layers.0.self_attn"].keys == ActivationScheme("int4", clip_ratio=0.9)
 
 
@@ -64,7 +64,7 @@ def test_a_grid_of_ones_own_is_read_from_new_files_and_older_ones():
     points = [[-1.5, 0.25], [0.5, 1.0], [1.0, -0.75]]
     own = grids.custom(torch.tensor(points))
     weight = WeightScheme(own, scale_search="rms")
-    config = QuantizationConfig(linears={UP: LinearSlot(weight, ActivationScheme(own, "rms"))}, attentions={})
+    config = QuantizationConfig(linears={UP: LinearScheme(weight, ActivationScheme(own, "rms"))}, attentions={})
     data = json.loads(json.dumps(config.to_dict()))
     assert data["linears"][UP]["weight"]["grid"] == {"points": points}
     assert QuantizationConfig.from_dict(data) == config
@@ -167,11 +167,11 @@ def test_expected_tensors():
         "x.codes": (torch.uint8, (6, 5)),
         "x.scales": (torch.float16, (6, 1)),
     }
-    assert expected_tensors("x", LinearSlot(), 13, 6) == {"x.weight": (None, (6, 13))}
+    assert expected_tensors("x", LinearScheme(), 13, 6) == {"x.weight": (None, (6, 13))}
     with pytest.raises(PaleyError, match="x: in_features=25 is no multiple of group_size=8"):
         expected_tensors("x", slot(), 25, 6)
     with pytest.raises(PaleyError, match="x: in_features=24, but its transform ends at out_dim=48"):
-        expected_tensors("x", LinearSlot(transform=Transform(24, 48, 12)), 24, 6)
+        expected_tensors("x", LinearScheme(transform=Transform(24, 48, 12)), 24, 6)
 
 
 def changed(name: str, change) -> dict[str, Tensor]:
@@ -224,7 +224,7 @@ def test_stale_tensors_are_refused():
     with pytest.raises(PaleyError, match=r"x: is stored quantized, and as x.weight too"):
         decode_linear("x", tensors | {"x.weight": torch.zeros(6, 24)}, slot("int3"), 24)
     with pytest.raises(PaleyError, match="leaves the weight unquantized"):
-        decode_linear("x", tensors, LinearSlot(), 24)
+        decode_linear("x", tensors, LinearScheme(), 24)
 
 
 def test_encoding_refuses_what_would_not_come_back():
@@ -248,11 +248,11 @@ def test_encoding_refuses_what_would_not_come_back():
             encode_linear("x", Quantized(q.codes, scales, q.zeros, "uint3"))
 
 
-def with_outliers(grid: str = "free2") -> tuple[Quantized, LinearSlot]:
+def with_outliers(grid: str = "free2") -> tuple[Quantized, LinearScheme]:
     points = torch.linspace(-1, 1, 4).half().expand(6, 3, 4) if grid == "free2" else torch.ones(6, 3).half()
     codes = torch.arange(6 * 24).reshape(6, 24).remainder(4).to(torch.uint8)
     outliers = Outliers(torch.tensor([2, 9], dtype=torch.int32), codes[:, :2].clone(), torch.ones(6, 1).half())
-    return Quantized(codes, points, None, grid, 24, outliers), LinearSlot(
+    return Quantized(codes, points, None, grid, 24, outliers), LinearScheme(
         WeightScheme("int4", 8).on_grid(grid), outliers=2
     )
 

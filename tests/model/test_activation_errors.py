@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from paley.core.schemes import ActivationScheme, AttentionSlot, LinearSlot, WeightScheme
+from paley.core.schemes import ActivationScheme, AttentionScheme, LinearScheme, WeightScheme
 from paley.core.transforms import Transform
 from paley.model.activation_errors import measure_errors
 from paley.model.adapter import Adapter
@@ -32,10 +32,10 @@ def adapter(bias: float = 3.0) -> Adapter:
     return made
 
 
-def wrapped(slot: AttentionSlot, linear: LinearSlot | None = None, bias: float = 3.0):
+def wrapped(slot: AttentionScheme, linear: LinearScheme | None = None, bias: float = 3.0):
     made = adapter(bias)
-    of = {DOWN: linear or LinearSlot()}
-    linears = {path: of.get(path, LinearSlot()) for block in made.blocks for _, path in block.linears()}
+    of = {DOWN: linear or LinearScheme()}
+    linears = {path: of.get(path, LinearScheme()) for block in made.blocks for _, path in block.linears()}
     attentions = {block.path("attention"): slot for block in made.blocks}
     wrap_(made, linears, attentions)
     return made, linears, attentions
@@ -46,10 +46,10 @@ def wrapped(slot: AttentionSlot, linear: LinearSlot | None = None, bias: float =
 @torch.no_grad()
 def test_it_is_the_error_of_the_packed_cache(what, transform):
     scheme = ActivationScheme("uint4", clip_ratio=0.9)
-    made, linears, attentions = wrapped(AttentionSlot(scheme, scheme, transform))
+    made, linears, attentions = wrapped(AttentionScheme(scheme, scheme, transform))
     found = measure_errors(made, IDS, linears, attentions, {(ATTENTION, what): [scheme]})
     read = {}
-    for slot in (AttentionSlot(), attentions[ATTENTION]):
+    for slot in (AttentionScheme(), attentions[ATTENTION]):
         set_attention_(made.blocks[1], slot)  # the block before it stays exact
         cache = PackedKVCache(made.model)
         made.model(IDS, use_cache=True, **cache_argument(made.model, cache))
@@ -65,7 +65,7 @@ def test_centred_keys_lose_less_of_the_same_energy():
     scheme = ActivationScheme("uint4")
     lost = {}
     for center in (False, True):
-        made, linears, attentions = wrapped(AttentionSlot(scheme, None, center_keys=center), bias=0.0)
+        made, linears, attentions = wrapped(AttentionScheme(scheme, None, center_keys=center), bias=0.0)
         for block in made.blocks:
             block.part("k").bias.data[:] = torch.tensor([0.0] * 15 + [9.0]).repeat(2)  # RoPE hardly turns it
         place = ATTENTION, "keys"
@@ -79,8 +79,8 @@ def test_inputs_are_those_that_a_linear_rounds(outliers):
     scheme = ActivationScheme("gauss4", scale="rms")
     transform = None if outliers else Transform(96, 96, 96, 1)
     weight = WeightScheme("int4", method="nearest", scale_search="absmax")
-    linear = LinearSlot(weight, scheme, transform, outliers)
-    made, linears, attentions = wrapped(AttentionSlot(), linear)
+    linear = LinearScheme(weight, scheme, transform, outliers)
+    made, linears, attentions = wrapped(AttentionScheme(), linear)
     found = measure_errors(made, IDS, linears, attentions, {(DOWN, "input"): [scheme]})
     seen = []
     down = made.model.get_submodule(DOWN)
@@ -97,7 +97,7 @@ def test_inputs_are_those_that_a_linear_rounds(outliers):
 
 def test_one_huge_vector_does_not_outshout_the_others():
     """Slopes' noise is as large as each vector; so a token that is a thousand times as loud counts as any other."""
-    made, linears, attentions = wrapped(AttentionSlot(), LinearSlot(input=ActivationScheme("int4")))
+    made, linears, attentions = wrapped(AttentionScheme(), LinearScheme(input=ActivationScheme("int4")))
     scheme, loud = ActivationScheme("int4"), [1.0]
     down = made.model.get_submodule(DOWN)
 

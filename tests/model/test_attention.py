@@ -17,9 +17,9 @@ from transformers import (
 
 from paley.core import rounding
 from paley.core.errors import PaleyError
-from paley.core.schemes import ActivationScheme, AttentionSlot
+from paley.core.schemes import ActivationScheme, AttentionScheme
 from paley.core.transforms import Transform
-from paley.model.attention import attach_slots, attention, register
+from paley.model.attention import attach_schemes, attention, register
 from paley.model.kv_cache import PackedKVCache, cache_argument
 
 NAMES = ["llama", "mistral", "mistral-full", "qwen2", "qwen3"]
@@ -57,17 +57,17 @@ def head_dim(model: PreTrainedModel) -> int:
     return model.model.layers[0].self_attn.head_dim
 
 
-def slot_for(model: PreTrainedModel, keys: str = "uint3", values: str = "int4") -> AttentionSlot:
+def slot_for(model: PreTrainedModel, keys: str = "uint3", values: str = "int4") -> AttentionScheme:
     n = head_dim(model)
-    return AttentionSlot(
+    return AttentionScheme(
         ActivationScheme(keys, clip_ratio=0.95),
         ActivationScheme(values, group_size=n // 2),
         Transform(n, n, n, seed=7),
     )
 
 
-def attach(model: PreTrainedModel, slot: AttentionSlot) -> PreTrainedModel:
-    attach_slots(model, {f"model.layers.{i}.self_attn": slot for i in range(2)})
+def attach(model: PreTrainedModel, slot: AttentionScheme) -> PreTrainedModel:
+    attach_schemes(model, {f"model.layers.{i}.self_attn": slot for i in range(2)})
     return model
 
 
@@ -100,7 +100,7 @@ def test_one_long_forward_is_the_forward_in_chunks_and_token_by_token(name):
 def test_keys_and_values_may_differ_or_stay(keys, values):
     model = tiny("llama", torch.float32)
     make = lambda grid: None if grid is None else ActivationScheme(grid)  # noqa: E731
-    attach(model, AttentionSlot(make(keys), make(values), Transform(8, 8, 8)))
+    attach(model, AttentionScheme(make(keys), make(values), Transform(8, 8, 8)))
     ids = some_ids(1, 17)
     torch.testing.assert_close(in_chunks(model, ids, 4), model(ids, use_cache=False).logits, rtol=0, atol=1e-4)
 
@@ -112,8 +112,8 @@ def test_without_schemes_nothing_changes_by_a_bit(name):
     ids = some_ids(2, 11)
     exact = model(ids, use_cache=False).logits
     n = head_dim(model)
-    for slots in ({}, {"model.layers.1.self_attn": AttentionSlot(transform=Transform(n, n, n))}):
-        attach_slots(model, slots)
+    for slots in ({}, {"model.layers.1.self_attn": AttentionScheme(transform=Transform(n, n, n))}):
+        attach_schemes(model, slots)
         assert model.config._attn_implementation == "paley"
         assert torch.equal(model(ids, use_cache=False).logits, exact)
     assert torch.equal(in_chunks(model, ids, 11), exact)
@@ -127,7 +127,7 @@ def test_attention_by_hand(width):
     transform = Transform(8, width, 4, seed=2)
     module = nn.Module()
     module.num_key_value_groups, module.is_causal, module.training = 2, True, False
-    module.kv_slot = AttentionSlot(scheme_k, scheme_v, transform)
+    module.kv_scheme = AttentionScheme(scheme_k, scheme_v, transform)
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, heads, 6, 8, generator=g, dtype=torch.float64) for heads in (4, 2, 2))
     got, _ = attention(module, q, k, v, None, scaling=1 / math.sqrt(8))
@@ -190,9 +190,9 @@ def test_left_padding_changes_no_row(name):
 
 def test_attaching_again_replaces_all_slots():
     model = attach(tiny("llama"), slot_for(tiny("llama")))
-    attach_slots(model, {"model.layers.1.self_attn": AttentionSlot()})
-    assert model.model.layers[0].self_attn.kv_slot is None
-    assert model.model.layers[1].self_attn.kv_slot == AttentionSlot()
+    attach_schemes(model, {"model.layers.1.self_attn": AttentionScheme()})
+    assert model.model.layers[0].self_attn.kv_scheme is None
+    assert model.model.layers[1].self_attn.kv_scheme == AttentionScheme()
     register()
     register()
 
@@ -203,20 +203,20 @@ def test_slots_that_fit_nothing_are_refused():
     for name, slot, message in [
         (
             "model.layers.0.self_atn",
-            AttentionSlot(),
+            AttentionScheme(),
             r"no attention module .* did you mean 'model.layers.0.self_attn'",
         ),
-        ("model.layers.0.mlp", AttentionSlot(), "no attention module"),
+        ("model.layers.0.mlp", AttentionScheme(), "no attention module"),
         (
             "model.layers.0.self_attn",
-            AttentionSlot(transform=Transform(16, 16, 16)),
+            AttentionScheme(transform=Transform(16, 16, 16)),
             "in_dim=16, but head_dim=8",
         ),
-        ("model.layers.0.self_attn", AttentionSlot(keys=scheme), "keys of width 8 .* group_size=3"),
-        ("model.layers.0.self_attn", AttentionSlot(values=scheme), "values of width 8 .* group_size=3"),
+        ("model.layers.0.self_attn", AttentionScheme(keys=scheme), "keys of width 8 .* group_size=3"),
+        ("model.layers.0.self_attn", AttentionScheme(values=scheme), "values of width 8 .* group_size=3"),
     ]:
         with pytest.raises(PaleyError, match=message):
-            attach_slots(model, {name: slot})
+            attach_schemes(model, {name: slot})
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -225,7 +225,7 @@ def test_a_model_whose_attention_cannot_be_replaced_is_refused(monkeypatch):
     monkeypatch.setattr(type(model), "_can_set_attn_implementation", classmethod(lambda cls: False))
     monkeypatch.setattr(type(model.model), "_can_set_attn_implementation", classmethod(lambda cls: False))
     with pytest.raises(PaleyError, match="does not let its attention be replaced"):
-        attach(model, AttentionSlot(ActivationScheme("int4")))
+        attach(model, AttentionScheme(ActivationScheme("int4")))
 
 
 def test_a_cache_made_for_other_slots_is_refused():
@@ -242,7 +242,7 @@ def test_centering_keys_changes_nothing_but_the_rounding(name):
     model = tiny(name)
     ids = some_ids(2, 23)
     exact = model(ids, use_cache=False).logits
-    slot = AttentionSlot(ActivationScheme("int8"), None, center_keys=True)
+    slot = AttentionScheme(ActivationScheme("int8"), None, center_keys=True)
     attach(model, slot)
     errors = []
     for size in (0.0, 1.0, 300.0):  # a mean that is far off costs precision, and nothing else
@@ -261,7 +261,7 @@ def test_centering_keys_changes_nothing_but_the_rounding(name):
 @torch.no_grad()
 def test_the_true_mean_makes_keys_smaller_to_round():
     module = (
-        attach(tiny("llama"), AttentionSlot(ActivationScheme("uint3"), None, center_keys=True))
+        attach(tiny("llama"), AttentionScheme(ActivationScheme("uint3"), None, center_keys=True))
         .model.layers[0]
         .self_attn
     )
@@ -282,5 +282,5 @@ def expand_heads(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 
 def test_no_mean_without_quantized_keys():
-    model = attach(tiny("llama"), AttentionSlot(None, ActivationScheme("int4"), center_keys=True))
+    model = attach(tiny("llama"), AttentionScheme(None, ActivationScheme("int4"), center_keys=True))
     assert not [name for name, _ in model.named_buffers() if "key_mean" in name]

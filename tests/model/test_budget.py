@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from paley.core import grids, tables
 from paley.core.errors import PaleyError
 from paley.core.plain_grids import to_plain
-from paley.core.schemes import ActivationScheme, LinearSlot
+from paley.core.schemes import ActivationScheme, LinearScheme
 from paley.core.transforms import Transform
 from paley.format import spec
 from paley.methods.nearest import gaussian_error
@@ -61,8 +61,8 @@ def recipe(*settings, name="higgs-4"):
 
 
 def slots_of(recipe, adapter) -> Slots:
-    linears = {path: recipe.linear_slot(path) for block in adapter.blocks for _, path in block.linears()}
-    attentions = {p: recipe.attention_slot(p) for p in (b.path("attention") for b in adapter.blocks)}
+    linears = {path: recipe.linear_scheme(path) for block in adapter.blocks for _, path in block.linears()}
+    attentions = {p: recipe.attention_scheme(p) for p in (b.path("attention") for b in adapter.blocks)}
     return Slots(linears, attentions)
 
 
@@ -189,7 +189,7 @@ def test_a_kept_layer_needs_no_rotation(adapter):
         for path, slot in start.linears.items()
     }
     found, _ = decide_grids(wanted, adapter, Slots(rotated, start.attentions), slopes(adapter))
-    assert set(found.linears.values()) == {LinearSlot()}
+    assert set(found.linears.values()) == {LinearScheme()}
 
 
 INT8 = "{grid: int8, scale: absmax}"
@@ -263,7 +263,7 @@ def least_read(wanted, adapter) -> int:
 def test_bytes_read_count_what_is_kept(adapter):
     plain = recipe("budget={read: 1, context: 1000}", "overrides=[{pattern: '*.mlp.*', keep: true}]")
     mlp, cache = 2 * 2 * 3 * 128 * 256, 1000 * 2 * 2 * 2 * 64  # 16 bits; two layers, keys and values
-    smallest = LinearSlot(replace(plain.weights, grid="p2n4"))  # two bits for two values, and a scale a row
+    smallest = LinearScheme(replace(plain.weights, grid="p2n4"))  # two bits for two values, and a scale a row
     attention = 2 * sum(spec.linear_bytes("x", smallest, 128, out, 2) for out in (128, 64, 64, 128))
     head = 2 * 50 * 128
     assert least_read(plain, adapter) == attention + mlp + cache + head

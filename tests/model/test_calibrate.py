@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from paley.core.errors import PaleyError
-from paley.core.schemes import ActivationScheme, AttentionSlot, LinearSlot, WeightScheme
+from paley.core.schemes import ActivationScheme, AttentionScheme, LinearScheme, WeightScheme
 from paley.core.transforms import Transform
 from paley.model.adapter import Adapter
 from paley.model.calibrate import BlockQuantizer, wrap_
@@ -27,10 +27,10 @@ def small_adapter():
 
 
 def slots(adapter, bits=3, inputs=True):
-    linear = LinearSlot(WeightScheme(f"gauss{bits}"), ActivationScheme("odd4") if inputs else None)
+    linear = LinearScheme(WeightScheme(f"gauss{bits}"), ActivationScheme("odd4") if inputs else None)
     linears = {path: linear for block in adapter.blocks for _, path in block.linears()}
     kv = ActivationScheme("uint4")
-    return linears, {block.path("attention"): AttentionSlot(kv, kv) for block in adapter.blocks}
+    return linears, {block.path("attention"): AttentionScheme(kv, kv) for block in adapter.blocks}
 
 
 IDS = torch.randint(0, 40, (6, 32), generator=torch.Generator().manual_seed(1))
@@ -104,7 +104,7 @@ def test_a_linear_may_stay_as_it_is(role):
     path = adapter.blocks[0].path(role)
     before = copy.deepcopy(adapter.model.get_submodule(path).weight)
     linears, attentions = slots(adapter)
-    linears[path] = LinearSlot(None, ActivationScheme("int8"))
+    linears[path] = LinearScheme(None, ActivationScheme("int8"))
     wrap_(adapter, linears, attentions)
     quantizer = BlockQuantizer(BlockRunner(adapter, 2), IDS, linears, attentions, compensate="plain")
     assert path not in [r.name for r in quantizer.quantize(0)]
@@ -121,7 +121,7 @@ def test_outliers_are_the_loudest_columns_and_shared_by_what_reads_them():
             block.module.input_layernorm.weight[[5, 11]] = 40.0
     scheme = WeightScheme("free2", 16, scale_search="em_diagonal")
     linears, attentions = slots(adapter)
-    linears = {name: LinearSlot(scheme, ActivationScheme("uint4", group_size=16), outliers=2) for name in linears}
+    linears = {name: LinearScheme(scheme, ActivationScheme("uint4", group_size=16), outliers=2) for name in linears}
     wrap_(adapter, linears, attentions)
     quantizer = BlockQuantizer(BlockRunner(adapter, batch=2), IDS, linears, attentions, compensate="residual_stream")
     for block in adapter.blocks:
@@ -149,7 +149,7 @@ def test_outliers_need_text_and_columns_to_spare():
         adapter = small_adapter()
         linears, attentions = slots(adapter)
         scheme = WeightScheme("int2", method="nearest", scale_search="absmax")
-        linears = {name: LinearSlot(scheme, outliers=count) for name in linears}
+        linears = {name: LinearScheme(scheme, outliers=count) for name in linears}
         wrap_(adapter, linears, attentions)
         with pytest.raises(PaleyError, match=complaint):
             BlockQuantizer(BlockRunner(adapter), ids, linears, attentions, compensate="plain").quantize(0)
@@ -159,8 +159,8 @@ def test_each_rotation_has_outliers_of_its_own():
     adapter, turned = small_adapter(), Transform(32, 32, 32, seed=3)
     linears, attentions = slots(adapter, inputs=False)
     scheme = WeightScheme("int2", method="nearest", scale_search="absmax")
-    chosen = LinearSlot(scheme, transform=turned, outliers=2)
-    linears = {name: chosen if name.endswith(("k_proj", "v_proj")) else LinearSlot() for name in linears}
+    chosen = LinearScheme(scheme, transform=turned, outliers=2)
+    linears = {name: chosen if name.endswith(("k_proj", "v_proj")) else LinearScheme() for name in linears}
     wrap_(adapter, linears, attentions)
     quantizer = BlockQuantizer(BlockRunner(adapter, batch=2), IDS, linears, attentions, compensate="plain")
     block, seen = adapter.blocks[0], []

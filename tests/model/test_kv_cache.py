@@ -4,14 +4,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from paley.core import rounding
 from paley.core.errors import PaleyError
-from paley.core.schemes import ActivationScheme, AttentionSlot
+from paley.core.schemes import ActivationScheme, AttentionScheme
 from paley.core.transforms import Transform
-from paley.model.attention import attach_slots
+from paley.model.attention import attach_schemes
 from paley.model.kv_cache import PackedKV, PackedKVCache, PackedKVLayer, cache_argument, pack_kv
 
 HEAD_DIM = 16
 R3 = Transform(HEAD_DIM, HEAD_DIM, HEAD_DIM)
-SLOT = AttentionSlot(ActivationScheme("int3", clip_ratio=0.9), ActivationScheme("uint4", group_size=8), R3)
+SLOT = AttentionScheme(ActivationScheme("int3", clip_ratio=0.9), ActivationScheme("uint4", group_size=8), R3)
 
 
 def rand(tokens: int, seed: int = 0, batch: int = 2, heads: int = 3) -> torch.Tensor:
@@ -36,7 +36,7 @@ def test_packed_values_are_the_round_trip_bit_for_bit(grid, group_size, transfor
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_bytes_are_what_the_bits_say(bits):
-    layer = PackedKVLayer(AttentionSlot(ActivationScheme(f"int{bits}"), ActivationScheme(f"uint{bits}", group_size=4)))
+    layer = PackedKVLayer(AttentionScheme(ActivationScheme(f"int{bits}"), ActivationScheme(f"uint{bits}", group_size=4)))
     keys, values = layer.update(rand(7), rand(7))
     vectors, codes = 2 * 3 * 7, HEAD_DIM * bits // 8
     assert keys.nbytes == vectors * (codes + 2)
@@ -46,7 +46,7 @@ def test_bytes_are_what_the_bits_say(bits):
 
 def test_bytes_of_a_whole_cache():
     model = tiny()
-    attach_slots(model, {"model.layers.1.self_attn": SLOT})
+    attach_schemes(model, {"model.layers.1.self_attn": SLOT})
     cache = PackedKVCache(model)
     with torch.no_grad():
         model(torch.arange(2 * 9).view(2, 9), **cache_argument(model, cache))
@@ -58,7 +58,7 @@ def test_bytes_of_a_whole_cache():
     assert cache.get_seq_length() == 9
 
 
-@pytest.mark.parametrize("slot", [SLOT, AttentionSlot(), AttentionSlot(values=ActivationScheme("gauss2"))])
+@pytest.mark.parametrize("slot", [SLOT, AttentionScheme(), AttentionScheme(values=ActivationScheme("gauss2"))])
 def test_pieces_add_up_and_room_stays_small(slot):
     k, v = rand(300, 1), rand(300, 2)
     whole, pieces = PackedKVLayer(slot), PackedKVLayer(slot)
@@ -86,7 +86,7 @@ def test_growth_is_amortised():
 
 def test_an_unquantized_side_is_exact():
     k, v = rand(4, 1), rand(4, 2)
-    keys, values = PackedKVLayer(AttentionSlot(values=ActivationScheme("int2"), transform=R3)).update(k, v)
+    keys, values = PackedKVLayer(AttentionScheme(values=ActivationScheme("int2"), transform=R3)).update(k, v)
     assert torch.equal(keys, k)
     assert isinstance(values, PackedKV)
 
@@ -129,7 +129,7 @@ def test_reset_allows_another_batch_size():
 
 def test_no_gradient_enters_the_cache():
     k = rand(3).requires_grad_()
-    for slot in (SLOT, AttentionSlot()):
+    for slot in (SLOT, AttentionScheme()):
         keys, _ = PackedKVLayer(slot).update(k, k)
         assert not any(t.requires_grad for t in (keys.parts() if isinstance(keys, PackedKV) else [keys]))
 
@@ -143,7 +143,7 @@ def test_models_with_other_layers_are_refused():
 
 def test_two_modules_for_one_layer_are_refused():
     model = tiny()
-    attach_slots(model, {f"model.layers.{i}.self_attn": SLOT for i in range(2)})
+    attach_schemes(model, {f"model.layers.{i}.self_attn": SLOT for i in range(2)})
     model.model.layers[1].self_attn.layer_idx = 0
     with pytest.raises(PaleyError, match=r"model\.layers\.1\.self_attn claims cache layer 0"):
         PackedKVCache(model)

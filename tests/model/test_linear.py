@@ -9,7 +9,7 @@ from paley import kernels
 from paley.core import rounding
 from paley.core.errors import PaleyError
 from paley.core.rounding import Quantized
-from paley.core.schemes import ActivationScheme, LinearSlot, WeightScheme
+from paley.core.schemes import ActivationScheme, LinearScheme, WeightScheme
 from paley.core.transforms import Transform
 from paley.methods.gptq import InputStatistics, quantize_gptq
 from paley.model.inputs import SharedInput, round_input
@@ -50,7 +50,7 @@ def test_forward_is_rounded_input_times_dequantized_weight(grid, group_size, inp
     source = linear(36, 7, bias=bias)
     q = quantized(source.weight, grid, group_size)
     scheme = ActivationScheme(inputs, clip_ratio=0.9) if inputs else None
-    layer = QuantLinear.from_linear(source, LinearSlot(WeightScheme(grid, group_size), scheme), q)
+    layer = QuantLinear.from_linear(source, LinearScheme(WeightScheme(grid, group_size), scheme), q)
     x = rand(2, 5, 36, seed=2)
     rounded = rounding.round_trip(x, scheme) if scheme else x
     assert torch.equal(layer(x), nn.functional.linear(rounded, q.dequantize(), source.bias))
@@ -59,7 +59,7 @@ def test_forward_is_rounded_input_times_dequantized_weight(grid, group_size, inp
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_stored_as_the_checkpoint_says(bits):
     in_features, groups = 20, 5
-    slot = LinearSlot(WeightScheme(f"uint{bits}", 4))
+    slot = LinearScheme(WeightScheme(f"uint{bits}", 4))
     layer = QuantLinear(in_features, 3, bias=True, slot=slot, dtype=torch.bfloat16)
     stored = {name: (tuple(t.shape), t.dtype) for name, t in layer.state_dict().items()}
     assert stored == {
@@ -68,14 +68,14 @@ def test_stored_as_the_checkpoint_says(bits):
         "zeros": ((3, groups), torch.uint8),
         "bias": ((3,), torch.bfloat16),
     }
-    symmetric = QuantLinear(in_features, 3, bias=False, slot=LinearSlot(WeightScheme(f"int{bits}")))
+    symmetric = QuantLinear(in_features, 3, bias=False, slot=LinearScheme(WeightScheme(f"int{bits}")))
     assert set(symmetric.state_dict()) == {"codes", "scales"}
 
 
 def test_codes_survive_packing():
     source = linear(29, 11)
     q = quantized(source.weight.detach(), "uint3")
-    layer = QuantLinear.from_linear(source, LinearSlot(WeightScheme("uint3")), q)
+    layer = QuantLinear.from_linear(source, LinearScheme(WeightScheme("uint3")), q)
     assert torch.equal(layer.dequantize(), q.dequantize())
     fresh = QuantLinear(29, 11, bias=True, slot=layer.slot)
     fresh.load_state_dict(layer.state_dict())
@@ -85,7 +85,7 @@ def test_codes_survive_packing():
 @torch.no_grad()
 def test_a_slot_without_schemes_is_the_layer_itself():
     source = linear(12, 5)
-    layer = QuantLinear.from_linear(source, LinearSlot(), None)
+    layer = QuantLinear.from_linear(source, LinearScheme(), None)
     assert set(layer.state_dict()) == {"weight", "bias"}
     x = rand(4, 12)
     assert torch.equal(layer(x), source(x))
@@ -98,18 +98,18 @@ def test_the_transform_widens_the_input_and_cancels():
     folded = nn.Linear(32, 6).double()
     folded.weight.copy_(transform.apply(source.weight))
     folded.bias.copy_(source.bias)
-    layer = QuantLinear.from_linear(folded, LinearSlot(transform=transform), None)
+    layer = QuantLinear.from_linear(folded, LinearScheme(transform=transform), None)
     x = rand(3, 24, dtype=torch.float64)
     torch.testing.assert_close(layer(x), source(x), rtol=0, atol=1e-12)
     scheme = ActivationScheme("int4")
-    layer = QuantLinear.from_linear(folded, LinearSlot(input=scheme, transform=transform), None)
+    layer = QuantLinear.from_linear(folded, LinearScheme(input=scheme, transform=transform), None)
     torch.testing.assert_close(layer(x), folded(rounding.round_trip(transform.apply(x), scheme)), rtol=0, atol=1e-12)
 
 
 @torch.no_grad()
 def test_the_dense_weight_changes_no_bit_and_is_not_saved():
     source = linear(16, 4).bfloat16()
-    slot = LinearSlot(WeightScheme("int4", 8))
+    slot = LinearScheme(WeightScheme("int4", 8))
     layer = QuantLinear.from_linear(source, slot, quantized(source.weight, "int4", 8))
     x = rand(3, 16, dtype=torch.bfloat16)
     packed = layer(x)
@@ -128,7 +128,7 @@ def test_the_dense_weight_changes_no_bit_and_is_not_saved():
 
 def test_casting_the_module_leaves_scales_alone():
     source = linear(16, 4)
-    layer = QuantLinear.from_linear(source, LinearSlot(WeightScheme("int4")), quantized(source.weight.detach(), "int4"))
+    layer = QuantLinear.from_linear(source, LinearScheme(WeightScheme("int4")), quantized(source.weight.detach(), "int4"))
     before = layer.scales.clone()
     layer.materialize_()
     layer.to(torch.bfloat16).to(torch.float32)
@@ -147,14 +147,14 @@ def test_a_shared_input_is_rounded_once_and_again_when_it_changes(monkeypatch):
     shared, x = SharedInput(), rand(3, 8)
     fine, coarse = ActivationScheme("int8"), ActivationScheme("int2")
     for scheme, rounded in [(fine, 1), (fine, 1), (coarse, 2), (coarse, 2), (fine, 3)]:
-        assert torch.equal(shared.once(round_input, x, LinearSlot(input=scheme)), plain(x, scheme))
+        assert torch.equal(shared.once(round_input, x, LinearScheme(input=scheme)), plain(x, scheme))
         assert len(calls) == rounded
     x.mul_(3)
-    assert torch.equal(shared.once(round_input, x, LinearSlot(input=fine)), plain(x, fine))
+    assert torch.equal(shared.once(round_input, x, LinearScheme(input=fine)), plain(x, fine))
     equal = x.clone()
-    shared.once(round_input, equal, LinearSlot(input=fine))
+    shared.once(round_input, equal, LinearScheme(input=fine))
     assert len(calls) == 5
-    layers = [QuantLinear.from_linear(linear(8, 4), LinearSlot(input=coarse), None) for _ in range(2)]
+    layers = [QuantLinear.from_linear(linear(8, 4), LinearScheme(input=coarse), None) for _ in range(2)]
     for layer in layers:
         layer.shared_input = shared
         assert torch.equal(layer(x), nn.functional.linear(plain(x, coarse), layer.weight, layer.bias))
@@ -163,21 +163,21 @@ def test_a_shared_input_is_rounded_once_and_again_when_it_changes(monkeypatch):
 
 def test_bad_slots_are_refused_when_made():
     with pytest.raises(PaleyError, match=r"in_features=20 .* group_size=8"):
-        QuantLinear(20, 3, bias=False, slot=LinearSlot(WeightScheme("int4", 8)))
+        QuantLinear(20, 3, bias=False, slot=LinearScheme(WeightScheme("int4", 8)))
     with pytest.raises(PaleyError, match=r"input: dimension 20 is no multiple of group_size=8"):
-        QuantLinear(20, 3, bias=False, slot=LinearSlot(input=ActivationScheme("int4", group_size=8)))
+        QuantLinear(20, 3, bias=False, slot=LinearScheme(input=ActivationScheme("int4", group_size=8)))
     with pytest.raises(PaleyError, match=r"in_features=20, but its transform ends at out_dim=32"):
-        QuantLinear(20, 3, bias=False, slot=LinearSlot(transform=Transform(20, 32, 16)))
+        QuantLinear(20, 3, bias=False, slot=LinearScheme(transform=Transform(20, 32, 16)))
 
 
 def test_bad_codes_are_refused():
     source = linear(16, 4)
-    slot = LinearSlot(WeightScheme("int4", 8))
+    slot = LinearScheme(WeightScheme("int4", 8))
     good = quantized(source.weight.detach(), "int4", 8)
     with pytest.raises(PaleyError, match="wants codes of 'int4', but none came"):
         QuantLinear.from_linear(source, slot, None)
     with pytest.raises(PaleyError, match="but codes came"):
-        QuantLinear.from_linear(source, LinearSlot(), good)
+        QuantLinear.from_linear(source, LinearScheme(), good)
     layer = QuantLinear.from_linear(source, slot, good)
     for bad, message in [
         (Quantized(good.codes, good.scales, None, "int3"), "wants codes of 'int4', got 'int3'"),
@@ -205,19 +205,19 @@ def test_outlier_inputs_are_rounded_by_themselves_and_leave_no_trace_in_the_othe
     x, columns = rand(5, 32), torch.tensor([3, 20], dtype=torch.int32)
     x[:, 3] *= 100
     scheme = ActivationScheme("uint4", group_size=16)
-    got = round_input(x, LinearSlot(input=scheme), columns)
+    got = round_input(x, LinearScheme(input=scheme), columns)
     rest = x.clone()
     rest[:, [3, 20]] = 0
     want = rounding.round_trip(rest, scheme)
     want[:, [3, 20]] = rounding.round_trip(x[:, [3, 20]], ActivationScheme("int8"))
     assert torch.equal(got, want)
     assert (got - x).square().mean() < 0.1 * (rounding.round_trip(x, scheme) - x).square().mean()
-    assert torch.equal(round_input(x, LinearSlot(), columns), x)
+    assert torch.equal(round_input(x, LinearScheme(), columns), x)
 
 
 @torch.no_grad()
 def test_a_shared_input_minds_the_outlier_columns():
-    shared, x, slot = SharedInput(), rand(3, 16), LinearSlot(input=ActivationScheme("int3"))
+    shared, x, slot = SharedInput(), rand(3, 16), LinearScheme(input=ActivationScheme("int3"))
     for columns in (None, torch.tensor([1]), torch.tensor([1]), torch.tensor([2])):
         assert torch.equal(shared.once(round_input, x, slot, columns), round_input(x, slot, columns))
 
@@ -230,7 +230,7 @@ def test_outliers_survive_packing_and_casting(grid):
     statistics.add(x, x)
     scheme = WeightScheme("int4", 16).on_grid(grid)
     q = quantize_gptq(source.weight, statistics, scheme, outlier_columns=torch.tensor([4, 9], dtype=torch.int32))
-    slot = LinearSlot(scheme, outliers=2)
+    slot = LinearScheme(scheme, outliers=2)
     layer = QuantLinear.from_linear(source, slot, q)
     assert torch.equal(layer.dequantize(), q.dequantize())
     layer.to(torch.bfloat16)
@@ -250,7 +250,7 @@ def on_planes(outliers=None, grid="free2", transform=None, group_size=32):
     scheme = WeightScheme("int4", group_size).on_grid(grid)
     q = quantize_gptq(source.weight, statistics, scheme, outlier_columns=outliers)
     inputs = ActivationScheme("uint4", group_size=group_size)
-    slot = LinearSlot(scheme, inputs, transform, 0 if outliers is None else len(outliers))
+    slot = LinearScheme(scheme, inputs, transform, 0 if outliers is None else len(outliers))
     return QuantLinear.from_linear(source, slot, q), x, q
 
 

@@ -10,7 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from paley.core.errors import PaleyError
 from paley.core.metrics import kl_divergence, rel_error
-from paley.core.schemes import LinearSlot, WeightScheme
+from paley.core.schemes import LinearScheme, WeightScheme
 from paley.core.transforms import Transform
 from paley.methods.nearest import quantize_nearest
 from paley.methods.sensitivity import fit_slope, measure_slopes, noise_levels
@@ -217,7 +217,7 @@ def test_what_is_going_to_be_rotated_has_the_slopes_of_the_rotated_model():
 
 def test_a_quantized_model_is_refused():
     adapter = small_adapter()
-    wrap_(adapter, {path: LinearSlot() for b in adapter.blocks for _, path in b.linears()}, {})
+    wrap_(adapter, {path: LinearScheme() for b in adapter.blocks for _, path in b.linears()}, {})
     with pytest.raises(PaleyError, match=r"q_proj: is a QuantLinear; measure the original"):
         make(adapter)
 

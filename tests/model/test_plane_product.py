@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from paley import kernels
-from paley.core.schemes import ActivationScheme, LinearSlot, WeightScheme
+from paley.core.schemes import ActivationScheme, LinearScheme, WeightScheme
 from paley.methods.gptq import InputStatistics, quantize_gptq
 from paley.model.linear import QuantLinear
 
@@ -30,7 +30,7 @@ def made():
     source, x, statistics = nn.Linear(96, 23), torch.randn(14, 96), InputStatistics()
     statistics.add(x, x)
     scheme, columns = WeightScheme("free2", 32, scale_search="em"), torch.tensor([4, 40], dtype=torch.int32)
-    slot = LinearSlot(scheme, ActivationScheme("uint4", group_size=32), outliers=2)
+    slot = LinearScheme(scheme, ActivationScheme("uint4", group_size=32), outliers=2)
     q = quantize_gptq(source.weight.detach(), statistics, scheme, outlier_columns=columns)
     return QuantLinear.from_linear(source, slot, q), x
 

@@ -63,7 +63,7 @@ def test_gradual_from_fp_and_from_low_bit_leave_all_slots_quantized():
         for slot in search.linears.values():
             assert isinstance(slot.input, ActivationScheme)
         for block in search.runner.adapter.blocks:
-            now = block.part("attention").kv_slot
+            now = block.part("attention").kv_scheme
             assert now == search.attentions[block.path("attention")]
             assert now.keys is not None
             assert now.values is not None

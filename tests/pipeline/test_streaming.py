@@ -19,7 +19,7 @@ from paley import hf
 from paley.core import grids
 from paley.core.errors import PaleyError
 from paley.core.plain_grids import to_plain
-from paley.core.schemes import LinearSlot
+from paley.core.schemes import LinearScheme
 from paley.format.checkpoint import Checkpoint, read_tensors
 from paley.format.files import write_json
 from paley.format.header import TensorInfo
@@ -283,7 +283,7 @@ def test_a_grid_that_only_the_recipe_names_is_carried_too(folder, tmp_path):
     ("change", "complaint"),
     [
         (lambda linears: linears.pop("model.layers.0.mlp.down_proj"), "model.layers.0.mlp.down_proj has no slot"),
-        (lambda linears: linears.update({"../x": LinearSlot()}), r"'?\.\./x'? is no layer of this model"),
+        (lambda linears: linears.update({"../x": LinearScheme()}), r"'?\.\./x'? is no layer of this model"),
     ],
 )
 def test_an_edited_plan_must_fit(folder, tmp_path, change, complaint):

@@ -87,7 +87,7 @@ class Architecture:
         return [part for part in before if isinstance(part, Norm) and part.reads == STREAM][-1]
 
     def why_stream_is_fixed(self) -> str | None:
-        """Why the residual stream cannot be rotated by folding: the norm that stands in the way; None if nothing does."""
+        """Why the residual stream cannot be rotated by folding: which norm stands in the way; None if none does."""
         for part in self.norms():
             if part.writes == STREAM:
                 return f"the gain of {part.path} stands between a linear layer and the residual stream"

@@ -24,7 +24,7 @@ class Site:
     reads: of a linear and the head, the name of their input's site. readers: of an input, the linears that read it.
     writes: of a linear, the wire; STREAM if it adds to the residual stream.
     norm: of an input, path of the norm that makes it; of a linear that adds to the stream, of the norm that reads the
-    stream just before. made_by: of keys and values, path of the last module of their own, a linear or a norm over heads.
+    stream just before. made_by: of keys and values, path of the last module of their own: a linear, or a norm of heads.
     stored_as: the name of its tensors in a file: of a tied head, the embedding's.
     """
 
@@ -103,7 +103,7 @@ class Sites(Mapping[str, Site]):
         return site.reads is not None and self[site.reads].norm is not None
 
     def shape_in(self, site: Site, width: int | None) -> tuple[int, int]:
-        """[out, in] of a weight in a residual stream of `width` (None: the model's own). A tied pair keeps its width."""
+        """[out, in] of a weight in a residual stream of `width` (None: as it is). A tied pair keeps its own width."""
         rows, columns = site.shape
         if width is None or (self.tied and site.kind != "linear"):
             return rows, columns
@@ -161,5 +161,3 @@ def _walk_block(row: Architecture, config: Any, sizes: dict[str, int], index: in
 def _made_by(row: Architecture, wire: str) -> str:
     """The last part of the block that writes a wire."""
     return [part.path for part in row.block if part.writes == wire][-1]
-
-

@@ -16,6 +16,7 @@ from paley.eval.perplexity import EvalResult, evaluate
 from paley.eval.reference import Reference
 from paley.format.spec import QUANT_METHOD
 from paley.model.loading import check_seq_len, load_tokenizer, open_source, read_config, resolve
+from paley.ops.matmul import EXACT
 from paley.pipeline import Monitor
 from paley.pipeline.texts import is_tuned_on, test_blocks
 from paley.plan import Plan
@@ -64,7 +65,7 @@ def load_model(model: str, device: str, *, kernels: bool = False) -> PreTrainedM
     """
     path = resolve(model)
     if is_paley(path):
-        return hf.load(path, device=device, dense="auto" if kernels and device == "cpu" else True)
+        return hf.load(path, device=device, product="auto" if kernels else EXACT)
     return open_source(path).load(device=device)
 
 

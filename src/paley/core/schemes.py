@@ -1,4 +1,4 @@
-"""Schemes: how each place where a tensor is quantized (a slot) is to be treated.
+"""Schemes: what is done at each site, a place of a model where a tensor can be quantized.
 
 Plain frozen dataclasses, checked once where they are made. Pydantic validates the same classes strictly when
 they come from a file (a plan, a recipe, a checkpoint's configuration).
@@ -15,7 +15,7 @@ from paley.core.grids import AnyGrid, FixedGrid
 from paley.core.plain_grids import AnyGridField, FixedGridField
 from paley.core.transforms import Transform
 
-__all__ = ["ActivationScheme", "AttentionSlot", "LinearSlot", "WeightScheme"]
+__all__ = ["ActivationScheme", "AttentionScheme", "LinearScheme", "Rotation", "Schemes", "WeightScheme"]
 
 _STRICT = {"extra": "forbid"}
 _BY_EM = ("em", "em_diagonal", "em_inverse")
@@ -119,8 +119,10 @@ class ActivationScheme:
 
 
 @dataclass(frozen=True)
-class LinearSlot:
+class LinearScheme:
     """One linear layer: its weight, its input, and the rotation its input gets at run time before rounding.
+
+    An embedding has one, too: a weight whose rows are stored rotated, and rotated back when they are looked up.
 
     outliers: input channels whose weights stay in int8, and whose values too where the input is rounded (Atom,
     arXiv:2310.19102).
@@ -140,17 +142,17 @@ class LinearSlot:
 
     def __post_init__(self) -> None:
         if self.outliers < 0:
-            raise PaleyError(f"linear slot: outliers must be at least 0, got {self.outliers}")
+            raise PaleyError(f"linear scheme: outliers must be at least 0, got {self.outliers}")
         if self.outliers and self.weight is None:
-            raise PaleyError("linear slot: outliers are columns of a quantized weight, but weight is null")
+            raise PaleyError("linear scheme: outliers are columns of a quantized weight, but weight is null")
         if self.outliers and self.weight is not None and (p := self.weight.grid.p) > 1:
             raise PaleyError(
-                f"linear slot: a code of grid {self.weight.grid.name!r} stands for {p} columns, none of which can be "
+                f"linear scheme: a code of grid {self.weight.grid.name!r} stands for {p} columns, none of which can be "
                 "an outlier alone; set outliers=0, or a grid of single values"
             )
         if self.outliers and self.weight is not None and self.weight.scale_search == "unbiased":
             raise PaleyError(
-                "linear slot: outliers and scale_search 'unbiased' exclude each other; set outliers=0 or "
+                "linear scheme: outliers and scale_search 'unbiased' exclude each other; set outliers=0 or "
                 "scale_search=rms"
             )
 
@@ -160,7 +162,7 @@ class LinearSlot:
 
 
 @dataclass(frozen=True)
-class AttentionSlot:
+class AttentionScheme:
     """One attention layer's cache: keys (after RoPE and `transform`, which queries get too) and values.
 
     center_keys: the layer stores a mean key of each head, which is taken off every key first. Softmax does not
@@ -177,5 +179,26 @@ class AttentionSlot:
     def __post_init__(self) -> None:
         if any(scheme is not None and scheme.refit for scheme in (self.keys, self.values)):
             raise PaleyError(
-                "attention slot: a cache stores no fitted offsets; refit is for linear inputs, set it to false here"
+                "attention scheme: a cache stores no fitted offsets; refit is for linear inputs, set it to false here"
             )
+
+
+@dataclass(frozen=True)
+class Schemes:
+    """What is done to each weight (with its input), and to each attention's cache, by module name."""
+
+    linears: dict[str, LinearScheme]
+    attentions: dict[str, AttentionScheme]
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """What is folded into a model's weights: R1 of the residual stream, and R2 of each value head if there is R1.
+
+    heads also turns queries and keys at run time (R3). None: not applied.
+    """
+
+    __pydantic_config__: ClassVar = _STRICT
+
+    stream: Transform | None = None
+    heads: Transform | None = None

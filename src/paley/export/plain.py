@@ -19,7 +19,7 @@ from torch import Tensor
 from paley.core.errors import PaleyError, nearest_name
 from paley.core.files import write_atomic
 from paley.core.rounding import Quantized
-from paley.core.schemes import LinearSlot
+from paley.core.schemes import LinearScheme
 from paley.format import spec
 from paley.format.checkpoint import Checkpoint
 from paley.format.dtypes import FLOATS, cast_to_store
@@ -71,7 +71,7 @@ class _Linear:
     """A linear of the quantized folder: its slot, and the width of its input in the model."""
 
     name: str
-    slot: LinearSlot
+    slot: LinearScheme
     in_features: int
 
     @property

@@ -11,24 +11,29 @@ from pydantic_core import ErrorDetails
 
 from paley.core.errors import PaleyError, nearest_name
 from paley.core.plain_grids import with_points
-from paley.core.schemes import ActivationScheme, AttentionSlot, LinearSlot, WeightScheme
+from paley.core.schemes import ActivationScheme, AttentionScheme, LinearScheme, WeightScheme
 from paley.core.transforms import Transform
 
 __all__ = ["FORMAT_VERSION", "QUANT_METHOD", "QuantizationConfig"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no embedding among its linears, no stream, and named the grids of users' files
+_READ = (1, 2)
 QUANT_METHOD = "paley"
 
 
 class QuantizationConfig(BaseModel):
-    """Keys of the two maps are module names, as in the transformers model; from a file by `from_dict`."""
+    """Keys of the two maps are module names, as in the transformers model; from a file by `from_dict`.
+
+    stream: what turns the residual stream of a model whose head is tied to its embedding, at run time.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     quant_method: Literal["paley"] = QUANT_METHOD
-    format_version: Literal[1] = FORMAT_VERSION
-    linears: dict[str, LinearSlot]
-    attentions: dict[str, AttentionSlot]
+    format_version: Literal[2] = FORMAT_VERSION
+    linears: dict[str, LinearScheme]
+    attentions: dict[str, AttentionScheme]
+    stream: Transform | None = None
 
     @classmethod
     def from_dict(cls, data: object, where: str = "quantization_config") -> Self:
@@ -38,12 +43,13 @@ class QuantizationConfig(BaseModel):
         method, version = data.get("quant_method"), data.get("format_version")
         if method != QUANT_METHOD:
             raise PaleyError(f"{where}: quant_method must be {QUANT_METHOD!r}, got {method!r}")
-        if type(version) is not int or version != FORMAT_VERSION:
+        if type(version) is not int or version not in _READ:
             raise PaleyError(
                 f"{where}: format_version must be {FORMAT_VERSION}, got {version!r}; install the paley that "
                 "wrote this checkpoint, or quantize the model again"
             )
-        data = with_points(data, where)
+        if version == 1:
+            data = with_points(data, where) | {"format_version": FORMAT_VERSION}
         try:
             return cls.model_validate_json(json.dumps(data), strict=True)
         except ValidationError as error:
@@ -54,12 +60,15 @@ class QuantizationConfig(BaseModel):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for config.json."""
-        return self.model_dump(mode="json")
+        data = self.model_dump(mode="json")
+        if data["stream"] is None:
+            del data["stream"]
+        return data
 
 
 # What stands under (map, module), and under (map, module, place).
 _CLASSES: dict[str | int, type] = {
-    "linears": LinearSlot, "attentions": AttentionSlot, "transform": Transform,
+    "linears": LinearScheme, "attentions": AttentionScheme, "transform": Transform, "stream": Transform,
     "weight": WeightScheme, "input": ActivationScheme, "keys": ActivationScheme, "values": ActivationScheme,
 }  # fmt: skip
 

@@ -14,7 +14,7 @@ from paley.core import packing
 from paley.core.errors import PaleyError
 from paley.core.grids import AnyGrid
 from paley.core.rounding import Outliers, Quantized, check_groups, codes_per_row
-from paley.core.schemes import LinearSlot, WeightScheme
+from paley.core.schemes import LinearScheme, WeightScheme
 from paley.format.checkpoint import Checkpoint
 from paley.format.config import FORMAT_VERSION, QUANT_METHOD, QuantizationConfig
 
@@ -51,23 +51,23 @@ def quantization_of(checkpoint: Checkpoint) -> QuantizationConfig:
     return QuantizationConfig.from_dict(section, f"{folder}/config.json: quantization_config")
 
 
-def expected_tensors(name: str, slot: LinearSlot, in_features: int, out_features: int) -> Expected:
+def expected_tensors(name: str, scheme: LinearScheme, in_features: int, out_features: int) -> Expected:
     """Name -> (dtype, shape) of what stores the weight [out_features, in_features]; dtype None: any floats.
 
-    in_features is the stored width: slot.transform.out_dim where there is a transform. A bias is not listed.
+    in_features is the stored width: scheme.transform.out_dim where there is a transform. A bias is not listed.
     """
-    if slot.transform is not None and slot.transform.out_dim != in_features:
+    if scheme.transform is not None and scheme.transform.out_dim != in_features:
         raise PaleyError(
-            f"{name}: in_features={in_features}, but its transform ends at out_dim={slot.transform.out_dim}"
+            f"{name}: in_features={in_features}, but its transform ends at out_dim={scheme.transform.out_dim}"
         )
-    if slot.weight is None:
+    if scheme.weight is None:
         return {name + WEIGHT: (None, (out_features, in_features))}
     if in_features < 1:
         raise PaleyError(f"{name}: in_features={in_features} must be positive")
-    size = slot.weight.group_size or in_features
+    size = scheme.weight.group_size or in_features
     check_groups(in_features, size, name, what="in_features=")
-    check_outliers(name, slot.outliers, in_features)
-    grid = slot.weight.grid
+    check_outliers(name, scheme.outliers, in_features)
+    grid = scheme.weight.grid
     width = packing.packed_bytes(codes_per_row(in_features, grid.p), grid.size)
     groups = (out_features, in_features // size)
     found: Expected = {
@@ -76,10 +76,10 @@ def expected_tensors(name: str, slot: LinearSlot, in_features: int, out_features
     }
     if grid.affine:
         found[name + ZEROS] = (torch.uint8, groups)
-    if slot.outliers:
-        found[name + OUTLIERS] = (torch.uint8, (out_features, slot.outliers))
+    if scheme.outliers:
+        found[name + OUTLIERS] = (torch.uint8, (out_features, scheme.outliers))
         found[name + OUTLIER_SCALES] = (SCALE_DTYPE, (out_features, 1))
-        found[name + OUTLIER_COLUMNS] = (torch.int32, (slot.outliers,))
+        found[name + OUTLIER_COLUMNS] = (torch.int32, (scheme.outliers,))
     return found
 
 
@@ -89,9 +89,9 @@ def check_outliers(name: str, outliers: int, in_features: int) -> None:
         raise PaleyError(f"{name}: outliers={outliers} must be fewer than its in_features={in_features} columns")
 
 
-def linear_bytes(name: str, slot: LinearSlot, in_features: int, out_features: int, itemsize: int) -> int:
+def linear_bytes(name: str, scheme: LinearScheme, in_features: int, out_features: int, itemsize: int) -> int:
     """Bytes that store the weight of a linear, without its bias; itemsize: of a value that stays unquantized."""
-    tensors = expected_tensors(name, slot, slot.stored_width(in_features), out_features).values()
+    tensors = expected_tensors(name, scheme, scheme.stored_width(in_features), out_features).values()
     return sum((dtype.itemsize if dtype else itemsize) * math.prod(shape) for dtype, shape in tensors)
 
 
@@ -117,29 +117,29 @@ def encode_linear(name: str, q: Quantized) -> dict[str, Tensor]:
         found[name + OUTLIER_COLUMNS] = q.outliers.columns
     out_features, in_features = shapes[0][0], q.width
     outliers = 0 if q.outliers is None else len(q.outliers.columns)
-    slot = LinearSlot(WeightScheme("int4", q.group_size).on_grid(grid), outliers=outliers)
-    _check_form(name, found, expected_tensors(name, slot, in_features, out_features))
+    scheme = LinearScheme(WeightScheme("int4", q.group_size).on_grid(grid), outliers=outliers)
+    _check_form(name, found, expected_tensors(name, scheme, in_features, out_features))
     check_values(name, found, in_features, grid)
     return found
 
 
-def decode_linear(name: str, tensors: Tensors, slot: LinearSlot, in_features: int) -> Quantized:
+def decode_linear(name: str, tensors: Tensors, scheme: LinearScheme, in_features: int) -> Quantized:
     """NAME.codes and the rest, as stored -> codes [out, in_features / p], scales and zeros [out, groups].
 
     PaleyError for a tensor that is missing or too many, of the wrong dtype or shape, or damaged.
     """
-    if slot.weight is None:
-        raise PaleyError(f"{name}: its slot leaves the weight unquantized; read {name + WEIGHT} itself")
+    if scheme.weight is None:
+        raise PaleyError(f"{name}: its scheme leaves the weight unquantized; read {name + WEIGHT} itself")
     if name + WEIGHT in tensors:
         raise PaleyError(f"{name}: is stored quantized, and as {name + WEIGHT} too; one of them is stale")
     found = {name + part: tensors[name + part] for part in PARTS if name + part in tensors}
     codes = found.get(name + CODES)
     out_features = codes.shape[0] if codes is not None and codes.dim() else 0
-    _check_form(name, found, expected_tensors(name, slot, in_features, out_features))
-    grid = slot.weight.grid
+    _check_form(name, found, expected_tensors(name, scheme, in_features, out_features))
+    grid = scheme.weight.grid
     check_values(name, found, in_features, grid)
     codes, outliers = unpack_weight(found[name + CODES], grid, in_features), None
-    if slot.outliers:
+    if scheme.outliers:
         outliers = Outliers(*(found[name + part] for part in (OUTLIER_COLUMNS, OUTLIERS, OUTLIER_SCALES)))
     return Quantized(codes, found[name + SCALES], found.get(name + ZEROS), grid, in_features, outliers)
 

@@ -13,7 +13,8 @@ from paley.core.rounding import round_trip
 from paley.core.schemes import ActivationScheme, AttentionScheme, LinearScheme, Schemes
 from paley.model.adapter import Adapter
 from paley.model.capture import capture_inputs
-from paley.model.kv_cache import SCALE_DTYPE, cache_argument, centered
+from paley.model.kv_cache import cache_argument
+from paley.ops.attention import SCALE_DTYPE, centered
 
 __all__ = ["MeasuredErrors", "Place", "measure_errors"]
 

@@ -93,8 +93,8 @@ def _check_fit(name: str, module: nn.Module, scheme: AttentionScheme) -> None:
         if scheme.transform.in_dim != head_dim:
             raise PaleyError(f"{name}: transform.in_dim={scheme.transform.in_dim}, but head_dim={head_dim}")
         key_width = scheme.transform.out_dim
-    for what, scheme, width in (("keys", scheme.keys, key_width), ("values", scheme.values, head_dim)):
-        if scheme is not None and scheme.group_size is not None and width % scheme.group_size:
+    for what, side, width in (("keys", scheme.keys, key_width), ("values", scheme.values, head_dim)):
+        if side is not None and side.group_size is not None and width % side.group_size:
             raise PaleyError(
-                f"{name}: {what} of width {width} are not a multiple of group_size={scheme.group_size}; use a divisor"
+                f"{name}: {what} of width {width} are not a multiple of group_size={side.group_size}; use a divisor"
             )

@@ -176,9 +176,7 @@ def _check_reach(problem: Problem, found: list[Item]) -> None:
         if resource.average:
             if not of_kind:
                 what, where = resource.lacking
-                raise PaleyError(
-                    f"budget.{resource.key}: this recipe quantizes no {what}; take one that does, {where}"
-                )
+                raise PaleyError(f"budget.{resource.key}: this recipe quantizes no {what}; take one that does, {where}")
             values = sum(item.values for item in of_kind)
             low, high = low / values, high / values
             if not low <= limit <= max(high, 16):

@@ -68,16 +68,12 @@ def items(problem: Problem, errors: Errors) -> Iterator[Item]:
     """Every site that is quantized, in the order of computation."""
     schemes, stored = problem.schemes, {site.name for site in problem.sites.weights}
     for site in problem.sites.values():
-        if site.name in stored:
-            if schemes.linears[site.name].weight is not None:
-                yield _weight_item(problem, site)
+        if site.name in stored and schemes.linears[site.name].weight is not None:
+            yield _weight_item(problem, site)
         elif site.kind == "input":
             yield from _input_items(problem, site, errors)
         elif site.kind in ("keys", "values"):
-            if (scheme := getattr(schemes.attentions[site.module], site.kind)) is not None:
-                place, (rows, width) = (site.module, site.kind), site.shape
-                options = _options(problem, place, scheme)
-                yield _activation_item(site.name, site, (place,), options, width, rows, errors)
+            yield from _cache_items(problem, site, errors)
 
 
 def kept(problem: Problem, scheme: LinearScheme) -> LinearScheme:
@@ -138,6 +134,12 @@ def _input_items(problem: Problem, site: Site, errors: Errors) -> Iterator[Item]
         places = tuple((path, "input") for path in paths)
         name = f"{site.name}-{n}" if n else site.name
         yield _activation_item(name, site, places, _options(problem, places[0], scheme), width, 1, errors)
+
+
+def _cache_items(problem: Problem, site: Site, errors: Errors) -> Iterator[Item]:
+    place, (heads, width) = (site.module, site.kind), site.shape
+    if (scheme := getattr(problem.schemes.attentions[site.module], site.kind)) is not None:
+        yield _activation_item(site.name, site, (place,), _options(problem, place, scheme), width, heads, errors)
 
 
 def _activation_item(

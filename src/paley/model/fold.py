@@ -63,7 +63,7 @@ def fold_norms_(adapter: Adapter) -> None:
 
 
 class StreamBack:
-    """Turns the residual stream back before the final norm of a model whose embedding turns it (`QuantEmbedding.stream`).
+    """Turns the residual stream back before the final norm, if the embedding has turned it (`QuantEmbedding.stream`).
 
     So a tied pair stays in coordinates of its own. The stream's width may have grown; as all norms' epsilons have then
     shrunk (see `rotate_stream_`), so does what this one reads. Used as a hook of the norm.
@@ -80,8 +80,8 @@ def rotate_stream_(adapter: Adapter, transform: Transform) -> None:
     """R1, and dimension expansion if it widens. Fold the norms first.
 
     RMSNorm over n' > n columns sees a mean square smaller by n/n': sqrt(n/n') goes into the linears behind it,
-    and eps shrinks by n/n'. A tied pair is not touched: rows are turned when they are looked up, and the stream is turned
-    back before the final norm.
+    and eps shrinks by n/n'. A tied pair is not touched: rows are turned when they are looked up, and the stream is
+    turned back before the final norm.
     """
     row, sites, model = adapter.architecture, adapter.sites, adapter.model
     n, wide = transform.in_dim, transform.out_dim

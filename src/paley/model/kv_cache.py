@@ -10,7 +10,6 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
@@ -120,7 +119,7 @@ class PackedKVLayer(CacheLayerMixin):
 
     # transformers annotates the result as two tensors; our attention function reads PackedKV too.
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """key_states, value_states [batch, kv_heads, new tokens, head_dim] -> all keys and values that these may see."""
+        """key_states, value_states [batch, kv_heads, new tokens, head_dim] -> all keys and values these may see."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._seen += key_states.shape[2]
@@ -215,7 +214,8 @@ class PackedKVCache(Cache):
                 raise PaleyError(f"PackedKVCache: {name} claims cache layer {index}, which is taken or does not exist")
             schemes[index] = scheme, getattr(module, "key_mean", None)
         layers: list[Any] = [
-            PackedKVLayer(*schemes.get(i, (None, None)), window=window(config, i)) for i in range(config.num_hidden_layers)
+            PackedKVLayer(*schemes.get(i, (None, None)), window=window(config, i))
+            for i in range(config.num_hidden_layers)
         ]
         super().__init__(layers=layers)
 

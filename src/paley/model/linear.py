@@ -63,7 +63,7 @@ class QuantLinear(Coded):
         if q is not None:
             made.set_quantized_(q)
         elif scheme.weight is None:
-            made.weight = parameter(linear.weight.detach().clone())
+            made.weight = parameter(kept.detach().clone())
         else:
             raise PaleyError(f"{name}: the scheme wants codes of {scheme.weight.grid.name!r}, but none came")
         if bias:
@@ -73,7 +73,9 @@ class QuantLinear(Coded):
     def prepare_(self, product: str = "auto", dtype: torch.dtype = torch.float32) -> None:
         """Chooses how the weight is multiplied from now on (see `paley.ops.matmul.choose`)."""
         device = self._device()
-        self.product = choose(self, self.in_features, device, dtype, product) if self.scheme.weight else Packed(self, dtype)
+        self.product = (
+            choose(self, self.in_features, device, dtype, product) if self.scheme.weight else Packed(self, dtype)
+        )
         self._chosen = (product, dtype)
 
     def set_input_(self, scheme: ActivationScheme | None) -> None:

@@ -14,6 +14,7 @@ import torch
 from paley.arch import Site, Sites
 from paley.core.rounding import check_groups
 from paley.core.schemes import LinearScheme, Rotation, Schemes
+from paley.core.transforms import Transform
 from paley.format import spec
 from paley.model.loading import Source
 from paley.recipe.models import Budget, Search
@@ -69,7 +70,7 @@ class Problem:
         return any(s.weight or s.input or s.transform for s in linears) or any(s.keys or s.values for s in attentions)
 
     @property
-    def stream(self) -> object:
+    def stream(self) -> Transform | None:
         """The transform of the residual stream that a tied pair leaves to run time; None if there is none."""
         return self.rotation.stream if self.rotation is not None and self.sites.tied else None
 
@@ -92,7 +93,7 @@ class Problem:
         return replace(self, schemes=schemes, **changes)  # type: ignore[arg-type]
 
     def check(self) -> Self:
-        """-> self; raises for schemes that do not fit the model: groups that do not divide a width, too many outliers."""
+        """-> self; raises if a scheme does not fit the model: groups that do not divide a width, too many outliers."""
         for site, scheme in self.weights():
             rows, columns = self.shape(site)
             width = scheme.stored_width(columns)
@@ -107,8 +108,7 @@ class Problem:
                 check_groups(site.shape[1], scheme.group_size, f"{site.module}: {site.kind}")
         return self
 
-    def inputs(self) -> Mapping[str, object]:
+    def inputs(self) -> Mapping[str, Transform]:
         """Path of a linear or untied head -> the transform of what it reads at run time, of those that have one."""
         names = {site.name for site in self.sites.of("linear", "head") if site.stored_as == site.name}
-        found = {n: s.transform for n, s in self.schemes.linears.items() if n in names and s.transform is not None}
-        return found
+        return {n: s.transform for n, s in self.schemes.linears.items() if n in names and s.transform is not None}

@@ -28,15 +28,18 @@ def build_(model: PreTrainedModel, spec: QuantizationConfig) -> None:
     row = family(model.config.model_type)
     if spec.stream is not None:
         _turn_stream_(model, row, spec.stream)
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding | QuantEmbedding)}
+    layers: dict[str, Any] = {
+        n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding | QuantEmbedding)
+    }
     for name, scheme in spec.linears.items():
         if name not in layers:
             hint = nearest_name(name, layers)
             raise PaleyError(f"config.json quantizes {name!r}, which is no linear layer of this model{hint}")
-        if isinstance(layers[name], nn.Linear):
-            _replace_linear_(model, name, layers[name], scheme)
+        layer = layers[name]
+        if isinstance(layer, nn.Linear):
+            _replace_linear_(model, name, layer, scheme)
         elif scheme != LinearScheme():
-            _replace_embedding_(model, row, name, layers[name], scheme)
+            _replace_embedding_(model, row, name, layer, scheme)
     if spec.attentions:
         attach_schemes(model, spec.attentions)
 
@@ -53,13 +56,14 @@ def prepare_(model: PreTrainedModel, product: str, dtype: torch.dtype) -> None:
 
 
 def _turn_stream_(model: PreTrainedModel, row: Architecture, stream: Transform) -> None:
-    """The embedding turns what it looks up, the final norm reads it turned back: both keep the width of the original."""
-    embedding, norm, head = (model.get_submodule(path) for path in (row.embedding, row.norm, row.head))
+    """The embedding turns what it looks up, the final norm turns it back: both keep the width of the original."""
+    norm: Any = model.get_submodule(row.norm)
+    head: Any = model.get_submodule(row.head)
     if stream.out_dim != model.config.hidden_size:
         raise PaleyError(
-            f"quantization_config: stream ends at {stream.out_dim} values, but hidden_size is {model.config.hidden_size}"
+            f"quantization_config: stream ends at {stream.out_dim} values, hidden_size is {model.config.hidden_size}"
         )
-    wide: Any = embedding
+    wide: Any = model.get_submodule(row.embedding)
     rows = wide.weight.new_empty(wide.weight.shape[0], stream.in_dim)
     turned = QuantEmbedding(
         len(rows), stream.in_dim, LinearScheme(), scale=scale_of(wide), stream=stream, dtype=rows.dtype,
@@ -67,6 +71,7 @@ def _turn_stream_(model: PreTrainedModel, row: Architecture, stream: Transform) 
     )  # fmt: skip
     model.set_submodule(row.embedding, turned)
     narrow = nn.Linear(stream.in_dim, len(rows), bias=head.bias is not None, device=rows.device, dtype=rows.dtype)
+    assert turned.weight is not None
     narrow.weight = turned.weight
     model.set_submodule(row.head, narrow)
     norm.weight = nn.Parameter(norm.weight.new_empty(stream.in_dim), requires_grad=False)
@@ -76,7 +81,9 @@ def _turn_stream_(model: PreTrainedModel, row: Architecture, stream: Transform) 
 def _replace_linear_(model: PreTrainedModel, name: str, linear: nn.Linear, scheme: LinearScheme) -> None:
     """Puts a QuantLinear in place of `linear`, the module called `name`, on its device."""
     if scheme.transform is not None and scheme.transform.in_dim != linear.in_features:
-        raise PaleyError(f"{name}: transform.in_dim={scheme.transform.in_dim}, but the layer reads {linear.in_features}")
+        raise PaleyError(
+            f"{name}: transform.in_dim={scheme.transform.in_dim}, but the layer reads {linear.in_features}"
+        )
     if scheme.weight is not None and f"{name}{WEIGHT}" in model.all_tied_weights_keys:
         raise PaleyError(f"{name}: its weight is tied to another; set tie_word_embeddings to false in config.json")
     made = QuantLinear(

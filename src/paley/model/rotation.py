@@ -41,7 +41,6 @@ class Turning:
         block = self.block if site.kind == "linear" else self.outer_block
         return None if block is None else input_blocks(width, block, self.seed)
 
-
     def is_whole(self, site: Site) -> bool:
         """Whether the input turns as a part of the folded rotation, whatever is done to the weight that reads it."""
         return _wire(site) in self.inputs
@@ -138,8 +137,7 @@ def _auto_expansion(bits: Sequence[float], hidden: int) -> int:
         if widths:
             return min(widths, key=lambda n: (hadamard.factor(n)[0], n)) - hidden
     raise PaleyError(
-        f"expand=auto: no Hadamard order between hidden size {hidden} and the limit of {limit}; "
-        "set expand to a number"
+        f"expand=auto: no Hadamard order between hidden size {hidden} and the limit of {limit}; set expand to a number"
     )
 
 

@@ -14,7 +14,7 @@ import hashlib
 import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -45,9 +45,11 @@ def noise_sites(sites: Sites, kinds: Collection[str]) -> dict[str, Site]:
     return {n: s for n, s in wanted.items() if (n in stored if s.is_weight else s.block is not None)}
 
 
-def noise_kind(site: Site) -> str:
+def noise_kind(site: Site) -> Literal["weight", "input", "keys", "values"]:
     """What a sensitivity file calls the kind of a site."""
-    return "weight" if site.is_weight else site.kind
+    if site.kind == "input" or site.kind == "keys" or site.kind == "values":
+        return site.kind
+    return "weight"
 
 
 def mixed_rows(site: Site, sites: Sites) -> int:

@@ -51,7 +51,7 @@ class PackedKV:
         """-> [batch, kv_heads, tokens, width] in `dtype`, still in transform's coordinates."""
         grid = self.scheme.grid
         codes = packing.unpack_codes(self.codes, grid.size, rounding.codes_per_row(self.width, grid.p))
-        return rounding.dequantize(codes, self.scales, self.zeros, grid, self.width).to(dtype)
+        return grid.dequantize(codes, self.scales, self.zeros, self.width).to(dtype)
 
 
 def pack_kv(x: Tensor, scheme: ActivationScheme, transform: Transform | None = None) -> PackedKV:

@@ -22,7 +22,11 @@ def embed(ids: Tensor, parts: dict[str, Tensor], scheme: LinearScheme, width: in
     codes = packing.unpack_codes(parts["codes"].index_select(0, flat), grid.size, codes_per_row(width, grid.p))
     zeros = parts.get("zeros")
     rows = Quantized(
-        codes, parts["scales"].index_select(0, flat), None if zeros is None else zeros.index_select(0, flat), grid, width
+        codes,
+        parts["scales"].index_select(0, flat),
+        None if zeros is None else zeros.index_select(0, flat),
+        grid,
+        width,
     ).dequantize()
     if scheme.transform is not None:
         rows = scheme.transform.adjoint(rows)

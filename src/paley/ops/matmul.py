@@ -1,7 +1,7 @@
 """grid_matmul: the product of an input with a coded weight, y = round(T x) · Ŵᵀ, and its implementations.
 
-A product is one implementation. `PRODUCTS` lists them, the fastest first; the list is walked once for each layer, when a
-model is loaded. Each must equal `grid_matmul`, its meaning, to float32 rounding.
+A product is one implementation. `PRODUCTS` lists them, the fastest first; the list is walked once for each layer, when
+a model is loaded. Each must equal `grid_matmul`, its meaning, to float32 rounding.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class CodedWeight(Protocol):
 
 
 def grid_matmul(x: Tensor, weight: CodedWeight) -> Tensor:
-    """x [..., in] (transform.in_dim if there is a transform) -> [..., out], in x's dtype. The meaning of every product."""
+    """x [..., in] (in: transform.in_dim if there is a transform) -> [..., out], in x's dtype."""
     rounded = round_input(x, weight.scheme, weight.outlier_columns)
     return linear(rounded, weight.dequantize(rounded.dtype))
 
@@ -43,7 +43,9 @@ class Product(Protocol):
     """One weight, ready to be multiplied. `how`: two products that agree in it make the same of an input."""
 
     name: str
-    how: Hashable
+
+    @property
+    def how(self) -> Hashable: ...
 
     @staticmethod
     def takes(scheme: LinearScheme, width: int, device: torch.device) -> bool:
@@ -75,7 +77,10 @@ class Planes:
         self._weight = planes.prepare(q.codes, q.grid.group_points(q.scales))
         self._outliers = None if q.outliers is None else q.outliers.dequantize()
         self._scheme = weight.scheme
-        self.how = ("codes", weight.scheme.input, weight.scheme.transform)
+
+    @property
+    def how(self) -> Hashable:
+        return ("codes", self._scheme.input, self._scheme.transform)
 
     @staticmethod
     def takes(scheme: LinearScheme, width: int, device: torch.device) -> bool:
@@ -179,6 +184,8 @@ def choose(weight: CodedWeight, width: int, device: torch.device, dtype: torch.d
         known = ("auto", *PRODUCTS)
         raise PaleyError(f"product {name!r} is none of {', '.join(known)}{nearest_name(name, known)}")
     if name != "auto" and not PRODUCTS[name].takes(weight.scheme, width, device):
-        raise PaleyError(f"product {name!r} does not take weights such as {weight.scheme} on {device}; use product='auto'")
+        raise PaleyError(
+            f"product {name!r} does not take weights such as {weight.scheme} on {device}; use product='auto'"
+        )
     wanted = PRODUCTS.values() if name == "auto" else (PRODUCTS[name],)
     return next(product for product in wanted if product.takes(weight.scheme, width, device))(weight, dtype)

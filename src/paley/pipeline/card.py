@@ -57,7 +57,7 @@ Nobody has measured this model: it was quantized without a test text. `paley eva
 def model_card(results: dict[str, Any], plan: Plan) -> str:
     """results: as in results.json."""
     recipe = plan.recipe
-    residual = plan.rotation.residual if plan.rotation else None
+    residual = plan.rotation.stream if plan.rotation else None
     rotation = (
         "none" if recipe.hadamard is None else f"inputs in Hadamard blocks of up to {recipe.hadamard}, at run time"
     )

@@ -12,6 +12,7 @@ import torch
 from paley.arch import Site, Sites
 from paley.core.errors import PaleyError, nearest_name
 from paley.core.schemes import LinearScheme, Schemes
+from paley.core.transforms import Transform
 from paley.format.dtypes import FLOATS
 from paley.model.budget import check_budget
 from paley.model.loading import Source
@@ -76,7 +77,8 @@ def under_plan(source: Source, plan: Plan) -> Problem:
         compensate=plan.recipe.compensate,
         search=plan.recipe.search,
         wanted=frozenset(
-            site.name for site in source.sites.weights
+            site.name
+            for site in source.sites.weights
             if (plan.linears[site.name].weight or plan.recipe.linear_scheme(site.name, site.kind).weight) is not None
         ),
     )
@@ -122,7 +124,7 @@ def _schemes(sites: Sites, recipe: Recipe, turning: Turning) -> Schemes:
 
 
 def _linear_scheme(recipe: Recipe, site: Site, turning: Turning, in_features: int) -> LinearScheme:
-    """What the recipe asks of a weight. A row that turns in blocks has a scale for each, unless the recipe says else."""
+    """What the recipe asks of a weight. A row that turns in blocks has a scale for each unless the recipe says so."""
     scheme = recipe.linear_scheme(site.name, site.kind)
     rounds = scheme.weight is not None or scheme.input is not None
     transform = turning.of(site, in_features)
@@ -147,7 +149,8 @@ def _check_pair(sites: Sites, recipe: Recipe) -> None:
     if embedding is None:
         raise PaleyError(
             f"{sites.head.name}: shares the weight of {sites.embedding.name} (tie_word_embeddings), which this recipe "
-            f"keeps, so it cannot have grid {head.grid.name!r} of its own; set embedding to the same scheme, or head=null"
+            f"keeps, so it cannot have grid {head.grid.name!r} of its own; set embedding to the same scheme, or "
+            "head=null"
         )
     if embedding.grid != head.grid:
         raise PaleyError(
@@ -199,7 +202,7 @@ def _check_data(problem: Problem, recipe: Recipe) -> None:
         )
 
 
-def _check_widths(recipe: Recipe, stream: object, turning: Turning) -> None:
+def _check_widths(recipe: Recipe, stream: Transform | None, turning: Turning) -> None:
     """Raises for an expansion, which no budget counts."""
     gated = next(iter(turning.inputs.values()), None)
     for key, what, transform in (("expand", "hidden states", stream), ("expand_mlp", "MLPs", gated)):

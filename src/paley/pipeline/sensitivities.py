@@ -120,7 +120,8 @@ def measure_on(
         baseline=probe.baseline,
         slots={
             name: MeasuredSlot(
-                kind=noise_kind(probe.sites[name]), numel=probe.sites[name].numel, alpha=slope.alpha, stderr=slope.stderr,
+                kind=noise_kind(probe.sites[name]), numel=probe.sites[name].numel, alpha=slope.alpha,
+                stderr=slope.stderr,
                 clamped=slope.clamped, levels=slope.levels,
             )
             for name, slope in slopes.items()
@@ -152,7 +153,7 @@ def _trial(entry: dict[str, Any]) -> tuple[tuple[str, int], float]:
 
 
 def measure_for(problem: Problem, run: RunDirectory | None, monitor: Monitor, device: str) -> Sensitivity:
-    """The slopes that the problem's budget needs, measured as it says; finished trials are kept in the run directory."""
+    """The slopes that the problem's budget needs, measured as it says; the run directory keeps finished trials."""
     budget = problem.budget
     assert budget is not None
     activations = (budget.kv, budget.inputs, budget.read)

@@ -72,13 +72,13 @@ def quantize_tensor(job: TensorJob) -> LayerReport:
     return LayerReport(job.name, rel_error, None)
 
 
-def stream_checkpoint(
-    problem: Problem, run: RunDirectory, monitor: Monitor, workers: int = 1
-) -> list[LayerReport]:
+def stream_checkpoint(problem: Problem, run: RunDirectory, monitor: Monitor, workers: int = 1) -> list[LayerReport]:
     """Quantizes every weight of the problem, writes the run's checkpoint folder -> a report for each weight."""
     source = problem.source
     jobs = [
-        TensorJob(site.name, source.checkpoint.info(site.name + spec.WEIGHT), scheme, run.stage_file("final", site.name))
+        TensorJob(
+            site.name, source.checkpoint.info(site.name + spec.WEIGHT), scheme, run.stage_file("final", site.name)
+        )
         for site, scheme in problem.weights()
         if scheme.weight is not None
     ]

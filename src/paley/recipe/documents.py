@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -40,9 +40,4 @@ class Document(BaseModel):
         if data.get("version") != version:
             got = json.dumps(data.get("version"))
             raise PaleyError(f"{path}: is a {cls.what} of version {got}, this Paley reads version {version}")
-        return validate(cls, cls.upgraded(data, str(path)) if isinstance(data, dict) else data, str(path))
-
-    @classmethod
-    def upgraded(cls, data: dict[str, Any], where: str) -> dict[str, Any]:
-        """The data of a file of this version -> what this Paley would have written in its place."""
-        return data
+        return validate(cls, data, str(path))

@@ -23,7 +23,7 @@ from pydantic import (
 from paley.core.errors import PaleyError, nearest_name
 from paley.core.grids import load as load_grid
 from paley.core.rounding import fitting_group_size
-from paley.core.schemes import ActivationScheme, AttentionSlot, LinearSlot, WeightScheme
+from paley.core.schemes import ActivationScheme, AttentionScheme, LinearScheme, WeightScheme
 from paley.core.transforms import Transform
 
 __all__ = ["Budget", "Calibration", "Override", "Recipe", "Search", "Test"]
@@ -36,7 +36,7 @@ SeqLen = Annotated[int, Field(ge=2)]
 Bits = Annotated[FiniteFloat, Field(gt=0)]
 Expansion = Annotated[int, Field(ge=0)] | Literal["auto"]
 _PLACES = ("weight", "input", "outliers", "keys", "values")
-S = TypeVar("S", LinearSlot, AttentionSlot)
+S = TypeVar("S", LinearScheme, AttentionScheme)
 Grouped = TypeVar("Grouped", WeightScheme, ActivationScheme)
 
 
@@ -175,11 +175,11 @@ class Recipe(_Frozen):
     hadamard: what turns by itself does so in blocks of at most so many values, whose weights share a scale.
     compensate: GPTQ aims at the outputs its own inputs give (plain), at the original outputs given quantized
     inputs (quantized_inputs: GPTAQ, arXiv:2504.02692), or at the original residual stream (residual_stream).
-    rotate_output: also rotate what o_proj reads, over all heads, at run time. center_keys: see AttentionSlot.
+    rotate_output: also rotate what o_proj reads, over all heads, at run time. center_keys: see AttentionScheme.
     fit_groups: where the group_size of weights or inputs does not divide what a layer stores of a row, the layer gets
     the divisor nearest to it (see `fitting_group_size`); an override's own group_size stays, and must divide.
     expand and expand_mlp: dimensions that the residual stream and down_proj's input gain.
-    outliers: input columns of each quantized linear that stay in int8, see LinearSlot.
+    outliers: input columns of each quantized linear that stay in int8, see LinearScheme.
     """
 
     weights: Weight = None
@@ -217,7 +217,7 @@ class Recipe(_Frozen):
     def linear_scheme(
         self, name: str, kind: str, transform: Transform | None = None, width: int | None = None
     ) -> LinearScheme:
-        """What is done to the weight `name`, and to the input of a linear: first the recipe's, then each fitting override.
+        """What is done to the weight `name`, and to a linear's input: the recipe's schemes, then each fitting override.
 
         kind: linear, embedding or head. width: columns of the stored weight, which fit_groups goes by.
         """
@@ -229,7 +229,8 @@ class Recipe(_Frozen):
         scheme = LinearScheme(weight, inputs, transform, outliers)
         for override in self.overrides:
             scheme = override.apply(name, scheme)
-        return scheme
+        # What an embedding and a head read is never rounded.
+        return scheme if kind == "linear" else replace(scheme, input=None, outliers=0)
 
     def attention_scheme(self, name: str, transform: Transform | None = None) -> AttentionScheme:
         """What is done to the keys and values of an attention: the recipe's schemes, then each fitting override."""

@@ -19,14 +19,21 @@ from paley.recipe.validation import validate
 __all__ = ["examples", "preset", "preset_methods"]
 
 GRAMMAR = (
-    "[METHOD-]W<bits>[G<group size>]A<bits>[KV<bits>], for example w3a3kv3, w4g64a16 or quarot-w4a4kv4; "
-    "w1a4 or w1a16: binary weights with a grouping bit, KV4 unless said otherwise; "
-    "or higgs-<bits>, for example higgs-4 or higgs-3.25: weights alone, without data"
+    "[METHOD-]W<bits>[G<group size>]A<bits>[KV<bits>][E<bits>][H<bits>], for example w3a3kv3, w4g64a16e6h6 or "
+    "quarot-w4a4kv4; w1a4 or w1a16: binary weights with a grouping bit, KV4 unless said otherwise; "
+    "or higgs-<bits>[E<bits>][H<bits>], for example higgs-4 or higgs-3.25: weights alone, without data"
 )
-NAME = re.compile(r"(?:(?P<method>.+)-)?w(?P<w>\d{1,4})(?:g(?P<group>\d{1,6}))?a(?P<a>\d{1,4})(?:kv(?P<kv>\d{1,4}))?")
-WEIGHTS_ONLY = re.compile(r"higgs-(?P<bits>\d{1,2}(?:\.\d{1,4})?)")
+_OUTER = r"(?:e(?P<e>\d{1,4}))?(?:h(?P<h>\d{1,4}))?"
+NAME = re.compile(
+    rf"(?:(?P<method>.+)-)?w(?P<w>\d{{1,4}})(?:g(?P<group>\d{{1,6}}))?a(?P<a>\d{{1,4}})(?:kv(?P<kv>\d{{1,4}}))?{_OUTER}"
+)
+WEIGHTS_ONLY = re.compile(rf"higgs-(?P<bits>\d{{1,2}}(?:\.\d{{1,4}})?){_OUTER}")
+LETTERS = ("w", "g", "a", "kv", "e", "h")
 DEFAULT_METHOD, BINARY_METHOD = "gbs", "bwa"
+AS_PUBLISHED = ("quarot", "quarot-clipped", "rtn")  # methods that leave embedding and head alone unless asked
 UNQUANTIZED = 16
+# Six bits in two dimensions cost an embedding next to nothing (t2 .0005), and weights of more bits get as many.
+_OUTER_BITS = 6
 
 
 def _files() -> dict[str, Traversable]:
@@ -47,10 +54,14 @@ def examples() -> list[str]:
 def preset(name: str) -> Recipe:
     """A name such as 'w3a3kv3', 'w4g64a16', 'quarot-w4a4kv4', 'w1a4' or 'higgs-3.25' -> recipe; 16: unquantized."""
     if (short := WEIGHTS_ONLY.fullmatch(name.strip().lower())) is not None:
-        return _higgs(float(short["bits"]), name)
+        return _higgs(
+            float(short["bits"]), f"e{short['e']}" * bool(short["e"]) + f"h{short['h']}" * bool(short["h"]), name
+        )
     match = NAME.fullmatch(name.strip().lower())
     if match is None:
-        raise PaleyError(f"preset {name!r}: expected {GRAMMAR}; methods: {', '.join(preset_methods())}")
+        raise PaleyError(
+            f"preset {name!r}: {_unknown_letter(name)}expected {GRAMMAR}; methods: {', '.join(preset_methods())}"
+        )
     binary = match["w"] == "1"
     method = match["method"] or (BINARY_METHOD if binary else DEFAULT_METHOD)
     files = _files()
@@ -58,6 +69,8 @@ def preset(name: str) -> Recipe:
         known = ", ".join(sorted(files))
         raise PaleyError(f"preset {name!r}: unknown method {method!r}{nearest_name(method, files)}; known: {known}")
     bits = {part: int(match[part] or UNQUANTIZED) for part in ("w", "a", "kv")}
+    outer = UNQUANTIZED if method in AS_PUBLISHED or bits["w"] == UNQUANTIZED else max(_OUTER_BITS, bits["w"])
+    bits |= {part: int(match[part] or outer) for part in ("e", "h")}
     if binary != (method == BINARY_METHOD):
         raise PaleyError(f"preset {name!r}: W1 and the method {BINARY_METHOD} need each other, as in w1a4")
     if binary and match["kv"] is None and bits["a"] != UNQUANTIZED:
@@ -76,12 +89,13 @@ def preset(name: str) -> Recipe:
 
 def _fill(data: dict[str, Any], bits: dict[str, int], group: str | None, name: str) -> dict[str, Any]:
     """A method's data with its open bits filled in, and null where a tensor stays unquantized."""
-    grids_by_rate = {"pairs": _best_vectors(bits["w"], 2), "vectors": _best_vectors(bits["w"], 4)}
-    for key, part in (("weights", "w"), ("inputs", "a"), ("keys", "kv"), ("values", "kv")):
+    places = {"weights": "w", "embedding": "e", "head": "h", "inputs": "a", "keys": "kv", "values": "kv"}
+    for key, part in places.items():
         if bits[part] == UNQUANTIZED:
             data[key] = None
         else:
-            data[key]["grid"] = data[key]["grid"].format(**bits, **grids_by_rate)
+            by_rate = {"pairs": _best_vectors(bits[part], 2), "vectors": _best_vectors(bits[part], 4)}
+            data[key]["grid"] = data[key]["grid"].format(**bits, **by_rate)
     if group is not None:
         if data["weights"] is None:
             raise PaleyError(f"preset {name!r}: G{group} is the group size of weights that W16 leaves unquantized")
@@ -100,7 +114,15 @@ def _best_vectors(bits: int, most: int) -> str:
     return f"p{p}n{2 ** (bits * p)}"
 
 
-def _higgs(bits: float, name: str) -> Recipe:
+def _unknown_letter(name: str) -> str:
+    """What is wrong with a name such as w4x16, if it is a letter."""
+    for letters in re.findall(r"([a-z]+)\d", name.strip().lower().rpartition("-")[2]):
+        if letters not in LETTERS:
+            return f"unknown letter {letters!r}{nearest_name(letters, LETTERS)}; "
+    return ""
+
+
+def _higgs(bits: float, outer: str, name: str) -> Recipe:
     """HIGGS for weights alone: of the grids in two dimensions, the largest that takes so many bits."""
     rates = {grid: stored_bits(grid) for grid in map(grids.load, tables.names()) if grid.p == 2}
     fitting = [grid for grid, rate in rates.items() if rate <= bits]
@@ -108,7 +130,7 @@ def _higgs(bits: float, name: str) -> Recipe:
         low, high = min(rates.values()), max(rates.values())
         reach = f"{low:.3g} to {high:.3g} bits"
         raise PaleyError(f"preset {name!r}: HIGGS in two dimensions reaches {reach}; --grid takes any other grid")
-    recipe = preset("higgs-w2a16")
+    recipe = preset(f"higgs-w{min(8, max(2, round(bits)))}a16{outer}")
     assert recipe.weights is not None
     best = max(fitting, key=lambda grid: (rates[grid], grid.size))
     return recipe.model_copy(update={"weights": replace(recipe.weights, grid=best)})
