@@ -227,7 +227,8 @@ def test_what_stands_in_the_way_is_said_before_the_checkpoint_is_read(text, tmp_
 
 def test_the_current_folder_and_the_model_are_not_replaced(model_folder, text, tmp_path, monkeypatch):
     copied = shutil.copytree(model_folder, tmp_path / "models" / "mine")
-    inside = shutil.copytree(model_folder, tmp_path / "new.run" / "checkpoint")
+    inside = shutil.copytree(model_folder, tmp_path / "new.run" / "new")
+    (tmp_path / "new.run" / "run.json").write_text('{"run": "another"}')  # else it is refused as a stranger's
     before = contents(tmp_path)
     with pytest.raises(PaleyError, match=r"new: is made in .*new\.run, which holds the model"):
         quantize(inside, recipe(text), output=tmp_path / "new", overwrite=True)
