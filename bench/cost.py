@@ -1,26 +1,25 @@
 """What `paley quantize` costs: seconds against layers and against calibration tokens, peak memory against size.
 
-python benchmarks/cost.py: random LLaMAs, one process a measurement; writes benchmarks/results/cost.json.
+python -m bench.cost: random LLaMAs, one process a measurement; writes bench/results/cost.json.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import torch
-from experiment import RESULTS, provenance
+from bench.record import DEMO, RESULTS, provenance, save
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import paley
 from paley.recipe import apply_settings, preset
 
-TOKENIZER = Path(__file__).resolve().parents[1] / "assets" / "demo-model"
 LAYERS, TOKENS = (2, 4, 8), (2048, 4096, 8192)
 SEQ_LEN = 256
 
@@ -36,7 +35,7 @@ def measure(layers: int, hidden: int, tokens: int) -> dict:
         model = LlamaForCausalLM(config)
         size = sum(p.nbytes for p in model.parameters())
         model.save_pretrained(f"{folder}/model")
-        AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(f"{folder}/model")
+        AutoTokenizer.from_pretrained(DEMO).save_pretrained(f"{folder}/model")
         del model
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         recipe = apply_settings(
@@ -58,12 +57,17 @@ def measure(layers: int, hidden: int, tokens: int) -> dict:
 
 def child(*sizes: int) -> dict:
     output = subprocess.run(
-        [sys.executable, __file__, *map(str, sizes)], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "bench.cost", "--one", *map(str, sizes)], capture_output=True, text=True, check=True
     ).stdout
     return json.loads(output.splitlines()[-1])
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--one", type=int, nargs=3, metavar=("LAYERS", "HIDDEN", "TOKENS"), help="measure this alone")
+    if one := parser.parse_args().one:
+        print(json.dumps(measure(*one)))
+        return
     child(1, 128, 2048)  # warms the file cache
     plans = {
         "by_layers": [(layers, 256, 4096) for layers in LAYERS],
@@ -78,11 +82,8 @@ def main() -> None:
             print(f"{group:10s} {r['layers']:3d} layers  hidden {r['hidden']:5d}  {r['tokens']:6d} tokens  "
                   f"{r['seconds']:6.1f} s  model {r['model_bytes_float32'] / 1e6:6.1f} MB  "
                   f"peak {r['peak_bytes'] / 1e6:6.0f} MB", flush=True)  # fmt: skip
-            (RESULTS / "cost.json").write_text(json.dumps(result, indent=1) + "\n")
+            save(result, RESULTS / "cost.json")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        print(json.dumps(measure(*map(int, sys.argv[1:]))))
-    else:
-        main()
+    main()

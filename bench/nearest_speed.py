@@ -1,12 +1,12 @@
 """How fast weights become codes, and at what error: Paley beside llama.cpp's quantizers, hqq and gguf, in one run.
 
-python benchmarks/nearest_speed.py: writes benchmarks/results/nearest-speed.json. Every speed is a median of rounds in
+python -m bench.nearest_speed: writes bench/results/nearest-speed.json. Every speed is a median of rounds in
 which all candidates take turns, in millions of weights by the clock and by a second of processor time. The latter is
 what one thread needs where other work shares the machine; ratios are of it.
 
 `quantizers`: one thread, float32 weights of N(0, 1), 1024 x 4096, to everything that would be stored. Ours rotate in
 float64, scale, round, check and pack as `paley quantize` does; parts of that are timed by themselves. With each, the
-bits and bytes that it stores, its ||W - W'||^2 / ||W||^2 there and on real weights (the down_proj of ref-llama's six
+bits and bytes that it stores, its ||W - W'||^2 / ||W||^2 there and on real weights (the down_proj of the demo model's six
 layers, 768 of their 896 columns, as llama.cpp's blocks have 256). Some peers weigh errors by other rules, by default
 or by design; llama.cpp's importances of 1 stand for a matrix that knows nothing, which a few of its types demand.
 `threads`: the native kernel and its torch reference alone.
@@ -26,20 +26,16 @@ from __future__ import annotations
 import argparse
 import ctypes
 import importlib.metadata
-import json
 import os
-import platform
 import statistics
-import subprocess
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from domain import model_folder
+from bench import record
 from safetensors import safe_open
 from torch import Tensor
 
@@ -52,7 +48,6 @@ from paley.kernels import native
 from paley.methods.nearest import quantize_nearest
 from paley.model.rotation import input_blocks
 
-OUT = Path(__file__).parent / "results" / "nearest-speed.json"
 SIZES = [(1, 16), (2, 16), (2, 256), (3, 512), (4, 256), (4, 4096)]
 ROWS, COLUMNS = 1024, 4096
 HADAMARD = 1024  # of the presets higgs-*
@@ -68,13 +63,8 @@ Run = Callable[[], object]
 
 
 def provenance() -> dict:
-    def git(*args: str) -> str:
-        return subprocess.run(["git", *args], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-
-    changes = git("status", "--porcelain", "--", "../src/paley", "../csrc")
-    return {
-        "commit": git("rev-parse", "HEAD") + ("+changes" if changes else ""),
-        "machine": f"{platform.machine()}, {native.best_level()}, {os.cpu_count()} cores, torch {torch.__version__}",
+    return record.provenance() | {
+        "level": native.best_level(),
         "unit": "million weights a second: [by the clock, by processor time], medians",
         "load_average_before": os.getloadavg()[0],
     }
@@ -295,17 +285,14 @@ def versions(absent: dict[str, str]) -> dict[str, str]:
     return found
 
 
-def layer() -> Tensor | None:
+def layer() -> Tensor:
     """Real weights, float32 [6 * 320, 768]: a number of columns that every peer takes."""
-    if not (file := model_folder("ref-llama") / "model.safetensors").exists():
-        print(f"no errors on real weights: {file} is absent", flush=True)
-        return None
-    with safe_open(file, "pt") as tensors:
+    with safe_open(record.DEMO / "model.safetensors", "pt") as tensors:
         names = [f"model.layers.{i}.mlp.down_proj.weight" for i in range(6)]
         return torch.cat([tensors.get_tensor(name) for name in names]).float()[:, :768].contiguous()
 
 
-def quantizers(weight: Tensor, real: Tensor | None) -> dict[str, Any]:
+def quantizers(weight: Tensor, real: Tensor) -> dict[str, Any]:
     """Speeds, bits and errors of ours and of peers, on one thread."""
     torch.set_num_threads(1)
     others, absent = peers()
@@ -315,9 +302,8 @@ def quantizers(weight: Tensor, real: Tensor | None) -> dict[str, Any]:
     for name, candidate in candidates.items():
         stored = candidate.quantize(weight)
         values, size = candidate.restore(stored, weight.shape)
-        row = {"bits": round(8 * size / weight.numel(), 4), "error": rel_error(weight, values), "real error": None}
-        if real is not None:
-            row["real error"] = rel_error(real, candidate.restore(candidate.quantize(real), real.shape)[0])
+        row = {"bits": round(8 * size / weight.numel(), 4), "error": rel_error(weight, values)}
+        row["real error"] = rel_error(real, candidate.restore(candidate.quantize(real), real.shape)[0])
         rows[name] = row
         for part, run in {"whole": candidate.quantize, **candidate.parts}.items():
             runs[f"{name}: {part}"] = weight.numel(), lambda run=run: run(weight)
@@ -340,7 +326,7 @@ def main() -> None:
     for count in threads:
         result["threads"][str(count)] = kernels(weight, count)
         print(f"{count} threads", result["threads"][str(count)], flush=True)
-    OUT.write_text(json.dumps(result, indent=1) + "\n")
+    record.save(result, record.RESULTS / "nearest-speed.json")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """How fast two-bit weights meet four-bit inputs: the native paths beside torch's products of the same shape.
 
-python benchmarks/planes_speed.py: the three shapes of a 7B LLaMA's layers, groups of 128 columns; writes
-benchmarks/results/planes-speed.json. Milliseconds, the median and the best of repetitions in turns; each takes the next
+python -m bench.planes_speed: the three shapes of a 7B LLaMA's layers, groups of 128 columns; writes
+bench/results/planes-speed.json. Milliseconds, the median and the best of repetitions in turns; each takes the next
 of several copies of its weight, 128 MB of them at least, so that weights come from memory as in a model.
 
 What differs: Paley's inputs and those of torch's _int_mm are codes already; torch's dynamic int8 layer rounds them
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import time
 import warnings
@@ -20,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from experiment import provenance
+from bench.record import RESULTS, provenance, save
 from torch import Tensor
 
 from paley.core import planes
@@ -154,7 +153,7 @@ def main() -> None:
         name = f"{out}x{n}, {tokens} tokens, {threads} threads"
         result["results"][name] = measure(out, n, tokens, threads, arguments.seconds)
         print(name, {k: [r["ms"], r["best_ms"]] for k, r in result["results"][name].items() if "ms" in r}, flush=True)
-    OUT.write_text(json.dumps(result, indent=1) + "\n")
+    save(result, RESULTS / "planes-speed.json")
 
 
 if __name__ == "__main__":

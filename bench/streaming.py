@@ -1,6 +1,6 @@
-"""A checkpoint larger than the memory used for it: writes benchmarks/results/streaming.json.
+"""A checkpoint larger than the memory used for it: writes bench/results/streaming.json.
 
-python benchmarks/streaming.py FOLDER [--layers 28] [--keep]
+python -m bench.streaming FOLDER [--layers 28] [--keep]
 Makes a random LLaMA of 3 billion parameters in FOLDER (bfloat16, shards of 1 GB), quantizes it with HIGGS as a
 command of its own, with one process and with two, and once more killed in the middle and resumed. Measured: seconds for
 each billion parameters, peak memory of the process and of all processes together, and that the bytes are the same.
@@ -20,8 +20,7 @@ import time
 from pathlib import Path
 
 import torch
-from domain import model_folder
-from experiment import RESULTS, provenance
+from bench.record import DEMO, RESULTS, provenance, save
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from paley.format.checkpoint import Checkpoint, ShardWriter
@@ -44,7 +43,7 @@ def make(folder: Path, layers: int) -> None:
             tensor = torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * 0.02
             writer.add(name, tensor.bfloat16(), own=True)
     config.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(model_folder("ref-llama")).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(DEMO).save_pretrained(folder)
 
 
 def command(model: Path, output: Path, *more: str) -> list[str]:
@@ -130,7 +129,7 @@ def main() -> None:
         "resumed": resumed,
         "same_bytes": len(digests) == 1,
     }
-    (RESULTS / "streaming.json").write_text(json.dumps(result, indent=1) + "\n")
+    save(result, RESULTS / "streaming.json")
     print(json.dumps(result, indent=1))
     if not arguments.keep:
         shutil.rmtree(arguments.folder)

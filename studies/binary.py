@@ -1,6 +1,6 @@
-"""W(1+1)A(1x4) beside other ways to two bits, and what its parts are worth: benchmarks/results/binary-MODEL.json.
+"""W(1+1)A(1x4) beside other ways to two bits, and what its parts are worth: studies/results/binary-MODEL.json.
 
-python benchmarks/binary.py MODEL [--only RE] [--calibration N] [--test N]
+python -m studies.binary MODEL [--text FILE] [--only RE] [--calibration N] [--test N]
 Inputs and KV cache have 4 bits in every row. Groups are the divisor of a layer's width nearest to 128; of each 32 input
 columns one stays in int8 where a method keeps any. Bits are those stored for each weight of the quantized layers.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from experiment import Experiment
+from studies.experiment import Experiment
 
 from paley.model.adapter import Adapter
 from paley.recipe import Recipe, apply_settings, preset

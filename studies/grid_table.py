@@ -1,18 +1,18 @@
-"""Makes benchmarks/results/grids.json: every grid's error on N(0, 1) beside HIGGS's figures and Shannon's bound.
+"""Makes studies/results/grids.json: every grid's error on N(0, 1) beside HIGGS's figures and Shannon's bound.
 
 t2 = E|x - nearest|^2 / p at the scale of least error. NormalFloat and AbnormalFloat are scaled by the largest |x| of
 a block of 64, exactly: that scale's 16 / 64 bits a value are said apart, in scale_bits.
 """
 
-import json
+import argparse
 import math
-from pathlib import Path
 
 import torch
+from bench.record import save
+from studies.experiment import RESULTS
 
 from paley.core import grids, lattice, tables
 
-OUT = Path(__file__).parent / "results/grids.json"
 BLOCK, BLOCKS, SEED = 64, 2**12, 64
 BATCHES = 2**24 // (BLOCK * BLOCKS)
 
@@ -72,13 +72,18 @@ def rows() -> list[dict]:
     return sorted(found, key=lambda r: (r["bits"], r["t2"]))
 
 
-if __name__ == "__main__":
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     torch.set_num_threads(1)
     table = rows()
-    OUT.write_text(json.dumps({"script": "benchmarks/grid_table.py", "grids": table}, indent=1) + "\n")
+    save({"script": "studies/grid_table.py", "grids": table}, RESULTS / "grids.json")
     for r in table:
         ratio = f"{r['ratio_to_published']:.4f}" if r["published"] else "-"
         print(
             f"{r['name']:9} {r['bits'] + r['scale_bits']:6.3f} bits  t2 {r['t2']:.6g} ± {r['stderr']:.1g}"
             f"  published {r['published'] or '-'} ratio {ratio}  {r['decibels_to_shannon']:.2f} dB"
         )
+
+
+if __name__ == "__main__":
+    main()

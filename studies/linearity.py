@@ -1,9 +1,9 @@
-"""The linearity theorem on whole models: writes benchmarks/results/linearity-MODEL.json.
+"""The linearity theorem on whole models: writes studies/results/linearity-MODEL.json.
 
-python benchmarks/linearity.py MODEL [--sequences 16] [--test 96] [--processes 1] [--stretched]
-python benchmarks/linearity.py MODEL --slopes [--sequences 16]
-python benchmarks/linearity.py --draw
-Slopes on text of the model's own domain, on text that it samples itself and on random tokens; then random and uniform
+python -m studies.linearity MODEL [--text FILE] [--calibration 16] [--test 96] [--processes 1] [--stretched]
+python -m studies.linearity MODEL --slopes [--calibration 16]
+python -m studies.linearity MODEL --draw
+Slopes on text, on text that it samples itself and on random tokens; then random and uniform
 allocations of the two-dimensional grids to the linears (HIGGS, weights alone), and for each the predicted sum of
 alpha t^2, t^2 the grid's own, beside the measured KL and growth of perplexity on test text. --slopes: only the slopes,
 beside the rows that a model's files have. --draw measures nothing: it renews the summaries of all files and draws them
@@ -13,7 +13,6 @@ its own, which is not drawn.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
 import json
@@ -25,9 +24,8 @@ from math import prod
 
 import numpy as np
 import torch
-from domain import MODELS, model_folder, texts
-from experiment import RESULTS, provenance
 from scipy.stats import pearsonr, spearmanr
+from studies.experiment import RESULTS, Subject, measured, provenance, read
 
 from paley.core import grids, tables
 from paley.core.packing import stored_bits
@@ -35,7 +33,6 @@ from paley.data import blocks_from_ids
 from paley.eval.perplexity import evaluate
 from paley.eval.reference import Reference
 from paley.eval.sampling import sample_documents
-from paley.format.checkpoint import Checkpoint
 from paley.methods.nearest import gaussian_error, gaussian_spread
 from paley.methods.sensitivity import MAX_T
 from paley.model.loading import Source, open_source
@@ -59,17 +56,17 @@ LINEAR = 0.67, 1.5
 
 
 @functools.cache
-def setting(model: str, sequences: int, test: int, scale_search: str) -> tuple[Source, Texts, Reference, Plan]:
-    source = open_source(model_folder(model))
-    blocks = texts(model, source.tokenizer(), calibration=sequences, search=0, test=test)
+def setting(subject: Subject, scale_search: str) -> tuple[Source, Texts, Reference, Plan]:
+    source = open_source(subject.model)
+    blocks = subject.texts(source.tokenizer())
     recipe = apply_settings(preset("higgs-2"), [f"weights.scale_search={scale_search}"])
     plan = decide(source, recipe, blocks, None, Monitor(), "cpu")
     return source, blocks, Reference.of(source.load(), blocks.test), plan
 
 
-def slopes(name: str, model: str, sequences: int, test: int, scale_search: str) -> dict:
-    source, blocks, _, _ = setting(model, sequences, test, scale_search)
-    tokenizer, seq_len = source.tokenizer(), MODELS[model].seq_len
+def slopes(name: str, subject: Subject, scale_search: str) -> dict:
+    source, blocks, _, _ = setting(subject, scale_search)
+    tokenizer, sequences, seq_len = source.tokenizer(), subject.calibration, subject.seq_len
     text = blocks.calibration
     if name.endswith("self"):
         ids = sample_documents(source.load(), tokenizer, count=sequences, tokens=seq_len, seed=0)
@@ -104,8 +101,8 @@ def allocations(sizes: dict[str, int]) -> dict[str, dict[str, str]]:
     return found
 
 
-def row(name: str, chosen: dict[str, str], model: str, sequences: int, test: int, scale_search: str) -> dict:
-    source, blocks, reference, plan = setting(model, sequences, test, scale_search)
+def row(name: str, chosen: dict[str, str], subject: Subject, scale_search: str) -> dict:
+    source, blocks, reference, plan = setting(subject, scale_search)
     linears = {n: replace(s, weight=replace(s.weight, grid=chosen[n])) for n, s in plan.linears.items()}
     plan = plan.model_copy(update={"linears": linears})
     quantized, reports = execute(source, plan, blocks, None, Monitor(), "cpu")
@@ -153,10 +150,9 @@ def gaussian_errors(result: dict, grid: str) -> dict[str, float]:
     """The rel_error that each linear would have were its rotated weights Gaussian, in groups as `setting` has them."""
     scale_search = "unbiased" if "--stretched" in result["command"] else "rms"
     recipe = apply_settings(preset("higgs-2"), [f"weights.grid={grid}", f"weights.scale_search={scale_search}"])
-    checkpoint = Checkpoint.open(model_folder(result["model"]))
     found = {}
     for name in result["linears"]:
-        blocks = input_blocks(checkpoint.shape(f"{name}.weight")[1], recipe.hadamard, recipe.seed)
+        blocks = input_blocks(result["in_features"][name], recipe.hadamard, recipe.seed)
         found[name] = gaussian_error(replace(recipe.weights, group_size=blocks.order), blocks.out_dim)
     return found
 
@@ -198,9 +194,8 @@ def save(result: dict) -> None:
 def draw() -> None:
     import matplotlib.pyplot as plt  # a dependency of this alone
 
-    files = (RESULTS / f"linearity-{model}.json" for model in sorted(MODELS))
-    found = [json.loads(file.read_text()) for file in files if file.exists()]
-    for result in (*found, *(json.loads(file.read_text()) for file in RESULTS.glob("linearity-stretched-*.json"))):
+    found = list(measured("linearity").values())
+    for result in (*found, *measured("linearity-stretched").values()):
         save(result)
     figure, axes = plt.subplots(-(-len(found) // 2), 2, figsize=(10.4, 4.7 * -(-len(found) // 2)), squeeze=False,
                                 layout="constrained")  # fmt: skip
@@ -227,39 +222,38 @@ def draw() -> None:
     figure.savefig(FIGURE, dpi=110)
 
 
-def renew_slopes(model: str, sequences: int) -> None:
-    found = {name: slopes(name, model, sequences, 1, "rms") for name in SLOPES}
+def renew_slopes(subject: Subject) -> None:
+    found = {name: slopes(name, subject, "rms") for name in SLOPES}
     for kind in ("linearity", "linearity-stretched"):
-        if (file := RESULTS / f"{kind}-{model}.json").exists():
-            result = json.loads(file.read_text())
+        if (result := read(f"{kind}-{subject.name}.json")) is not None:
             save(result | {"slopes": found, "commit of slopes": provenance()["commit"]})
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", choices=MODELS, nargs="?")
-    parser.add_argument("--sequences", type=int, default=16)
-    parser.add_argument("--test", type=int, default=96)
+    parser = Subject.parser(__doc__, calibration=16, search=0, test=96)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--slopes", action="store_true", help="renew the slopes of existing files")
     parser.add_argument("--draw", action="store_true", help="only renew summaries and the figure")
     parser.add_argument("--stretched", action="store_true", help="scales by `unbiased` instead of `rms`")
     arguments = parser.parse_args()
-    if arguments.draw or arguments.model is None:
+    if arguments.draw:
         draw()
         return
+    subject = Subject.of(arguments)
     if arguments.slopes:
-        renew_slopes(arguments.model, arguments.sequences)
+        renew_slopes(replace(subject, test=1))
         return
-    where = arguments.model, arguments.sequences, arguments.test, "unbiased" if arguments.stretched else "rms"
+    where = subject, "unbiased" if arguments.stretched else "rms"
     source, blocks, reference, plan = setting(*where)
-    sizes = {name: prod(source.checkpoint.shape(f"{name}.weight")) for name in plan.linears}
+    shapes = {name: source.checkpoint.shape(f"{name}.weight") for name in plan.linears}
+    sizes = {name: prod(shape) for name, shape in shapes.items()}
     rows = allocations(sizes)
     result: dict = {
-        "model": arguments.model, "command": " ".join(["python benchmarks/linearity.py", *sys.argv[1:]]),
+        "model": subject.name, "command": " ".join(["python -m studies.linearity", *sys.argv[1:]]),
         **provenance(), "test": blocks.test.source, "sequences": len(blocks.test.ids),
         "original_perplexity": float(reference.nll.double().mean().exp()),
-        "linears": sizes, "t2": {n: error(n, arguments.stretched) for n in tables.names() if n.startswith("p2")},
+        "linears": sizes, "in_features": {name: shape[1] for name, shape in shapes.items()},
+        "t2": {n: error(n, arguments.stretched) for n in tables.names() if n.startswith("p2")},
         "slopes": {}, "rows": {},
     }  # fmt: skip
     spawn = multiprocessing.get_context("spawn")

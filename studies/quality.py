@@ -1,6 +1,6 @@
-"""Quality of every method at equal bits, in one run: writes benchmarks/results/quality-MODEL.json.
+"""Quality of every method at equal bits, in one run: writes studies/results/quality-MODEL.json.
 
-python benchmarks/quality.py MODEL [--widths w4a4kv4,w3a3kv3] [--expand 0,...] ...
+python -m studies.quality MODEL [--text FILE] [--widths w4a4kv4,w3a3kv3] [--expand 0,...] ...
 Each row: perplexity ± standard error, paired gap in nats, KL, top-1 agreement, all through the packed KV cache.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 
-from experiment import Experiment
+from studies.experiment import Experiment
 
 from paley.recipe import Recipe, apply_settings, preset
 

@@ -1,30 +1,26 @@
-"""The paper's search against ours on the same quantized weights: writes benchmarks/results/search-cost-MODEL.json.
+"""The paper's search against ours on the same quantized weights: writes studies/results/search-cost-MODEL.json.
 
-python benchmarks/search_cost.py MODEL [--bits 3]
+python -m studies.search_cost MODEL [--bits 3]
 Work is block-forwards times tokens, counted; both use the same tokens, grids (absmax, as published) and weights. Also
 compared with ours: the paper's slots, perplexity as the objective, the start from full precision, fewer tokens.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import functools
 import time
-from pathlib import Path
 
 import torch
-from domain import MODELS, model_folder, texts
-from experiment import RESULTS, provenance
+from studies.experiment import Experiment, save
 
 from paley.eval.perplexity import evaluate
-from paley.eval.reference import Reference
 from paley.model.adapter import Adapter
 from paley.model.calibrate import set_attention_, set_input_
 from paley.model.capture import BlockRunner
-from paley.model.loading import open_source
+from paley.model.loading import Source
 from paley.model.search import ClipSearch
-from paley.pipeline.monitor import Monitor
-from paley.pipeline.stages import decide, execute, prepare_
+from paley.pipeline.stages import prepare_
+from paley.plan import Plan
 from paley.recipe import apply_settings, preset
 from paley.recipe.models import Search
 
@@ -42,61 +38,45 @@ VARIANTS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", choices=MODELS)
+    parser = Experiment.parser(__doc__, calibration=128, search=32, test=96)
     parser.add_argument("--bits", type=int, default=3)
-    parser.add_argument("--search", type=int, default=32)
-    parser.add_argument("--calibration", type=int, default=128)
-    parser.add_argument("--test", type=int, default=96)
     arguments = parser.parse_args()
     bits = arguments.bits
-    source = open_source(model_folder(arguments.model))
-    blocks = texts(
-        arguments.model, source.tokenizer(),
-        calibration=arguments.calibration, search=arguments.search, test=arguments.test,
-    )  # fmt: skip
-    original = source.load()
-    reference = Reference.of(original, blocks.test)
+    experiment = Experiment("search-cost", arguments)
     recipe = apply_settings(preset(f"w{bits}a{bits}kv{bits}"), [g % bits if "%" in g else g for g in GRIDS])
-    plan = decide(source, recipe, blocks, None, Monitor(), "cpu")
-    model, _ = execute(source, plan, blocks, None, Monitor(), "cpu")
-    start = evaluate(model, blocks.test, reference)
-    result = {
-        "model": arguments.model, "bits": bits, "search_tokens": blocks.search.ids.numel(), **provenance(),
-        "not searched": start.to_dict(), "rows": {},
-    }  # fmt: skip
-    print(f"{'not searched':30s} gap {start.gap:.4f} ± {start.gap_stderr:.4f}", flush=True)
+    start, plan, model, _ = experiment.quantize(recipe)
+    tokens = experiment.blocks.search.ids.numel()
+    experiment.result |= {"bits": bits, "search_tokens": tokens, "not searched": start}
+    print(f"{'not searched':40s} gap {start['gap']:.4f} ± {start['gap_stderr']:.4f}", flush=True)
     counts = [(name, s, arguments.search) for name, s in VARIANTS.items()]
     counts += [(f"ours, {n} sequences", Search(), n) for n in (arguments.search // 8, arguments.search // 2)]
     for name, settings, sequences in counts:
-        row = run(Adapter(model), source, plan, settings, blocks, sequences, reference)
-        result["rows"][name] = row
-        print(f"{name:30s} gap {row['gap']:.4f} ± {row['gap_stderr']:.4f}  work {row['work']:,}  "
-              f"{row['seconds']:.1f} s  {row['trials']} trials", flush=True)  # fmt: skip
-    paper, ours = result["rows"]["paper"], result["rows"]["ours"]
-    result["work_ratio"] = paper["work"] / ours["work"]
-    result["time_ratio"] = paper["seconds"] / ours["seconds"]
-    print(f"paper / ours: work {result['work_ratio']:.1f}, seconds {result['time_ratio']:.1f}")
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"search-cost-{arguments.model}.json").write_text(json.dumps(result, indent=1) + "\n")
+        measure = functools.partial(run, experiment, Adapter(model), plan, settings, sequences)
+        experiment.row(name, lambda measure=measure: {"bits": start["bits"]} | measure())
+    rows = experiment.result["rows"]
+    if {"paper", "ours"} <= set(rows):
+        for key, of in (("work_ratio", "work"), ("time_ratio", "seconds")):
+            experiment.result[key] = rows["paper"][of] / rows["ours"][of]
+            print(f"paper / ours: {of} {experiment.result[key]:.1f}")
+        save(experiment.result, experiment.file)
 
 
-def run(adapter: Adapter, source, plan, settings: Search, blocks, sequences: int, reference: Reference) -> dict:
+def run(experiment: Experiment, adapter: Adapter, plan: Plan, settings: Search, sequences: int) -> dict:
     """One search on the model as it stands (its weights are final), and the score it leads to."""
-    ids = blocks.search.ids[:sequences]
+    ids = experiment.blocks.search.ids[:sequences]
     runner = BlockRunner(adapter)
-    hidden = original_hidden(source, plan, ids)
+    hidden = original_hidden(experiment.source, plan, ids)
     trials: list = []
     search = ClipSearch(runner, ids, hidden, plan.linears, plan.attentions, settings)
     runner.work, begin = 0, time.perf_counter()
     search.run(on_trial=trials.append)
     seconds = time.perf_counter() - begin
-    score = evaluate(adapter.model, blocks.test, reference).to_dict()
+    score = evaluate(adapter.model, experiment.blocks.test, experiment.reference).to_dict()
     return {**score, "settings": settings.model_dump(), "work": runner.work, "seconds": seconds, "trials": len(trials)}
 
 
 @torch.no_grad()
-def original_hidden(source, plan, ids: torch.Tensor) -> torch.Tensor:
+def original_hidden(source: Source, plan: Plan, ids: torch.Tensor) -> torch.Tensor:
     """Last hidden states of the original in the rotated model's coordinates."""
     adapter = Adapter(source.load())
     prepare_(source, adapter, plan)
@@ -109,5 +89,4 @@ def original_hidden(source, plan, ids: torch.Tensor) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    Path(RESULTS).mkdir(exist_ok=True)
     main()

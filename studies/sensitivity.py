@@ -1,7 +1,7 @@
-"""Slopes of the linearity theorem by three metrics: writes benchmarks/results/sensitivity-MODEL.json.
+"""Slopes of the linearity theorem by three metrics: writes studies/results/sensitivity-MODEL.json.
 
-python benchmarks/sensitivity.py MODEL [--sequences 8] [--full "kl text"]
-KL on random tokens, KL and perplexity on text of the model's own domain, all with the norms folded; rank correlations
+python -m studies.sensitivity MODEL [--text FILE] [--calibration 8] [--full "kl text"]
+KL on random tokens, KL and perplexity on text, all with the norms folded; rank correlations
 between them, with another seed, and with the unfolded model; all noise levels against early stopping (work is
 block-forwards times tokens); and the KL that the slopes predict for weights of the rotated model rounded to nearest,
 one layer at a time and all together, against the measured one.
@@ -9,14 +9,12 @@ one layer at a time and all together, against the measured one.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
 
 import torch
-from domain import MODELS, model_folder, texts
-from experiment import RESULTS, provenance
+from studies.experiment import RESULTS, Subject, provenance, save
 
 from paley.core.metrics import rel_error
 from paley.core.rounding import fitting_group_size
@@ -109,22 +107,20 @@ def rounded(source: Source, blocks: TokenBlocks, slopes: dict[str, Slope], grid:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", choices=MODELS)
-    parser.add_argument("--sequences", type=int, default=8)
+    parser = Subject.parser(__doc__, calibration=8, search=0, test=0)
     parser.add_argument("--full", default=",".join(METRICS), help="measured at all levels too, comma-separated")
     arguments = parser.parse_args()
-    source = open_source(model_folder(arguments.model))
-    tokenizer, seq_len = source.tokenizer(), MODELS[arguments.model].seq_len
-    text = texts(arguments.model, tokenizer, calibration=arguments.sequences, search=0, test=1).calibration
+    subject = Subject.of(arguments)
+    source = open_source(subject.model)
+    tokenizer = source.tokenizer()
+    text = subject.texts(tokenizer).calibration
     assert text is not None
-    ids = random_ids(tokenizer, source, arguments.sequences, seq_len, 0)
+    ids = random_ids(tokenizer, source, subject.calibration, subject.seq_len, 0)
     noise = blocks_from_ids(ids, "calibration", "random")
     result: dict = {
-        "model": arguments.model, "tokens": text.ids.numel(), "levels": LEVELS, **provenance(), "metrics": {},
+        "model": subject.name, "tokens": text.ids.numel(), "levels": LEVELS, **provenance(), "metrics": {},
     }  # fmt: skip
-    file = RESULTS / f"sensitivity-{arguments.model}.json"
-    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / f"sensitivity-{subject.name}.json"
     early: dict[str, dict[str, Slope]] = {}
     for name, metric in METRICS.items():
         blocks = noise if name == "kl random" else text
@@ -144,7 +140,7 @@ def main() -> None:
         print(name, json.dumps({k: v for k, v in row.items() if "slopes" not in k or "change" in k}), flush=True)
         pairs = [(a, b) for a in early for b in early if a < b]
         result["rank correlations"] = {f"{a}, {b}": spearman(early[a], early[b]) for a, b in pairs}
-        file.write_text(json.dumps(result, indent=1) + "\n")
+        save(result, file)
     result["rounded to nearest"] = {grid: rounded(source, text, early["kl text"], grid) for grid in GRIDS}
     for name, other in (("another seed", {"seed": 1}), ("unfolded", {"fold": False})):
         slopes, _ = Meter(source, text, "kl", **other).slopes(AGREEMENT)
@@ -153,7 +149,7 @@ def main() -> None:
             "rank correlation": spearman(early["kl text"], slopes), "smallest ratio": min(ratios),
             "median ratio": statistics.median(ratios), "largest ratio": max(ratios), "slopes": values(slopes),
         }  # fmt: skip
-    file.write_text(json.dumps(result, indent=1) + "\n")
+    save(result, file)
     print(json.dumps(result["rank correlations"]))
 
 

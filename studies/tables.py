@@ -1,4 +1,4 @@
-"""Writes docs/results*.md and README's tables from benchmarks/results/*.json: no figure there is typed by hand."""
+"""Writes docs/results*.md and README's tables from studies/results/*.json: no figure there is typed by hand."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from pathlib import Path
 import tables_binary
 import tables_rows
 import tables_weights
-from experiment import RESULTS
+from studies.experiment import RESULTS
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "results.md"
 ROWS = OUT.with_name("results-rows.md")
 README = OUT.parents[1] / "README.md"
-BEGIN, END = "<!-- made by benchmarks/tables.py -->", "<!-- end -->"
+BEGIN, END = "<!-- made by studies/tables.py -->", "<!-- end -->"
 MODELS = ("ref-llama", "babyllama-tok361-969k", "stories260k-llama", "tinystories-656k-llama")
 HEAD = """\
 # Results
 
-Made by `python benchmarks/tables.py` from `benchmarks/results/*.json`; every file names its commit and machine. All
+Made by `python -m studies.tables` from `studies/results/*.json`; every file names its commit and machine. All
 scores go through the packed KV cache in chunks. *Gap*: nats per token lost against the original, paired over sequences;
 *KL*: to the original, nats per token; *top-1*: how often the most likely token is the same; *bits*: of the quantized
 linears for each of their original weights, scales and expansion included. ± is one standard error over sequences;
@@ -45,7 +45,7 @@ def quality(model: str) -> list[str]:
         f"sequences of {r['seq_len']} from {r['text']['test']}; {n['calibration']} sequences for calibration, "
         f"{n['search']} for the search. "
         f"Newest rows of commit {r['commit'][:10]}, each row's own in the file. "
-        f"`python benchmarks/quality.py {model} --calibration {n['calibration']} "
+        f"`python -m studies.quality {model} --calibration {n['calibration']} "
         f"--search {n['search']} --test {n['test']}`",
         "",
         "| | perplexity | gap | KL | top-1 | bits | work of the linears | seconds |",
@@ -92,7 +92,7 @@ def cost() -> list[str]:
         "## Cost of quantizing",
         "",
         f"Random LLaMAs at W3A3KV3 without search, whole command, {r['threads']} thread(s). Commit {r['commit'][:10]}. "
-        "`python benchmarks/cost.py`",
+        "`python -m bench.cost`",
         "",
         "| layers | hidden | calibration tokens | seconds | model, float32 | peak memory |",
         "|---|---|---|---|---|---|",

@@ -16,7 +16,7 @@ def gaussian() -> list[str]:
         "## Binary weights on Gaussian values",
         "",
         f"Relative squared error on {found['samples']:,} samples, centroids and scales in float16; in brackets the",
-        "figure that was to be reached, for groups of 128. `python benchmarks/binary_table.py`",
+        "figure that was to be reached, for groups of 128. `python -m studies.binary_table`",
         "",
         "| group | " + " | ".join(names) + " |",
         "|---" * (len(names) + 1) + "|",
@@ -53,7 +53,7 @@ def methods() -> list[str]:
         lines.append(
             f"{model}: {n['test']} test sequences, {n['calibration']} for calibration, "
             f"rows of {commits(data)}. "
-            f"`python benchmarks/binary.py {model} --test {n['test']} --calibration {n['calibration']}`"
+            f"`python -m studies.binary {model} --test {n['test']} --calibration {n['calibration']}`"
         )
         lines.append("")
     lines += ["| | " + " | ".join(found) + " |", "|---" * (len(found) + 1) + "|"]
@@ -81,7 +81,7 @@ def speed() -> list[str]:
         f"Milliseconds, median ({found['machine']}, {found['level']}), groups of {found['group_size']}, weights",
         "from memory. popcount, dots and tables give the same bits; tables are what runs. With two threads and",
         "little work the threads that torch keeps spinning are in the way: small products take one.",
-        f"Commit {found['commit'][:10]}. `python benchmarks/planes_speed.py`",
+        f"Commit {found['commit'][:10]}. `python -m bench.planes_speed`",
         "",
         "| out × in, tokens, threads | " + " | ".join(names) + " |",
         "|---" * (len(names) + 1) + "|",

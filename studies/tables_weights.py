@@ -26,7 +26,7 @@ def grids() -> list[str]:
         "",
         "Relative squared error t² on N(0, 1), and decibels above Shannon's bound 4^−bits; p = 1 by exact",
         "integration, others on at least 2 million samples that they were not made from. nf and af are scaled by the",
-        "largest of 64 values: their 16/64 bits of scale are not in *bits*. `python benchmarks/grid_table.py`",
+        "largest of 64 values: their 16/64 bits of scale are not in *bits*. `python -m studies.grid_table`",
         "",
         "| grid | p | n | bits | t² | published | dB above Shannon |",
         "|---|---|---|---|---|---|---|",
@@ -64,7 +64,7 @@ def weights() -> list[str]:
         budgets = sorted({b for row in rows.values() for b in row}, key=float)
         lines += [
             f"**{model}**, {found['sequences']['test']} test sequences, rows of {commits(found)}. "
-            f"`python benchmarks/weights.py {model} --test {found['sequences']['test']} "
+            f"`python -m studies.weights {model} --test {found['sequences']['test']} "
             f"--calibration {found['sequences']['calibration']}`",
             "",
             "| | " + " | ".join(budgets) + " |",
@@ -123,7 +123,7 @@ def linearity() -> list[str]:
         "![predicted against measured](figures/linearity.png)",
         "",
         "48 allocations of p = 2 grids, HIGGS alone, scales by rms unless said otherwise: what the slopes predict",
-        "against what was measured, KL in nats per token. `python benchmarks/linearity.py MODEL [--stretched]`",
+        "against what was measured, KL in nats per token. `python -m studies.linearity MODEL [--stretched]`",
         "",
         "| | " + " | ".join(found) + " |",
         "|---" * (len(found) + 1) + "|",
@@ -155,7 +155,7 @@ def sensitivities() -> list[str]:
         "",
         "Measured with noise of one size in all rows of a weight, as the paper has it; below, noise goes by rows.",
         "Rank correlation (Spearman) of the slopes of all linear layers, measured with norms folded. `python",
-        "benchmarks/sensitivity.py MODEL`",
+        "studies/sensitivity.py MODEL`",
         "",
         "| model | " + " | ".join(["KL, perplexity", "KL, random tokens", "another seed", "folded, unfolded"]) + " |",
         "|---|---|---|---|---|",
@@ -180,7 +180,7 @@ def streaming() -> list[str]:
         f"{r['original_bytes'] / 1e9:.2f} GB in bfloat16, {r['bytes'] / 1e9:.2f} GB afterwards; "
         f"checking the original (each "
         f"weight finite, fingerprint) included. Commit {r['commit'][:10]}, on two busy cores. "
-        f"`python benchmarks/streaming.py "
+        f"`python -m bench.streaming "
         "FOLDER`",
         "",
         "| | seconds | a billion | peak of a process | of all |",
@@ -216,7 +216,7 @@ def speed() -> list[str]:
         "search. Errors are ||W − Ŵ||² / ||W||² of N(0, 1) and of real weights, beside the bits that are stored; *dB* "
         "is the first one above Shannon's bound 4^−bits, lower is better at any bits. *importances of 1*: a matrix "
         "that knows nothing, where llama.cpp weighs errors by the weights' own size without one, or demands one. "
-        f"Commit {r['commit'][:10]}. `python benchmarks/nearest_speed.py`",
+        f"Commit {r['commit'][:10]}. `python -m bench.nearest_speed`",
         "",
         "| | bits | N(0, 1) | dB | real weights | whole | rounding | nearest point |",
         "|---|---|---|---|---|---|---|---|",

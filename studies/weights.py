@@ -1,6 +1,6 @@
-"""Weight methods at equal stored bits, weights alone: writes benchmarks/results/weights-MODEL.json.
+"""Weight methods at equal stored bits, weights alone: writes studies/results/weights-MODEL.json.
 
-python benchmarks/weights.py MODEL [--bits 2,2.5,3,3.25,4.02,4.25] [--only RE]
+python -m studies.weights MODEL [--text FILE] [--bits 2,2.5,3,3.25,4.02,4.25] [--only RE]
 For each budget, to which one float16 scale for each row (or 1024 columns of it) is added, every method gets the most
 accurate setting that it has within it, all scales included: a row may fall short of its budget but never exceeds it by
 more than 0.02 bits. Where a method has none, there is no row. hqq, if installed, runs on the same weights, its scales
@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 
 import torch
-from experiment import Experiment
+from studies.experiment import Experiment
 
 from paley.core import grids, tables
 from paley.core.packing import stored_bits

@@ -1,6 +1,6 @@
 """Makes src/paley/core/tables/hadamard.json: orders up to 1000 that neither Paley nor Kronecker reaches.
 
-    python benchmarks/find_williamson.py [--out src/paley/core/tables/hadamard.json]     (about five seconds)
+    python tools/find_williamson.py [--out src/paley/core/tables/hadamard.json]     (about five seconds)
 
 Every entry is four ±1 sequences of length t = order/4 whose periodic autocorrelations sum to 0; the
 Goethals-Seidel array turns them into a Hadamard matrix. Methods:
@@ -335,7 +335,7 @@ def entries() -> dict[int, tuple[str, str, list[np.ndarray]]]:
     for t in (23, 29):
         rows = search_williamson(t)
         assert rows is not None, f"no Williamson quadruple of length {t}"
-        made[t] = ("williamson", "found by benchmarks/find_williamson.py", rows)
+        made[t] = ("williamson", "found by tools/find_williamson.py", rows)
     for t, recipe in BASE.items():
         a, b, c, d = base_sequences(recipe)
         rows = [np.concatenate(pair) for pair in ((a, c), (a, -c), (b, d), (b, -d))]
@@ -371,7 +371,7 @@ def main() -> None:
         orders[str(4 * t)] = {"method": method, "source": origin, "rows": text}
     table = {
         "about": "Four circulant first rows for the Goethals-Seidel array: a Hadamard matrix of each order.",
-        "made_by": "benchmarks/find_williamson.py",
+        "made_by": "tools/find_williamson.py",
         "orders": orders,
     }
     out = parser.parse_args().out

@@ -36,7 +36,7 @@ from paley.core import tables
 from paley.core.nearest import nearest_points
 
 TABLES = Path(__file__).parents[1] / "src/paley/core/tables"
-SCRIPT = "benchmarks/make_gaussian_grids.py"
+SCRIPT = "tools/make_gaussian_grids.py"
 SIZES = {
     1: [*range(2, 17), 32, 64, 128, 256],
     2: [4, 8, 9, 12, 16, 24, 32, 45, 64, 88, 128, 181, 256, 354, 512, 1024, 2048, 4096],

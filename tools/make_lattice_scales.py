@@ -19,7 +19,7 @@ from torch import Tensor
 from paley.core.lattice import E8Grid, e8_residual, nearest_e8
 
 OUT = Path(__file__).parents[1] / "src/paley/core/tables/lattices.json"
-SCRIPT = "benchmarks/make_lattice_scales.py"
+SCRIPT = "tools/make_lattice_scales.py"
 SHIPPED = [(3, 9), (4, 4), (6, 9), (8, 4), (9, 6), (12, 9), (13, 5), (14, 4), (16, 4), (14, 11)]
 BUDGETS = [16, 18, 20, 24, 26, 28, 32, 34]  # bits of a vector
 SEED = 2502_09720
