@@ -6,9 +6,9 @@ what one thread needs where other work shares the machine; ratios are of it.
 
 `quantizers`: one thread, float32 weights of N(0, 1), 1024 x 4096, to everything that would be stored. Ours rotate in
 float64, scale, round, check and pack as `paley quantize` does; parts of that are timed by themselves. With each, the
-bits and bytes that it stores, its ||W - W'||^2 / ||W||^2 there and on real weights (the down_proj of the demo model's six
-layers, 768 of their 896 columns, as llama.cpp's blocks have 256). Some peers weigh errors by other rules, by default
-or by design; llama.cpp's importances of 1 stand for a matrix that knows nothing, which a few of its types demand.
+bits and bytes that it stores, its ||W - W'||^2 / ||W||^2 there and on real weights (the demo model's six down_proj, 768
+of their 896 columns, as llama.cpp's blocks have 256). Some peers weigh errors by other rules, by default or by design;
+llama.cpp's importances of 1 stand for a matrix that knows nothing, which a few of its types demand.
 `threads`: the native kernel and its torch reference alone.
 
 Peers are measured where they are: hqq (with termcolor, einops, accelerate) and gguf installed, and llama.cpp's library

@@ -32,9 +32,9 @@ __all__ = ["RESULTS", "Experiment", "Subject", "measured", "provenance", "read",
 RESULTS = Path(__file__).parent / "results"
 
 
-def read(name: str) -> dict | None:
+def read(name: str, folder: Path = RESULTS) -> dict | None:
     """The content of a file of results; None where it is missing."""
-    file = RESULTS / name
+    file = folder / name
     return json.loads(file.read_text()) if file.exists() else None
 
 

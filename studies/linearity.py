@@ -2,13 +2,11 @@
 
 python -m studies.linearity MODEL [--text FILE] [--calibration 16] [--test 96] [--processes 1] [--stretched]
 python -m studies.linearity MODEL --slopes [--calibration 16]
-python -m studies.linearity MODEL --draw
-Slopes on text, on text that it samples itself and on random tokens; then random and uniform
-allocations of the two-dimensional grids to the linears (HIGGS, weights alone), and for each the predicted sum of
-alpha t^2, t^2 the grid's own, beside the measured KL and growth of perplexity on test text. --slopes: only the slopes,
-beside the rows that a model's files have. --draw measures nothing: it renews the summaries of all files and draws them
-into docs/figures/linearity.png. --stretched: scales as our preset has them, their error t^2 / (1 - t^2); into a file of
-its own, which is not drawn.
+Slopes on text, on text that the model samples itself and on random tokens; then random and uniform allocations of the
+two-dimensional grids to the linears (HIGGS, weights alone), and for each the predicted sum of alpha t^2, t^2 the grid's
+own, beside the measured KL and growth of perplexity on test text. --slopes: only the slopes, beside the rows that a
+model's files have. --stretched: scales as our preset has them, their error t^2 / (1 - t^2); into a file of its own.
+`linearity_figure` draws the files.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ from math import prod
 import numpy as np
 import torch
 from scipy.stats import pearsonr, spearmanr
-from studies.experiment import RESULTS, Subject, measured, provenance, read
+from studies.experiment import RESULTS, Subject, provenance, read
 
 from paley.core import grids, tables
 from paley.core.packing import stored_bits
@@ -46,7 +44,6 @@ from paley.plan import Plan
 from paley.recipe import apply_settings, preset
 from paley.recipe.saving import json_lines
 
-FIGURE = RESULTS.parents[1] / "docs" / "figures" / "linearity.png"
 SLOPES = {"kl, text": "kl", "perplexity, text": "perplexity", "kl, self": "kl", "kl, random": "kl"}
 UNIFORM = ("p2n16", "p2n24", "p2n32", "p2n64", "p2n88", "p2n128", "p2n256", "p2n512")
 GAUSSIAN = ("p2n256", "p2n64", "p2n16")  # uniform models whose every layer is compared with Gaussian weights
@@ -191,37 +188,6 @@ def save(result: dict) -> None:
     (RESULTS / f"{kind}-{result['model']}.json").write_text(json_lines(result, levels=3) + "\n")
 
 
-def draw() -> None:
-    import matplotlib.pyplot as plt  # a dependency of this alone
-
-    found = list(measured("linearity").values())
-    for result in (*found, *measured("linearity-stretched").values()):
-        save(result)
-    figure, axes = plt.subplots(-(-len(found) // 2), 2, figsize=(10.4, 4.7 * -(-len(found) // 2)), squeeze=False,
-                                layout="constrained")  # fmt: skip
-    for axis, result in zip(axes.flat, found, strict=False):
-        values = [r[key] for r in result["rows"].values() for key in ("kl_predicted", "kl")]
-        ends = min(values) / 1.4, max(values) * 1.4
-        axis.plot(ends, ends, color="0.6", linewidth=1, zorder=0)
-        colours = plt.cm.ScalarMappable(plt.Normalize(2, 5), "viridis")
-        for name, r in result["rows"].items():
-            colour, marker = colours.to_rgba(r["grid_bits"]), "s" if name.startswith("uniform") else "o"
-            inside = colour if r["largest_t2"] <= MAX_T**2 else "none"
-            axis.scatter(r["kl_predicted"], r["kl"], s=34, marker=marker, facecolor=inside, edgecolor=colour)
-        axis.set(xscale="log", yscale="log", xlim=ends, ylim=ends, aspect="equal")
-        axis.set(title=result["model"], xlabel="predicted KL, sum of $\\alpha\\,t^2$ (nats a token)")
-    for axis in axes[:, 0]:
-        axis.set_ylabel("measured KL on test text")
-    for marker, inside, label in (
-        ("o", "0.4", "random grids"), ("s", "0.4", "one grid for all"), ("o", "none", "a layer beyond $t^2=4^{-1.7}$")
-    ):  # fmt: skip
-        axes[0][0].scatter([], [], s=34, marker=marker, facecolor=inside, edgecolor="0.4", label=label)
-    axes[0][0].legend(loc="lower right", frameon=False)
-    figure.colorbar(colours, ax=axes, label="mean bits of the grids")
-    FIGURE.parent.mkdir(exist_ok=True)
-    figure.savefig(FIGURE, dpi=110)
-
-
 def renew_slopes(subject: Subject) -> None:
     found = {name: slopes(name, subject, "rms") for name in SLOPES}
     for kind in ("linearity", "linearity-stretched"):
@@ -233,12 +199,8 @@ def main() -> None:
     parser = Subject.parser(__doc__, calibration=16, search=0, test=96)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--slopes", action="store_true", help="renew the slopes of existing files")
-    parser.add_argument("--draw", action="store_true", help="only renew summaries and the figure")
     parser.add_argument("--stretched", action="store_true", help="scales by `unbiased` instead of `rms`")
     arguments = parser.parse_args()
-    if arguments.draw:
-        draw()
-        return
     subject = Subject.of(arguments)
     if arguments.slopes:
         renew_slopes(replace(subject, test=1))

@@ -1,29 +1,30 @@
-"""Writes docs/results*.md and README's tables from studies/results/*.json: no figure there is typed by hand."""
+"""Writes docs/results.md and README's tables from the JSON results: no figure there is typed by hand."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
-import tables_binary
-import tables_rows
-import tables_weights
-from studies.experiment import RESULTS
+from bench.record import RESULTS as SPEEDS
+from studies import tables_binary, tables_weights
+from studies.experiment import measured, read
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "results.md"
-ROWS = OUT.with_name("results-rows.md")
 README = OUT.parents[1] / "README.md"
 BEGIN, END = "<!-- made by studies/tables.py -->", "<!-- end -->"
-MODELS = ("ref-llama", "babyllama-tok361-969k", "stories260k-llama", "tinystories-656k-llama")
 HEAD = """\
 # Results
 
-Made by `python -m studies.tables` from `studies/results/*.json`; every file names its commit and machine. All
-scores go through the packed KV cache in chunks. *Gap*: nats per token lost against the original, paired over sequences;
-*KL*: to the original, nats per token; *top-1*: how often the most likely token is the same; *bits*: of the quantized
-linears for each of their original weights, scales and expansion included. ± is one standard error over sequences;
-seconds are of a busy machine, one thread, and compare only roughly. Methods: `rtn` rounds to nearest without rotation;
-`quarot` is QuaRot with clips of 1.0; `quarot-clipped` with 0.9 for inputs and asymmetric keys and values at 0.95.
+Made by `python -m studies.tables` from the JSON rows in [studies/results](../studies/results) and
+[bench/results](../bench/results); each measurement names its commit and machine. ref-llama is the demo model in
+`assets/demo-model`. The other three models, and the text files that the tables name, are not in the project: name your
+own text with `--text FILE`; `bench/models.py` fetches real models. All scores go through the packed KV cache in chunks.
+*Gap*: nats per token lost against the original, paired over sequences; *KL*: to the original, nats per token; *top-1*:
+how often the most likely token is the same; *bits*: of the quantized linears for each of their original weights, scales
+and expansion included. ± is one standard error over sequences; seconds are of a busy machine, one thread, and compare
+only roughly. Methods: `rtn` rounds to nearest without rotation; `quarot` is QuaRot with clips of 1.0; `quarot-clipped`
+with 0.9 for inputs and asymmetric keys and values at 0.95.
 """
 
 
@@ -32,11 +33,7 @@ def plus(row: dict, key: str, digits: int = 4) -> str:
     return f"{row[key]:.{digits}f} ± {row[key + '_stderr']:.{digits}f}"
 
 
-def quality(model: str) -> list[str]:
-    file = RESULTS / f"quality-{model}.json"
-    if not file.exists():
-        return []
-    r = json.loads(file.read_text())
+def quality(model: str, r: dict) -> list[str]:
     n = r["sequences"]
     lines = [
         f"## {model}",
@@ -45,8 +42,7 @@ def quality(model: str) -> list[str]:
         f"sequences of {r['seq_len']} from {r['text']['test']}; {n['calibration']} sequences for calibration, "
         f"{n['search']} for the search. "
         f"Newest rows of commit {r['commit'][:10]}, each row's own in the file. "
-        f"`python -m studies.quality {model} --calibration {n['calibration']} "
-        f"--search {n['search']} --test {n['test']}`",
+        "`python -m studies.quality MODEL --text FILE`",
         "",
         "| | perplexity | gap | KL | top-1 | bits | work of the linears | seconds |",
         "|---|---|---|---|---|---|---|---|",
@@ -63,8 +59,7 @@ def quality(model: str) -> list[str]:
 
 def search_cost() -> list[str]:
     lines = ["## The search: the paper's algorithm against ours", ""]
-    for file in sorted(RESULTS.glob("search-cost-*.json")):
-        r = json.loads(file.read_text())
+    for r in measured("search-cost").values():
         lines += [
             f"{r['model']} at {r['bits']} bits from unclipped integer grids, {r['search_tokens']:,} search tokens, the "
             f"same quantized weights for all rows; not searched: gap {plus(r['not searched'], 'gap')}. Work is "
@@ -84,7 +79,7 @@ def search_cost() -> list[str]:
 
 
 def cost() -> list[str]:
-    file = RESULTS / "cost.json"
+    file = SPEEDS / "cost.json"
     if not file.exists():
         return []
     r = json.loads(file.read_text())
@@ -109,7 +104,8 @@ def cost() -> list[str]:
 def readme() -> None:
     """Renews the table between the README's markers."""
     columns = ("rtn", "quarot", "quarot-clipped", "paley without search", "paley without search + 64 columns")
-    r = json.loads((RESULTS / "quality-ref-llama.json").read_text())
+    r = read("quality-ref-llama.json")
+    assert r is not None
     lines = [
         "Loss gained over the original, nats per token (± one standard error), on the demo model, 11.9 million",
         "parameters with real outliers, through the quantized cache:",
@@ -129,13 +125,13 @@ def readme() -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     lines = [HEAD]
-    for model in MODELS:
-        lines += quality(model)
+    for model, r in measured("quality").items():
+        lines += quality(model, r)
     lines += search_cost() + cost() + tables_weights.all_lines() + tables_binary.all_lines()
     readme()
-    for file, page in ((OUT, lines), (ROWS, tables_rows.all_lines())):
-        file.write_text("\n".join(page).rstrip() + "\n")
+    OUT.write_text("\n".join(lines).rstrip() + "\n")
 
 
 if __name__ == "__main__":

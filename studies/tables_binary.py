@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tables_weights import MODELS, commits, read
+from bench.record import RESULTS as SPEEDS
+from studies.experiment import measured, read
+from studies.tables_weights import commits
 
 __all__ = ["all_lines"]
 
@@ -15,22 +17,22 @@ def gaussian() -> list[str]:
     lines = [
         "## Binary weights on Gaussian values",
         "",
-        f"Relative squared error on {found['samples']:,} samples, centroids and scales in float16; in brackets the",
-        "figure that was to be reached, for groups of 128. `python -m studies.binary_table`",
+        f"Relative squared error on {found['samples']:,} samples, centroids and scales in float16.",
+        "`python -m studies.binary_table`",
         "",
         "| group | " + " | ".join(names) + " |",
         "|---" * (len(names) + 1) + "|",
     ]
     for size in dict.fromkeys(row["group_size"] for row in found["rows"]):
         rows = {row["name"]: row for row in found["rows"] if row["group_size"] == size}
-        cells = [f"{r['t2']:.4f}" + (f" ({r['expected']})" if r["expected"] else "") for r in map(rows.get, names) if r]
+        cells = [f"{rows[name]['t2']:.4f}" for name in names]
         lines.append(f"| {size} | " + " | ".join(cells) + " |")
     return [*lines, ""]
 
 
 def methods() -> list[str]:
     """A row a method or a variant, a column a model: the gap, and the bits that are stored."""
-    found = {model: data for model in MODELS if (data := read(f"binary-{model}.json")) is not None}
+    found = measured("binary")
     if not found:
         return []
     names = list(dict.fromkeys(name for data in found.values() for name in data["rows"]))
@@ -45,7 +47,7 @@ def methods() -> list[str]:
         "columns and no rotation; the rows after it change one thing in it. `w1a4` is the preset, which those rows",
         "decided. `paley w?a4kv4` is our default at those bits, without search; it and `higgs` have inputs on gauss4",
         "with one scale a token, and rtn, gptq and atom-like have caches as their presets have them. Perplexities:",
-        "[row by row](results-rows.md).",
+        "[the JSON rows](../studies/results).",
         "",
     ]
     for model, data in found.items():
@@ -53,7 +55,7 @@ def methods() -> list[str]:
         lines.append(
             f"{model}: {n['test']} test sequences, {n['calibration']} for calibration, "
             f"rows of {commits(data)}. "
-            f"`python -m studies.binary {model} --test {n['test']} --calibration {n['calibration']}`"
+            "`python -m studies.binary MODEL --text FILE`"
         )
         lines.append("")
     lines += ["| | " + " | ".join(found) + " |", "|---" * (len(found) + 1) + "|"]
@@ -71,7 +73,7 @@ def _cell(row: dict | None) -> str:
 
 def speed() -> list[str]:
     """Milliseconds of one product."""
-    if (found := read("planes-speed.json")) is None:
+    if (found := read("planes-speed.json", SPEEDS)) is None:
         return []
     results = found["results"]
     names = list(dict.fromkeys(name for row in results.values() for name in row if "ms" in row[name]))

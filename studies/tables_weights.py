@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
-from pathlib import Path
-from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
-MODELS = ("ref-llama", "babyllama-tok361-969k", "tinystories-656k-llama", "stories260k-llama")
-
-
-def read(name: str) -> dict[str, Any] | None:
-    file = RESULTS / name
-    return json.loads(file.read_text()) if file.exists() else None
+from bench.record import RESULTS as SPEEDS
+from studies.experiment import measured, read
 
 
 def grids() -> list[str]:
@@ -51,12 +43,10 @@ def weights() -> list[str]:
         "published, and needs no data; `unbiased` has its scales stretched; allocation goes by slopes on text that",
         "the model sampled itself; *ours*: as `--preset w4a16`, rotations folded, GPTQ aimed at the residual stream,",
         "on one-dimensional grids (`ours, w?a16`) or on vectors of two, as the preset has them now.",
-        "Perplexities and KL: [row by row](results-rows.md).",
+        "Perplexities and KL: [the JSON rows](../studies/results).",
         "",
     ]
-    for model in MODELS:
-        if (found := read(f"weights-{model}.json")) is None:
-            continue
+    for model, found in measured("weights").items():
         rows: dict[str, dict[str, dict]] = {}
         for key, row in found["rows"].items():
             budget, _, method = key.partition(" ")
@@ -64,8 +54,7 @@ def weights() -> list[str]:
         budgets = sorted({b for row in rows.values() for b in row}, key=float)
         lines += [
             f"**{model}**, {found['sequences']['test']} test sequences, rows of {commits(found)}. "
-            f"`python -m studies.weights {model} --test {found['sequences']['test']} "
-            f"--calibration {found['sequences']['calibration']}`",
+            "`python -m studies.weights MODEL --text FILE`",
             "",
             "| | " + " | ".join(budgets) + " |",
             "|---" * (len(budgets) + 1) + "|",
@@ -112,9 +101,9 @@ def _cell(row: dict, most: float) -> str:
 
 def linearity() -> list[str]:
     """Predicted loss against measured, by bits, and the layers whose error is not their grid's."""
-    files = {model: f"linearity-{model}.json" for model in MODELS}
-    files |= {f"{model}, stretched scales": f"linearity-stretched-{model}.json" for model in MODELS}
-    found = {name: r["summary"] for name, file in files.items() if (r := read(file)) is not None}
+    found = {model: r["summary"] for model, r in measured("linearity").items()}
+    stretched = measured("linearity-stretched")
+    found |= {f"{model}, stretched scales": r["summary"] for model, r in stretched.items()}
     if not found:
         return []
     lines = [
@@ -160,9 +149,7 @@ def sensitivities() -> list[str]:
         "| model | " + " | ".join(["KL, perplexity", "KL, random tokens", "another seed", "folded, unfolded"]) + " |",
         "|---|---|---|---|---|",
     ]
-    for model in MODELS:
-        if (found := read(f"sensitivity-{model}.json")) is None:
-            continue
+    for model, found in measured("sensitivity").items():
         ranks = found["rank correlations"]
         more = [found[key]["rank correlation"] for key in ("kl text, another seed", "kl text, unfolded")]
         cells = [ranks["kl text, ppl text"], ranks["kl random, kl text"], *more]
@@ -171,7 +158,7 @@ def sensitivities() -> list[str]:
 
 
 def streaming() -> list[str]:
-    if (r := read("streaming.json")) is None:
+    if (r := read("streaming.json", SPEEDS)) is None:
         return []
     lines = [
         "## A checkpoint larger than memory",
@@ -203,7 +190,7 @@ def streaming() -> list[str]:
 
 
 def speed() -> list[str]:
-    if (r := read("nearest-speed.json")) is None:
+    if (r := read("nearest-speed.json", SPEEDS)) is None:
         return []
     whole = r["quantizers"]
     versions = ", ".join(f"{name} {version}" for name, version in whole["versions"].items())
