@@ -7,9 +7,9 @@ t2 is measured on 2^21 plain vectors, 2^24 numbers. `--survey` prints the first 
 most scales that a width of bits leaves room for.
 """
 
+import argparse
 import json
 import math
-import sys
 from pathlib import Path
 
 import torch
@@ -115,7 +115,7 @@ def survey() -> None:
             print(f"q {q} k {k}: {bits:.3f} bits, t2 {t2:.5f}, {decibels:.2f} dB to Shannon", betas)
 
 
-def main() -> None:
+def make() -> None:
     grids = json.loads(OUT.read_text())["grids"] if OUT.exists() else {}
     for q, k in SHIPPED:
         if f"e8q{q}k{k}" in grids:
@@ -129,6 +129,13 @@ def main() -> None:
         print(f"{grid.name}: {grid.bits:.3f} bits, t2 {t2:.6f} ± {stderr:.6f}", betas, flush=True)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--survey", action="store_true", help="only print all sizes, roughly optimized")
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    survey() if "--survey" in sys.argv else main()
+    survey() if arguments.survey else make()
+
+
+if __name__ == "__main__":
+    main()
