@@ -2,7 +2,7 @@
 
 Orders: Sylvester (2^k), Paley I (q+1, q ≡ 3 mod 4), Paley II (2(q+1), q ≡ 1 mod 4), Kronecker products of
 these (Paley, J. Math. Phys. 12, 1933), and Goethals-Seidel arrays of tabled sequences (J. Austral. Math.
-Soc. 11, 1970; made by benchmarks/find_williamson.py) where none of them reaches. One convention everywhere:
+Soc. 11, 1970; made by tools/find_williamson.py) where none of them reaches. One convention everywhere:
 H_n = Sylvester_(2^k) ⊗ H_m with (m, k) = factor(n).
 """
 

@@ -1,4 +1,4 @@
-"""Reads the packaged grids of least error for N(0, I_p); benchmarks/make_gaussian_grids.py makes them.
+"""Reads the packaged grids of least error for N(0, I_p); tools/make_gaussian_grids.py makes them.
 
 A safetensors file is 8 bytes of length, that much JSON, and raw bytes: no reader is needed.
 """
@@ -67,4 +67,4 @@ def how_to_make(name: str) -> str:
     if size_of(name) is None:
         return ""
     file = f"{name}.safetensors"
-    return f"; or make it: python benchmarks/make_gaussian_grids.py {name} --output {file}, then --grid {file}"
+    return f"; or make it: python tools/make_gaussian_grids.py {name} --output {file}, then --grid {file}"
