@@ -14,13 +14,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from paley.cli.process import line
 from paley.core.schemes import ActivationScheme, WeightScheme
 from paley.eval.figures import with_error
 from paley.pipeline import Outcome
 from paley.pipeline.curve import CurvePoint
 from paley.plan import Plan
 from paley.recipe import Recipe
-from paley.theory import PeakPoint
 
 __all__ = [
     "Cost",
@@ -29,9 +29,7 @@ __all__ = [
     "curve_table",
     "emit",
     "eval_table",
-    "line",
     "outcome_table",
-    "peaks_table",
     "plan_table",
     "presets_table",
     "scheme",
@@ -70,11 +68,6 @@ def show(made: Table) -> None:
     """On a terminal as wide as it is; elsewhere as wide as the table."""
     console = Console(width=None if sys.stdout.isatty() else 400, highlight=False, markup=False)
     console.print(made)
-
-
-def line(text: str = "") -> None:
-    """A line of stdout, never wrapped: paths and commands in it can be copied."""
-    print(text)
 
 
 def emit(found: dict[str, Any]) -> None:
@@ -187,14 +180,6 @@ def presets_table(recipes: dict[str, Recipe]) -> Table:
         inputs, caches = f"{scheme(r.inputs)} {clip(r.inputs)}", f"{scheme(r.keys)} {clip(r.keys)}"
         rows.append((name, scheme(r.weights, r.outliers), inputs, caches, "yes" if r.rotate else "no", r.search.method))
     return table(("preset", "weights", "inputs, clip", "KV cache, clip", "rotated", "search"), rows, left=6)
-
-
-def peaks_table(points: Sequence[PeakPoint]) -> Table:
-    """Figure 3 in numbers."""
-    header = ("dimension", "random, measured", "theory", "Hadamard, measured", "theory")
-    columns = ((p.random, p.random_predicted, p.hadamard, p.hadamard_predicted) for p in points)
-    rows = [(str(p.dim), *(f"{v:.2f}" for v in values)) for p, values in zip(points, columns, strict=True)]
-    return table(header, rows, left=0)
 
 
 def outcome_table(outcome: Outcome, cost: Cost) -> Table:

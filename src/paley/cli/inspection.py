@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from paley.cli.display import Row, clip, line, scheme, scores, show, table
+from paley.cli.display import Row, clip, scheme, scores, show, table
+from paley.cli.process import line
 from paley.core import grids, packing
 from paley.core.grids import FreeGrid
 from paley.format.checkpoint import Checkpoint

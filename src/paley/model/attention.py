@@ -92,6 +92,7 @@ def attach_slots(model: PreTrainedModel, attentions: Mapping[str, AttentionSlot]
         if name not in modules:
             raise PaleyError(f"{name!r} is no attention module of this model{nearest_name(name, modules)}")
         _check_fit(name, modules[name], slot)
+    register()
     model.set_attn_implementation(NAME)  # only warns where it cannot
     for name, module in modules.items():
         module.kv_slot = attentions.get(name)  # type: ignore[assignment]

@@ -33,11 +33,13 @@ tags: [paley, quantized]
 `results.json` has every figure, `plan.json` every decision.
 
 ```python
-import paley                                   # registers the format with transformers
-model = paley.load("THIS FOLDER")              # or AutoModelForCausalLM.from_pretrained("THIS FOLDER")
+import paley
+
+model = paley.load("THIS FOLDER")
+# or with transformers alone: paley.register(), then AutoModelForCausalLM.from_pretrained("THIS FOLDER")
 ```
 
-Without `import paley` transformers does not know this format: it only warns, and returns random weights.
+Without `paley.register()` transformers does not know this format: it only warns, and returns random weights.
 """
 
 _SCORES = """\

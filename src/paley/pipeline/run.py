@@ -28,7 +28,7 @@ from paley.pipeline.stages import decide, execute, storage_dtype
 from paley.pipeline.streaming import is_data_free, stream_checkpoint
 from paley.pipeline.texts import Texts, check_lengths, gather, needs_data
 from paley.plan import Plan
-from paley.recipe import Recipe
+from paley.recipe import Recipe, as_recipe
 from paley.sensitivity import Sensitivity
 
 __all__ = ["Outcome", "make_plan", "quantize"]
@@ -47,7 +47,7 @@ class Outcome:
 
 def quantize(
     model: str | Path,
-    recipe: Recipe | None = None,
+    recipe: Recipe | str | Path | None = None,
     *,
     output: str | Path,
     plan: Plan | None = None,
@@ -60,17 +60,18 @@ def quantize(
 ) -> Outcome:
     """Quantizes the checkpoint folder or Hub name `model` into the new folder `output`.
 
-    Give a recipe, or a plan made for this model. sensitivity: what a recipe with a budget goes by; without it, it is
-    measured. workers: processes that share the weights of a data-free recipe; others use one. A run that was stopped
-    goes on with resume=True. Errors: PaleyError, with nothing written to `output`. overwrite=True makes everything
-    anew, also where the folder there came of the same settings.
+    recipe: a Recipe, a preset's name such as "w4a4kv4", or a .yaml or .json file; or give a plan that was made for
+    this model. sensitivity: what a recipe with a budget goes by; without it, it is measured. workers: processes that
+    share the weights of a data-free recipe; others use one. A run that was stopped goes on with resume=True. Errors:
+    PaleyError, with nothing written to `output`. overwrite=True makes everything anew, also where the folder there came
+    of the same settings.
     """
     monitor, output = monitor or Monitor(), Path(output)
     if (recipe is None) == (plan is None):
         raise PaleyError("quantize: give either a recipe or a plan")
     wanted = plan.recipe if plan is not None else recipe
     assert wanted is not None
-    wanted = _as_measured(wanted, sensitivity)
+    wanted = _as_measured(as_recipe(wanted), sensitivity)
     check_output(output, resume=resume, overwrite=overwrite)
     if wanted.test is None and not (is_data_free(plan) if plan is not None else not needs_data(wanted)):
         raise PaleyError(
@@ -96,14 +97,15 @@ def quantize(
 
 def make_plan(
     model: str | Path,
-    recipe: Recipe,
+    recipe: Recipe | str | Path,
     *,
     sensitivity: Sensitivity | None = None,
     device: str = "cpu",
     monitor: Monitor | None = None,
 ) -> Plan:
-    """Decides only: the plan that `quantize` with this recipe would execute."""
-    source, recipe = open_source(model), _as_measured(recipe, sensitivity)
+    """Decides only: the plan that `quantize` with this recipe (as there) would execute."""
+    recipe = _as_measured(as_recipe(recipe), sensitivity)
+    source = open_source(model)
     check_lengths(recipe, source, measures=_measures(recipe, None, sensitivity))
     check_settings(source, recipe)
     texts = gather(recipe, source, device)

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from paley.core.defaults import SELF
 from paley.core.errors import PaleyError
 from paley.data import Role, TokenBlocks, blocks_from_ids, check_disjoint, token_blocks
 from paley.eval.sampling import sample_documents
@@ -15,8 +16,6 @@ from paley.model.loading import Source, check_seq_len
 from paley.recipe import Recipe
 
 __all__ = ["SELF", "Texts", "calibrates", "check_lengths", "gather", "is_tuned_on", "needs_data", "test_blocks"]
-
-SELF = "self"
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,18 @@ import re
 from dataclasses import replace
 from importlib import resources
 from importlib.resources.abc import Traversable
+from pathlib import Path
 from typing import Any
 
 from paley.core import grids, tables
 from paley.core.errors import PaleyError, nearest_name
 from paley.core.grids import MAX_BITS, MAX_POINTS, MIN_BITS
 from paley.core.packing import stored_bits
-from paley.recipe.loading import yaml_value
+from paley.recipe.loading import load_recipe, yaml_value
 from paley.recipe.models import Recipe
 from paley.recipe.validation import validate
 
-__all__ = ["examples", "preset", "preset_methods"]
+__all__ = ["as_recipe", "examples", "preset", "preset_methods"]
 
 GRAMMAR = (
     "[METHOD-]W<bits>[G<group size>]A<bits>[KV<bits>], for example w3a3kv3, w4g64a16 or quarot-w4a4kv4; "
@@ -27,6 +28,16 @@ NAME = re.compile(r"(?:(?P<method>.+)-)?w(?P<w>\d{1,4})(?:g(?P<group>\d{1,6}))?a
 WEIGHTS_ONLY = re.compile(r"higgs-(?P<bits>\d{1,2}(?:\.\d{1,4})?)")
 DEFAULT_METHOD, BINARY_METHOD = "gbs", "bwa"
 UNQUANTIZED = 16
+FILES = (".yaml", ".yml", ".json")
+
+
+def as_recipe(recipe: Recipe | str | Path) -> Recipe:
+    """A recipe as it is, a file by its suffix, any other text as a preset's name."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, Path) or recipe.lower().endswith(FILES):
+        return load_recipe(recipe)
+    return preset(recipe)
 
 
 def _files() -> dict[str, Traversable]:

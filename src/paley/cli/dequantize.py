@@ -1,4 +1,4 @@
-"""The verb that leads out of the format: dequantize."""
+"""`paley dequantize`: a quantized folder becomes an ordinary checkpoint."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import time
 from dataclasses import asdict
 
 import paley
-from paley.cli import display, options
-from paley.cli.app import app
-from paley.cli.process import naming, peak_memory, say, shell
-from paley.cli.progress import watching
+from paley.cli import options
+from paley.cli.app import verb
+from paley.cli.process import line, naming, peak_memory, say, shell
 
 __all__ = ["dequantize_verb"]
 
@@ -17,7 +16,7 @@ __all__ = ["dequantize_verb"]
 _AS_OPTIONS = {"; set dtype=": "; set --dtype ", " or dtype=": " or --dtype "}
 
 
-@app.command("dequantize")
+@verb("dequantize")
 def dequantize_verb(
     folder: options.Folder,
     output: options.NewFolder,
@@ -33,6 +32,9 @@ def dequantize_verb(
 
     Example: `paley dequantize llama-w4 --output llama-plain`
     """
+    from paley.cli import display
+    from paley.cli.progress import watching
+
     start, seen = time.monotonic(), 0
     with naming(_AS_OPTIONS), watching() as monitor:
 
@@ -56,6 +58,6 @@ def dequantize_verb(
     rows = [("bytes on disk", f"{made.quantized_bytes:,}", f"{made.bytes:,}"), *cost.rows()]
     display.show(display.table(("", "quantized", "plain"), rows))
     for what in made.dropped:
-        display.line(f"dropped: rounding of {what}")
-    display.line(f"written to {made.output}")
-    display.line(f"next: {shell('generate', str(made.output), 'Once upon a time')}")
+        line(f"dropped: rounding of {what}")
+    line(f"written to {made.output}")
+    line(f"next: {shell('generate', str(made.output), 'Once upon a time')}")

@@ -1,4 +1,4 @@
-"""The verb that measures the original model: sensitivity."""
+"""`paley sensitivity`: measures how much each layer of the original model matters."""
 
 from __future__ import annotations
 
@@ -7,25 +7,19 @@ import statistics
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from paley.cli import display, options
-from paley.cli.app import app
-from paley.cli.process import STOPPED, naming, peak_memory, say, shell, typed
-from paley.cli.progress import watching
-from paley.cli.work import check_device
+from paley.cli import options
+from paley.cli.app import verb
+from paley.cli.process import STOPPED, line, naming, peak_memory, say, shell, typed
+from paley.core.defaults import LEVELS, SELF
 from paley.core.errors import PaleyError
-from paley.eval.figures import with_error
-from paley.format.folders import taken
-from paley.methods.sensitivity import LEVELS
-from paley.model.loading import read_config, resolve
-from paley.model.sensitivity import KINDS
-from paley.pipeline.sensitivities import measure_sensitivity
-from paley.pipeline.texts import SELF
-from paley.recipe import Test
-from paley.sensitivity import MeasuredSlot, Sensitivity
+
+if TYPE_CHECKING:
+    from paley.cli.display import Cost
+    from paley.sensitivity import MeasuredSlot, Sensitivity
 
 __all__ = ["sensitivity_verb"]
 
@@ -39,7 +33,7 @@ _AS_OPTIONS = {
 }
 
 
-@app.command("sensitivity")
+@verb("sensitivity")
 def sensitivity_verb(
     ctx: typer.Context,
     model: options.Model,
@@ -77,6 +71,12 @@ def sensitivity_verb(
 
     Example: `paley sensitivity ./llama --output alpha.json`
     """
+    from paley.cli import display
+    from paley.cli.progress import watching
+    from paley.cli.work import check_device
+    from paley.model.sensitivity import KINDS
+    from paley.pipeline.sensitivities import measure_sensitivity
+
     start = time.monotonic()
     partial = Path(f"{output}.partial.jsonl")
     _check_output(output, partial, resume=resume, overwrite=overwrite)
@@ -100,21 +100,26 @@ def sensitivity_verb(
         display.emit({"output": str(output), **asdict(cost), "sensitivity": json.loads(found.to_json())})
         return
     _show(found, cost)
-    display.line(f"written to {output}")
+    line(f"written to {output}")
     # The plain --target-bpw quantizes the weights as they are; recipes that rotate fold.
     recipe = ["--preset", "w3a16"] if fold else []
     budget = [*recipe, "--target-bpw", "3.25", "--sensitivity", str(output), *_short_test(model)]
-    display.line(f"next: {shell('quantize', model, *budget, '--output', 'OUT')}")
+    line(f"next: {shell('quantize', model, *budget, '--output', 'OUT')}")
 
 
 def _short_test(model: str) -> list[str]:
     """The setting that a model needs which reads fewer tokens than a test's sequences have."""
+    from paley.model.loading import read_config, resolve
+    from paley.recipe import Test
+
     limit = getattr(read_config(resolve(model)), "max_position_embeddings", None)
     return ["--set", f"test.seq_len={limit}"] if limit is not None and limit < Test().seq_len else []
 
 
 def _check_output(output: Path, partial: Path, *, resume: bool, overwrite: bool) -> None:
-    """Raises where the file or an unfinished measurement is in the way."""
+    """Raises if the file or an unfinished measurement is in the way."""
+    from paley.format.folders import taken
+
     if output.is_dir():
         raise PaleyError(f"{output}: is a folder; give the file for the sensitivities")
     if not output.absolute().parent.is_dir():
@@ -135,8 +140,11 @@ def _how_to_resume(ctx: typer.Context, partial: Path) -> str:
     return f"stopped; what is finished is kept in {partial}. Go on with:\n  {command}"
 
 
-def _show(found: Sensitivity, cost: display.Cost) -> None:
+def _show(found: Sensitivity, cost: Cost) -> None:
     """Tables on stdout: the steepest slots, means by type, and what it took."""
+    from paley.cli import display
+    from paley.eval.figures import with_error
+
     steepest = sorted(found.slots.items(), key=lambda item: -item[1].alpha)
     rows = [
         (name, slot.kind, with_error(slot.alpha, slot.stderr, ".4g"), f"{len(slot.levels)}")
@@ -151,7 +159,7 @@ def _show(found: Sensitivity, cost: display.Cost) -> None:
     display.show(display.table(("type", "mean alpha"), [(kind, f"{mean:.4g}") for kind, mean in ordered]))
     clamped = sum(slot.clamped for slot in found.slots.values())
     if clamped:
-        display.line(f"{clamped} slopes were not positive and were set to a small number (clamped in the file)")
+        line(f"{clamped} slopes were not positive and were set to a small number (clamped in the file)")
     display.show(display.table(("", ""), [(what, here) for what, _, here in cost.rows()]))
     unit = "KL, nats a token" if found.metric == "kl" else f"perplexity, {found.baseline:.4f} without noise"
-    display.line(f"{unit}, on {found.text.tokens:,} tokens of {found.text.source}; it grows by alpha · t²")
+    line(f"{unit}, on {found.text.tokens:,} tokens of {found.text.source}; it grows by alpha · t²")

@@ -14,8 +14,9 @@ from paley.core.errors import PaleyError
 from paley.format.checkpoint import read_tensors
 from paley.plan import Plan
 from paley.recipe import Recipe, apply_settings, examples, load_recipe, preset
+from paley.sensitivity import Sensitivity
 
-__all__ = ["Wish"]
+__all__ = ["Wish", "numbers", "slopes_of"]
 
 _OPTIONS = {"weights": "--target-bpw", "size": "--target-size", "kv": "--kv-bpw"}  # of a budget's keys
 # What a budget alone stands for: HIGGS, whose grids it then chooses; one for the cache needs schemes there.
@@ -96,6 +97,21 @@ class Wish:
         found = [f"{key}={json.dumps(v, ensure_ascii=False)}" for key, v in quoted.items() if v is not None]
         unscored = ["test=null"] if self.no_score else []
         return [*self.settings, *found, *(f"{key}={v}" for key, v in plain.items() if v is not None), *unscored]
+
+
+def numbers(text: str | None) -> list[float]:
+    try:
+        return [] if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        raise PaleyError(f"--target-bpw {text}: expected numbers with commas between them, such as 2.5,3,4") from None
+
+
+def slopes_of(file: Path | None, chosen: Recipe | Plan) -> Sensitivity | None:
+    if file is None:
+        return None
+    if isinstance(chosen, Plan) or chosen.budget is None:
+        raise PaleyError("--sensitivity serves a budget: give --target-bpw, --target-size, --kv-bpw, or a recipe's own")
+    return Sensitivity.load(file)
 
 
 def _bytes(text: str) -> int:

@@ -1,0 +1,92 @@
+"""`paley plan`: decides what `paley quantize` would do, and writes it to a file."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import paley
+from paley.cli import options
+from paley.cli.app import verb
+from paley.cli.process import line, naming, peak_memory, shell
+from paley.core.errors import PaleyError
+
+__all__ = ["plan_verb"]
+
+
+@verb("plan")
+def plan_verb(
+    model: options.Model,
+    output: Annotated[Path, typer.Option("--output", help="The plan's file.")] = Path("plan.json"),
+    preset: options.Preset = None,
+    recipe: options.RecipeFile = None,
+    settings: options.Settings = None,
+    grid: options.Grid = None,
+    expand: options.Expand = None,
+    seed: options.Seed = None,
+    calibration: options.Calibration = None,
+    test: options.Test = None,
+    target_bpw: options.TargetBpws = None,
+    target_size: options.TargetSize = None,
+    kv_bpw: options.KvBpw = None,
+    sensitivity: options.Sensitivity = None,
+    device: options.Device = "cpu",
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+) -> None:
+    """Decide only: search what to do to each layer, and write it to a JSON file.
+
+    A plan has a line for each layer. Read it, change it, compare it with another, and execute it with
+    `paley quantize MODEL --plan FILE`: the same plan on the same model gives the same bytes.
+
+    With several budgets it only prints what each would cost: predicted loss against stored bits, nothing written.
+
+    Example: `paley plan ./llama --preset w3a3kv3 --output plan.json`
+    """
+    from paley.cli import display
+    from paley.cli.progress import watching
+    from paley.cli.recipes import Wish, numbers, slopes_of
+    from paley.cli.work import check_device
+    from paley.format.folders import taken
+    from paley.pipeline.curve import accuracy_size_curve
+
+    start = time.monotonic()
+    budgets = numbers(target_bpw)
+    wish = Wish(
+        preset, recipe, None, tuple(settings or ()), calibration, test, expand, seed, grid, False,
+        budgets[0] if budgets else None, target_size, kv_bpw,
+    )  # fmt: skip
+    chosen = wish.chosen()
+    assert isinstance(chosen, paley.Recipe)
+    slopes = slopes_of(sensitivity, chosen)
+    if len(budgets) > 1:
+        with naming(wish.options()), watching() as monitor:
+            curve = accuracy_size_curve(
+                model, chosen, budgets, sensitivity=slopes, device=check_device(device), monitor=monitor
+            )
+        if as_json:
+            display.emit({"model": model, "curve": [asdict(point) for point in curve]})
+        else:
+            display.show(display.curve_table(curve))
+        return
+    if output.is_dir():
+        raise PaleyError(f"{output}: is a folder; give the plan's file")
+    if output.exists() and not overwrite:
+        raise taken(output)
+    if not output.absolute().parent.is_dir():
+        raise PaleyError(f"{output}: there is no folder {output.parent}; make it first")
+    with naming(wish.options()), watching() as monitor:
+        made = paley.make_plan(model, chosen, sensitivity=slopes, device=check_device(device), monitor=monitor)
+    made.save(output)
+    if as_json:
+        cost = display.Cost(time.monotonic() - start, peak_memory())
+        display.emit({"output": str(output), **asdict(cost), "plan": json.loads(made.to_json())})
+        return
+    display.show(display.plan_table(made))
+    line(f"written to {output}")
+    line(f"next: {shell('quantize', model, '--plan', str(output), '--output', 'OUT')}")
