@@ -20,7 +20,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import paley
 from command_line import paley_
-from paley.cli import inspection
 from paley.cli.process import spread_settings
 from paley.cli.progress import LineMonitor, watching
 
@@ -353,7 +352,7 @@ def test_what_the_machine_lacks_is_said_and_a_bug_keeps_its_traceback(made, monk
     def fail(folder):
         raise error
 
-    monkeypatch.setattr(inspection.Inspection, "of", fail)
+    monkeypatch.setattr(paley, "inspect", fail)
     assert paley_("inspect", made.out, code=code).err.startswith(said)
 
 

@@ -17,26 +17,36 @@ if TYPE_CHECKING:
     from paley.export.plain import dequantize
     from paley.hf import load, register
     from paley.model.kv_cache import PackedKVCache, cache_argument
+    from paley.pipeline.generate import Generated, generate
+    from paley.pipeline.inspect import Inspection, inspect
     from paley.pipeline.monitor import Monitor
     from paley.pipeline.run import Outcome, make_plan, quantize
+    from paley.pipeline.score import score
     from paley.pipeline.sensitivities import measure_sensitivity
     from paley.plan import Plan
     from paley.recipe import Recipe, load_recipe, preset
+    from paley.results import EvalResult, Results
     from paley.sensitivity import Sensitivity
 
 __all__ = [
+    "EvalResult",
+    "Generated",
+    "Inspection",
     "Monitor",
     "Outcome",
     "PackedKVCache",
     "PaleyError",
     "Plan",
     "Recipe",
+    "Results",
     "Sensitivity",
     "__version__",
     "cache_argument",
     "dequantize",
     "evaluate",
+    "generate",
     "hadamard",
+    "inspect",
     "load",
     "load_recipe",
     "make_plan",
@@ -44,21 +54,28 @@ __all__ = [
     "preset",
     "quantize",
     "register",
+    "score",
 ]
 
 __version__ = "0.1.0"
 
 _HOMES = {  # name -> the module that has it
+    "EvalResult": "paley.results",
+    "Generated": "paley.pipeline.generate",
+    "Inspection": "paley.pipeline.inspect",
     "Monitor": "paley.pipeline.monitor",
     "Outcome": "paley.pipeline.run",
     "PackedKVCache": "paley.model.kv_cache",
     "Plan": "paley.plan",
     "Recipe": "paley.recipe",
+    "Results": "paley.results",
     "Sensitivity": "paley.sensitivity",
     "cache_argument": "paley.model.kv_cache",
     "dequantize": "paley.export.plain",
     "evaluate": "paley.eval.perplexity",
+    "generate": "paley.pipeline.generate",
     "hadamard": "paley.core.hadamard",
+    "inspect": "paley.pipeline.inspect",
     "load": "paley.hf",
     "load_recipe": "paley.recipe",
     "make_plan": "paley.pipeline.run",
@@ -66,6 +83,7 @@ _HOMES = {  # name -> the module that has it
     "preset": "paley.recipe",
     "quantize": "paley.pipeline.run",
     "register": "paley.hf",
+    "score": "paley.pipeline.score",
 }
 
 

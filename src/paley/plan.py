@@ -6,36 +6,22 @@ same bytes.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, PlainSerializer
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat
 
 from paley.core.errors import PaleyError
 from paley.core.grids import know
 from paley.core.schemes import AttentionSlot, LinearSlot
 from paley.core.transforms import Transform
-from paley.recipe.documents import Document
+from paley.recipe.documents import AnyFloat, Document
 from paley.recipe.models import Recipe
 from paley.recipe.saving import in_natural_order
 
 __all__ = ["VERSION", "Plan", "Rotation", "Trial"]
 
 VERSION = 1
-# JSON has no word for these numbers, and a search may well meet an infinite perplexity.
-NON_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
-
-
-def _from_name(value: Any) -> Any:
-    return NON_FINITE.get(value, value) if isinstance(value, str) else value
-
-
-def _to_name(value: float) -> float | str:
-    return value if math.isfinite(value) else str(value)
-
-
-Loss = Annotated[float, BeforeValidator(_from_name), PlainSerializer(_to_name, when_used="json")]
 LinearSlots = Annotated[dict[str, LinearSlot], AfterValidator(in_natural_order)]
 AttentionSlots = Annotated[dict[str, AttentionSlot], AfterValidator(in_natural_order)]
 
@@ -62,7 +48,7 @@ class Trial(BaseModel):
 
     slot: str
     clip_ratio: FiniteFloat
-    objective: Loss
+    objective: AnyFloat
 
 
 class Plan(Document):
@@ -82,7 +68,7 @@ class Plan(Document):
     rotation: Rotation | None = None
     linears: LinearSlots
     attentions: AttentionSlots
-    predicted_loss: Loss | None = None
+    predicted_loss: AnyFloat | None = None
     bits_per_weight: FiniteFloat | None = None
     trace: tuple[Trial, ...] = ()
 

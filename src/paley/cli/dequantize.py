@@ -8,12 +8,9 @@ from dataclasses import asdict
 import paley
 from paley.cli import options
 from paley.cli.app import verb
-from paley.cli.process import line, naming, peak_memory, say, shell
+from paley.cli.process import line, peak_memory, say, shell
 
 __all__ = ["dequantize_verb"]
-
-# Of "set dtype=float32 or dtype=bfloat16" alone: a path may have a "dtype=" in it.
-_AS_OPTIONS = {"; set dtype=": "; set --dtype ", " or dtype=": " or --dtype "}
 
 
 @verb("dequantize")
@@ -36,7 +33,7 @@ def dequantize_verb(
     from paley.cli.progress import watching
 
     start, seen = time.monotonic(), 0
-    with naming(_AS_OPTIONS), watching() as monitor:
+    with watching() as monitor:
 
         def on_tensor(total: int, name: str) -> None:
             nonlocal seen

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import asdict
 
+import paley
 from paley.cli import options
 from paley.cli.app import verb
 from paley.cli.process import line, peak_memory
@@ -31,16 +32,15 @@ def eval_verb(
     """
     from paley.cli import display
     from paley.cli.progress import watching
-    from paley.cli.work import check_device, evaluate_model, scored_text
 
     start = time.monotonic()
-    device = check_device(device)
-    blocks = scored_text(model, data, sequences, seq_len)
     with watching() as monitor:
-        result = evaluate_model(model, against, blocks, device, monitor)
+        result = paley.score(
+            model, against, data=data, sequences=sequences, seq_len=seq_len, device=device, monitor=monitor
+        )
     cost = display.Cost(time.monotonic() - start, peak_memory())
     if as_json:
         display.emit({"model": model, "against": against, **asdict(cost), **result.to_dict()})
         return
-    display.show(display.eval_table(asdict(result), cost))
-    line(display.scored_on(asdict(result)))
+    display.show(display.eval_table(result, cost))
+    line(display.scored_on(result))

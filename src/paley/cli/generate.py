@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import paley
 from paley.cli import options
 from paley.cli.app import verb
 from paley.cli.process import line, say
+
+if TYPE_CHECKING:
+    from paley.pipeline.generate import Generated
 
 __all__ = ["generate_verb"]
 
@@ -24,23 +30,28 @@ def generate_verb(
     Example: `paley generate llama-w4 "Once upon a time" --temperature 0.8`
     """
     from paley.cli import display
-    from paley.cli.generation import generate
-    from paley.cli.work import check_device, load_model
-    from paley.model.loading import load_tokenizer, resolve
 
-    device = check_device(device)
-    tokenizer = load_tokenizer(resolve(model))
-    made = generate(
-        load_model(model, device, kernels=True),
-        tokenizer,
+    made = paley.generate(
+        model,
         prompt,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
-        write=(lambda text: None) if as_json else (lambda text: print(text, end="", flush=True)),
+        device=device,
+        write=None if as_json else (lambda text: print(text, end="", flush=True)),
     )
     if as_json:
         display.emit({"model": model, "prompt": prompt, **made.to_dict()})
         return
     line()
-    say(made.summary())
+    say(_summary(made))
+
+
+def _summary(made: Generated) -> str:
+    """One line for a person."""
+    rate = made.tokens_per_second
+    return (
+        f"prompt: {made.prompt_tokens} tokens in {made.prompt_seconds:.2f} s; new: {made.tokens} tokens"
+        + ("" if rate is None else f" at {rate:.1f} tokens/s")
+        + f"; KV cache: {made.kv_cache_bytes:,} bytes"
+    )

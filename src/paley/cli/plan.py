@@ -13,7 +13,7 @@ import typer
 import paley
 from paley.cli import options
 from paley.cli.app import verb
-from paley.cli.process import line, naming, peak_memory, shell
+from paley.cli.process import line, peak_memory, shell
 from paley.core.errors import PaleyError
 
 __all__ = ["plan_verb"]
@@ -50,22 +50,22 @@ def plan_verb(
     """
     from paley.cli import display
     from paley.cli.progress import watching
-    from paley.cli.recipes import Wish, numbers, slopes_of
-    from paley.cli.work import check_device
+    from paley.cli.recipes import Request, numbers, slopes_of
     from paley.format.folders import taken
+    from paley.pipeline.any_model import check_device
     from paley.pipeline.curve import accuracy_size_curve
 
     start = time.monotonic()
     budgets = numbers(target_bpw)
-    wish = Wish(
-        preset, recipe, None, tuple(settings or ()), calibration, test, expand, seed, grid, False,
-        budgets[0] if budgets else None, target_size, kv_bpw,
-    )  # fmt: skip
-    chosen = wish.chosen()
+    chosen = Request(
+        preset=preset, recipe=recipe, settings=settings, calibration=calibration, test=test, expand=expand,
+        seed=seed, grid=grid, target_bpw=budgets[0] if budgets else None, target_size=target_size,
+        kv_bpw=kv_bpw,
+    ).resolve()  # fmt: skip
     assert isinstance(chosen, paley.Recipe)
     slopes = slopes_of(sensitivity, chosen)
     if len(budgets) > 1:
-        with naming(wish.options()), watching() as monitor:
+        with watching() as monitor:
             curve = accuracy_size_curve(
                 model, chosen, budgets, sensitivity=slopes, device=check_device(device), monitor=monitor
             )
@@ -80,7 +80,7 @@ def plan_verb(
         raise taken(output)
     if not output.absolute().parent.is_dir():
         raise PaleyError(f"{output}: there is no folder {output.parent}; make it first")
-    with naming(wish.options()), watching() as monitor:
+    with watching() as monitor:
         made = paley.make_plan(model, chosen, sensitivity=slopes, device=check_device(device), monitor=monitor)
     made.save(output)
     if as_json:

@@ -8,8 +8,7 @@ import re
 import resource
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import typer
@@ -17,7 +16,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from paley.core.errors import PaleyError
 
-__all__ = ["STOPPED", "Verb", "Verbs", "line", "naming", "peak_memory", "say", "shell", "spread_settings", "typed"]
+__all__ = ["STOPPED", "Verb", "Verbs", "line", "peak_memory", "say", "shell", "spread_settings", "typed"]
 
 STOPPED = 130  # 128 + SIGINT, as shells have it
 _SETTING = re.compile(r"[a-z_][a-z_.]*=")
@@ -47,7 +46,9 @@ class Verbs(TyperGroup):
         try:
             return super().invoke(ctx)
         except PaleyError as error:
-            message = str(error)
+            from paley.cli.words import spell
+
+            message = error.render(lambda part: spell(part, ctx.invoked_subcommand))
         except _UsageError as error:
             raise _misused(error) from None
         except KeyboardInterrupt:
@@ -93,18 +94,6 @@ def spread_settings(args: Sequence[str]) -> list[str]:
                 in_settings = arg == "--set"
         spread.append(arg)
     return spread
-
-
-@contextmanager
-def naming(options: Mapping[str, str]) -> Iterator[None]:
-    """Errors about settings speak of them as the options that the user typed: setting -> option."""
-    try:
-        yield
-    except PaleyError as error:
-        message = str(error)
-        for setting, option in options.items():
-            message = message.replace(setting, option)
-        raise PaleyError(message) from error
 
 
 def typed(ctx: Any) -> list[str]:

@@ -11,7 +11,7 @@ import typer
 import paley
 from paley.cli import options
 from paley.cli.app import verb
-from paley.cli.process import STOPPED, line, naming, peak_memory, say, shell, typed
+from paley.cli.process import STOPPED, line, peak_memory, say, shell, typed
 from paley.core.errors import PaleyError
 
 __all__ = ["quantize_verb"]
@@ -51,8 +51,8 @@ def quantize_verb(
     """
     from paley.cli import display
     from paley.cli.progress import watching
-    from paley.cli.recipes import Wish, numbers, slopes_of
-    from paley.cli.work import check_device, is_paley
+    from paley.cli.recipes import Request, numbers, slopes_of
+    from paley.pipeline.any_model import check_device, is_paley
 
     start = time.monotonic()
     budgets = numbers(target_bpw)
@@ -60,15 +60,15 @@ def quantize_verb(
         raise PaleyError(
             f"--target-bpw {target_bpw}: one model takes one budget; `paley plan` compares several before you choose"
         )
-    wish = Wish(
-        preset, recipe, plan, tuple(settings or ()), calibration, test, expand, seed, grid, no_score,
-        budgets[0] if budgets else None, target_size, kv_bpw,
-    )  # fmt: skip
-    chosen = wish.chosen()
+    chosen = Request(
+        preset=preset, recipe=recipe, plan=plan, settings=settings, calibration=calibration, test=test, expand=expand,
+        seed=seed, grid=grid, no_score=no_score, target_bpw=budgets[0] if budgets else None, target_size=target_size,
+        kv_bpw=kv_bpw,
+    ).resolve()  # fmt: skip
     slopes = slopes_of(sensitivity, chosen)
     decided = isinstance(chosen, paley.Plan)
     try:
-        with naming(wish.options()), watching() as monitor:
+        with watching() as monitor:
             outcome = paley.quantize(
                 model,
                 None if decided else chosen,
@@ -86,10 +86,10 @@ def quantize_verb(
         raise typer.Exit(STOPPED) from None
     cost = display.Cost(time.monotonic() - start, peak_memory())
     if as_json:
-        display.emit({"output": str(outcome.output), **asdict(cost), "results": outcome.results})
+        display.emit({"output": str(outcome.output), **asdict(cost), "results": outcome.results.to_dict()})
         return
     display.show(display.outcome_table(outcome, cost))
-    line(display.scored_on(outcome.results["evaluation"]))
+    line(display.scored_on(outcome.results.evaluation))
     # With nothing quantized it is an ordinary model, which `inspect` refuses.
     layers = f"; each layer: {shell('inspect', str(outcome.output))}" if is_paley(outcome.output) else ""
     line(f"written to {outcome.output}{layers}")

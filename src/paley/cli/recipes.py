@@ -2,83 +2,79 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from paley.cli.process import naming
 from paley.core import grids
 from paley.core.errors import PaleyError
 from paley.format.checkpoint import read_tensors
 from paley.plan import Plan
-from paley.recipe import Recipe, apply_settings, examples, load_recipe, preset
+from paley.recipe import Recipe, apply_settings, examples, load_recipe, preset, under_budget
 from paley.sensitivity import Sensitivity
 
-__all__ = ["Wish", "numbers", "slopes_of"]
+__all__ = ["Request", "numbers", "slopes_of"]
 
 _OPTIONS = {"weights": "--target-bpw", "size": "--target-size", "kv": "--kv-bpw"}  # of a budget's keys
-# What a budget alone stands for: HIGGS, whose grids it then chooses; one for the cache needs schemes there.
-BUDGETED, BUDGETED_BOTH, BUDGETED_CACHE = "higgs-4", "higgs-w4a16kv4", "higgs-w16a16kv4"
 
 
-@dataclass(frozen=True)
-class Wish:
-    """The options of `quantize` and `plan` that say what is wanted."""
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The options of `quantize` and `plan` that say what to do."""
 
-    preset: str | None = None
-    recipe: Path | None = None
+    preset: str | None
+    recipe: Path | None
     plan: Path | None = None
-    settings: tuple[str, ...] = ()
-    calibration: str | None = None
-    test: str | None = None
-    expand: str | None = None
-    seed: int | None = None
-    grid: str | None = None
+    settings: list[str] | None
+    calibration: str | None
+    test: str | None
+    expand: str | None
+    seed: int | None
+    grid: str | None
     no_score: bool = False
-    target_bpw: float | None = None
-    target_size: str | None = None
-    kv_bpw: float | None = None
+    target_bpw: float | None
+    target_size: str | None
+    kv_bpw: float | None
 
-    def chosen(self) -> Recipe | Plan:
-        """The recipe with all settings put in, or the plan; raises unless one of the three is named."""
-        given = {"--preset": self.preset, "--recipe": self.recipe, "--plan": self.plan}
+    def resolve(self) -> Recipe | Plan:
+        """The recipe with all settings put in, or the plan; raises unless one of them is named."""
         if self.no_score and self.test is not None:
             raise PaleyError("--no-score and --test exclude each other: give one of them")
+        given = {"--preset": self.preset, "--recipe": self.recipe, "--plan": self.plan}
         named = [option for option, value in given.items() if value is not None]
-        budget = self._budget()
-        if not named and not budget:
-            methods = ", ".join(examples())
+        limits = self._limits()
+        if not named and not limits:
             raise PaleyError(
                 "say what to do: --preset NAME (w4a4kv4, w3a3kv3, w4a16, ...; by another method: "
-                f"{methods}; see `paley presets`), --recipe FILE or --plan FILE"
+                f"{', '.join(examples())}; see `paley presets`), --recipe FILE or --plan FILE"
             )
         if len(named) > 1:
             raise PaleyError(f"{' and '.join(named)} exclude each other: give one of them")
-        settings = self._all_settings()
+        settings = [*(self.settings or ()), *self._values()]
         if self.plan is not None:
-            if settings or self.grid or budget:
-                other = settings[0] if settings else "--grid" if self.grid else _OPTIONS[next(iter(budget))]
-                raise PaleyError(
-                    f"--plan is executed as it stands, but {other!r} would change it; edit the file, "
-                    "or make a new one with `paley plan`"
-                )
-            return Plan.load(self.plan)
-        alone = BUDGETED if "kv" not in budget else BUDGETED_BOTH if len(budget) > 1 else BUDGETED_CACHE
-        recipe = load_recipe(self.recipe) if self.recipe is not None else preset(self.preset or alone)
-        if budget:
-            kept = {} if recipe.budget is None else recipe.budget.model_dump(exclude_none=True, mode="json")
-            settings = [f"budget={json.dumps(kept | budget)}", *settings]
-        with naming(self.options()):
-            recipe = apply_settings(recipe, settings)
+            return self._whole_plan(settings, limits)
+        recipe = load_recipe(self.recipe) if self.recipe is not None else preset(self.preset) if self.preset else None
+        recipe = under_budget(recipe, **limits) if limits or recipe is None else recipe
+        recipe = apply_settings(recipe, settings)
         return recipe if self.grid is None else _with_grid(recipe, self.grid)
 
-    def options(self) -> dict[str, str]:
-        """Setting -> the option that was given for it."""
-        return {f"budget.{key}": _OPTIONS[key] for key in self._budget()}
+    def _whole_plan(self, settings: list[str | tuple[str, Any]], limits: dict[str, float]) -> Plan:
+        """The plan; raises if an option would change it."""
+        assert self.plan is not None
+        changes = [s if isinstance(s, str) else f"{s[0]}={s[1]}" for s in settings]
+        changes += ["--grid"] if self.grid else []
+        changes += [_OPTIONS[key] for key in limits]
+        if changes:
+            raise PaleyError(
+                f"--plan is executed as it stands, but {changes[0]!r} would change it; edit the file, or make a new "
+                "one with `paley plan`"
+            )
+        return Plan.load(self.plan)
 
-    def _budget(self) -> dict[str, float]:
+    def _limits(self) -> dict[str, float]:
+        """What a budget is to limit."""
         given = {
             "weights": self.target_bpw,
             "size": None if self.target_size is None else _bytes(self.target_size),
@@ -90,13 +86,14 @@ class Wish:
                 raise PaleyError(f"{_OPTIONS[key]} {value}: must be a finite number")
         return found
 
-    def _all_settings(self) -> list[str]:
-        """--set, then the options that are shorter names of settings; text quoted, as values are YAML."""
-        quoted = {"calibration.source": self.calibration, "test.source": self.test}
-        plain = {"expand": self.expand, "seed": self.seed}
-        found = [f"{key}={json.dumps(v, ensure_ascii=False)}" for key, v in quoted.items() if v is not None]
-        unscored = ["test=null"] if self.no_score else []
-        return [*self.settings, *found, *(f"{key}={v}" for key, v in plain.items() if v is not None), *unscored]
+    def _values(self) -> list[tuple[str, Any]]:
+        """The options that are shorter names of settings."""
+        expand = int(self.expand) if self.expand and re.fullmatch(r"-?\d+", self.expand) else self.expand
+        values = {
+            "calibration.source": self.calibration, "test.source": self.test, "expand": expand, "seed": self.seed,
+        }  # fmt: skip
+        unscored = [("test", None)] if self.no_score else []
+        return [*((key, value) for key, value in values.items() if value is not None), *unscored]
 
 
 def numbers(text: str | None) -> list[float]:

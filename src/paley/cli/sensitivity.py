@@ -13,7 +13,7 @@ import typer
 
 from paley.cli import options
 from paley.cli.app import verb
-from paley.cli.process import STOPPED, line, naming, peak_memory, say, shell, typed
+from paley.cli.process import STOPPED, line, peak_memory, say, shell, typed
 from paley.core.defaults import LEVELS, SELF
 from paley.core.errors import PaleyError
 
@@ -24,13 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["sensitivity_verb"]
 
 _SHOWN = 10
-# Settings that errors about a text name, as this verb calls them.
-_AS_OPTIONS = {
-    "calibration.sequences": "--sequences",
-    "calibration.seq_len": "--seq-len",
-    "calibration.source": "--text",
-    "--calibration": "--text",
-}
 
 
 @verb("sensitivity")
@@ -73,8 +66,8 @@ def sensitivity_verb(
     """
     from paley.cli import display
     from paley.cli.progress import watching
-    from paley.cli.work import check_device
     from paley.model.sensitivity import KINDS
+    from paley.pipeline.any_model import check_device
     from paley.pipeline.sensitivities import measure_sensitivity
 
     start = time.monotonic()
@@ -84,7 +77,7 @@ def sensitivity_verb(
     if overwrite and not resume:
         partial.unlink(missing_ok=True)
     try:
-        with naming(_AS_OPTIONS), watching() as monitor:
+        with watching() as monitor:
             found = measure_sensitivity(
                 model, metric=metric, source=text, sequences=sequences, seq_len=seq_len,
                 kinds=KINDS if activations else ("weight",), fold=fold, levels=levels, seed=seed, device=device,

@@ -17,7 +17,7 @@ import torch
 
 from paley.core import grids, packing, tables
 from paley.core.allocation import Allocation, Choice, allocate
-from paley.core.errors import PaleyError
+from paley.core.errors import Call, PaleyError, Setting
 from paley.core.rounding import codes_per_row, round_trip
 from paley.core.schemes import ActivationScheme, AttentionSlot, LinearSlot, WeightScheme
 from paley.format import spec
@@ -42,9 +42,9 @@ _FEW_BITS = 3  # below, losses were measured to grow faster than the slopes say 
 _TOTALS = {"size": "bits on disk", "read": "bits read a token"}  # limits in bytes, and what they limit
 _AVERAGES = {"weights": ("weight",), "kv": ("keys", "values"), "inputs": ("input",)}  # limits in bits per value
 _WAYS_OUT = {  # what a recipe may lack, and one that has it
-    "weights": ("weights", "such as --preset higgs-4"),
-    "kv": ("keys or values", "such as --preset higgs-w4a16kv4, or set keys and values"),
-    "inputs": ("inputs", "such as --preset higgs-w4a4, or set inputs"),
+    "weights": ("weights", "higgs-4", ""),
+    "kv": ("keys or values", "higgs-w4a16kv4", ", or set keys and values"),
+    "inputs": ("inputs", "higgs-w4a4", ", or set inputs"),
 }
 
 
@@ -191,13 +191,21 @@ def _check_reach(recipe: Recipe, adapter: Adapter, slots: Slots, items: list[_It
         if (limit := getattr(budget, key)) is None:
             continue
         if not of_kind:
-            what, where = _WAYS_OUT[key]
-            raise PaleyError(f"budget.{key}: this recipe quantizes no {what}; take one that does, {where}")
+            what, preset, other = _WAYS_OUT[key]
+            raise PaleyError(
+                Setting(f"budget.{key}"),
+                f": this recipe quantizes no {what}",
+                remedy=("take one that does, such as ", Setting("preset", preset), other),
+            )
         values = sum(_values(adapter, item) for item in of_kind)
         low = sum(min(item.bits.values()) for item in of_kind) / values
         high = sum(max(item.bits.values()) for item in of_kind) / values
         if not low <= limit <= max(high, 16):
-            raise PaleyError(f"budget.{key}: {limit:g} bits are out of reach; {low:.4g} to {high:.4g} can be had here")
+            raise PaleyError(
+                Setting(f"budget.{key}"),
+                f": {limit:g} bits are out of reach",
+                remedy=f"{low:.4g} to {high:.4g} can be had here",
+            )
     for key, beside in _BESIDE.items():
         if (limit := getattr(budget, key)) is None:
             continue
@@ -208,7 +216,9 @@ def _check_reach(recipe: Recipe, adapter: Adapter, slots: Slots, items: list[_It
         )
         if limit < low:
             raise PaleyError(
-                f"budget.{key}: {limit:,} bytes are out of reach; {low:,.0f} to {high:,.0f} can be had here"
+                Setting(f"budget.{key}"),
+                f": {limit:,} bytes are out of reach",
+                remedy=f"{low:,.0f} to {high:,.0f} can be had here",
             )
 
 
@@ -368,10 +378,11 @@ def _is_overridden(recipe: Recipe, path: str, field: str) -> bool:
 def _check_slopes(recipe: Recipe, adapter: Adapter, items: list[_Item], sensitivity: Sensitivity) -> None:
     if sensitivity.folded != recipe.rotate:
         have, need = ("with", "without") if sensitivity.folded else ("without", "with")
-        flag = "--fold" if recipe.rotate else "--no-fold"
+        again = Call("measure_sensitivity", (Setting("fold", recipe.rotate),))
         raise PaleyError(
             f"the sensitivities were measured {have} the norms' gains in the weights, but this recipe quantizes "
-            f"weights {need} them; measure them again with `paley sensitivity {flag}`"
+            f"weights {need} them",
+            remedy=("measure them again with ", again),
         )
     sensitivity.check_slots({item.slope: (item.kind, _values(adapter, item)) for item in items if len(item.bits) > 1})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from paley.core import grids, hadamard
-from paley.core.errors import PaleyError
+from paley.core.errors import PaleyError, Setting
 from paley.core.transforms import Transform
 from paley.model import fold
 from paley.model.adapter import Adapter
@@ -84,8 +84,8 @@ def _auto_expansion(recipe: Recipe, hidden: int) -> int:
         if widths:
             return min(widths, key=lambda n: (hadamard.factor(n)[0], n)) - hidden
     raise PaleyError(
-        f"expand=auto: no Hadamard order between hidden size {hidden} and the limit of {limit}; "
-        "give a number with --expand"
+        f"expand=auto: no Hadamard order between hidden size {hidden} and the limit of {limit}",
+        remedy=("give a number with ", Setting("expand")),
     )
 
 

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel
 
-from paley.core.errors import PaleyError
+from paley.core.errors import PaleyError, Setting
 from paley.core.files import write_atomic
 from paley.data import TokenBlocks
 from paley.eval.perplexity import evaluate
 from paley.eval.reference import Reference
 from paley.format.checkpoint import Checkpoint
-from paley.format.files import write_json
 from paley.model.loading import Source, open_source
 from paley.pipeline.accounting import parameter_count, quantized_bits, untouched
 from paley.pipeline.card import model_card
@@ -29,6 +26,7 @@ from paley.pipeline.streaming import is_data_free, stream_checkpoint
 from paley.pipeline.texts import Texts, check_lengths, gather, needs_data
 from paley.plan import Plan
 from paley.recipe import Recipe, as_recipe
+from paley.results import EvalResult, LayerResult, Results
 from paley.sensitivity import Sensitivity
 
 __all__ = ["Outcome", "make_plan", "quantize"]
@@ -42,7 +40,7 @@ class Outcome:
 
     output: Path
     plan: Plan
-    results: dict[str, Any]
+    results: Results
 
 
 def quantize(
@@ -75,8 +73,9 @@ def quantize(
     check_output(output, resume=resume, overwrite=overwrite)
     if wanted.test is None and not (is_data_free(plan) if plan is not None else not needs_data(wanted)):
         raise PaleyError(
-            "test: null (--no-score) leaves nothing to verify this model on; only data-free recipes can go without, "
-            "such as the preset higgs-4"
+            Setting("test", "null"),
+            " leaves nothing to verify this model on",
+            remedy="only data-free recipes can go without, such as the preset higgs-4",
         )
     monitor.stage("checking the checkpoint", 1)
     source = open_source(model)
@@ -92,7 +91,7 @@ def quantize(
         if not (resume and run.finished) and not (run.checkpoint / RESULTS).exists():
             _make(source, wanted, plan, sensitivity, run, monitor, device, workers)
         run.publish()
-    return Outcome(output, Plan.load(output / "plan.json"), json.loads((output / RESULTS).read_text()))
+    return Outcome(output, Plan.load(output / "plan.json"), Results.load(output / RESULTS))
 
 
 def make_plan(
@@ -142,7 +141,7 @@ def _make(
     dtype = storage_dtype(recipe, source)
     if is_data_free(plan):
         if device != "cpu":
-            monitor.note("weights are quantized on the CPU, one after the other; --workers shares them among processes")
+            monitor.note("weights are quantized on the CPU, one after the other; more workers share them")
         reports = stream_checkpoint(source, plan, run, monitor, dtype, workers)
         model = load_stored(run.checkpoint, plan, device) if texts.test is not None else None
     else:
@@ -164,26 +163,26 @@ def _make(
     bits = stored.nbytes * 8 / weights
     plan = plan.model_copy(update={"bits_per_weight": bits})
     plan.save(run.checkpoint / "plan.json")
-    results = {
-        "run": run.key,
-        "model_type": source.config.model_type,
-        "fingerprint": source.fingerprint,
-        "parameters": weights,
-        "bits_per_weight": bits,
-        "bits_per_quantized_weight": quantized_bits(plan, source),
-        "bytes": stored.nbytes,
-        "original_bytes": source.checkpoint.nbytes,
-        "untouched": untouched(stored, plan),
-        "evaluation": measured,
-        "layers": {r.name: {"rel_error": r.rel_error} for r in reports},
-    }
+    results = Results(
+        run=run.key,
+        model_type=source.config.model_type,
+        fingerprint=source.fingerprint,
+        parameters=weights,
+        bits_per_weight=bits,
+        bits_per_quantized_weight=quantized_bits(plan, source),
+        bytes=stored.nbytes,
+        original_bytes=source.checkpoint.nbytes,
+        untouched=untouched(stored, plan),
+        evaluation=measured,
+        layers={r.name: LayerResult(r.rel_error) for r in reports},
+    )
     write_atomic(run.checkpoint / "README.md", model_card(results, plan))
-    write_json(run.checkpoint / RESULTS, results)
+    results.save(run.checkpoint / RESULTS)
 
 
-def _evaluate(model: PreTrainedModel, test: TokenBlocks, reference: Reference | None, monitor: Monitor) -> dict:
+def _evaluate(model: PreTrainedModel, test: TokenBlocks, reference: Reference | None, monitor: Monitor) -> EvalResult:
     monitor.stage("evaluating through the quantized cache", -(-len(test.ids) // EVAL_BATCH))
-    return evaluate(model, test, reference, batch=EVAL_BATCH, progress=lambda done, total: monitor.step()).to_dict()
+    return evaluate(model, test, reference, batch=EVAL_BATCH, progress=lambda done, total: monitor.step())
 
 
 def _check_not_inside(output: Path, model: Path) -> None:
@@ -191,7 +190,9 @@ def _check_not_inside(output: Path, model: Path) -> None:
     for what, path in (("the model", model), ("the current folder", Path.cwd())):
         for taken in (output, RunDirectory(output, "").path):
             if path.resolve().is_relative_to(taken.resolve()):
-                raise PaleyError(f"{taken}: holds {what} {path.resolve()}; choose another --output")
+                raise PaleyError(
+                    f"holds {what} {path.resolve()}", where=taken, remedy=("choose another ", Setting("output"))
+                )
 
 
 def _reference(source: Source, test: TokenBlocks, run: RunDirectory, monitor: Monitor, device: str) -> Reference:

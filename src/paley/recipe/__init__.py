@@ -2,7 +2,7 @@
 
 from paley.recipe.loading import apply_settings, load_recipe
 from paley.recipe.models import Budget, Calibration, Override, Recipe, Search, Test
-from paley.recipe.presets import as_recipe, examples, preset, preset_methods
+from paley.recipe.presets import as_recipe, examples, preset, preset_methods, under_budget
 
 __all__ = [
     "Budget",
@@ -17,4 +17,5 @@ __all__ = [
     "load_recipe",
     "preset",
     "preset_methods",
+    "under_budget",
 ]
