@@ -42,6 +42,12 @@ class Verbs(TyperGroup):
                 raise
             raise _misused(error) from None
 
+    def get_help_option(self, ctx: Any) -> Any:
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.default = False  # typer would import pydantic to find that None is no boolean
+        return option
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)

@@ -13,6 +13,7 @@ from paley.core.errors import PaleyError
 from paley.format.checkpoint import read_tensors
 from paley.plan import Plan
 from paley.recipe import Recipe, apply_settings, examples, load_recipe, preset, under_budget
+from paley.recipe.loading import setting_text
 from paley.sensitivity import Sensitivity
 
 __all__ = ["Request", "numbers", "slopes_of"]
@@ -55,15 +56,20 @@ class Request:
         settings = [*(self.settings or ()), *self._values()]
         if self.plan is not None:
             return self._whole_plan(settings, limits)
-        recipe = load_recipe(self.recipe) if self.recipe is not None else preset(self.preset) if self.preset else None
-        recipe = under_budget(recipe, **limits) if limits or recipe is None else recipe
+        recipe = None
+        if self.recipe is not None:
+            recipe = load_recipe(self.recipe)
+        elif self.preset is not None:
+            recipe = preset(self.preset)
+        if limits or recipe is None:
+            recipe = under_budget(recipe, **limits)
         recipe = apply_settings(recipe, settings)
         return recipe if self.grid is None else _with_grid(recipe, self.grid)
 
     def _whole_plan(self, settings: list[str | tuple[str, Any]], limits: dict[str, float]) -> Plan:
         """The plan; raises if an option would change it."""
         assert self.plan is not None
-        changes = [s if isinstance(s, str) else f"{s[0]}={s[1]}" for s in settings]
+        changes = [setting_text(setting) for setting in settings]
         changes += ["--grid"] if self.grid else []
         changes += [_OPTIONS[key] for key in limits]
         if changes:
@@ -97,6 +103,7 @@ class Request:
 
 
 def numbers(text: str | None) -> list[float]:
+    """The budgets of --target-bpw; none without it."""
     try:
         return [] if text is None else [float(part) for part in text.split(",")]
     except ValueError:
@@ -104,6 +111,7 @@ def numbers(text: str | None) -> list[float]:
 
 
 def slopes_of(file: Path | None, chosen: Recipe | Plan) -> Sensitivity | None:
+    """What --sensitivity names; raises if nothing needs it."""
     if file is None:
         return None
     if isinstance(chosen, Plan) or chosen.budget is None:

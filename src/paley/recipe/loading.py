@@ -13,7 +13,7 @@ from paley.core.errors import PaleyError, nearest_name
 from paley.recipe.models import Recipe
 from paley.recipe.validation import key_path, known_keys, read_text, validate
 
-__all__ = ["apply_settings", "load_recipe", "unique_keys", "yaml_value"]
+__all__ = ["apply_settings", "load_recipe", "setting_text", "unique_keys", "yaml_value"]
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -83,7 +83,7 @@ def apply_settings(recipe: Recipe, settings: Iterable[str | tuple[str, Any]]) ->
     by_hand: dict[str, Any] = {}
     texts: list[str] = []
     for setting in settings:
-        texts.append(setting if isinstance(setting, str) else f"{setting[0]}={setting[1]}")
+        texts.append(setting_text(setting))
         where = f"setting {texts[-1]!r}"
         key, value = _parsed(setting, where) if isinstance(setting, str) else setting
         by_hand[key] = value
@@ -91,6 +91,14 @@ def apply_settings(recipe: Recipe, settings: Iterable[str | tuple[str, Any]]) ->
     if "fit_groups" not in by_hand and any(_gives_groups(key, value) for key, value in by_hand.items()):
         data["fit_groups"] = False
     return validate(Recipe, data, f"settings {' '.join(texts)}") if texts else recipe
+
+
+def setting_text(setting: str | tuple[str, Any]) -> str:
+    """As a message shows it: 'seed=3', 'test=null'."""
+    if isinstance(setting, str):
+        return setting
+    key, value = setting
+    return f"{key}={'null' if value is None else value}"
 
 
 def _parsed(setting: str, where: str) -> tuple[str, Any]:
