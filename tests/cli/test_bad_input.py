@@ -385,4 +385,4 @@ def test_sequences_longer_than_the_model_reads(model, tmp_path):
     for verb in ("eval", "sensitivity"):
         rest = ["--output", tmp_path / "alpha.json"] if verb == "sensitivity" else []
         result = run(verb, model, "--seq-len", 2049, *rest)
-        assert_refused(result, r"--seq-len=2049: .*at most 2048 tokens.* set --seq-len=2048", tmp_path, before)
+        assert_refused(result, r"--seq-len 2049: .*at most 2048 tokens.* set --seq-len 2048", tmp_path, before)
