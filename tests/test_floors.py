@@ -18,7 +18,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src"
 # A unit is a folder or a file right under src/paley, or a script beside it; "__init__" is the public door.
 FLOORS = {
     "core": 1,
-    **dict.fromkeys(("recipe", "plan", "sensitivity", "data", "methods", "format", "kernels", "report", "theory"), 2),
+    **dict.fromkeys(("recipe", "plan", "sensitivity", "data", "methods", "format", "kernels", "report", "results"), 2),
     **dict.fromkeys(("model", "runtime"), 3),
     "eval": 4,
     **dict.fromkeys(("pipeline", "hf", "export"), 5),
@@ -28,6 +28,7 @@ FLOORS = {
 # Units of one floor do not know each other, but for these: (who, whom): why.
 EXCEPTIONS = {
     ("plan", "recipe"): "a plan holds the recipe that it decides for",
+    ("results", "recipe"): "it is read and written by the same functions as a recipe and a plan",
     ("sensitivity", "recipe"): "it is read and written by the same functions as a recipe and a plan",
     ("cli", "__init__"): "the command line is a guest of the public door",
     ("serve", "__init__"): "the server is a guest of the public door",
@@ -95,7 +96,7 @@ def broken_floors(source: Path) -> list[str]:
                 found.append(f"{where}, a script, which nothing imports")
             elif imported.partition(".")[0] == "paley":
                 if unit in scripts and line not in lazy(tree):
-                    found.append(f"{where} at its top, which takes seconds; import it in a function")
+                    found.append(f"{where} at its top; import it in a function, where Ctrl-C is quiet")
                 other = target_unit(imported)
                 here, there = FLOORS[unit], FLOORS.get(other)
                 if there is None:
@@ -163,7 +164,7 @@ def plant(source: Path, text: dict[str, str]) -> Path:
         ("model/a.py", "from . import fold", "relative"),
         ("format/spec.py", "from paley.recipe import Recipe", "across floor 2"),
         ("recipe/models.py", "from paley.plan import Plan", "across floor 2"),
-        ("data/texts.py", "from paley import theory", "across floor 2"),
+        ("data/texts.py", "from paley import sensitivity", "across floor 2"),
         ("eval/a.py", "from paley.attic import f", "on no floor"),
         ("attic.py", "", "'attic' is on no floor"),
         ("../paley_attic.py", "", "'paley_attic' is on no floor"),

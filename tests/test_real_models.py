@@ -50,7 +50,7 @@ def test_stories260k_in_four_bits(shared_dir, tmp_path):
     for name in ("quarot-w4a4kv4", "quarot-clipped-w4a4kv4", "w4a4kv4"):
         recipe = apply_settings(preset(name), sizes)
         outcome = paley.quantize(shared_dir / "models" / "stories260k-llama", recipe, output=tmp_path / name)
-        kl[name] = outcome.results["evaluation"]["kl"]
+        kl[name] = outcome.results.evaluation.kl
     assert outcome.plan.rotation.mlp.order == 172
     assert kl["w4a4kv4"] < 0.8 * min(kl["quarot-w4a4kv4"], kl["quarot-clipped-w4a4kv4"])
 
@@ -86,7 +86,7 @@ def test_binary_weights_beat_integers_of_two_bits_and_run_on_their_planes(shared
         ("quarot-w2a4kv4", ("inputs.grid=uint4", "keys.grid=uint4", "values.grid=uint4")),
     ):
         outcome = paley.quantize(model, apply_settings(preset(name), [*sizes, *settings]), output=tmp_path / name)
-        kl[name] = outcome.results["evaluation"]["kl"]
+        kl[name] = outcome.results.evaluation.kl
     assert kl["w1a4"] < 0.8 * kl["quarot-w2a4kv4"]
     ids = torch.randint(3, 300, (2, 64), generator=torch.Generator().manual_seed(0))
     on_planes, on_floats = (paley.load(tmp_path / "w1a4", dense=dense)(ids).logits for dense in (False, True))

@@ -12,6 +12,7 @@ from paley.core.errors import PaleyError
 from paley.core.schemes import ActivationScheme, AttentionScheme, LinearScheme, WeightScheme
 from paley.core.transforms import Transform
 from paley.recipe import (
+    Budget,
     Override,
     Recipe,
     Search,
@@ -19,6 +20,7 @@ from paley.recipe import (
     load_recipe,
     preset,
     preset_methods,
+    under_budget,
 )
 
 
@@ -412,3 +414,31 @@ def test_outliers_can_be_set_layer_by_layer():
 
 def load_recipe_text(recipe):
     return Recipe.model_validate(yaml.safe_load(recipe.to_yaml()))
+
+
+def test_settings_travel_as_values():
+    recipe = preset("w4a4kv4")
+    assert apply_settings(recipe, [("seed", 3), ("test", None), ("calibration.source", "a: b.txt")]) == apply_settings(
+        recipe, ["seed=3", "test=null", "calibration.source='a: b.txt'"]
+    )
+    with pytest.raises(PaleyError, match=r"setting 'sede=3': unknown key sede; did you mean 'seed'"):
+        apply_settings(recipe, [("sede", 3)])
+
+
+def test_a_budget_takes_its_limits_as_they_are():
+    limit = 0.1 + 0.2
+    recipe = under_budget(preset("w4a16"), weights=limit)
+    assert recipe.budget == Budget(weights=limit)
+    assert under_budget(recipe, kv=4).budget == Budget(weights=limit, kv=4)
+    with pytest.raises(PaleyError, match=r"^budget\.weights: should be greater than 0 \(got 0, integer\)$"):
+        under_budget(weights=0)
+
+
+@pytest.mark.parametrize(
+    ("limits", "quantized"), [({"weights": 3}, "w"), ({"kv": 4}, "kv"), ({"size": 9, "kv": 4}, "w kv")]
+)
+def test_a_budget_alone_quantizes_what_it_limits(limits, quantized):
+    recipe = under_budget(**limits)
+    assert (recipe.weights is not None) == ("w" in quantized)
+    assert (recipe.keys is not None) == ("kv" in quantized)
+    assert recipe.inputs is None

@@ -6,33 +6,19 @@ same bytes.
 
 from __future__ import annotations
 
-import math
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FiniteFloat, PlainSerializer
+from pydantic import AfterValidator, BaseModel, ConfigDict, FiniteFloat
 
 from paley.core.errors import PaleyError
 from paley.core.schemes import AttentionScheme, LinearScheme, Rotation
-from paley.recipe.documents import Document
+from paley.recipe.documents import AnyFloat, Document
 from paley.recipe.models import Recipe
 from paley.recipe.saving import in_natural_order
 
 __all__ = ["VERSION", "Plan", "Trial"]
 
 VERSION = 2  # 1 had no embedding and head, and told rotations apart by the layers that they turn
-# JSON has no word for these numbers, and a search may well meet an infinite perplexity.
-NON_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
-
-
-def _from_name(value: Any) -> Any:
-    return NON_FINITE.get(value, value) if isinstance(value, str) else value
-
-
-def _to_name(value: float) -> float | str:
-    return value if math.isfinite(value) else str(value)
-
-
-Loss = Annotated[float, BeforeValidator(_from_name), PlainSerializer(_to_name, when_used="json")]
 LinearSchemes = Annotated[dict[str, LinearScheme], AfterValidator(in_natural_order)]
 AttentionSchemes = Annotated[dict[str, AttentionScheme], AfterValidator(in_natural_order)]
 
@@ -44,7 +30,7 @@ class Trial(BaseModel):
 
     slot: str
     clip_ratio: FiniteFloat
-    objective: Loss
+    objective: AnyFloat
 
 
 class Plan(Document):
@@ -62,7 +48,7 @@ class Plan(Document):
     rotation: Rotation | None = None
     linears: LinearSchemes
     attentions: AttentionSchemes
-    predicted_loss: Loss | None = None
+    predicted_loss: AnyFloat | None = None
     bits_per_weight: FiniteFloat | None = None
     trace: tuple[Trial, ...] = ()
 

@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat
 
-from paley.core.errors import PaleyError, nearest_name
+from paley.core.errors import Call, PaleyError, Setting, nearest_name
 from paley.recipe.documents import Document
 from paley.recipe.saving import in_natural_order
 
@@ -94,7 +94,8 @@ class Sensitivity(Document):
         if actual != self.fingerprint:
             raise PaleyError(
                 f"these sensitivities are of a {self.model_type} model with fingerprint {self.fingerprint}, "
-                f"the model here has {actual}; use that model, or measure this one with `paley sensitivity`"
+                f"the model here has {actual}",
+                remedy=("use that model, or measure this one with ", Call("measure_sensitivity")),
             )
         return self
 
@@ -102,13 +103,16 @@ class Sensitivity(Document):
         """wanted: name -> kind and numel -> self; raises where a slot was not measured, or one of another make was."""
         for name, (kind, numel) in wanted.items():
             slot = self.slots.get(name)
-            again = f"measure it with `paley sensitivity{'' if kind == 'weight' else ' --activations'}`"
+            kinds = () if kind == "weight" else (Setting("kinds", ("weight", kind)),)
+            again = ("measure it with ", Call("measure_sensitivity", kinds))
             if slot is None:
                 hint = nearest_name(name, self.alphas(kind))
-                raise PaleyError(f"sensitivity: {name} has no slope{hint}; {again}")
+                raise PaleyError(f"{name} has no slope{hint}", where="sensitivity", remedy=again)
             if (slot.kind, slot.numel) != (kind, numel):
                 raise PaleyError(
-                    f"sensitivity: {name} was measured as {slot.kind} of {slot.numel:,} values, in this model it is "
-                    f"{kind} of {numel:,}; the file was changed; {again}"
+                    f"{name} was measured as {slot.kind} of {slot.numel:,} values, in this model it is {kind} of "
+                    f"{numel:,}; the file was changed",
+                    where="sensitivity",
+                    remedy=again,
                 )
         return self

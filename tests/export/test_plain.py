@@ -152,7 +152,7 @@ def rounding(tmp_path, tiny_tokenizer, text):
 
 def test_rounding_at_run_time_is_refused_or_dropped(rounding, tmp_path):
     assert any(name.endswith("key_mean") for name in Checkpoint.open(rounding))
-    with pytest.raises(PaleyError, match=r"14 linear inputs to \w+; 2 layers' cached keys .*; --weights-only"):
+    with pytest.raises(PaleyError, match=r"14 linear inputs to \w+; 2 layers' cached keys .*; weights_only=True"):
         dequantize(rounding, output=tmp_path / "plain")
     assert not (tmp_path / "plain").exists()
     made = dequantize(rounding, output=tmp_path / "plain", weights_only=True)
@@ -328,7 +328,7 @@ UP = "model.layers.0.mlp.up_proj"
     ("change", "complaint"),
     [
         (lambda c: c.pop("quantization_config"), "is no Paley checkpoint"),
-        (lambda c: c.update(dtype="int8"), r"config\.json: dtype: must be float16, .* got 'int8'; --dtype"),
+        (lambda c: c.update(dtype="int8"), r"config\.json: dtype: must be float16, .* got 'int8'; dtype"),
         (lambda c: c.update(intermediate_size=38), "transform.in_dim=37, but the layer reads 38"),
         (lambda c: c.update(num_hidden_layers=3), "no tensor 'model.layers.2"),
         (lambda c: c.update(num_hidden_layers=1), "is no linear layer of this model; did you mean"),

@@ -65,7 +65,7 @@ def test_a_budget_a_curve_and_the_files_agree(folder, slopes, dtype, tmp_path):
     assert len(kept) > 1
     weights = 2 * sum(LINEARS.values()) - LINEARS["up"]
     bits = weight_bits(tmp_path / "out", without="1.mlp.up_proj") / weights
-    assert done.results["bits_per_quantized_weight"] == pytest.approx(bits, rel=1e-12)
+    assert done.results.bits_per_quantized_weight == pytest.approx(bits, rel=1e-12)
     (point,) = accuracy_size_curve(folder, wanted, [8.5], sensitivity=slopes)
     assert point.bits_per_weight == pytest.approx(bits, rel=1e-12)
     assert bits <= 8.5
@@ -74,7 +74,7 @@ def test_a_budget_a_curve_and_the_files_agree(folder, slopes, dtype, tmp_path):
 def test_what_expansion_adds_is_counted(folder, tmp_path):
     wanted = apply_settings(preset("w4a4kv4"), [*SHORT, "search.method=none", "expand=16", "expand_mlp=16"])
     done = quantize(folder, wanted, output=tmp_path / "out")
-    assert done.results["bits_per_quantized_weight"] == weight_bits(tmp_path / "out") / (2 * sum(LINEARS.values()))
+    assert done.results.bits_per_quantized_weight == weight_bits(tmp_path / "out") / (2 * sum(LINEARS.values()))
 
 
 def test_without_quantized_weights_there_are_no_bits(folder):
@@ -87,7 +87,7 @@ def test_a_size_is_that_of_the_files(folder, slopes, dtype, centered, tmp_path):
     settings = ["rotate=false", "expand_mlp=0", "search.method=none", f"center_keys={centered}", f"dtype={dtype}"]
     settings.append("overrides=[{pattern: '*.0.self_attn.k_proj', keep: true}]")
     wanted = apply_settings(preset("w4a16kv4"), [*SHORT, *settings, "budget={size: 600000, grids: [gauss4]}"])
-    size = quantize(folder, wanted, output=tmp_path / "out", sensitivity=slopes).results["bytes"]
+    size = quantize(folder, wanted, output=tmp_path / "out", sensitivity=slopes).results.bytes
     make_plan(folder, apply_settings(wanted, [f"budget.size={size}"]), sensitivity=slopes)
     with pytest.raises(PaleyError, match=f"{size - 1:,} bytes are out of reach; {size:,} to {size:,}"):
         make_plan(folder, apply_settings(wanted, [f"budget.size={size - 1}"]), sensitivity=slopes)

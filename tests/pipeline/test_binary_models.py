@@ -70,7 +70,7 @@ COMPOSED = {
 def test_it_composes_with(name, model, text, tmp_path):
     """`quantize` itself refuses a checkpoint that does not read back to the model in memory."""
     outcome = quantize(model, recipe(text, "w1a4", *GROUPS, *COMPOSED[name]), output=tmp_path / "out")
-    assert outcome.results["evaluation"]["kl"] < 0.8  # logits of zero: 1.6, uniform ones .9
+    assert outcome.results.evaluation.kl < 0.8  # logits of zero: 1.6, uniform ones .9
     loaded = paley.load(tmp_path / "out")
     stored = sum(
         tensor.nbytes
@@ -89,7 +89,7 @@ def test_it_composes_with(name, model, text, tmp_path):
         for path, slot in outcome.plan.linears.items()
         if slot.weight is not None or name == "a budget"
     )
-    assert outcome.results["bits_per_quantized_weight"] == pytest.approx(8 * (stored + kept) / weights)
+    assert outcome.results.bits_per_quantized_weight == pytest.approx(8 * (stored + kept) / weights)
     dense = hf.load(tmp_path / "out", dense=True)
     for path, slot in outcome.plan.linears.items():  # on equal inputs: in the next layer a code may flip
         width = dense.get_submodule(path).in_features if slot.transform is None else slot.transform.in_dim
@@ -122,7 +122,7 @@ def test_without_data_it_is_streamed(model, text, tmp_path):
     for path, slot in outcome.plan.linears.items():
         weight = plain.tensor(f"{path}.weight").float()
         error = (loaded.get_submodule(path).dequantize() - weight).square().sum() / weight.square().sum()
-        assert float(error) == pytest.approx(outcome.results["layers"][path]["rel_error"], rel=1e-4)
+        assert float(error) == pytest.approx(outcome.results.layers[path].rel_error, rel=1e-4)
         assert float(error) < 0.1
         assert slot.outliers == 0
     with_outliers = outcome.plan.model_copy(

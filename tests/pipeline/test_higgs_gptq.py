@@ -54,7 +54,7 @@ def higgs(model, tmp_path_factory):
 
 
 def test_feedback_lowers_kl(higgs):
-    nearest, gptq = (higgs(f"weights.method={method}").results["evaluation"]["kl"] for method in ("nearest", "gptq"))
+    nearest, gptq = (higgs(f"weights.method={method}").results.evaluation.kl for method in ("nearest", "gptq"))
     assert gptq < 0.5 * nearest
 
 

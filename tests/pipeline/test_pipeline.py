@@ -97,11 +97,11 @@ def test_what_it_leaves(done, model_folder):
     } <= set(written)
     assert not outcome.output.with_name("out.run").exists()
     results = outcome.results
-    assert results["evaluation"]["kl"] > 0
-    assert results["bytes"] == len(written["model.safetensors"]) - _header(written["model.safetensors"])
-    assert results["bits_per_weight"] == pytest.approx(results["bytes"] * 8 / results["parameters"])
-    assert set(results["untouched"]) == {"model.embed_tokens.weight", "lm_head.weight", "norms and biases", "mean keys"}
-    assert len(results["layers"]) == 14
+    assert results.evaluation.kl > 0
+    assert results.bytes == len(written["model.safetensors"]) - _header(written["model.safetensors"])
+    assert results.bits_per_weight == pytest.approx(results.bytes * 8 / results.parameters)
+    assert set(results.untouched) == {"model.embed_tokens.weight", "lm_head.weight", "norms and biases", "mean keys"}
+    assert len(results.layers) == 14
     # Every activation slot was searched, and the plan keeps every trial.
     assert len({t.slot for t in outcome.plan.trace}) == 12
     assert Plan.load(outcome.output / "plan.json") == outcome.plan
@@ -165,17 +165,17 @@ def test_an_interrupted_overwrite_resumes_to_a_new_output(done, model_folder, te
 )
 def test_other_presets(name, model_folder, text, tmp_path):
     results = quantize(model_folder, recipe(text, name), output=tmp_path / "out").results
-    assert results["evaluation"]["kl"] < 1
+    assert results.evaluation.kl < 1
     if name == "w16a4":
-        assert results["bits_per_quantized_weight"] is None
-        assert results["bits_per_weight"] >= 16
+        assert results.bits_per_quantized_weight is None
+        assert results.bits_per_weight >= 16
 
 
 def test_expansion_is_stored_and_counted(model_folder, text, tmp_path):
     wide = quantize(model_folder, recipe(text, "w4a4kv4", "expand=8"), output=tmp_path / "wide")
     plain = quantize(model_folder, recipe(text, "w4a4kv4"), output=tmp_path / "plain")
     assert json.loads((wide.output / "config.json").read_text())["hidden_size"] == 32
-    assert wide.results["bits_per_weight"] > plain.results["bits_per_weight"]
+    assert wide.results.bits_per_weight > plain.results.bits_per_weight
 
 
 def test_rotation_alone_leaves_an_ordinary_wider_checkpoint(model_folder, text, tmp_path):
@@ -191,7 +191,7 @@ def test_rotation_alone_leaves_an_ordinary_wider_checkpoint(model_folder, text, 
 
 def test_self_written_text_calibrates(model_folder, text, tmp_path):
     wanted = recipe(text, "w4a4kv4", "calibration.source=self", f"test.source={text}")
-    assert quantize(model_folder, wanted, output=tmp_path / "out").results["evaluation"]["source"] == str(text)
+    assert quantize(model_folder, wanted, output=tmp_path / "out").results.evaluation.source == str(text)
     with pytest.raises(PaleyError, match="the model wrote itself"):
         quantize(model_folder, recipe(text, "w4a4kv4", "calibration.source=self"), output=tmp_path / "no")
 

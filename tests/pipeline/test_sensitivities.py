@@ -169,7 +169,7 @@ def test_random_tokens(made):
         ({"metric": "perplexity", "source": "random"}, "perplexity of random tokens means nothing; use metric kl"),
         ({"source": "random", "seq_len": 1}, "seq_len >= 2"),
         ({"source": "no.txt", "seq_len": 8}, "no.txt: no such text file"),
-        ({"source": "random", "seq_len": 129}, "calibration.seq_len=129: this model reads sequences of at most 128"),
+        ({"source": "random", "seq_len": 129}, "^seq_len=129: this model reads sequences of at most 128"),
         ({"levels": 2}, "at least 3 noise levels"),
         ({"source": "random", "kinds": ["bias"], "seq_len": 8}, "unknown kind 'bias'"),
     ],

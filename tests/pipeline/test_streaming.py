@@ -64,7 +64,7 @@ def test_it_is_the_model_that_is_made_in_memory(folder, settings, tmp_path):
     ids = torch.arange(3, 40)[None]
     assert torch.equal(hf.load(outcome.output, dense=True)(ids).logits, expected(ids).logits)
     assert outcome.plan.linears == plan.linears
-    errors = {name: layer["rel_error"] for name, layer in outcome.results["layers"].items()}
+    errors = {name: layer.rel_error for name, layer in outcome.results.layers.items()}
     assert errors == pytest.approx({report.name: report.rel_error for report in reports}, rel=1e-5)
 
 
@@ -75,8 +75,8 @@ def test_biases_and_ties_are_kept_and_every_byte_counts(folder, tmp_path):
         if name.endswith("bias"):
             assert torch.equal(stored[name], source.checkpoint[name].half())
     assert ("lm_head.weight" in stored) == (source.config.tie_word_embeddings is False)
-    assert outcome.results["bytes"] == stored.nbytes
-    assert outcome.results["evaluation"] is None
+    assert outcome.results.bytes == stored.nbytes
+    assert outcome.results.evaluation is None
     assert "Nobody has measured this model" in (outcome.output / "README.md").read_text()
     # An MLP of 37 is padded to 48 = 3 * 16; its codes are read as they are, the zeros cost what they cost.
     assert outcome.plan.linears["model.layers.0.mlp.down_proj"].transform.out_dim == 48
@@ -87,7 +87,7 @@ def test_gaussian_layers_have_the_error_of_the_grid(tmp_path, tiny_tokenizer):
     wanted = higgs("hadamard=1024", "weights.scale_search=rms")
     results = quantize(folder, wanted, output=tmp_path / "out").results
     expected = grids.load("p2n64").mse
-    assert [layer["rel_error"] for layer in results["layers"].values()] == pytest.approx([expected] * 14, rel=0.03)
+    assert [layer.rel_error for layer in results.layers.values()] == pytest.approx([expected] * 14, rel=0.03)
 
 
 def test_processes_share_the_work_without_changing_it(folder, tmp_path):
@@ -160,7 +160,7 @@ def test_a_unit_carries_the_grid_it_needs(tmp_path, tiny_tokenizer, monkeypatch)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         report = pool.submit(_unpickled, job).result()
-    assert report.rel_error == outcome.results["layers"][name]["rel_error"]
+    assert report.rel_error == outcome.results.layers[name].rel_error
     stored = Checkpoint.open(outcome.output)
     for tensor, value in read_tensors(tmp_path / "unit.safetensors").items():
         assert torch.equal(value, stored[tensor])
@@ -327,7 +327,7 @@ def test_a_tied_pair_may_be_stored_under_either_name_or_both(tmp_path, tiny_toke
     other = quantize(folder, higgs(), output=tmp_path / "two")
     assert weights(other.output) == weights(usual.output)
     for key in ("parameters", "bits_per_weight", "bits_per_quantized_weight", "original_bytes", "untouched"):
-        assert other.results[key] == usual.results[key]
+        assert getattr(other.results, key) == getattr(usual.results, key)
     model = hf.load(other.output)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.equal(model.lm_head.weight, Checkpoint.open(folder)[HEAD].half().float())

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, cast, get_args
 import torch
 from torch import Tensor
 
-from paley.core.errors import PaleyError
+from paley.core.errors import PaleyError, Setting, renaming
 from paley.data.texts import documents
 
 if TYPE_CHECKING:
@@ -141,7 +141,8 @@ def token_blocks(
     if count < 1 or seq_len < 2:
         raise PaleyError(f"{source}: needs count >= 1 and seq_len >= 2, got count={count}, seq_len={seq_len}")
     _check_role(role)
-    texts = documents(source)
+    with renaming({"source": f"{role}.source"}):
+        texts = documents(source)
     part = texts if whole else role_part(texts, role)
     if seed is not None and role != "test":
         part = random.Random(seed).sample(part, len(part))
@@ -158,7 +159,9 @@ def token_blocks(
             return blocks_from_ids(torch.tensor(blocks), role, source)
     share = "" if whole else f"'s {role} part ({SHARES[role]:.0%} of its {len(texts)} documents)"
     raise PaleyError(
-        f"{source}{share} has {tokens} tokens; {count} blocks of {seq_len} need {count * seq_len}; use fewer "
-        f"or shorter sequences ({role}.sequences, {role}.seq_len), a longer text, or one for this role alone "
-        f"({role}.source)"
-    )
+        f"{source}{share} has {tokens} tokens; {count} blocks of {seq_len} need {count * seq_len}",
+        remedy=(
+            "use fewer or shorter sequences (", Setting(f"{role}.sequences"), ", ", Setting(f"{role}.seq_len"),
+            "), a longer text, or one for this role alone (", Setting(f"{role}.source"), ")",
+        ),
+    )  # fmt: skip

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
-from paley.core.errors import PaleyError, nearest_name
+from paley.core.errors import PaleyError, Setting, nearest_name
 
 __all__ = ["documents"]
 
@@ -25,7 +25,7 @@ HUB_CHARACTERS = 20_000_000
 SEPARATOR = re.compile(r"^<\|endoftext\|>[ \t]*$", re.MULTILINE)
 BLANK_LINES = re.compile(r"\n\s*\n")
 HUB_GRAMMAR = "hub:DATASET[:CONFIG][:SPLIT] (hub:DATASET::SPLIT where there is no CONFIG)"
-WAY_OUT = "use a text file (--calibration FILE) or the source `pydoc`"
+WAY_OUT = ("use a text file (", Setting("source", "FILE"), ") or the source `pydoc`")
 
 
 def documents(source: str) -> list[str]:
@@ -42,7 +42,7 @@ def documents(source: str) -> list[str]:
         found = split_documents(_read(source))
     kept = [text for text in found if text.strip()]
     if not kept:
-        raise PaleyError(f"{source}: holds no text; {WAY_OUT}")
+        raise PaleyError("holds no text", where=source, remedy=WAY_OUT)
     return kept
 
 
@@ -123,7 +123,9 @@ def _hub_documents(source: str) -> list[str]:
         library = importlib.import_module("datasets")
     except ImportError:
         raise PaleyError(
-            f"{source}: hub data sets need the `datasets` package; pip install 'paley[data]', or {WAY_OUT}"
+            "hub data sets need the `datasets` package",
+            where=source,
+            remedy=("pip install 'paley[data]', or ", *WAY_OUT),
         ) from None
     offline = constants.HF_HUB_OFFLINE
     rows, characters = [], 0
@@ -138,7 +140,7 @@ def _hub_documents(source: str) -> list[str]:
         raise
     except (OSError, ValueError) as error:
         state = "HF_HUB_OFFLINE is set and no cached copy serves" if offline else "the hub gave no such text"
-        raise PaleyError(f"{source}: {state} ({error}); {WAY_OUT}") from error
+        raise PaleyError(f"{state} ({error})", where=source, remedy=WAY_OUT) from error
     if any(not row.strip() for row in rows):
         return split_documents("\n".join(rows))
     return rows

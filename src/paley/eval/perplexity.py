@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,43 +20,9 @@ from paley.eval.reference import Reference
 from paley.eval.scoring import CHUNK, check, check_finite, token_nll
 from paley.model.adapter import Adapter
 from paley.model.kv_cache import PackedKVCache, cache_argument
+from paley.results import EvalResult
 
 __all__ = ["EvalResult", "evaluate"]
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """nll, gap and kl in nats a token; tokens counts predictions.
-
-    Each stderr is over the sequences' means, of one run and paired for gap; None where there is one sequence.
-    kl is KL(original || quantized). What compares with the original is None without a reference. In
-    kv_cache_bytes_per_token an unquantized side (keys or values of a layer) counts as 16 bits a value, whatever
-    was computed with; in kv_cache_bytes_per_token_at_16_bits every side does.
-    """
-
-    source: str
-    sha256: str
-    sequences: int
-    tokens: int
-    nll: float
-    nll_stderr: float | None
-    perplexity: float
-    perplexity_stderr: float | None
-    kv_cache_bytes_per_token: float
-    kv_cache_bytes_per_token_at_16_bits: float
-    reference_nll: float | None = None
-    gap: float | None = None
-    gap_stderr: float | None = None
-    kl: float | None = None
-    kl_stderr: float | None = None
-    top1_agreement: float | None = None
-    top1_stderr: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON; what is infinite becomes 'inf', as in plans."""
-        values = asdict(self)
-        infinite = {k: str(v) for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)}
-        return values | infinite
 
 
 @torch.no_grad()

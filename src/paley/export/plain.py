@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paley.core.errors import PaleyError, nearest_name
+from paley.core.errors import PaleyError, Setting, nearest_name
 from paley.core.files import write_atomic
 from paley.core.rounding import Quantized
 from paley.core.schemes import LinearScheme
@@ -105,8 +105,9 @@ def dequantize(
     dropped = _rounded_at_run_time(section)
     if dropped and not weights_only:
         raise PaleyError(
-            f"{folder}: an ordinary checkpoint cannot round what this model rounds as it runs: {'; '.join(dropped)}; "
-            "--weights-only leaves that out, and keeps the weights"
+            f"an ordinary checkpoint cannot round what this model rounds as it runs: {'; '.join(dropped)}",
+            where=folder,
+            remedy=(Setting("weights_only", True), " leaves that out, and keeps the weights"),
         )
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     config["dtype"] = _dtype_name(folder, dtype, config)
@@ -145,7 +146,12 @@ def _dtype_name(folder: Path, asked: str | None, config: dict[str, Any]) -> str:
     name = asked or config.get("dtype") or config.get("torch_dtype")
     if name not in FLOATS:
         where = "dtype" if asked else f"{folder}/config.json: dtype"
-        raise PaleyError(f"{where}: must be {', '.join(FLOATS)}, got {name!r}; --dtype says which to write")
+        raise PaleyError(
+            f"must be {', '.join(FLOATS)}",
+            where=where,
+            got=repr(name),
+            remedy=(Setting("dtype"), " says which to write"),
+        )
     return name
 
 

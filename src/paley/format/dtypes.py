@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from paley.core.errors import PaleyError
+from paley.core.errors import PaleyError, Setting
 from paley.format.checkpoint import first_not_finite
 
 __all__ = ["FLOATS", "cast_to_store"]
@@ -18,7 +18,8 @@ def cast_to_store(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     stored = tensor.to(dtype) if tensor.is_floating_point() else tensor
     if stored is not tensor and first_not_finite(stored) is not None:
         raise PaleyError(
-            f"{name}: its largest value {float(tensor.abs().max()):.3g} does not fit {dtype}; "
-            "set dtype=float32 or dtype=bfloat16"
+            f"its largest value {float(tensor.abs().max()):.3g} does not fit {dtype}",
+            where=name,
+            remedy=("set ", Setting("dtype", "float32"), " or ", Setting("dtype", "bfloat16")),
         )
     return stored

@@ -130,3 +130,6 @@ def _planes_matmul(
     if backend() == "native" and centroids is None:
         return native.planes_matmul(x_codes, x_scales, x_zeros, weight, out)
     return planes.reference(x_codes, x_scales, x_zeros, weight, centroids, out)
+
+
+register()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from paley.core.defaults import LEVELS
 from paley.core.errors import PaleyError
 
 __all__ = [
@@ -31,7 +32,6 @@ __all__ = [
 # delta(slot, t, draw): what noise of relative size t in `slot` adds to the loss; `draw` picks the noise.
 Delta = Callable[[str, float, int], float]
 
-LEVELS = 15
 MIN_LEVELS = 3
 MAX_T = 4.0**-0.85  # the theorem's linear range: t^2 <= 4^-1.7
 AGREEMENT = 0.99

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from paley.core.allocation import Allocation, Choice, allocate
-from paley.core.errors import PaleyError
+from paley.core.errors import Call, PaleyError, Setting
 from paley.core.schemes import ActivationScheme, Schemes
 from paley.methods.nearest import gaussian_error
 from paley.methods.sensitivity import MAX_T
@@ -31,7 +31,8 @@ class Resource:
     """A limit of a budget, `key` its setting. It counts the bits of some kinds of items.
 
     average: the limit is in bits for each value, else in bytes, of which `beside` are taken already. per_token: an item
-    counts as often as a token reads it. lacking: what a recipe without such items lacks, and one that has them.
+    counts as often as a token reads it. lacking: what a recipe without such items lacks, a preset that has it, another
+    way to it.
     """
 
     key: str
@@ -39,7 +40,7 @@ class Resource:
     kinds: tuple[str, ...]
     average: bool = True
     per_token: bool = False
-    lacking: tuple[str, str] = ("", "")
+    lacking: tuple[str, str, str] = ("", "", "")
 
     def cost(self, item: Item, bits: int, context: int) -> int:
         """What `bits` of an item take of it."""
@@ -61,12 +62,12 @@ class Resource:
 
 
 _RESOURCES = (
-    Resource("weights", "bits of weights", ("weight",), lacking=("weights", "such as --preset higgs-4")),
+    Resource("weights", "bits of weights", ("weight",), lacking=("weights", "higgs-4", "")),
     Resource(
         "kv", "bits of kv", ("keys", "values"),
-        lacking=("keys or values", "such as --preset higgs-w4a16kv4, or set keys and values"),
+        lacking=("keys or values", "higgs-w4a16kv4", ", or set keys and values"),
     ),
-    Resource("inputs", "bits of inputs", ("input",), lacking=("inputs", "such as --preset higgs-w4a4, or set inputs")),
+    Resource("inputs", "bits of inputs", ("input",), lacking=("inputs", "higgs-w4a4", ", or set inputs")),
     Resource("size", "bits on disk", ("weight",), average=False),
     Resource("read", "bits read a token", ("weight", "keys", "values"), average=False, per_token=True),
 )  # fmt: skip
@@ -175,19 +176,27 @@ def _check_reach(problem: Problem, found: list[Item]) -> None:
         )
         if resource.average:
             if not of_kind:
-                what, where = resource.lacking
-                raise PaleyError(f"budget.{resource.key}: this recipe quantizes no {what}; take one that does, {where}")
+                what, preset, other = resource.lacking
+                raise PaleyError(
+                    Setting(f"budget.{resource.key}"),
+                    f": this recipe quantizes no {what}",
+                    remedy=("take one that does, such as ", Setting("preset", preset), other),
+                )
             values = sum(item.values for item in of_kind)
             low, high = low / values, high / values
             if not low <= limit <= max(high, 16):
                 raise PaleyError(
-                    f"budget.{resource.key}: {limit:g} bits are out of reach; {low:.4g} to {high:.4g} can be had here"
+                    Setting(f"budget.{resource.key}"),
+                    f": {limit:g} bits are out of reach",
+                    remedy=f"{low:.4g} to {high:.4g} can be had here",
                 )
             continue
         low, high = (resource.beside(problem, found) + bits / 8 for bits in (low, high))
         if limit < low:
             raise PaleyError(
-                f"budget.{resource.key}: {limit:,} bytes are out of reach; {low:,.0f} to {high:,.0f} can be had here"
+                Setting(f"budget.{resource.key}"),
+                f": {limit:,} bytes are out of reach",
+                remedy=f"{low:,.0f} to {high:,.0f} can be had here",
             )
 
 
@@ -207,10 +216,11 @@ def _with_choices(problem: Problem, found: list[Item], best: Allocation) -> Sche
 def _check_slopes(problem: Problem, found: list[Item], sensitivity: Sensitivity) -> None:
     if sensitivity.folded != problem.folded:
         have, need = ("with", "without") if sensitivity.folded else ("without", "with")
-        flag = "--fold" if problem.folded else "--no-fold"
+        again = Call("measure_sensitivity", (Setting("fold", problem.folded),))
         raise PaleyError(
             f"the sensitivities were measured {have} the norms' gains in the weights, but this recipe quantizes "
-            f"weights {need} them; measure them again with `paley sensitivity {flag}`"
+            f"weights {need} them",
+            remedy=("measure them again with ", again),
         )
     sensitivity.check_slots({i.site.name: (i.kind, i.values) for i in found if len(i.bits) > 1})
 

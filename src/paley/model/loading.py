@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from paley.arch import Sites, family, sites
-from paley.core.errors import PaleyError, nearest_name
+from paley.core.errors import PaleyError, Setting, nearest_name
 from paley.format.checkpoint import Checkpoint
 
 __all__ = [
@@ -147,10 +147,12 @@ def check_seq_len(config: Any, lengths: Mapping[str, int]) -> None:
     if limit is None:
         return
     if long := {name: length for name, length in lengths.items() if length > limit}:
-        found = ", ".join(f"{name}={length}" for name, length in long.items())
+        found = [part for name, length in long.items() for part in (", ", Setting(name, length))]
+        less = [part for name in long for part in (" ", Setting(name, limit))]
         raise PaleyError(
-            f"{found}: this model reads sequences of at most {limit} tokens (max_position_embeddings); "
-            f"set {' '.join(f'{name}={limit}' for name in long)}, or less"
+            *found[1:],
+            f": this model reads sequences of at most {limit} tokens (max_position_embeddings)",
+            remedy=("set", *less, ", or less"),
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -108,10 +108,10 @@ def _replace_embedding_(
         dtype=embedding.weight.dtype, device=embedding.weight.device, name=name,
     )  # fmt: skip
     model.set_submodule(name, made)
-    tied = model.all_tied_weights_keys
+    tied: dict[str, str] = model.all_tied_weights_keys
     if tied.pop(f"{row.head}{WEIGHT}", None) is None:
         return
-    head: Any = model.get_submodule(row.head)
+    head = cast(Any, model.get_submodule(row.head))
     coded = QuantLinear(
         made.width, made.rows, bias=head.bias is not None, scheme=scheme, dtype=head.weight.dtype,
         device=head.weight.device, name=row.head,

@@ -8,7 +8,7 @@ from typing import Literal
 
 from paley.arch import Site, Sites
 from paley.core import hadamard
-from paley.core.errors import PaleyError
+from paley.core.errors import PaleyError, Setting
 from paley.core.schemes import Rotation
 from paley.core.transforms import Transform
 from paley.model.adapter import Adapter
@@ -137,7 +137,8 @@ def _auto_expansion(bits: Sequence[float], hidden: int) -> int:
         if widths:
             return min(widths, key=lambda n: (hadamard.factor(n)[0], n)) - hidden
     raise PaleyError(
-        f"expand=auto: no Hadamard order between hidden size {hidden} and the limit of {limit}; set expand to a number"
+        f"expand=auto: no Hadamard order between hidden size {hidden} and the limit of {limit}",
+        remedy=("give a number with ", Setting("expand")),
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from paley.core.errors import PaleyError
+from paley.core.errors import PaleyError, Setting
 from paley.model.budget import check_budget
 from paley.model.loading import check_seq_len, open_source
 from paley.model.problem import Problem
@@ -44,9 +44,9 @@ def accuracy_size_curve(
 ) -> list[CurvePoint]:
     """The optimum under each of the budgets, in stored bits per weight, everything else as the recipe says."""
     if recipe.budget is None:
-        raise PaleyError("curve: the recipe has no budget to vary; give it budget.weights")
+        raise PaleyError("curve: the recipe has no budget to vary", remedy=("give it ", Setting("budget.weights")))
     if odd := [bits for bits in budgets if not math.isfinite(bits)]:
-        raise PaleyError(f"budget.weights: must be a finite number, got {odd[0]}")
+        raise PaleyError(Setting("budget.weights"), ": must be a finite number", got=odd[0])
     monitor, source = monitor or Monitor(), open_source(model)
     problem = resolve(source, recipe)
     problems = {bits: _under(problem, bits) for bits in budgets}

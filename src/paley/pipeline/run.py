@@ -5,19 +5,16 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel
 
-from paley.core.errors import PaleyError
+from paley.core.errors import PaleyError, Setting
 from paley.core.files import write_atomic
-from paley.core.reading import read_json
 from paley.core.schemes import Schemes
 from paley.data import TokenBlocks
 from paley.eval.perplexity import evaluate
 from paley.eval.reference import Reference
 from paley.format.checkpoint import Checkpoint
-from paley.format.files import write_json
 from paley.format.publish import RESULTS
 from paley.model.loading import Source, open_source
 from paley.model.problem import Problem
@@ -32,16 +29,13 @@ from paley.pipeline.saving import first_logits, load_stored, save_checkpoint, ve
 from paley.pipeline.streaming import stream_checkpoint
 from paley.pipeline.texts import Texts, check_lengths, gather, needs_data
 from paley.plan import Plan
-from paley.recipe import Recipe
+from paley.recipe import Recipe, as_recipe
+from paley.results import EvalResult, LayerResult, Results
 from paley.sensitivity import Sensitivity
 
 __all__ = ["Outcome", "make_plan", "quantize"]
 
 EVAL_BATCH = 8
-_UNVERIFIED = (
-    "test: null (--no-score) leaves nothing to verify this model on; only data-free recipes can go without, "
-    "such as the preset higgs-4"
-)
 
 
 @dataclass(frozen=True)
@@ -50,12 +44,12 @@ class Outcome:
 
     output: Path
     plan: Plan
-    results: dict[str, Any]
+    results: Results
 
 
 def quantize(
     model: str | Path,
-    recipe: Recipe | None = None,
+    recipe: Recipe | str | Path | None = None,
     *,
     output: str | Path,
     plan: Plan | None = None,
@@ -68,28 +62,29 @@ def quantize(
 ) -> Outcome:
     """Quantizes the checkpoint folder or Hub name `model` into the new folder `output`.
 
-    Give a recipe, or a plan made for this model. sensitivity: what a recipe with a budget goes by; without it, it is
-    measured. workers: processes that share the weights of a data-free recipe; others use one. A run that was stopped
-    goes on with resume=True. Errors: PaleyError, with nothing written to `output`. overwrite=True makes everything
-    anew, also where the folder there came of the same settings.
+    recipe: a Recipe, a preset's name such as "w4a4kv4", or a .yaml or .json file; or give a plan that was made for
+    this model. sensitivity: what a recipe with a budget goes by; without it, it is measured. workers: processes that
+    share the weights of a data-free recipe; others use one. A run that was stopped goes on with resume=True. Errors:
+    PaleyError, with nothing written to `output`. overwrite=True makes everything anew, also where the folder there came
+    of the same settings.
     """
     monitor, output = monitor or Monitor(), Path(output)
     if (recipe is None) == (plan is None):
         raise PaleyError("quantize: give either a recipe or a plan")
     wanted = plan.recipe if plan is not None else recipe
     assert wanted is not None
-    wanted = _as_measured(wanted, sensitivity)
+    wanted = _as_measured(as_recipe(wanted), sensitivity)
     run = RunDirectory(output)
     run.check_free(resume=resume, overwrite=overwrite)
     if wanted.test is None and plan is None and needs_data(wanted):
-        raise PaleyError(_UNVERIFIED)
+        raise _unverified()
     monitor.stage("checking the checkpoint", 1)
     source = open_source(model)
     run.check_apart(source.path)
     check_lengths(wanted, source, measures=_measures(wanted, plan, sensitivity))
     problem = resolve(source, wanted) if plan is None else under_plan(source, plan)
     if wanted.test is None and not problem.is_data_free:
-        raise PaleyError(_UNVERIFIED)
+        raise _unverified()
     if sensitivity is not None:
         sensitivity.check_fingerprint(source.fingerprint)
     key = _key(problem, plan.to_json() if plan is not None else wanted.hash() + _digest(sensitivity))
@@ -98,19 +93,28 @@ def quantize(
             _make(problem, wanted, plan, sensitivity, run, monitor, device, workers)
         for path in run.publish():
             monitor.note(f"{path}: cannot be deleted; delete it yourself")
-    return Outcome(output, Plan.load(output / "plan.json"), read_json(output / RESULTS))
+    return Outcome(output, Plan.load(output / "plan.json"), Results.load(output / RESULTS))
+
+
+def _unverified() -> PaleyError:
+    return PaleyError(
+        Setting("test", "null"),
+        " leaves nothing to verify this model on",
+        remedy="only data-free recipes can go without, such as the preset higgs-4",
+    )
 
 
 def make_plan(
     model: str | Path,
-    recipe: Recipe,
+    recipe: Recipe | str | Path,
     *,
     sensitivity: Sensitivity | None = None,
     device: str = "cpu",
     monitor: Monitor | None = None,
 ) -> Plan:
-    """Decides only: the plan that `quantize` with this recipe would execute."""
-    source, recipe = open_source(model), _as_measured(recipe, sensitivity)
+    """Decides only: the plan that `quantize` with this recipe (as there) would execute."""
+    recipe = _as_measured(as_recipe(recipe), sensitivity)
+    source = open_source(model)
     check_lengths(recipe, source, measures=_measures(recipe, None, sensitivity))
     problem = resolve(source, recipe)
     texts = gather(recipe, source, device)
@@ -157,7 +161,7 @@ def _make(
     problem = problem.with_schemes(Schemes(plan.linears, plan.attentions))
     if problem.is_data_free:
         if device != "cpu":
-            monitor.note("weights are quantized on the CPU, one after the other; --workers shares them among processes")
+            monitor.note("weights are quantized on the CPU, one after the other; more workers share them")
         reports = stream_checkpoint(problem, run, monitor, workers)
         model = load_stored(run.checkpoint, problem, device) if texts.test is not None else None
     else:
@@ -179,26 +183,26 @@ def _make(
     bits = stored.nbytes * 8 / weights
     plan = plan.model_copy(update={"bits_per_weight": bits})
     plan.save(run.checkpoint / "plan.json")
-    results = {
-        "run": run.key,
-        "model_type": source.config.model_type,
-        "fingerprint": source.fingerprint,
-        "parameters": weights,
-        "bits_per_weight": bits,
-        "bits_per_quantized_weight": quantized_bits(problem),
-        "bytes": stored.nbytes,
-        "original_bytes": source.checkpoint.nbytes,
-        "untouched": untouched(stored, problem),
-        "evaluation": measured,
-        "layers": {r.name: {"rel_error": r.rel_error} for r in reports},
-    }
+    results = Results(
+        run=run.key,
+        model_type=source.config.model_type,
+        fingerprint=source.fingerprint,
+        parameters=weights,
+        bits_per_weight=bits,
+        bits_per_quantized_weight=quantized_bits(problem),
+        bytes=stored.nbytes,
+        original_bytes=source.checkpoint.nbytes,
+        untouched=untouched(stored, problem),
+        evaluation=measured,
+        layers={r.name: LayerResult(r.rel_error) for r in reports},
+    )
     write_atomic(run.checkpoint / "README.md", model_card(results, plan))
-    write_json(run.checkpoint / RESULTS, results)
+    results.save(run.checkpoint / RESULTS)
 
 
-def _evaluate(model: PreTrainedModel, test: TokenBlocks, reference: Reference | None, monitor: Monitor) -> dict:
+def _evaluate(model: PreTrainedModel, test: TokenBlocks, reference: Reference | None, monitor: Monitor) -> EvalResult:
     monitor.stage("evaluating through the quantized cache", -(-len(test.ids) // EVAL_BATCH))
-    return evaluate(model, test, reference, batch=EVAL_BATCH, progress=lambda done, total: monitor.step()).to_dict()
+    return evaluate(model, test, reference, batch=EVAL_BATCH, progress=lambda done, total: monitor.step())
 
 
 def _reference(source: Source, test: TokenBlocks, run: RunDirectory, monitor: Monitor, device: str) -> Reference:

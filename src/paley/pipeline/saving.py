@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from paley import hf
-from paley.core.errors import PaleyError
+from paley.core.errors import PaleyError, Setting
 from paley.core.metrics import kl_divergence
 from paley.data import TokenBlocks
 from paley.format import spec
@@ -66,7 +66,8 @@ def _config(model: PreTrainedModel, problem: Problem) -> dict[str, Any]:
         if config.get("attention_bias") or config.get("mlp_bias"):
             raise PaleyError(
                 f"expand: hidden size {config['hidden_size']} is not a multiple of "
-                f"{config['num_attention_heads']} heads, which a Llama with biases cannot be; choose another --expand"
+                f"{config['num_attention_heads']} heads, which a Llama with biases cannot be",
+                remedy=("choose another ", Setting("expand")),
             )
         config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
     return config

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from paley.core.errors import PaleyError
+from paley.core.errors import PaleyError, renaming
 from paley.data import TokenBlocks, blocks_from_ids, token_blocks
 from paley.eval.sampling import sample_documents
 from paley.format.journal import open_journal
@@ -31,6 +31,10 @@ from paley.sensitivity import MeasuredSlot, MeasuredText, Sensitivity
 __all__ = ["RANDOM", "measure_for", "measure_on", "measure_sensitivity", "random_ids", "some_blocks"]
 
 RANDOM = "random"
+_PARTS = ("source", "sequences", "seq_len")
+# A calibration's settings, as `measure_sensitivity` and as a budget call them.
+_ARGUMENTS = {f"calibration.{part}": part for part in _PARTS}
+_OF_BUDGET = {f"calibration.{part}": f"budget.{part}" for part in _PARTS}
 _SOME = 4  # sequences that show what activations look like
 
 
@@ -62,8 +66,9 @@ def measure_sensitivity(
     noise_levels(levels)  # refused before anything is read
     monitor.stage("checking the checkpoint", 1)
     opened = model if isinstance(model, Source) else open_source(model)
-    check_seq_len(opened.config, {"calibration.seq_len": seq_len})
-    blocks = _blocks(opened, source, sequences, seq_len, seed, device)
+    with renaming(_ARGUMENTS):
+        check_seq_len(opened.config, {"calibration.seq_len": seq_len})
+        blocks = _blocks(opened, source, sequences, seq_len, seed, device)
     monitor.step()
     return measure_on(
         opened, blocks, metric=metric, kinds=kinds, fold=fold, levels=levels, seed=seed, device=device,
@@ -158,11 +163,11 @@ def measure_for(problem: Problem, run: RunDirectory | None, monitor: Monitor, de
     assert budget is not None
     activations = (budget.kv, budget.inputs, budget.read)
     kinds = KINDS if any(limit is not None for limit in activations) else ("weight",)
+    with renaming(_OF_BUDGET):
+        blocks = _blocks(problem.source, budget.source, budget.sequences, budget.seq_len, problem.seed, device)
     return measure_on(
-        problem.source,
-        _blocks(problem.source, budget.source, budget.sequences, budget.seq_len, problem.seed, device),
-        metric=budget.metric, kinds=kinds, fold=problem.folded, levels=budget.levels, seed=problem.seed, device=device,
-        monitor=monitor, progress_file=run.path / "slopes.jsonl" if run else None,
+        problem.source, blocks, metric=budget.metric, kinds=kinds, fold=problem.folded, levels=budget.levels,
+        seed=problem.seed, device=device, monitor=monitor, progress_file=run.path / "slopes.jsonl" if run else None,
     )  # fmt: skip
 
 

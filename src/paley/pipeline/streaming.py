@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from paley.core.errors import PaleyError
+from paley.core.errors import PaleyError, Setting
 from paley.core.schemes import LinearScheme
 from paley.core.transforms import Transform
 from paley.format import spec
@@ -120,8 +120,8 @@ def _run(jobs: list[TensorJob], workers: int) -> Iterator[LayerReport]:
             yield done.result()
     except BrokenProcessPool:
         raise PaleyError(
-            f"one of the {workers} processes was ended from outside, as a system does that runs out of memory; go on "
-            "with --resume and fewer --workers"
+            f"one of the {workers} processes was ended from outside, as a system does that runs out of memory",
+            remedy=("go on with ", Setting("resume", True), " and fewer ", Setting("workers")),
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

@@ -8,15 +8,14 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from paley.core.errors import PaleyError
+from paley.core.defaults import SELF
+from paley.core.errors import PaleyError, Setting
 from paley.data import Role, TokenBlocks, blocks_from_ids, check_disjoint, token_blocks
 from paley.eval.sampling import sample_documents
 from paley.model.loading import Source, check_seq_len
 from paley.recipe import Recipe
 
 __all__ = ["SELF", "Texts", "calibrates", "check_lengths", "gather", "is_tuned_on", "needs_data", "test_blocks"]
-
-SELF = "self"
 
 
 @dataclass(frozen=True)
@@ -80,10 +79,15 @@ def test_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> TokenBloc
     """
     test = recipe.test
     if test is None:
-        raise PaleyError("this recipe has no test text (test: null); give a text to score on, as paley eval --data")
+        raise PaleyError(
+            "this recipe has no test text (test: null)", remedy=("give a text to score on: ", Setting("test.source"))
+        )
     source = test.source or recipe.calibration.source
     if source == SELF:
-        raise PaleyError("a score on text that the model wrote itself says little: set test.source to a file or pydoc")
+        raise PaleyError(
+            "a score on text that the model wrote itself says little",
+            remedy=("set ", Setting("test.source"), " to a file or pydoc"),
+        )
     return token_blocks(
         source, tokenizer, role="test", count=test.sequences, seq_len=test.seq_len, seed=None,
         whole=_identity(source) not in map(_identity, filter(None, _named_sources(recipe))),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
 
 from paley.core.errors import PaleyError
 from paley.core.files import write_atomic
@@ -14,7 +15,21 @@ from paley.core.reading import read_json
 from paley.recipe.saving import json_lines
 from paley.recipe.validation import validate
 
-__all__ = ["Document"]
+__all__ = ["AnyFloat", "Document"]
+
+# JSON has no word for these numbers, and a search may well meet an infinite perplexity.
+_NON_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
+
+
+def _from_name(value: Any) -> Any:
+    return _NON_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+def _to_name(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
+
+
+AnyFloat = Annotated[float, BeforeValidator(_from_name), PlainSerializer(_to_name, when_used="json")]
 
 
 class Document(BaseModel):

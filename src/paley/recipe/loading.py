@@ -13,7 +13,7 @@ from paley.core.reading import read_json, read_text
 from paley.recipe.models import Recipe
 from paley.recipe.validation import key_path, known_keys, validate
 
-__all__ = ["apply_settings", "load_recipe", "yaml_value"]
+__all__ = ["apply_settings", "load_recipe", "setting_text", "yaml_value"]
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -50,26 +50,41 @@ def load_recipe(path: str | Path) -> Recipe:
     return validate(Recipe, data, str(path))
 
 
-def apply_settings(recipe: Recipe, settings: Iterable[str]) -> Recipe:
-    """recipe with settings such as 'search.sequences=8', 'inputs.clip_ratio=0.85' or 'weights=null' put in.
+def apply_settings(recipe: Recipe, settings: Iterable[str | tuple[str, Any]]) -> Recipe:
+    """recipe with settings put in: pairs such as ("search.sequences", 8), or texts such as 'inputs.clip_ratio=0.85'.
 
-    Values are YAML. All settings are put in before the result is checked, so their order does not matter
+    A text's value is YAML. All settings are put in before the result is checked, so their order does not matter
     unless one holds another. A group_size of weights or inputs is taken, or refused: it sets fit_groups to false,
     unless that is set as well.
     """
-    settings = list(settings)
     data = recipe.model_dump(mode="json")
     by_hand: dict[str, Any] = {}
+    texts: list[str] = []
     for setting in settings:
-        where = f"setting {setting!r}"
-        key, equals, text = setting.partition("=")
-        if not key.strip() or not equals:
-            raise PaleyError(f"{where}: expected KEY=VALUE, for example search.sequences=8")
-        by_hand[key.strip()] = yaml_value(text, where)
-        _put(data, key.strip().split("."), by_hand[key.strip()], where)
+        texts.append(setting_text(setting))
+        where = f"setting {texts[-1]!r}"
+        key, value = _parsed(setting, where) if isinstance(setting, str) else setting
+        by_hand[key] = value
+        _put(data, key.split("."), value, where)
     if "fit_groups" not in by_hand and any(_gives_groups(key, value) for key, value in by_hand.items()):
         data["fit_groups"] = False
-    return validate(Recipe, data, f"settings {' '.join(settings)}") if settings else recipe
+    return validate(Recipe, data, f"settings {' '.join(texts)}") if texts else recipe
+
+
+def setting_text(setting: str | tuple[str, Any]) -> str:
+    """As a message shows it: 'seed=3', 'test=null'."""
+    if isinstance(setting, str):
+        return setting
+    key, value = setting
+    return f"{key}={'null' if value is None else value}"
+
+
+def _parsed(setting: str, where: str) -> tuple[str, Any]:
+    """'KEY=VALUE' -> key, and the value that its YAML holds."""
+    key, equals, text = setting.partition("=")
+    if not key.strip() or not equals:
+        raise PaleyError(f"{where}: expected KEY=VALUE, for example search.sequences=8")
+    return key.strip(), yaml_value(text, where)
 
 
 def _gives_groups(key: str, value: Any) -> bool:

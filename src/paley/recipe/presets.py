@@ -6,17 +6,20 @@ import re
 from dataclasses import replace
 from importlib import resources
 from importlib.resources.abc import Traversable
+from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from paley.core import grids, tables
-from paley.core.errors import PaleyError, nearest_name
+from paley.core.errors import PaleyError, Setting, nearest_name
 from paley.core.grids import MAX_BITS, MAX_POINTS, MIN_BITS
 from paley.core.packing import stored_bits
-from paley.recipe.loading import yaml_value
-from paley.recipe.models import Recipe
-from paley.recipe.validation import validate
+from paley.recipe.loading import load_recipe, yaml_value
+from paley.recipe.models import Budget, Recipe
+from paley.recipe.validation import problems, validate
 
-__all__ = ["examples", "preset", "preset_methods"]
+__all__ = ["as_recipe", "examples", "preset", "preset_methods", "under_budget"]
 
 GRAMMAR = (
     "[METHOD-]W<bits>[G<group size>]A<bits>[KV<bits>][E<bits>][H<bits>], for example w3a3kv3, w4g64a16e6h6 or "
@@ -34,6 +37,36 @@ AS_PUBLISHED = ("quarot", "quarot-clipped", "rtn")  # methods that leave embeddi
 UNQUANTIZED = 16
 # Six bits in two dimensions cost an embedding next to nothing (t2 .0005), and weights of more bits get as many.
 _OUTER_BITS = 6
+FILES = (".yaml", ".yml", ".json")
+
+
+def as_recipe(recipe: Recipe | str | Path) -> Recipe:
+    """A recipe as it is, a file by its suffix, any other text as a preset's name."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, Path) or recipe.lower().endswith(FILES):
+        return load_recipe(recipe)
+    return preset(recipe)
+
+
+def under_budget(recipe: Recipe | None = None, **limits: float) -> Recipe:
+    """recipe with these limits in its budget (weights, size, kv, inputs, read: see `Budget`).
+
+    Without a recipe HIGGS, data-free: a budget replaces its grids. It quantizes what the limits are about: the cache if
+    kv is among them, and weights unless kv is the only one.
+    """
+    if recipe is None:
+        weights, cache = (16, 4) if set(limits) == {"kv"} else (4, 4 if "kv" in limits else 16)
+        recipe = preset(f"higgs-w{weights}a16kv{cache}" if cache != 16 else "higgs-4")
+    kept = {} if recipe.budget is None else recipe.budget.model_dump(exclude_none=True)
+    data = kept | limits
+    try:
+        budget = Budget.model_validate(data)
+    except ValidationError as error:
+        found = problems(error, data, Budget).items()
+        parts = [part for key, problem in found for part in ("; ", Setting(f"budget.{key}"), f": {problem}")]
+        raise PaleyError(*parts[1:]) from None
+    return recipe.model_copy(update={"budget": budget})
 
 
 def _files() -> dict[str, Traversable]:
@@ -129,7 +162,10 @@ def _higgs(bits: float, outer: str, name: str) -> Recipe:
     if not fitting or bits > max(rates.values()):
         low, high = min(rates.values()), max(rates.values())
         reach = f"{low:.3g} to {high:.3g} bits"
-        raise PaleyError(f"preset {name!r}: HIGGS in two dimensions reaches {reach}; --grid takes any other grid")
+        raise PaleyError(
+            f"preset {name!r}: HIGGS in two dimensions reaches {reach}",
+            remedy=(Setting("weights.grid"), " takes any other grid"),
+        )
     recipe = preset(f"higgs-w{min(8, max(2, round(bits)))}a16{outer}")
     assert recipe.weights is not None
     best = max(fitting, key=lambda grid: (rates[grid], grid.size))

@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 
 from paley.core.errors import PaleyError, nearest_name
 
-__all__ = ["key_path", "known_keys", "validate"]
+__all__ = ["key_path", "known_keys", "problems", "validate"]
 
 M = TypeVar("M", bound=BaseModel)
 Loc = Sequence[str | int]
@@ -38,11 +38,13 @@ def validate(model: type[M], data: object, where: str) -> M:
     try:
         return model.model_validate_json(text, strict=True)
     except ValidationError as error:
-        raise PaleyError(f"{where}: {_explain(error, data, model)}") from None
+        found = problems(error, data, model)
+        text = "; ".join(f"{path}: {problem}".removeprefix(": ") for path, problem in found.items())
+        raise PaleyError(f"{where}: {text}") from None
 
 
-def _explain(error: ValidationError, data: object, model: type[BaseModel]) -> str:
-    """One sentence for each key; the members of a union that all refused a value share one."""
+def problems(error: ValidationError, data: object, model: type[BaseModel]) -> dict[str, str]:
+    """Key -> what is wrong with its value; the members of a union that all refused it share one sentence."""
     reasons: dict[str, list[str]] = {}
     got: dict[str, str] = {}
     for detail in error.errors(include_url=False):
@@ -51,8 +53,7 @@ def _explain(error: ValidationError, data: object, model: type[BaseModel]) -> st
         reasons.setdefault(path, []).append(_reason(detail, loc, model))
         if detail["type"] not in ("value_error", *MISSING):
             got[path] = f" (got {_shown(detail['input'])}, {_type(detail['input'])})"
-    sentences = [f"{path}: {' or '.join(why)}{got.get(path, '')}".removeprefix(": ") for path, why in reasons.items()]
-    return "; ".join(sentences)
+    return {path: f"{' or '.join(why)}{got.get(path, '')}" for path, why in reasons.items()}
 
 
 def _reason(detail: ErrorDetails, loc: Loc, model: type[BaseModel]) -> str:

@@ -1,4 +1,4 @@
-"""The verb that leads out of the format: dequantize."""
+"""`paley dequantize`: a quantized folder becomes an ordinary checkpoint."""
 
 from __future__ import annotations
 
@@ -6,18 +6,14 @@ import time
 from dataclasses import asdict
 
 import paley
-from paley.cli import display, options
-from paley.cli.app import app
-from paley.cli.process import naming, peak_memory, say, shell
-from paley.cli.progress import watching
+from paley.cli import options
+from paley.cli.app import verb
+from paley.cli.process import line, peak_memory, say, shell
 
 __all__ = ["dequantize_verb"]
 
-# Of "set dtype=float32 or dtype=bfloat16" alone: a path may have a "dtype=" in it.
-_AS_OPTIONS = {"; set dtype=": "; set --dtype ", " or dtype=": " or --dtype "}
 
-
-@app.command("dequantize")
+@verb("dequantize")
 def dequantize_verb(
     folder: options.Folder,
     output: options.NewFolder,
@@ -33,8 +29,11 @@ def dequantize_verb(
 
     Example: `paley dequantize llama-w4 --output llama-plain`
     """
+    from paley.cli import display
+    from paley.cli.progress import watching
+
     start, seen = time.monotonic(), 0
-    with naming(_AS_OPTIONS), watching() as monitor:
+    with watching() as monitor:
 
         def on_tensor(total: int, name: str) -> None:
             nonlocal seen
@@ -56,6 +55,6 @@ def dequantize_verb(
     rows = [("bytes on disk", f"{made.quantized_bytes:,}", f"{made.bytes:,}"), *cost.rows()]
     display.show(display.table(("", "quantized", "plain"), rows))
     for what in made.dropped:
-        display.line(f"dropped: rounding of {what}")
-    display.line(f"written to {made.output}")
-    display.line(f"next: {shell('generate', str(made.output), 'Once upon a time')}")
+        line(f"dropped: rounding of {what}")
+    line(f"written to {made.output}")
+    line(f"next: {shell('generate', str(made.output), 'Once upon a time')}")

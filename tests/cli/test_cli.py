@@ -20,7 +20,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import paley
 from command_line import paley_
-from paley.cli import using
 from paley.cli.process import spread_settings
 from paley.cli.progress import LineMonitor, watching
 
@@ -34,7 +33,7 @@ SIZES = [
     "test.sequences=4",
     "test.seq_len=64",
 ]
-VERBS = ("quantize", "plan", "sensitivity", "eval", "generate", "inspect", "dequantize", "theory", "presets")
+VERBS = ("quantize", "plan", "sensitivity", "eval", "generate", "inspect", "dequantize", "presets")
 
 
 @pytest.fixture(scope="module")
@@ -278,20 +277,6 @@ def test_inspect_lists_each_slot_and_every_byte(made):
         assert name in shown
 
 
-def test_theory_measures_draws_and_prints(tmp_path, monkeypatch):
-    monkeypatch.setattr(using, "_THEORY_DIMS", (16, 64))
-    found = json.loads(paley_("theory", "--json", "--output", tmp_path / "figure.svg").out)
-    assert [point["dim"] for point in found["points"]] == [16, 64]
-    assert (tmp_path / "figure.svg").read_text().startswith("<?xml")
-    assert "25.00" in paley_("theory").out  # 200 / sqrt(64)
-
-
-@pytest.mark.parametrize("name", ["figure.xyz", "none/figure.svg"])
-def test_theory_refuses_a_figure_before_it_measures(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(using.theory, "measure_peaks", None)  # would fail if anything was measured
-    assert name.split("/")[-1] in paley_("theory", "--output", tmp_path / name, code=2).err
-
-
 def test_presets_and_version_and_help():
     shown = paley_("presets").out
     assert "[METHOD-]W<bits>" in shown
@@ -367,7 +352,7 @@ def test_what_the_machine_lacks_is_said_and_a_bug_keeps_its_traceback(made, monk
     def fail(folder):
         raise error
 
-    monkeypatch.setattr(using.Inspection, "of", fail)
+    monkeypatch.setattr(paley, "inspect", fail)
     assert paley_("inspect", made.out, code=code).err.startswith(said)
 
 

@@ -1,4 +1,4 @@
-"""The verb that measures the original model: sensitivity."""
+"""`paley sensitivity`: measures how much each layer of the original model matters."""
 
 from __future__ import annotations
 
@@ -7,38 +7,25 @@ import statistics
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from paley.cli import display, options
-from paley.cli.app import app
-from paley.cli.process import STOPPED, how_to_resume, naming, peak_memory, say, shell
-from paley.cli.progress import watching
-from paley.cli.work import check_device
-from paley.eval.figures import with_error
-from paley.format.publish import check_file, unfinished
-from paley.methods.sensitivity import LEVELS
-from paley.model.loading import read_config, resolve
-from paley.model.sensitivity import KINDS
-from paley.pipeline.sensitivities import measure_sensitivity
-from paley.pipeline.texts import SELF
-from paley.recipe import Test
-from paley.sensitivity import MeasuredSlot, Sensitivity
+from paley.cli import options
+from paley.cli.app import verb
+from paley.cli.process import STOPPED, how_to_resume, line, peak_memory, say, shell
+from paley.core.defaults import LEVELS, SELF
+
+if TYPE_CHECKING:
+    from paley.cli.display import Cost
+    from paley.sensitivity import MeasuredSlot, Sensitivity
 
 __all__ = ["sensitivity_verb"]
 
 _SHOWN = 10
-# Settings that errors about a text name, as this verb calls them.
-_AS_OPTIONS = {
-    "calibration.sequences": "--sequences",
-    "calibration.seq_len": "--seq-len",
-    "calibration.source": "--text",
-    "--calibration": "--text",
-}
 
 
-@app.command("sensitivity")
+@verb("sensitivity")
 def sensitivity_verb(
     ctx: typer.Context,
     model: options.Model,
@@ -76,6 +63,13 @@ def sensitivity_verb(
 
     Example: `paley sensitivity ./llama --output alpha.json`
     """
+    from paley.cli import display
+    from paley.cli.progress import watching
+    from paley.format.publish import check_file, unfinished
+    from paley.model.sensitivity import KINDS
+    from paley.pipeline.any_model import check_device
+    from paley.pipeline.sensitivities import measure_sensitivity
+
     start = time.monotonic()
     partial = Path(f"{output}.partial.jsonl")
     check_file(output, "the file for the sensitivities", overwrite=overwrite or (resume and partial.exists()))
@@ -85,7 +79,7 @@ def sensitivity_verb(
     if overwrite and not resume:
         partial.unlink(missing_ok=True)
     try:
-        with naming(_AS_OPTIONS), watching() as monitor:
+        with watching() as monitor:
             found = measure_sensitivity(
                 model, metric=metric, source=text, sequences=sequences, seq_len=seq_len,
                 kinds=KINDS if activations else ("weight",), fold=fold, levels=levels, seed=seed, device=device,
@@ -101,21 +95,27 @@ def sensitivity_verb(
         display.emit({"output": str(output), **asdict(cost), "sensitivity": json.loads(found.to_json())})
         return
     _show(found, cost)
-    display.line(f"written to {output}")
+    line(f"written to {output}")
     # The plain --target-bpw quantizes the weights as they are; recipes that rotate fold.
     recipe = ["--preset", "w3a16"] if fold else []
     budget = [*recipe, "--target-bpw", "3.25", "--sensitivity", str(output), *_short_test(model)]
-    display.line(f"next: {shell('quantize', model, *budget, '--output', 'OUT')}")
+    line(f"next: {shell('quantize', model, *budget, '--output', 'OUT')}")
 
 
 def _short_test(model: str) -> list[str]:
     """The setting that a model needs which reads fewer tokens than a test's sequences have."""
+    from paley.model.loading import read_config, resolve
+    from paley.recipe import Test
+
     limit = getattr(read_config(resolve(model)), "max_position_embeddings", None)
     return ["--set", f"test.seq_len={limit}"] if limit is not None and limit < Test().seq_len else []
 
 
-def _show(found: Sensitivity, cost: display.Cost) -> None:
+def _show(found: Sensitivity, cost: Cost) -> None:
     """Tables on stdout: the steepest slots, means by type, and what it took."""
+    from paley.cli import display
+    from paley.eval.figures import with_error
+
     steepest = sorted(found.slots.items(), key=lambda item: -item[1].alpha)
     rows = [
         (name, slot.kind, with_error(slot.alpha, slot.stderr, ".4g"), f"{len(slot.levels)}")
@@ -130,7 +130,7 @@ def _show(found: Sensitivity, cost: display.Cost) -> None:
     display.show(display.table(("type", "mean alpha"), [(kind, f"{mean:.4g}") for kind, mean in ordered]))
     clamped = sum(slot.clamped for slot in found.slots.values())
     if clamped:
-        display.line(f"{clamped} slopes were not positive and were set to a small number (clamped in the file)")
+        line(f"{clamped} slopes were not positive and were set to a small number (clamped in the file)")
     display.show(display.table(("", ""), [(what, here) for what, _, here in cost.rows()]))
     unit = "KL, nats a token" if found.metric == "kl" else f"perplexity, {found.baseline:.4f} without noise"
-    display.line(f"{unit}, on {found.text.tokens:,} tokens of {found.text.source}; it grows by alpha · t²")
+    line(f"{unit}, on {found.text.tokens:,} tokens of {found.text.source}; it grows by alpha · t²")

@@ -1,18 +1,21 @@
-"""Text from a model through the packed KV cache, timed."""
+"""`paley.generate`: text from a model through the packed KV cache, timed."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from paley.core.errors import PaleyError
+from paley.core.errors import PaleyError, Setting
 from paley.model.kv_cache import PackedKVCache, cache_argument
+from paley.model.loading import load_tokenizer, resolve
+from paley.pipeline.any_model import check_device, load_any
 
 __all__ = ["Generated", "generate"]
 
@@ -30,17 +33,8 @@ class Generated:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Without the prompt and the first token; None where there is no second one."""
+        """Without the prompt and the first token; None if there is no second one."""
         return (self.tokens - 1) / self.seconds if self.tokens > 1 and self.seconds > 0 else None
-
-    def summary(self) -> str:
-        """One line for a person."""
-        rate = self.tokens_per_second
-        return (
-            f"prompt: {self.prompt_tokens} tokens in {self.prompt_seconds:.2f} s; new: {self.tokens} tokens"
-            + ("" if rate is None else f" at {rate:.1f} tokens/s")
-            + f"; KV cache: {self.kv_cache_bytes:,} bytes"
-        )
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -50,7 +44,7 @@ class Generated:
 class _Stream(TextStreamer):
     """Hands finished words to `write`, and notes when each token came."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None]):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None] | None):
         super().__init__(cast(Any, tokenizer), skip_prompt=True, skip_special_tokens=True)
         self.write, self.times, self.pieces = write, list[float](), list[str]()
 
@@ -60,35 +54,49 @@ class _Stream(TextStreamer):
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self.pieces.append(text)
-        self.write(text)
+        if self.write is not None:
+            self.write(text)
 
 
 def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel | str | Path,
     prompt: str,
     *,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    write: Callable[[str], None],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_new_tokens: int = 100,
+    temperature: float = 0.0,
+    seed: int = 0,
+    device: str = "cpu",
+    write: Callable[[str], None] | None = None,
 ) -> Generated:
-    """Continues the prompt; temperature 0 takes the most likely token each time, else `seed` draws."""
+    """Continues the prompt; temperature 0 takes the most likely token each time, else `seed` draws.
+
+    model: a quantized folder, any other model's folder or Hub name, which is put on `device`; or a model in memory,
+    with its tokenizer. write gets each finished word as it comes. torch's own random state is left as it was.
+    """
+    if not isinstance(model, PreTrainedModel):
+        check_device(device)
+        tokenizer = tokenizer or load_tokenizer(resolve(str(model)))
+        model = load_any(model, device, kernels=True)
+    if tokenizer is None:
+        raise PaleyError("generate: a model in memory comes without its tokenizer", remedy="give tokenizer=")
     ids = _ids(tokenizer, prompt).to(model.device)
     _check_room(model, ids.shape[1], max_new_tokens)
     cache, stream = PackedKVCache(model), _Stream(tokenizer, write)
     # The model's own top_k and top_p would be cuts that nobody asked for.
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    torch.manual_seed(seed)
-    whole = cast(Any, model).generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        **cache_argument(model, cache),
-        streamer=stream,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        **(sampling if temperature else {"do_sample": False}),
-    )
+    # transformers draws from torch's global generator alone.
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        whole = cast(Any, model).generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            **cache_argument(model, cache),
+            streamer=stream,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            **(sampling if temperature else {"do_sample": False}),
+        )
     return Generated(
         text="".join(stream.pieces),
         prompt_tokens=ids.shape[1],
@@ -100,13 +108,16 @@ def generate(
 
 
 def _check_room(model: PreTrainedModel, prompt_tokens: int, new: int) -> None:
-    """Raises where prompt and continuation are longer than what the model was made to read."""
+    """Raises if prompt and continuation are longer than what the model was made to read."""
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and prompt_tokens + new > limit:
-        way_out = f"use --max-new-tokens {limit - prompt_tokens}" if prompt_tokens < limit else "use a shorter prompt"
         raise PaleyError(
-            f"--max-new-tokens {new}: with a prompt of {prompt_tokens} tokens that is more than the {limit} tokens "
-            f"that this model reads (max_position_embeddings); {way_out}"
+            Setting("max_new_tokens", new),
+            f": with a prompt of {prompt_tokens} tokens that is more than the {limit} tokens that this model reads "
+            "(max_position_embeddings)",
+            remedy=("use ", Setting("max_new_tokens", limit - prompt_tokens))
+            if prompt_tokens < limit
+            else "use a shorter prompt",
         )
 
 

@@ -1,24 +1,26 @@
 """Theorems 3.1 and 3.2 and the lemmas of arXiv:2504.13989, numerically."""
 
 import builtins
+import importlib.util
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from paley.core.errors import PaleyError
 from paley.core.hadamard import hadamard, transform
-from paley.theory import (
-    PeakPoint,
-    check_figure,
-    draw,
-    flatness,
-    hadamard_peak,
-    measure_peaks,
-    random_orthogonal,
-    random_peak,
-    spiked_vector,
-)
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "theory.py"
+spec = importlib.util.spec_from_file_location("theory", SCRIPT)
+assert spec is not None
+assert spec.loader is not None
+theory = sys.modules["theory"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(theory)
+PeakPoint, check_figure, draw, flatness = theory.PeakPoint, theory.check_figure, theory.draw, theory.flatness
+hadamard_peak, measure_peaks, random_peak = theory.hadamard_peak, theory.measure_peaks, theory.random_peak
+random_orthogonal, spiked_vector = theory.random_orthogonal, theory.spiked_vector
 
 
 @pytest.mark.parametrize("dim", [64, 128, 172, 256, 512])
@@ -92,7 +94,7 @@ def test_drawing_without_matplotlib_says_what_to_install(monkeypatch, tmp_path):
         lambda: check_figure(tmp_path / "x.png"),
         lambda: draw([PeakPoint(16, 1.0, 1.0, 1.0, 1.0)], tmp_path / "x.png"),
     ):
-        with pytest.raises(PaleyError, match=r"pip install 'paley\[plot\]'"):
+        with pytest.raises(PaleyError, match="pip install matplotlib"):
             refused()
 
 
@@ -119,3 +121,22 @@ def test_a_suffix_in_capitals_is_one_too(tmp_path):
     pytest.importorskip("matplotlib")
     draw([PeakPoint(16, 1.0, 1.0, 1.0, 1.0)], tmp_path / "x.PNG")
     assert (tmp_path / "x.PNG").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_script_measures_draws_and_prints(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(theory, "DIMS", (16, 64))
+    theory.main(["--output", str(tmp_path / "figure.svg")])
+    assert (tmp_path / "figure.svg").read_text().startswith("<?xml")
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in shown[1:]] == ["16", "64"]
+    assert "25.00" in shown[2]  # 200 / sqrt(64)
+
+
+@pytest.mark.parametrize("name", ["figure.xyz", "none/figure.svg"])
+def test_the_script_refuses_a_figure_before_it_measures(tmp_path, monkeypatch, capsys, name):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(theory, "measure_peaks", None)  # would fail if anything was measured
+    with pytest.raises(SystemExit, match="2"):
+        theory.main(["--output", str(tmp_path / name)])
+    assert name.split("/")[-1] in capsys.readouterr().err

@@ -1,12 +1,16 @@
 """What a rotation does to an outlier: the bounds of arXiv:2504.13989 (Figure 3) beside measurements.
 
+    python examples/theory.py [--output figure3.png]
+
 x has k entries of size c and small noise elsewhere. A Hadamard rotation leaves a peak of at most k·c/√n, a
 random orthogonal one about c·√(2k·ln n / n); no rotation takes every single outlier below c/√n (Theorem 3.2).
 """
 
 from __future__ import annotations
 
+import argparse
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +28,16 @@ __all__ = [
     "draw",
     "flatness",
     "hadamard_peak",
+    "main",
     "measure_peaks",
     "random_orthogonal",
     "random_peak",
     "spiked_vector",
 ]
+
+
+# Figure 3's range; one random rotation of 4096 dimensions alone takes a minute.
+DIMS = (16, 32, 64, 128, 256, 512, 1024)
 
 
 @dataclass(frozen=True)
@@ -103,7 +112,7 @@ def measure_peaks(
 
 
 def draw(points: Sequence[PeakPoint], path: str | Path) -> None:
-    """Writes the curves to `path` (format by its suffix); needs matplotlib, the extra paley[plot]."""
+    """Writes the curves to `path` (format by its suffix); needs matplotlib."""
     check_figure(path)
     dims = [p.dim for p in points]
     figure = _figure()
@@ -140,9 +149,33 @@ def _figure() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise PaleyError("drawing needs matplotlib; pip install 'paley[plot]'") from error
+        raise PaleyError("drawing needs matplotlib; pip install matplotlib") from error
     return Figure(figsize=(6, 4), layout="constrained")
 
 
 def _signs(n: int, generator: torch.Generator) -> Tensor:
     return (2 * torch.randint(0, 2, (n,), generator=generator) - 1).to(torch.float64)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints the measured peaks beside the theory's; one entry of 200 among noise of 0.1, mean of 8 draws."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--output", metavar="FILE", help="also draw it: .png, .svg or .pdf")
+    output = parser.parse_args(arguments).output
+    try:
+        if output is not None:
+            check_figure(output)
+        points = measure_peaks(DIMS)
+        if output is not None:
+            draw(points, output)
+    except PaleyError as error:
+        parser.exit(2, f"error: {error}\n")
+    print("dimension  random, measured  theory  Hadamard, measured  theory")
+    for p in points:
+        print(
+            f"{p.dim:9}  {p.random:16.2f}  {p.random_predicted:6.2f}  {p.hadamard:18.2f}  {p.hadamard_predicted:6.2f}"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
