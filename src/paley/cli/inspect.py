@@ -71,7 +71,7 @@ def _show(inspection: Inspection) -> None:
 def _linear_row(name: str, linear: InspectedLinear) -> Row:
     from paley.cli.display import clip, scheme
 
-    slot, error = linear.slot, linear.rel_error
+    slot, error = linear.scheme, linear.rel_error
     numbers = (clip(slot.input), "" if error is None else f"{error:.4f}", f"{linear.bytes:,}")
     return (name, scheme(slot.weight, slot.outliers), scheme(slot.input), *numbers)
 

@@ -111,7 +111,7 @@ def _replace_embedding_(
     tied: dict[str, str] = model.all_tied_weights_keys
     if tied.pop(f"{row.head}{WEIGHT}", None) is None:
         return
-    head = cast(Any, model.get_submodule(row.head))
+    head: Any = cast(Any, model.get_submodule(row.head))
     coded = QuantLinear(
         made.width, made.rows, bias=head.bias is not None, scheme=scheme, dtype=head.weight.dtype,
         device=head.weight.device, name=row.head,
