@@ -23,10 +23,11 @@ from transformers import (
 from paley.arch import Sites, family, sites
 from paley.core.errors import PaleyError, Setting, nearest_name
 from paley.format.checkpoint import Checkpoint
+from paley.format.spec import PARTS, WEIGHT
 
 __all__ = [
-    "Source", "check_fit", "check_seq_len", "empty_model", "is_ignored", "load_tokenizer", "open_source", "read_config",
-    "resolve", "tied_partners",
+    "Source", "check_fit", "check_seq_len", "empty_model", "is_ignored", "join_tie", "load_tokenizer", "open_source",
+    "read_config", "resolve", "tied_partners",
 ]  # fmt: skip
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -74,22 +75,23 @@ class Source:
         return load_tokenizer(self.path)
 
 
-def _join_tie(path: Path, checkpoint: Checkpoint, config: Any) -> Checkpoint:
+def join_tie(path: Path, checkpoint: Checkpoint, config: Any) -> Checkpoint:
     """The checkpoint with the embedding alone where the config ties lm_head to it; raises where the two differ.
 
     transformers writes the embedding and reads either name; there are files with lm_head.weight alone.
     """
-    row = family(config.model_type)
-    head, embedding = f"{row.head}.weight", f"{row.embedding}.weight"
-    if not config.tie_word_embeddings or head not in checkpoint:
+    if not config.tie_word_embeddings:
         return checkpoint
-    if embedding in checkpoint and not torch.equal(checkpoint.tensor(head), checkpoint.tensor(embedding)):
-        raise PaleyError(
-            f"{path}: config.json says tie_word_embeddings, but {head} is not {embedding}; set it to false there if "
-            "the head is meant to be its own, or remove the tensor"
-        )
-    infos = dict(checkpoint.infos)
-    infos[embedding] = infos.pop(head)
+    row, infos = family(config.model_type), dict(checkpoint.infos)
+    for head, embedding in ((row.head + part, row.embedding + part) for part in (WEIGHT, *PARTS)):
+        if head not in checkpoint:
+            continue
+        if embedding in checkpoint and not torch.equal(checkpoint.tensor(head), checkpoint.tensor(embedding)):
+            raise PaleyError(
+                f"{path}: config.json says tie_word_embeddings, but {head} is not {embedding}; set it to false there "
+                "if the head is meant to be its own, or remove the tensor"
+            )
+        infos[embedding] = infos.pop(head)
     return Checkpoint(checkpoint.folder, checkpoint.config, infos)
 
 
@@ -173,7 +175,7 @@ def open_source(model: str | Path) -> Source:
     if getattr(config, "quantization_config", None) is not None:
         raise PaleyError(f"{path}: is quantized already; give the original, full-precision checkpoint")
     fingerprint = checkpoint.fingerprint(check_finite=True)
-    checkpoint, skeleton = _join_tie(path, checkpoint, config), empty_model(config)
+    checkpoint, skeleton = join_tie(path, checkpoint, config), empty_model(config)
     check_fit(path, {name: info.shape for name, info in checkpoint.infos.items()}, skeleton)
     return Source(path, checkpoint, fingerprint, config, skeleton, sites(row, config))
 
