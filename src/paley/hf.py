@@ -26,9 +26,10 @@ from paley.format.checkpoint import Checkpoint
 from paley.format.header import TensorInfo, read_header
 from paley.format.spec import PARTS, QUANT_METHOD, QuantizationConfig, check_values, expected_tensors
 from paley.model import attention
+from paley.model.adapter import Adapter
 from paley.model.coded import Coded
 from paley.model.loading import tied_partners
-from paley.model.reading import build_, prepare_
+from paley.model.reading import build_, prepare_, tie_
 
 __all__ = ["PaleyConfig", "PaleyQuantizer", "load", "register"]
 
@@ -83,6 +84,7 @@ class PaleyQuantizer(HfQuantizer):
         self._stored = _check_files(model, checkpoint_files)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        tie_(Adapter(model))
         _check_values(model, self._stored)
         if (product := _PRODUCT.get()) is not None:
             prepare_(model, product, model.dtype)

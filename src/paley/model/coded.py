@@ -66,9 +66,9 @@ class Coded(nn.Module):
             own.copy_(tensor)
 
     def share_(self, other: Coded) -> Self:
-        """Takes the very tensors of another, of a tied pair."""
-        for part in (*(p[1:] for p in PARTS), "weight"):
-            setattr(self, part, getattr(other, part))
+        """Takes the very codes of another, of a tied pair; a state dict has them once, under the other's name."""
+        for part in PARTS:
+            self.register_buffer(part[1:], getattr(other, part[1:]), persistent=False)
         return self
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:

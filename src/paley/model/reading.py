@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from paley.arch import Architecture, family
 from paley.core.errors import PaleyError, nearest_name
 from paley.core.schemes import LinearScheme
 from paley.core.transforms import Transform
-from paley.format.spec import PARTS, WEIGHT, QuantizationConfig
+from paley.format.spec import WEIGHT, QuantizationConfig
 from paley.model.adapter import Adapter
 from paley.model.attention import attach_schemes
 from paley.model.calibrate import share_inputs_
@@ -20,7 +20,7 @@ from paley.model.embedding import QuantEmbedding, scale_of
 from paley.model.fold import StreamBack
 from paley.model.linear import QuantLinear
 
-__all__ = ["build_", "prepare_"]
+__all__ = ["build_", "prepare_", "tie_"]
 
 
 def build_(model: PreTrainedModel, spec: QuantizationConfig) -> None:
@@ -47,12 +47,17 @@ def build_(model: PreTrainedModel, spec: QuantizationConfig) -> None:
 def prepare_(model: PreTrainedModel, product: str, dtype: torch.dtype) -> None:
     """Chooses how each layer is multiplied, and lets layers that read one input round it once."""
     adapter = Adapter(model)
-    if adapter.sites.tied and isinstance(adapter.head, QuantLinear):
-        adapter.head.share_(adapter.embedding)  # moving to a device has made two of them
+    tie_(adapter)
     for module in model.modules():
         if isinstance(module, QuantLinear):
             module.prepare_(product, dtype)
     share_inputs_(adapter)
+
+
+def tie_(adapter: Adapter) -> None:
+    """A tied head multiplies by the embedding's codes: loading, and moving to a device, leave it others."""
+    if adapter.sites.tied and isinstance(adapter.head, QuantLinear):
+        adapter.head.share_(adapter.embedding)
 
 
 def _turn_stream_(model: PreTrainedModel, row: Architecture, stream: Transform) -> None:
@@ -104,19 +109,16 @@ def _replace_embedding_(
         raise PaleyError(f"{name}: transform.in_dim={scheme.transform.in_dim}, but rows have {width} values")
     made = QuantEmbedding(
         vocabulary, scheme.stored_width(width), scheme, scale=scale_of(embedding),
-        stream=embedding.stream if isinstance(embedding, QuantEmbedding) else None,
+        stream=getattr(embedding, "stream", None),
         dtype=embedding.weight.dtype, device=embedding.weight.device, name=name,
     )  # fmt: skip
     model.set_submodule(name, made)
-    tied: dict[str, str] = model.all_tied_weights_keys
-    if tied.pop(f"{row.head}{WEIGHT}", None) is None:
+    if model.all_tied_weights_keys.pop(f"{row.head}{WEIGHT}", None) is None:
         return
-    head: Any = cast(Any, model.get_submodule(row.head))
+    head: Any = model.get_submodule(row.head)
     coded = QuantLinear(
         made.width, made.rows, bias=head.bias is not None, scheme=scheme, dtype=head.weight.dtype,
         device=head.weight.device, name=row.head,
     )  # fmt: skip
     coded.bias = head.bias
     model.set_submodule(row.head, coded.share_(made))
-    # transformers reads either name of a tied tensor from a file, and makes them one.
-    tied |= {row.head + part: name + part for part in (*PARTS, WEIGHT) if getattr(made, part[1:]) is not None}
