@@ -23,7 +23,6 @@ from transformers import (
 from paley.arch import Sites, family, sites
 from paley.core.errors import PaleyError, Setting, nearest_name
 from paley.format.checkpoint import Checkpoint
-from paley.format.spec import PARTS, WEIGHT
 
 __all__ = [
     "Source", "check_fit", "check_seq_len", "empty_model", "is_ignored", "join_tie", "load_tokenizer", "open_source",
@@ -80,18 +79,17 @@ def join_tie(path: Path, checkpoint: Checkpoint, config: Any) -> Checkpoint:
 
     transformers writes the embedding and reads either name; there are files with lm_head.weight alone.
     """
-    if not config.tie_word_embeddings:
+    row = family(config.model_type)
+    head, embedding = f"{row.head}.weight", f"{row.embedding}.weight"
+    if not config.tie_word_embeddings or head not in checkpoint:
         return checkpoint
-    row, infos = family(config.model_type), dict(checkpoint.infos)
-    for head, embedding in ((row.head + part, row.embedding + part) for part in (WEIGHT, *PARTS)):
-        if head not in checkpoint:
-            continue
-        if embedding in checkpoint and not torch.equal(checkpoint.tensor(head), checkpoint.tensor(embedding)):
-            raise PaleyError(
-                f"{path}: config.json says tie_word_embeddings, but {head} is not {embedding}; set it to false there "
-                "if the head is meant to be its own, or remove the tensor"
-            )
-        infos[embedding] = infos.pop(head)
+    if embedding in checkpoint and not torch.equal(checkpoint.tensor(head), checkpoint.tensor(embedding)):
+        raise PaleyError(
+            f"{path}: config.json says tie_word_embeddings, but {head} is not {embedding}; set it to false there if "
+            "the head is meant to be its own, or remove the tensor"
+        )
+    infos = dict(checkpoint.infos)
+    infos[embedding] = infos.pop(head)
     return Checkpoint(checkpoint.folder, checkpoint.config, infos)
 
 
