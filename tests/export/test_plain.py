@@ -109,6 +109,7 @@ def test_everything_else_is_kept(model, tmp_path):
     card = (tmp_path / "plain" / "README.md").read_text()
     assert "`out`" in card
     assert "p2n64 × 14" in card
+    assert "p2n4096 × " in card
     assert_undone(out, tmp_path / "plain", 5e-3)  # a weight in float16
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
@@ -137,7 +138,7 @@ def test_a_process_without_paley_loads_it(model, tmp_path):
 @pytest.mark.parametrize("names", [(HEAD,), (HEAD, EMBEDDING)])
 def test_a_tied_pair_may_be_stored_under_either_name_or_both(tmp_path, tiny_tokenizer, names):
     model = save_tiny(tmp_path / "model", tiny_tokenizer, qwen=True)
-    out = store_tie_as(quantize(model, higgs("dtype=float32"), output=tmp_path / "out").output, *names)
+    out = store_tie_as(quantize(model, higgs("dtype=float32", name="higgs-3e16h16"), output=tmp_path / "out").output, *names)
     dequantize(out, output=tmp_path / "plain")
     assert_undone(out, tmp_path / "plain")
 
