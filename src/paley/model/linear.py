@@ -26,6 +26,7 @@ class QuantLinear(Coded):
     """
 
     bias: nn.Parameter | None
+    diagonal: Tensor | None
 
     def __init__(
         self,
@@ -68,6 +69,8 @@ class QuantLinear(Coded):
             raise PaleyError(f"{name}: the scheme wants codes of {scheme.weight.grid.name!r}, but none came")
         if bias:
             made.bias = parameter(linear.bias.detach().clone())
+        if scheme.diagonal and getattr(linear, "diagonal", None) is not None:
+            made.diagonal = linear.diagonal
         return made
 
     def prepare_(self, product: str = "auto", dtype: torch.dtype = torch.float32) -> None:
@@ -84,9 +87,29 @@ class QuantLinear(Coded):
         if not self.product.fits(self.scheme):
             self.prepare_(*self._chosen)
 
+    @property
+    def plain_width(self) -> int:
+        """Values that the layer reads, before its transform."""
+        return self.in_features if self.scheme.transform is None else self.scheme.transform.in_dim
+
+    def plain_weight(self) -> Tensor:
+        """-> [out, plain_width]: the weight that the layer's input meets, its transform and diagonal undone."""
+        weight = self.dequantize().double()
+        if self.scheme.transform is not None:
+            weight = self.scheme.transform.adjoint(weight)
+        return weight if self.diagonal is None else weight / self.diagonal.double()
+
+    def scale_columns_(self, diagonal: Tensor) -> None:
+        """Gives an unquantized layer this diagonal [plain_width]; what it computes stays the same."""
+        assert self.weight is not None
+        assert self.scheme.transform is not None
+        weight = self.scheme.transform.apply(self.plain_weight() * diagonal.double())
+        self.weight = parameter(weight.to(self.weight.dtype))
+        self.diagonal = diagonal
+
     def round_input(self, x: Tensor) -> Tensor:
         """x [..., in] (transform.in_dim if there is a transform) -> what meets the weight."""
-        return round_input(x, self.scheme, self.outlier_columns)
+        return round_input(x, self.scheme, self.outlier_columns, self.diagonal)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] (in: transform.in_dim if there is a transform) -> [..., out], in x's dtype."""
