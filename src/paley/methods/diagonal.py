@@ -1,8 +1,8 @@
 """The diagonal before a rotation: the closed form that balances what weights and inputs lose.
 
-Rounding W D Hᵀ and H D⁻¹ x with given relative errors costs in proportion to ‖W D‖² ·
-‖D⁻¹ x‖², as the rotation spreads either error evenly. By Cauchy-Schwarz that is least at d = sqrt(x / w). SmoothQuant (arXiv:2211.10438) with strength 1/2
-has this form; WUSH (arXiv:2512.00956) is the version for whole matrices.
+Rounding W D Hᵀ and H D⁻¹ x with given relative errors costs in proportion to ‖W D‖² · ‖D⁻¹ x‖², for the rotation
+spreads either error evenly. By Cauchy-Schwarz that is least at d = sqrt(x / w). SmoothQuant (arXiv:2211.10438) with
+strength 1/2 has this form; WUSH (arXiv:2512.00956) is the version for whole matrices.
 """
 
 from __future__ import annotations
