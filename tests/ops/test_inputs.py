@@ -79,6 +79,7 @@ def test_the_readers_of_a_copy_stay_together_and_leave_the_others_alone():
     (of_copies,) = {layer.shared_input for layer in copies}
     assert of_copies is not shared
     assert of_copies.readers == 3
+    assert of_copies._x is None  # a copy of a model holds none of its activations
     assert {layer.shared_input for layer in layers} == {shared}
     make, x = Maker(), torch.ones(2, 4)
     for layer in copies:
@@ -91,12 +92,8 @@ def test_the_readers_of_a_copy_stay_together_and_leave_the_others_alone():
 def test_linears_round_what_they_share_once(monkeypatch, transform):
     calls, plain = [], rounding.round_trip
     monkeypatch.setattr(rounding, "round_trip", lambda x, scheme: calls.append(0) or plain(x, scheme))
-    scheme, shared, x = (
-        LinearScheme(input=ActivationScheme("int2"), transform=transform),
-        SharedInput(2),
-        torch.randn(3, 8),
-    )
-    source = nn.Linear(8, 4)
+    scheme, shared = LinearScheme(input=ActivationScheme("int2"), transform=transform), SharedInput(2)
+    source, x = nn.Linear(8, 4), torch.randn(3, 8)
     layers = [QuantLinear.from_linear(source, scheme, None) for _ in range(2)]
     for layer in layers:
         layer.shared_input = shared

@@ -44,7 +44,7 @@ class SharedInput:
         return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedInput:
-        return memo.setdefault(id(self), SharedInput(self.readers))
+        return SharedInput(self.readers)  # without the tensor at hand; `memo` keeps it the one of all its readers
 
 
 def round_input(x: Tensor, scheme: LinearScheme, outlier_columns: Tensor | None = None) -> Tensor:
