@@ -36,7 +36,9 @@ def test_packed_values_are_the_round_trip_bit_for_bit(grid, group_size, transfor
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_bytes_are_what_the_bits_say(bits):
-    layer = PackedKVLayer(AttentionScheme(ActivationScheme(f"int{bits}"), ActivationScheme(f"uint{bits}", group_size=4)))
+    layer = PackedKVLayer(
+        AttentionScheme(ActivationScheme(f"int{bits}"), ActivationScheme(f"uint{bits}", group_size=4))
+    )
     keys, values = layer.update(rand(7), rand(7))
     vectors, codes = 2 * 3 * 7, HEAD_DIM * bits // 8
     assert keys.nbytes == vectors * (codes + 2)

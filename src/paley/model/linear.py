@@ -75,11 +75,14 @@ class QuantLinear(Coded):
 
     def prepare_(self, product: str = "auto", dtype: torch.dtype = torch.float32) -> None:
         """Chooses how the weight is multiplied from now on (see `paley.ops.matmul.choose`)."""
-        device = self._device()
-        self.product = (
-            choose(self, self.in_features, device, dtype, product) if self.scheme.weight else Packed(self, dtype)
-        )
+        self.product = choose(self, self.in_features, self._device(), dtype, product)
         self._chosen = (product, dtype)
+
+    def set_quantized_(self, q: Quantized) -> None:
+        """As of `Coded`; what was made ready of other codes is made anew."""
+        super().set_quantized_(q)
+        if not isinstance(self.product, Packed):
+            self.prepare_(*self._chosen)
 
     def set_input_(self, scheme: ActivationScheme | None) -> None:
         """Rounds the input so from now on, or not at all; weight and transform stay."""
@@ -135,5 +138,5 @@ class QuantLinear(Coded):
         super()._apply(fn, recurse)
         if not isinstance(self.product, Packed):  # what was made ready is on the old device, or of the old type
             product, dtype = self._chosen
-            self.prepare_(product, dtype)
+            self.prepare_(product, fn(torch.zeros((), dtype=dtype)).dtype)
         return self

@@ -26,22 +26,25 @@ class SharedInput:
 
     def __init__(self, readers: int):
         self.readers = readers
-        self._x: Tensor | None = None
-        self._made: tuple[Hashable, Any] | None = None
-        self._taken: set[int] = set()
+        self._begin(None)
+
+    def _begin(self, x: Tensor | None) -> None:
+        self._x, self._made, self._taken = x, dict[Hashable, Any](), set[int]()
 
     def take(self, reader: object, x: Tensor, how: Hashable, make: Callable[[Tensor], T]) -> T:
         """make(x), or what another reader made of this very x in the same way; not to be written to."""
-        if self._x is not x or self._made is None or self._made[0] != how or id(reader) in self._taken:
-            self._x, self._made, self._taken = x, (how, make(x)), set()
-        made = self._made[1]
+        if self._x is not x or id(reader) in self._taken:
+            self._begin(x)
+        if how not in self._made:
+            self._made[how] = make(x)
+        made = self._made[how]
         self._taken.add(id(reader))
         if len(self._taken) == self.readers:
-            self._x, self._made, self._taken = None, None, set()
+            self._begin(None)
         return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedInput:
-        return memo.setdefault(id(self), SharedInput(self.readers))
+        return SharedInput(self.readers)  # without the tensor at hand; `memo` keeps it the one of all its readers
 
 
 def round_input(

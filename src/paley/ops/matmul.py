@@ -106,7 +106,7 @@ class Planes:
         y = planes.matmul(encoded.codes, encoded.scales, encoded.zeros, self._weight)
         if self._outliers is not None and encoded.outlier_values is not None:
             y.addmm_(encoded.outlier_values.float(), self._outliers.T)
-        return y.to(x.dtype).view(*x.shape[:-1], -1)
+        return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
 
     def fits(self, scheme: LinearScheme) -> bool:
         return scheme == self._scheme
@@ -187,10 +187,15 @@ EXACT = "dense"  # the same floats on every machine; scores are measured with it
 
 
 def choose(weight: CodedWeight, width: int, device: torch.device, dtype: torch.dtype, name: str = "auto") -> Product:
-    """The fastest product that takes the weight, or the one of that name, made ready; dtype: of a dense weight."""
+    """The fastest product that takes the weight, or the one of that name, made ready; dtype: of a dense weight.
+
+    A weight that is kept unquantized is multiplied as it is, whatever the name.
+    """
     if name != "auto" and name not in PRODUCTS:
         known = ("auto", *PRODUCTS)
         raise PaleyError(f"product {name!r} is none of {', '.join(known)}{nearest_name(name, known)}")
+    if weight.scheme.weight is None:
+        return Packed(weight, dtype)
     if name != "auto" and not PRODUCTS[name].takes(weight.scheme, width, device):
         raise PaleyError(
             f"product {name!r} does not take weights such as {weight.scheme} on {device}; use product='auto'"
