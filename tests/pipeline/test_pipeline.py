@@ -115,7 +115,7 @@ def test_transformers_alone_reads_it(done):
     outcome, _ = done
     hf.register()
     ids = torch.arange(3, 40)[None]
-    ours = hf.load(outcome.output, dense=True)(ids).logits
+    ours = hf.load(outcome.output, product="dense")(ids).logits
     stock = AutoModelForCausalLM.from_pretrained(outcome.output, dtype=torch.float32)(ids).logits
     assert torch.equal(ours, stock)
 
@@ -270,7 +270,7 @@ def _stop_in_the_middle(model_folder, text, output, monkeypatch, **flags):
 
 def test_an_interrupted_run_goes_on_without_repeating(done, model_folder, text, tmp_path, monkeypatch):
     _stop_in_the_middle(model_folder, text, tmp_path / "out", monkeypatch)
-    monkeypatch.setattr("paley.model.calibrate.BlockQuantizer.quantize", None)  # would fail if anything was redone
+    monkeypatch.setattr("paley.model.calibrate.ModelQuantizer._codes", None)  # would fail if anything was redone
     monkeypatch.setattr("paley.model.search.ClipSearch._loss", None)
     quantize(model_folder, recipe(text), output=tmp_path / "out", resume=True)
     assert contents(tmp_path / "out") == done[1]
