@@ -97,7 +97,7 @@ class QuantLinear(Coded):
 
     def plain_weight(self) -> Tensor:
         """-> [out, plain_width]: the weight that the layer's input meets, its transform and diagonal undone."""
-        weight = self.dequantize().double()
+        weight = self.dequantize(torch.float64)
         if self.scheme.transform is not None:
             weight = self.scheme.transform.adjoint(weight)
         return weight if self.diagonal is None else weight / self.diagonal.double()
