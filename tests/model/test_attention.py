@@ -59,7 +59,7 @@ def tiny(name: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
                 sliding_window=8,
                 query_pre_attn_scalar=8,
                 layer_types=["sliding_attention", "full_attention"],
-            )  # fmt: skip
+            )
         ),
     }[name]()
     return model.to(dtype).eval()
@@ -128,6 +128,7 @@ def test_a_window_is_all_that_its_layer_keeps_and_chunks_of_any_size_agree(name,
     if None in WINDOWS[name] and set(WINDOWS[name]) != {None}:
         with pytest.raises(PaleyError, match="begin a new cache"):
             cache.crop(-1)
+        assert [layer.get_seq_length() for layer in cache.layers] == [40, 40]  # none went back alone
 
 
 @pytest.mark.parametrize(("keys", "values"), [("int2", None), (None, "odd2"), ("gauss3", "gauss3")])
