@@ -181,6 +181,38 @@ def test_the_facts_of_gbs():
     assert recipe.center_keys
 
 
+@pytest.mark.parametrize(
+    ("name", "embedding", "head"),
+    [
+        ("w4a16", 6, 6),
+        ("w3a3kv3", 6, 6),
+        ("w8a8kv8", 8, 8),
+        ("w4a16e4h5", 4, 5),
+        ("w4a16e16h4", None, 4),
+        ("w4a16e16h16", None, None),
+        ("w16a8", None, None),
+        ("w16a16e6h6", 6, 6),
+        ("higgs-4", 6, 6),
+        ("higgs-4e4", 4, 6),
+        ("higgs-3.25e16h16", None, None),
+        ("w1a4", 6, 6),
+        ("rtn-w4a16", None, None),
+        ("quarot-w4a4kv4", None, None),
+        ("rtn-w4a16e8h8", 8, 8),
+    ],
+)
+def test_embedding_and_head_have_bits_of_their_own(name, embedding, head):
+    recipe = preset(name)
+    assert [scheme and round(scheme.grid.bits) for scheme in (recipe.embedding, recipe.head)] == [embedding, head]
+
+
+def test_an_override_may_name_embedding_and_head():
+    recipe = apply_settings(preset("w4a4"), ["overrides=[{pattern: lm_head, weight: {grid: int8}}, {pattern: '*x', keep: true}]"])
+    assert recipe.linear_scheme("lm_head", "head") == LinearScheme(WeightScheme("int8"))  # what it reads is not rounded
+    assert recipe.linear_scheme("x", "embedding") == LinearScheme()
+    assert recipe.linear_scheme("y", "embedding") == LinearScheme(recipe.embedding)
+
+
 def test_sixteen_bits_leave_unquantized():
     recipe = preset("W4g64A16")
     plain = preset("w4a4").weights
@@ -204,6 +236,12 @@ def test_sixteen_bits_leave_unquantized():
         ("bwa-w2a4", r"W1 and the method bwa need each other"),
         ("w4a4kv12", r"KV12 has no grid"),
         ("w4", r"preset 'w4': expected \[METHOD-\]W<bits>"),
+        ("w4x16", r"preset 'w4x16': unknown letter 'x'; did you mean 'w4a16'\?; expected \[METHOD-\]W<bits>"),
+        ("quarot-w4a4kx4", r"unknown letter 'kx'; did you mean 'quarot-w4a4kv4'\?; expected"),
+        ("higgs-4x6", r"unknown letter 'x'; did you mean 'higgs-4[eh]6'\?; expected"),
+        ("w4a16e9", r"E9 has no grid; bits are 2 to 8, or 16 for unquantized"),
+        ("w4a16h1", r"H1 has no grid"),
+        ("w4a16h6e6", r"expected \[METHOD-\]W<bits>"),
         ("w4a4 kv4", r"expected \[METHOD-\]W<bits>"),
         (
             "quaro-w4a4",

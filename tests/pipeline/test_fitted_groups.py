@@ -137,7 +137,9 @@ def test_groups_fit_what_is_stored(settings, expected, model):
     for part in ("weight", "input"):
         assert groups(linears, part) == {name: {size} for name, size in expected.items()}
         assert all(
-            not size or widths[p] % size == 0 for p, s in linears.items() for size in [getattr(s, part).group_size]
+            not size or widths[p] % size == 0
+            for p, s in linears.items()
+            for size in [getattr(getattr(s, part), "group_size", None)]
         )
 
 
@@ -167,7 +169,7 @@ def test_what_is_printed_counts_only_what_was_fitted(model):
     assert decided(model, apply_settings(preset("w1a16"), one))[2] == (
         "groups of 92 in 1 layer, whose width 128 does not divide"
     )
-    assert decided(model, preset("w4a4"))[2] == decided(model, preset("w1g8a16"))[2] == ""
+    assert decided(model, preset("w4a4"))[2] == decided(model, preset("w1g4a16"))[2] == ""
 
 
 def test_budgets_keep_the_groups(model, sizes):
@@ -177,6 +179,8 @@ def test_budgets_keep_the_groups(model, sizes):
     grids = {scheme.weight.grid.name for scheme in plan.linears.values() if scheme.weight is not None}
     assert len(grids) > 1
     for path, scheme in plan.linears.items():
+        if ".layers." not in path:
+            continue
         size = GROUPS[path.rpartition(".")[2]]
         assert scheme.input.group_size == size
         assert scheme.weight is None or scheme.weight.group_size == size

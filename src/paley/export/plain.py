@@ -114,7 +114,8 @@ def dequantize(
 ) -> Plain:
     """Writes the quantized folder `path` as an ordinary checkpoint to the new folder `output`, tensor by tensor.
 
-    weights_only: leave out the rounding of linear inputs, keys and values, which an ordinary checkpoint cannot do.
+    weights_only: leave out what an ordinary checkpoint cannot do: the rounding of linear inputs, keys and values, and
+    the final norm's projection of a stream that a tied model has widened.
     dtype: float16, bfloat16 or float32; None: that of the folder's config.json. on_tensor hears of each tensor written,
     and how many there are. Errors: PaleyError, with nothing in `output`.
     """
@@ -126,10 +127,11 @@ def dequantize(
     place.check_free(overwrite=overwrite)
     stored = Checkpoint.open(folder)
     section = spec.quantization_of(stored)
-    dropped = _rounded_at_run_time(section)
-    if dropped and not weights_only:
+    dropped, left_out = _rounded_at_run_time(section), _left_out(section)
+    if (dropped or left_out) and not weights_only:
+        cannot = "round what this model rounds" if dropped else "leave out what this model leaves out"
         raise PaleyError(
-            f"an ordinary checkpoint cannot round what this model rounds as it runs: {'; '.join(dropped)}",
+            f"an ordinary checkpoint cannot {cannot} as it runs: {'; '.join([*dropped, *left_out])}",
             where=folder,
             remedy=(Setting("weights_only", True), " leaves that out, and keeps the weights"),
         )
@@ -152,7 +154,7 @@ def dequantize(
                     on_tensor(layout.tensors, name)
             write_json(new / "config.json", config)
             copy_companions(folder, new)
-            made = Plain(output, tuple(dropped), stored.nbytes, Checkpoint.open(new).nbytes)
+            made = Plain(output, (*dropped, *left_out), stored.nbytes, Checkpoint.open(new).nbytes)
             _describe(new, folder, section, config, made)
             return replace(made, leftover=work.publish())
     except OSError as error:
@@ -166,6 +168,14 @@ def _rounded_at_run_time(section: spec.QuantizationConfig) -> list[str]:
         schemes = (getattr(slot, what) for slot in section.attentions.values())
         found.update(f"layers' cached {what} to {scheme.grid.name}" for scheme in schemes if scheme)
     return [f"{count} {what}" for what, count in found.items()]
+
+
+def _left_out(section: spec.QuantizationConfig) -> list[str]:
+    """What the final norm of a tied pair does not see of a widened stream: an untied one's sees all of it."""
+    stream = section.stream
+    if stream is None or stream.out_dim == stream.in_dim:
+        return []
+    return [f"errors outside of {stream.in_dim} of the stream's {stream.out_dim} directions, in the final norm"]
 
 
 def _dtype_name(folder: Path, asked: str | None, config: dict[str, Any]) -> str:

@@ -148,10 +148,13 @@ def _best_vectors(bits: int, most: int) -> str:
 
 
 def _unknown_letter(name: str) -> str:
-    """What is wrong with a name such as w4x16, if it is a letter."""
-    for letters in re.findall(r"([a-z]+)\d", name.strip().lower().rpartition("-")[2]):
+    """What is wrong with a name such as w4x16, if it is a letter; with the name that it may have been meant to be."""
+    text = name.strip().lower()
+    for letters in re.findall(r"([a-z]+)\d", text.rpartition("-")[2]):
         if letters not in LETTERS:
-            return f"unknown letter {letters!r}{nearest_name(letters, LETTERS)}; "
+            others = [re.sub(rf"(?<![a-z]){letters}(?=\d)", letter, text) for letter in LETTERS]
+            fitting = [other for other in others if NAME.fullmatch(other) or WEIGHTS_ONLY.fullmatch(other)]
+            return f"unknown letter {letters!r}{nearest_name(text, fitting)}; "
     return ""
 
 
