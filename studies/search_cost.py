@@ -41,7 +41,8 @@ def main() -> None:
     arguments = parser.parse_args()
     bits = arguments.bits
     experiment = Experiment("search-cost", arguments)
-    recipe = apply_settings(preset(f"w{bits}a{bits}kv{bits}{BLOCKS_ALONE}"), [g % bits if "%" in g else g for g in GRIDS])
+    grids = [g % bits if "%" in g else g for g in GRIDS]
+    recipe = apply_settings(preset(f"w{bits}a{bits}kv{bits}{BLOCKS_ALONE}"), grids)
     quantized = experiment.quantize(recipe)
     start = quantized.row
     tokens = experiment.blocks.search.ids.numel()

@@ -54,7 +54,8 @@ def recipes(budget: float, widths: dict[int, int]) -> Iterator[tuple[str, Recipe
         if found is not None:
             grid, group = found
             size = "null" if group is None else group
-            yield name, apply_settings(preset(base + BLOCKS_ALONE), [*settings, f"weights.grid={grid}", f"weights.group_size={size}"])
+            grouped = [*settings, f"weights.grid={grid}", f"weights.group_size={size}"]
+            yield name, apply_settings(preset(base + BLOCKS_ALONE), grouped)
     overhead = scale_bits(widths)
     for dimension in (1, 2, 3, 4):
         grid = _best_grid([n for n in tables.names() if n.startswith(f"p{dimension}")], budget - overhead)
