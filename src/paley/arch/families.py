@@ -26,7 +26,12 @@ _LLAMA = Architecture(
 _HEAD_NORMS = (Norm("self_attn.q_norm", "queries", "queries"), Norm("self_attn.k_norm", "keys", "keys"))
 
 FAMILIES = {
-    "llama": _LLAMA,
+    # Mistral without a window is the same decoder with no such rule; nor has it biases.
+    "llama": replace(
+        _LLAMA,
+        ragged={"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None},
+        ragged_excludes=("attention_bias", "mlp_bias"),
+    ),
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": replace(_LLAMA, block=(*_LLAMA.block[:4], *_HEAD_NORMS, *_LLAMA.block[4:])),

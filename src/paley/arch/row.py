@@ -6,8 +6,8 @@ which linears share an input, which gains can be folded, whether the residual st
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 __all__ = ["HEAD_INPUT", "STREAM", "Architecture", "Linear", "Norm", "Part", "window"]
@@ -49,6 +49,8 @@ class Architecture:
     `attended`; the gated MLP turns `gate` and `up` into `gated`.
     gain_offset: a norm multiplies by gain_offset + weight. epsilon: the attribute of a norm's module.
     scaled_embedding: rows are multiplied by the square root of the hidden size when they are looked up.
+    ragged: what a config says instead if the hidden size is no multiple of the heads, which the family's config class
+    refuses; and the settings that this excludes. Empty: the class takes it.
     """
 
     block: tuple[Part, ...]
@@ -66,6 +68,8 @@ class Architecture:
     gain_offset: float = 0.0
     epsilon: str = "variance_epsilon"
     scaled_embedding: bool = False
+    ragged: Mapping[str, Any] = field(default_factory=dict)
+    ragged_excludes: tuple[str, ...] = ()
 
     def linears(self) -> Iterator[Linear]:
         return (part for part in self.block if isinstance(part, Linear))

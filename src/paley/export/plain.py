@@ -211,12 +211,13 @@ def _layout(checkpoint: Checkpoint, section: spec.QuantizationConfig, config: An
         if scheme.transform is not None and scheme.transform.in_dim != widths[name]:
             raise PaleyError(f"{where}: transform.in_dim={scheme.transform.in_dim}, but the layer reads {widths[name]}")
         weights[name] = _Weight(name, scheme, widths[name])
+        shapes.pop(name + spec.DIAGONAL, None)
         taken = [shapes.pop(part) for part in weights[name].parts if part in shapes]
         if taken:  # else `check_fit` misses the weight
             shapes[name + spec.WEIGHT] = (*taken[0][:1], widths[name])
     for mean in dropped:
         shapes.pop(mean, None)
-    taken = {part for weight in weights.values() for part in weight.parts} | dropped
+    taken = {part for weight in weights.values() for part in (*weight.parts, weight.name + spec.DIAGONAL)} | dropped
     if stream is not None and (rows := shapes.get(row.embedding + spec.WEIGHT)) is not None:
         shapes |= {name + spec.WEIGHT: (rows[0], stream.out_dim) for name in (row.embedding, row.head)}
         shapes[row.norm + spec.WEIGHT] = (stream.out_dim,)
@@ -266,6 +267,7 @@ def _decode(
 ) -> Tensor:  # fmt: skip
     """-> [rows, width]: the stored weight times its transform, then changed, in float64, cast once."""
     name, transform = weight.name, weight.scheme.transform
+    diagonal = checkpoint.tensor(name + spec.DIAGONAL).double() if weight.scheme.diagonal else None
     if weight.scheme.weight is None:
         stored: Tensor | Quantized = checkpoint.tensor(name + spec.WEIGHT)
         count = stored.shape[0]
@@ -281,6 +283,8 @@ def _decode(
         rows = (stored[part] if isinstance(stored, Tensor) else _rows(stored, part).dequantize()).double()
         if transform is not None:
             rows = transform.adjoint(rows)
+        if diagonal is not None:
+            rows = rows / diagonal
         plain[part] = cast_to_store(name + spec.WEIGHT, change(rows), dtype)
     return plain
 

@@ -60,16 +60,15 @@ def _config(model: PreTrainedModel, problem: Problem) -> dict[str, Any]:
         config["quantization_config"] = spec.QuantizationConfig(
             linears=problem.schemes.linears, attentions=problem.schemes.attentions, stream=problem.stream
         ).to_dict()
-    if config["model_type"] == "llama" and config["hidden_size"] % config["num_attention_heads"]:
-        # transformers' LlamaConfig insists on hidden_size being a multiple of the heads, even where head_dim is
-        # explicit. Mistral without a window is the same decoder, and has no such rule; nor has it biases.
-        if config.get("attention_bias") or config.get("mlp_bias"):
+    row = problem.sites.architecture
+    if row.ragged and config["hidden_size"] % config["num_attention_heads"]:
+        if biased := [name for name in row.ragged_excludes if config.get(name)]:
             raise PaleyError(
-                f"expand: hidden size {config['hidden_size']} is not a multiple of "
-                f"{config['num_attention_heads']} heads, which a Llama with biases cannot be",
+                f"expand: hidden size {config['hidden_size']} is not a multiple of {config['num_attention_heads']} "
+                f"heads, which a {config['model_type']} with {biased[0]} cannot be",
                 remedy=("choose another ", Setting("expand")),
             )
-        config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+        config |= row.ragged
     return config
 
 
