@@ -138,7 +138,9 @@ def test_a_process_without_paley_loads_it(model, tmp_path):
 @pytest.mark.parametrize("names", [(HEAD,), (HEAD, EMBEDDING)])
 def test_a_tied_pair_may_be_stored_under_either_name_or_both(tmp_path, tiny_tokenizer, names):
     model = save_tiny(tmp_path / "model", tiny_tokenizer, qwen=True)
-    out = store_tie_as(quantize(model, higgs("dtype=float32", name="higgs-3e16h16"), output=tmp_path / "out").output, *names)
+    out = store_tie_as(
+        quantize(model, higgs("dtype=float32", name="higgs-3e16h16"), output=tmp_path / "out").output, *names
+    )
     dequantize(out, output=tmp_path / "plain")
     assert_undone(out, tmp_path / "plain")
 
