@@ -51,15 +51,11 @@ class Choice:
 
 @dataclass(frozen=True)
 class Allocation:
-    """choices {item: choice}, in the order of the items; loss and costs [resources] are their sums.
-
-    lower_bound: no allocation within the budgets has a smaller loss; it equals `loss` unless a tolerance was given.
-    """
+    """choices {item: choice}, in the order of the items; loss and costs [resources] are their sums."""
 
     choices: Mapping[str, Choice]
     loss: float
     costs: tuple[int, ...]
-    lower_bound: float
 
 
 def allocate(
@@ -67,16 +63,13 @@ def allocate(
     budgets: Sequence[int],
     *,
     resources: Sequence[str] | None = None,
-    tolerance: float = 0.0,
 ) -> Allocation:
     """The choice of each item with the least sum of losses whose costs are at most `budgets` [resources].
 
-    resources: their names, for messages. tolerance: the gap (loss - lower_bound) / loss that is good enough; at 0
-    the loss is the least to float64 rounding. Same input, same answer; of equal losses the one that costs
-    less of the first resource (then of the second, ...). PaleyError where no allocation is within the budgets.
+    resources: their names, for messages. The loss is the least possible, up to float64 rounding. The same input gives
+    the same answer. Of equal losses, the one that costs less of the first resource wins, then of the second, and so on.
+    Errors: PaleyError if no allocation is within the budgets.
     """
-    if not 0 <= tolerance < 1:
-        raise PaleyError(f"allocation: tolerance must be at least 0 and less than 1, got {tolerance}")
     names = tuple(resources) if resources is not None else tuple(f"resource {r}" for r in range(len(budgets)))
     if not len(budgets):
         raise PaleyError("allocation: no budgets; give one a resource")
@@ -85,11 +78,11 @@ def allocate(
     _check_items(items, names)
     _check_budgets(items, budgets, names)
     options = list(items.values())
-    picks, lower_bound = _Knapsack(options, budgets, names).solve(tolerance)
+    picks = _Knapsack(options, budgets, names).solve()
     choices = {item: options[i][j] for i, (item, j) in enumerate(zip(items, picks, strict=True))}
     loss = math.fsum(choice.loss for choice in choices.values())
     costs = tuple(map(sum, zip(*(choice.costs for choice in choices.values()), strict=True)))
-    return Allocation(choices, loss, costs, min(lower_bound, loss) if tolerance else loss)
+    return Allocation(choices, loss, costs)
 
 
 def _check_items(items: Mapping[str, Sequence[Choice]], resources: tuple[str, ...]) -> None:
@@ -161,8 +154,8 @@ class _Knapsack:
         self.real, self.room = self.costs.double(), self.budget.double()
         self.largest = float(self.loss.masked_fill(self.loss.isinf(), 0).amax(1).sum())
 
-    def solve(self, tolerance: float) -> tuple[list[int], float]:
-        """-> (the choice of each item, a lower bound on every allocation's loss)."""
+    def solve(self) -> list[int]:
+        """-> the choice of each item."""
         dual = self.ascend()
         delta, proven, width = self.first_delta(dual), 0.0, 0
         picks, best = None, math.inf
@@ -172,9 +165,9 @@ class _Knapsack:
                 picks, best = found, self.loss_of(found)
             if complete:  # every allocation of a loss up to dual.value + delta was in sight
                 proven = delta
-            gap = (1 - tolerance) * best - dual.value
+            gap = best - dual.value
             if picks is not None and gap <= proven:
-                return picks.tolist(), dual.value + proven
+                return picks.tolist()
             lost = not complete and len(self.budgets) > 1
             if picks is None and (lost or (complete and dual.value + delta >= self.largest)):
                 picks = self.witness()
@@ -187,9 +180,9 @@ class _Knapsack:
             if width == len(_WIDTHS):
                 raise PaleyError(
                     f"allocation: more than {_WIDTHS[-1]} states at a step; the least loss lies between "
-                    f"{dual.value + proven} and {best}; give a tolerance, or fewer or coarser choices"
+                    f"{dual.value + proven} and {best}; give fewer or coarser choices"
                 )
-            delta = min(delta, (1 - tolerance) * best - dual.value)
+            delta = min(delta, best - dual.value)
 
     def loss_of(self, picks: Tensor) -> float:
         return float(self.loss.gather(1, picks[:, None]).sum())
@@ -198,7 +191,7 @@ class _Knapsack:
         """Choices [items] within all budgets, or a PaleyError that says which budgets exclude each other."""
         first, *others = self.resources
         options = [[Choice(c.name, float(c.costs[0]), c.costs[1:]) for c in choices] for choices in self.options]
-        picks, _ = _Knapsack(options, self.budgets[1:], others).solve(0.0)
+        picks = _Knapsack(options, self.budgets[1:], others).solve()
         least = sum(choices[j].costs[0] for choices, j in zip(self.options, picks, strict=True))
         if least > self.budgets[0]:
             within = " and ".join(f"{name} within {b}" for name, b in zip(others, self.budgets[1:], strict=True))

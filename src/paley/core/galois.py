@@ -52,17 +52,6 @@ class GaloisField:
                 return powers
         raise AssertionError(f"no primitive polynomial of degree {k} over GF({p})")
 
-    def sub(self, a: int, b: int) -> int:
-        """a - b, digit by digit modulo p."""
-        powers = [self.p**i for i in range(self.k)]
-        return sum((a // w - b // w) % self.p * w for w in powers)
-
-    def mul(self, a: int, b: int) -> int:
-        """a · b by logarithms."""
-        if a == 0 or b == 0:
-            return 0
-        return self.exp[(self.log[a] + self.log[b]) % (self.order - 1)]
-
     def character(self, a: int) -> int:
         """The quadratic character: 0 at 0, 1 at nonzero squares, -1 elsewhere (q odd)."""
         return 0 if a == 0 else 1 - 2 * (self.log[a] % 2)

@@ -6,9 +6,9 @@ the product is (W(1+1)A(1×4), arXiv:2504.05352)
 
     scale · { Σ_a 2^a · [ c₀·P(X_a) + (c₂-c₀)·P(X_a&S) + (c₁-c₀)·P(X_a&Q) + (c₃-c₂-c₁+c₀)·P(X_a&S&Q) ] - zero · Σw }
 
-`reference` is the meaning: the weight written out, and a matmul. `binary_arithmetic` is this formula, literally; native
-kernels (`paley.kernels`) compute the same integers. The paper's two-scale weights are mirrored centroids -b, -a, a, b:
-there the last coefficient is zero, and a kernel needs only two of the three sums.
+`reference` defines the result: it writes the weight out and multiplies. Native kernels (`paley.kernels`) compute this
+formula in integers, and the tests compare them with it. The paper's two-scale weights are mirrored centroids
+-b, -a, a, b. Their last coefficient is zero, so that a kernel needs only two of the three sums.
 """
 
 from __future__ import annotations
@@ -22,12 +22,9 @@ from paley.core.errors import PaleyError
 
 __all__ = [
     "PreparedWeight",
-    "binary_arithmetic",
-    "bit_planes",
     "check_inputs",
     "check_weight",
     "matmul",
-    "plane_sums",
     "prepare",
     "reference",
 ]
@@ -94,47 +91,6 @@ def reference(
         columns = weight[rows].unflatten(1, (groups, -1)).long()
         y[:, rows] = x.flatten(1) @ centroids[rows].float().gather(2, columns).flatten(1).T
     return y
-
-
-def bit_planes(codes: Tensor, bits: int = 4) -> Tensor:
-    """codes uint8 [...] -> bool [bits, ...]: bit a of each code, so that codes = Σ 2^a · planes[a]."""
-    return torch.stack([(codes >> a & 1).bool() for a in range(bits)])
-
-
-def plane_sums(x_codes: Tensor, codes: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x_codes uint8 [tokens, n], codes uint8 [out, n] -> int64 [tokens, out, groups] for the maps S, Q and S & Q.
-
-    Each is Σ_a 2^a · popcount(X_a & map) over a group's columns, the sum of the codes where the map has a bit.
-    """
-    planes = bit_planes(x_codes).unflatten(2, (groups, -1))
-    q, s = bit_planes(codes, 2).unflatten(2, (groups, -1))
-    S, Q, both = (
-        sum((((x[:, None] & m).sum(-1)) << a for a, x in enumerate(planes)), torch.tensor(0)) for m in (s, q, s & q)
-    )
-    return S, Q, both
-
-
-def binary_arithmetic(
-    x_codes: Tensor,
-    x_scales: Tensor,
-    x_zeros: Tensor,
-    codes: Tensor,
-    centroids: Tensor,
-    *,
-    dtype: torch.dtype = torch.float64,
-) -> Tensor:
-    """As `matmul`, by the formula above: integer sums, then `dtype` -> dtype [tokens, out]. Slow; it documents."""
-    check_inputs(x_codes, x_scales, x_zeros)
-    check_weight(codes, centroids)
-    _check_pair(x_codes, x_scales, codes, centroids, len(codes))
-    groups = x_scales.shape[1]
-    S, Q, both = (x.to(dtype) for x in plane_sums(x_codes, codes, groups))
-    every = x_codes.unflatten(1, (groups, -1)).sum(-1)[:, None].to(dtype)  # Σ_a 2^a P(X_a), one for all rows
-    c = centroids.to(dtype)
-    c0, c1, c2, c3 = c.unbind(-1)
-    total = c.gather(2, codes.unflatten(1, (groups, -1)).long()).sum(-1)  # Σ w, [out, groups]
-    part = c0 * every + (c2 - c0) * S + (c1 - c0) * Q + (c3 - c2 - c1 + c0) * both
-    return ((part - x_zeros[:, None].to(dtype) * total) * x_scales[:, None].to(dtype)).sum(-1)
 
 
 def check_weight(codes: Tensor, centroids: Tensor) -> None:

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from paley.core.errors import PaleyError, nearest_name
 from paley.core.reading import read_json
-from paley.format.files import write_json
 from paley.format.header import TensorInfo, as_bytes, read_header
-from paley.format.writer import INDEX, SINGLE, ShardWriter, write_tensors
+from paley.format.writer import INDEX, SINGLE
 
-__all__ = ["Checkpoint", "ShardWriter", "read_tensors", "write_json", "write_tensors"]
+__all__ = ["Checkpoint", "read_tensors"]
 
 # Keys of config.json that change nothing: tensors say themselves what dtype they have.
 VOLATILE = {"transformers_version", "_name_or_path", "torch_dtype", "dtype"}

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -20,8 +19,8 @@ from paley.format.config import FORMAT_VERSION, QUANT_METHOD, QuantizationConfig
 
 __all__ = [
     "BIAS", "FORMAT_VERSION", "OUTLIER_COLUMNS", "PARTS", "QUANT_METHOD", "WEIGHT", "QuantizationConfig",
-    "bits_per_weight", "check_outliers", "check_values", "decode_linear", "encode_linear", "expected_tensors",
-    "linear_bytes", "quantization_of", "stored_bytes", "unpack_weight",
+    "check_outliers", "check_values", "decode_linear", "encode_linear", "expected_tensors", "linear_bytes",
+    "quantization_of", "unpack_weight",
 ]  # fmt: skip
 
 CODES, SCALES, ZEROS = ".codes", ".scales", ".zeros"  # suffixes of a quantized linear's name
@@ -147,20 +146,6 @@ def decode_linear(name: str, tensors: Tensors, scheme: LinearScheme, in_features
 def unpack_weight(packed: Tensor, grid: AnyGrid, in_features: int) -> Tensor:
     """packed uint8 [out, bytes] -> codes [out, ceil(in_features / p)]."""
     return packing.unpack_codes(packed, grid.size, codes_per_row(in_features, grid.p))
-
-
-def stored_bytes(source: str | Path | Iterable[Tensor]) -> int:
-    """Bytes of every tensor of a checkpoint folder, or of those given: codes, scales, zeros, all the rest."""
-    if isinstance(source, str | Path):
-        return Checkpoint.open(source).nbytes
-    return sum(tensor.nbytes for tensor in source)
-
-
-def bits_per_weight(source: str | Path | Iterable[Tensor], weights: int) -> float:
-    """Stored bits for each of the original model's `weights` values."""
-    if weights < 1:
-        raise PaleyError(f"bits_per_weight: the number of weights must be positive, got {weights}")
-    return 8 * stored_bytes(source) / weights
 
 
 def _check_form(name: str, found: Mapping[str, Tensor], wanted: Expected) -> None:

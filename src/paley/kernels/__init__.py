@@ -16,7 +16,7 @@ from paley.core import nearest, planes
 from paley.core.errors import PaleyError, nearest_name
 from paley.kernels import native
 
-__all__ = ["BACKENDS", "available", "backend", "planes_fit", "register", "why_unavailable"]
+__all__ = ["BACKENDS", "available", "backend", "planes_fit", "register"]
 
 BACKENDS = ("auto", "native", "reference")
 _LOG = logging.getLogger(__name__)
@@ -25,11 +25,6 @@ _LOG = logging.getLogger(__name__)
 def available() -> bool:
     """Whether the native kernels were built and can be loaded here."""
     return native.why_missing() is None
-
-
-def why_unavailable() -> str | None:
-    """Why they are not available, with the way out; None where they are."""
-    return native.why_missing()
 
 
 def backend(name: str | None = None) -> str:
