@@ -53,7 +53,7 @@ class Plan(Document):
     trace: tuple[Trial, ...] = ()
 
     def check_fingerprint(self, actual: str) -> Self:
-        """-> self; raises where the plan was made for another model than that of fingerprint `actual`."""
+        """-> self; raises if the plan was made for another model than that of fingerprint `actual`."""
         if actual != self.fingerprint:
             raise PaleyError(
                 f"this plan was made for a {self.model_type} model with fingerprint {self.fingerprint}, "

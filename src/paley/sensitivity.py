@@ -90,7 +90,7 @@ class Sensitivity(Document):
         return {name: slot.alpha for name, slot in self.slots.items() if slot.kind == kind}
 
     def check_fingerprint(self, actual: str) -> Self:
-        """-> self; raises where the slopes are those of another model than that of fingerprint `actual`."""
+        """-> self; raises if the slopes are those of another model than that of fingerprint `actual`."""
         if actual != self.fingerprint:
             raise PaleyError(
                 f"these sensitivities are of a {self.model_type} model with fingerprint {self.fingerprint}, "
@@ -100,7 +100,7 @@ class Sensitivity(Document):
         return self
 
     def check_slots(self, wanted: Mapping[str, tuple[str, int]]) -> Self:
-        """wanted: name -> kind and numel -> self; raises where a slot was not measured, or one of another make was."""
+        """wanted: name -> kind and numel -> self; raises if a slot was not measured, or one of another make was."""
         for name, (kind, numel) in wanted.items():
             slot = self.slots.get(name)
             kinds = () if kind == "weight" else (Setting("kinds", ("weight", kind)),)

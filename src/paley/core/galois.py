@@ -1,4 +1,4 @@
-"""Finite fields GF(p^k), as far as Paley's Hadamard matrices need them: differences and squares.
+"""Finite fields GF(p^k): what Paley's Hadamard matrices need of them, differences and squares.
 
 An element is an int in [0, q): its base-p digits are the coefficients of a polynomial in x, lowest first,
 taken modulo a primitive polynomial of degree k (so x generates the nonzero elements).
@@ -16,7 +16,7 @@ __all__ = ["GaloisField", "field", "prime_power"]
 
 
 def prime_power(q: int) -> tuple[int, int] | None:
-    """(p, k) with q = p**k, p prime and k >= 1; None where q is no prime power."""
+    """(p, k) with q = p**k, p prime and k >= 1; None if q is not a prime power."""
     if q < 2:
         return None
     p = next((d for d in range(2, int(q**0.5) + 1) if q % d == 0), q)
@@ -27,7 +27,7 @@ def prime_power(q: int) -> tuple[int, int] | None:
 
 
 class GaloisField:
-    """GF(q). `exp[i]` = x^i for i < q-1 and `log` is its inverse; ValueError where q is no prime power."""
+    """GF(q). `exp[i]` = x^i for i < q-1 and `log` is its inverse; ValueError if q is not a prime power."""
 
     def __init__(self, q: int) -> None:
         pk = prime_power(q)

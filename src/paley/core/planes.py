@@ -1,4 +1,4 @@
-"""Products of two-bit weights and four-bit inputs, by bit planes: the op `paley::planes_matmul` and what it means.
+"""Products of two-bit weights and four-bit inputs by bit planes: the op `paley::planes_matmul` and its reference.
 
 A weight is one of four values for its row and group of columns, c[q + 2s]; an input is scale · (code - zero), its code
 in 0..15. With the bit maps Q and S of a row, the planes X_a of a token's codes, and P for popcount, a group's part of
@@ -34,9 +34,9 @@ _BLOCK = 2**22  # weights that the reference writes out at a time
 
 @dataclass(frozen=True)
 class PreparedWeight:
-    """A weight as the backend wants it: made by `prepare`, taken by `matmul`.
+    """A weight in the backend's layout: `prepare` makes it, `matmul` takes it.
 
-    weight: codes uint8 [out, n] with centroids float16 [out, groups, 4]; or, of native kernels, one uint8 [bytes].
+    weight: codes uint8 [out, n] with centroids float16 [out, groups, 4]; for native kernels, uint8 [bytes].
     """
 
     weight: Tensor
@@ -47,8 +47,8 @@ class PreparedWeight:
 def prepare(codes: Tensor, centroids: Tensor) -> PreparedWeight:
     """codes uint8 [out, n] in 0..3, centroids float16 [out, groups, 4] -> the weight for `matmul`, on their device.
 
-    W[r, i] = centroids[r, i // group_size, codes[r, i]] with group_size = n / groups. To be done once. Errors:
-    PaleyError on other shapes and dtypes, on larger codes, and on centroids that are not finite.
+    W[r, i] = centroids[r, i // group_size, codes[r, i]] with group_size = n / groups. Call it once a weight.
+    Errors: PaleyError for other shapes and dtypes, larger codes, and centroids that are not finite.
     """
     check_weight(codes, centroids)
     if codes.numel() and (largest := int(codes.max())) > 3:
@@ -63,8 +63,8 @@ def matmul(x_codes: Tensor, x_scales: Tensor, x_zeros: Tensor, prepared: Prepare
     """x_codes uint8 [tokens, n], x_scales float32 and x_zeros [tokens, groups] -> float32 [tokens, out]: y = X Wᵀ.
 
     X[t, i] = x_scales[t, g] · (x_codes[t, i] - x_zeros[t, g]) with g = i // group_size. Zeros are uint8, or whole
-    numbers of any dtype. Codes and zeros are 0 to 15: looking at all of them would take as long as some products
-    do, so it is not done, and larger ones may give wrong numbers. Errors: PaleyError. Not differentiable.
+    numbers of any dtype. Codes and zeros must be 0 to 15. This is not checked, as the check would take as
+    long as some products; larger ones may give wrong numbers. Errors: PaleyError. Not differentiable.
     """
     if x_zeros.dtype != torch.uint8:
         x_zeros = x_zeros.to(torch.uint8)
@@ -74,7 +74,7 @@ def matmul(x_codes: Tensor, x_scales: Tensor, x_zeros: Tensor, prepared: Prepare
 def reference(
     x_codes: Tensor, x_scales: Tensor, x_zeros: Tensor, weight: Tensor, centroids: Tensor | None, out: int
 ) -> Tensor:
-    """As `matmul`, of codes and centroids, in plain torch on any device: both sides dequantized, in float32."""
+    """As `matmul`, from codes and centroids, in plain torch on any device: both sides dequantized to float32."""
     check_inputs(x_codes, x_scales, x_zeros)
     _check_devices(x_codes, weight)
     if centroids is None:
@@ -142,12 +142,12 @@ def _check_pair(x_codes: Tensor, x_scales: Tensor, codes: Tensor, centroids: Ten
 
 
 def _as_they_are(codes: Tensor, centroids: Tensor) -> Tensor:
-    """The reference packs nothing; an op may not return what it was given."""
+    """The reference packs nothing. It returns a copy, as an op may not return its own argument."""
     check_weight(codes, centroids)
     return codes.clone()
 
 
-# A fragment, as other files declare ops in the same namespace. It must live: with it the ops would go.
+# A fragment, as other files declare ops in the same namespace. It must stay alive: the ops are removed with it.
 _LIBRARY = torch.library.Library("paley", "FRAGMENT")
 _LIBRARY.define("planes_pack(Tensor codes, Tensor centroids) -> Tensor")
 _LIBRARY.define(

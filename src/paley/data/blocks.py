@@ -63,7 +63,7 @@ def blocks_from_ids(ids: Tensor, role: Role, source: str) -> TokenBlocks:
 
 
 def require(blocks: TokenBlocks, role: Role) -> TokenBlocks:
-    """-> blocks; raises where they were made for another role (a reported score needs role test)."""
+    """-> blocks; raises if they were made for another role (a reported score needs role test)."""
     _check_role(role)
     if blocks.role != role:
         raise PaleyError(
@@ -74,7 +74,7 @@ def require(blocks: TokenBlocks, role: Role) -> TokenBlocks:
 
 
 def check_disjoint(*blocks: TokenBlocks) -> None:
-    """Raises where two sets of different roles share a block (after cutting both to the shorter length)."""
+    """Raises if two sets of different roles share a block (after cutting both to the shorter length)."""
     for i, first in enumerate(blocks):
         for second in blocks[i + 1 :]:
             if first.role == second.role:
@@ -136,7 +136,7 @@ def token_blocks(
     """`count` blocks of `seq_len` tokens of the part of `source` that is `role`'s (whole: of all of it).
 
     seed shuffles the documents within the part (None: order of the source); role test keeps the order always.
-    Documents are tokenized until the blocks are full. Raises where the text is too short.
+    Documents are tokenized until the blocks are full. Raises if the text is too short.
     """
     if count < 1 or seq_len < 2:
         raise PaleyError(f"{source}: needs count >= 1 and seq_len >= 2, got count={count}, seq_len={seq_len}")

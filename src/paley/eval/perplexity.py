@@ -115,7 +115,7 @@ def _kv_bytes_per_token(model: PreTrainedModel, cache: PackedKVCache, sequences:
 
 
 def _fitting(reference: Reference, model: PreTrainedModel, blocks: TokenBlocks) -> Reference:
-    """reference with its head on the model's device; raises where its ids or vocabulary are others."""
+    """reference with its head on the model's device; raises if its ids or vocabulary are others."""
     reference.check(blocks)
     vocabulary = Adapter(model).sites.head.shape[0]
     if reference.head.shape[0] != vocabulary:

@@ -82,7 +82,7 @@ class Reference:
         return replace(self, head=self.head.to(device))
 
     def check(self, blocks: TokenBlocks, where: str = "reference") -> None:
-        """Raises where this is the reference for other token ids."""
+        """Raises if this is the reference for other token ids."""
         if self.sha256 != blocks.sha256 or self.hidden.shape[:2] != blocks.ids.shape:
             raise PaleyError(
                 f"{where}: made for token ids {list(self.hidden.shape[:2])} of {self.source} (sha256 "
@@ -91,7 +91,7 @@ class Reference:
             )
 
     def save(self, path: str | Path) -> None:
-        """Writes a safetensors file, whole or not at all; PaleyError where the disk refuses."""
+        """Writes a safetensors file, whole or not at all; PaleyError if the disk refuses."""
         tensors = {"hidden": self.hidden, "head": self.head, "nll": self.nll}
         write_tensors(path, tensors, FORMAT | {"source": self.source, "sha256": self.sha256})
 

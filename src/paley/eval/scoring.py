@@ -26,7 +26,7 @@ def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def check_finite(nll: Tensor, first: int, source: str) -> None:
-    """Raises where nll [batch, n] has a NaN; `first` is the number of the batch's first sequence."""
+    """Raises if nll [batch, n] has a NaN; `first` is the number of the batch's first sequence."""
     bad = nll.isnan().any(1)
     if bad.any():  # no position: attention spreads a NaN to earlier tokens too, as 0 * NaN
         sequence = first + int(bad.nonzero()[0])

@@ -105,7 +105,7 @@ class Checkpoint:
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of one safetensors file, checked before use; PaleyError where it is damaged."""
+    """All tensors of one safetensors file, checked before use; PaleyError if it is damaged."""
     return {name: info.read() for name, info in read_header(Path(path)).items()}
 
 

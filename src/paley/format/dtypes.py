@@ -14,7 +14,7 @@ FLOATS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 
 def cast_to_store(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor that stays unquantized, in the type it is stored in; raises where that cannot hold its values."""
+    """A tensor that stays unquantized, in the type it is stored in; raises if that cannot hold its values."""
     stored = tensor.to(dtype) if tensor.is_floating_point() else tensor
     if stored is not tensor and first_not_finite(stored) is not None:
         raise PaleyError(

@@ -40,7 +40,7 @@ class Tensors(Protocol):
 
 
 def quantization_of(checkpoint: Checkpoint) -> QuantizationConfig:
-    """What config.json says under "quantization_config", checked; PaleyError where the folder is not ours."""
+    """What config.json says under "quantization_config", checked; PaleyError if the folder is not ours."""
     folder, section = checkpoint.folder, checkpoint.config.get("quantization_config")
     if not isinstance(section, dict) or section.get("quant_method") != QUANT_METHOD:
         raise PaleyError(
@@ -83,7 +83,7 @@ def expected_tensors(name: str, scheme: LinearScheme, in_features: int, out_feat
 
 
 def check_outliers(name: str, outliers: int, in_features: int) -> None:
-    """Raises where outliers would leave no column to the weight's own grid."""
+    """Raises if outliers would leave no column to the weight's own grid."""
     if outliers >= in_features:
         raise PaleyError(f"{name}: outliers={outliers} must be fewer than its in_features={in_features} columns")
 

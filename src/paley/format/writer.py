@@ -23,7 +23,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """One safetensors file, whole or not at all; the same tensors give the same bytes, in whatever order.
 
-    metadata: texts that the header holds beside the tensors. PaleyError where the disk refuses.
+    metadata: texts that the header holds beside the tensors. PaleyError if the disk refuses.
     """
     for name, tensor in tensors.items():
         _check(str(path), name, tensor)

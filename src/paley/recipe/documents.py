@@ -49,7 +49,7 @@ class Document(BaseModel):
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """The document in a file; raises where there is none, or no valid one of this version."""
+        """The document in a file; raises if there is none, or no valid one of this version."""
         data = read_json(Path(path), cls.what)
         version = cls.model_fields["version"].default
         if data.get("version") != version:

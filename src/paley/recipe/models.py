@@ -239,7 +239,7 @@ class Recipe(_Frozen):
         return scheme
 
     def check_overrides(self, linears: Iterable[str], attentions: Iterable[str]) -> None:
-        """Raises where an override's pattern fits no module that it could change."""
+        """Raises if an override's pattern fits no module that it could change."""
         linears, attentions = list(linears), list(attentions)
         for override in self.overrides:
             given = override._schemes()
