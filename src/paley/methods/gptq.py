@@ -26,7 +26,7 @@ class InputStatistics:
     """Second moments of a linear's quantized inputs X [tokens, in], and of the errors that it should make up for.
 
     gram = sum X^T X and cross = sum X_ref^T X [in, in], with X_ref the original model's inputs. lag = sum D^T X
-    [out, in], with D [tokens, out] the original minus the quantized residual stream to which the output is added. All float32.
+    [out, in], with D [tokens, out] the original minus the quantized stream that the output is added to. All float32.
     """
 
     def __init__(self) -> None:
