@@ -13,7 +13,7 @@ __all__ = ["AnyGridField", "FixedGridField", "from_plain", "to_plain", "with_poi
 
 
 def to_plain(grid: AnyGrid) -> str | dict[str, Any]:
-    """What `from_plain` makes an equal grid of."""
+    """Plain data from which `from_plain` makes an equal grid."""
     return {"points": grid.points.tolist()} if isinstance(grid, grids.Grid) and not grid.packaged else grid.name
 
 
@@ -39,7 +39,7 @@ def from_plain(value: object) -> AnyGrid:
 
 
 def with_points(data: dict[str, Any], where: str) -> dict[str, Any]:
-    """Data of an older file, whose schemes name grids that `grids` gives points to -> the points in place of names."""
+    """Data of an older file, whose `grids` maps names to points -> the same with points in place of the names."""
     named = data.get("grids")
     if named is None:
         return data
@@ -67,7 +67,7 @@ def with_points(data: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 class _Plain:
-    """Tells pydantic to read and write a field so; its schemas are plain dicts, and need no import."""
+    """Makes pydantic read and write a field with these functions. Its schemas are plain dicts: no import."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> dict[str, Any]:
         written = {"type": "function-plain", "function": to_plain}
@@ -86,7 +86,7 @@ class _Plain:
 if TYPE_CHECKING:
 
     class AnyGridField:
-        """A dataclass's field that holds a grid, and to which its constructor also takes a packaged grid's name."""
+        """A dataclass field that holds a grid. The constructor also takes the name of a packaged one."""
 
         def __get__(self, of: object, owner: Any) -> AnyGrid: ...
 

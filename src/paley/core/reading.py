@@ -1,4 +1,4 @@
-"""Text and JSON files that someone else may have written: read strictly, with errors that name the file."""
+"""Reads text and JSON files from any source: strictly, with errors that name the file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["read_json", "read_text"]
 
 
 def read_text(path: Path, what: str) -> str:
-    """The UTF-8 text of the file, or a PaleyError that says why there is none; `what` names the kind of file."""
+    """The UTF-8 text of the file, or a PaleyError with the reason; `what` names the kind of file in it."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -42,7 +42,7 @@ def read_json(path: Path, what: str = "JSON file") -> dict[str, Any]:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """json.loads's object_pairs_hook that refuses a key given twice."""
+    """An object_pairs_hook for json.loads that refuses a key given twice."""
     data = dict(pairs)
     if len(data) < len(pairs):
         names = [name for name, _ in pairs]

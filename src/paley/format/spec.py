@@ -1,11 +1,10 @@
-"""What a quantized checkpoint says and holds: docs/format.md in code."""
+"""The content of a quantized checkpoint: docs/format.md in code."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -21,8 +20,8 @@ from paley.format.config import FORMAT_VERSION, QUANT_METHOD, QuantizationConfig
 
 __all__ = [
     "BIAS", "FORMAT_VERSION", "OUTLIER_COLUMNS", "PARTS", "QUANT_METHOD", "WEIGHT", "QuantizationConfig",
-    "bits_per_weight", "check_outliers", "check_values", "decode_linear", "encode_linear", "expected_tensors",
-    "linear_bytes", "quantization_of", "stored_bytes", "unpack_weight",
+    "check_outliers", "check_values", "decode_linear", "encode_linear", "expected_tensors", "linear_bytes",
+    "quantization_of", "unpack_weight",
 ]  # fmt: skip
 
 CODES, SCALES, ZEROS = ".codes", ".scales", ".zeros"  # suffixes of a quantized linear's name
@@ -36,14 +35,14 @@ Expected = dict[str, tuple[torch.dtype | None, tuple[int, ...]]]
 
 
 class Tensors(Protocol):
-    """What tensors are read from: a dict, or a Checkpoint."""
+    """A source of tensors: a dict, or a Checkpoint."""
 
     def __contains__(self, name: object, /) -> bool: ...
     def __getitem__(self, name: str, /) -> Tensor: ...
 
 
 def quantization_of(checkpoint: Checkpoint) -> QuantizationConfig:
-    """What config.json says under "quantization_config", checked; PaleyError where the folder is not ours."""
+    """The checked section "quantization_config" of config.json; PaleyError if the folder is no Paley checkpoint."""
     folder, section = checkpoint.folder, checkpoint.config.get("quantization_config")
     if not isinstance(section, dict) or section.get("quant_method") != QUANT_METHOD:
         raise PaleyError(
@@ -54,9 +53,9 @@ def quantization_of(checkpoint: Checkpoint) -> QuantizationConfig:
 
 
 def expected_tensors(name: str, scheme: LinearScheme, in_features: int, out_features: int) -> Expected:
-    """Name -> (dtype, shape) of what stores the weight [out_features, in_features]; dtype None: any floats.
+    """Name -> (dtype, shape) of the tensors that store the weight [out_features, in_features]; dtype None: any floats.
 
-    in_features is the stored width: scheme.transform.out_dim where there is a transform. A bias is not listed.
+    in_features is the stored width: scheme.transform.out_dim if there is a transform. A bias is not listed.
     """
     if scheme.transform is not None and scheme.transform.out_dim != in_features:
         raise PaleyError(
@@ -89,7 +88,7 @@ def expected_tensors(name: str, scheme: LinearScheme, in_features: int, out_feat
 
 
 def check_outliers(name: str, outliers: int, in_features: int) -> None:
-    """Raises where outliers would leave no column to the weight's own grid."""
+    """Raises if outliers leave no column for the weight's own grid."""
     if outliers >= in_features:
         raise PaleyError(f"{name}: outliers={outliers} must be fewer than its in_features={in_features} columns")
 
@@ -103,7 +102,7 @@ def linear_bytes(name: str, scheme: LinearScheme, in_features: int, out_features
 def encode_linear(name: str, q: Quantized) -> dict[str, Tensor]:
     """codes [out, in / p], scales and zeros [out, groups] -> the tensors NAME.codes, NAME.scales, ... as stored.
 
-    PaleyError for what would not come back: scales that float16 lacks, zeros outside of the grid.
+    Errors: PaleyError for values that cannot be stored: scales that are not float16, zeros outside of the grid.
     """
     grid = q.grid
     shapes = tuple(q.codes.shape), tuple(q.scales.shape)
@@ -111,7 +110,7 @@ def encode_linear(name: str, q: Quantized) -> dict[str, Tensor]:
         wanted = "[out, groups, stored]" if grid.scale_shape else "[out, groups]"
         raise PaleyError(f"{name}: codes must be [out, in / p] and scales {wanted}, got {shapes}")
     scales = q.scales.to(SCALE_DTYPE)
-    if not torch.equal(scales.to(q.scales.dtype), q.scales):  # also where there is a NaN
+    if not torch.equal(scales.to(q.scales.dtype), q.scales):  # also true if there is a NaN
         raise PaleyError(f"{name}: scales are not float16 values; round them with rounding.storable first")
     found = {name + CODES: packing.pack_codes(q.codes, grid.size), name + SCALES: scales}
     if q.zeros is not None:
@@ -155,22 +154,8 @@ def unpack_weight(packed: Tensor, grid: AnyGrid, in_features: int) -> Tensor:
     return packing.unpack_codes(packed, grid.size, codes_per_row(in_features, grid.p))
 
 
-def stored_bytes(source: str | Path | Iterable[Tensor]) -> int:
-    """Bytes of every tensor of a checkpoint folder, or of those given: codes, scales, zeros, all the rest."""
-    if isinstance(source, str | Path):
-        return Checkpoint.open(source).nbytes
-    return sum(tensor.nbytes for tensor in source)
-
-
-def bits_per_weight(source: str | Path | Iterable[Tensor], weights: int) -> float:
-    """Stored bits for each of the original model's `weights` values."""
-    if weights < 1:
-        raise PaleyError(f"bits_per_weight: the number of weights must be positive, got {weights}")
-    return 8 * stored_bytes(source) / weights
-
-
 def _check_form(name: str, found: Mapping[str, Tensor], wanted: Expected) -> None:
-    """These tensors and no others, of these dtypes and shapes."""
+    """Raises unless `found` has exactly these tensors, with these dtypes and shapes."""
     for tensor, (dtype, shape) in wanted.items():
         if tensor not in found:
             raise PaleyError(f"{tensor}: is missing")
@@ -199,7 +184,7 @@ def check_values(name: str, found: Mapping[str, Tensor], in_features: int, grid:
 
 
 def _check_outlier_columns(name: str, columns: Tensor, in_features: int) -> None:
-    """Raises unless the columns ascend within the weight's."""
+    """Raises unless the columns ascend and exist in the weight."""
     within = bool((columns >= 0).all()) and bool((columns < in_features).all())
     if not within or bool((columns.long().diff() <= 0).any()):
         raise PaleyError(f"{name + OUTLIER_COLUMNS}: must ascend within {in_features} columns; the file is damaged")
