@@ -60,17 +60,21 @@ def test_defaults_are_those_of_the_schemes():
     assert config.attentions["model.layers.0.self_attn"].keys == ActivationScheme("int4", clip_ratio=0.9)
 
 
-def test_a_grid_of_ones_own_is_read_from_new_files_and_older_ones():
+def test_a_grid_of_ones_own_is_written_once_and_read_by_name_or_by_points():
     points = [[-1.5, 0.25], [0.5, 1.0], [1.0, -0.75]]
     own = grids.custom(torch.tensor(points))
     weight = WeightScheme(own, scale_search="rms")
     config = QuantizationConfig(linears={UP: LinearScheme(weight, ActivationScheme(own, "rms"))}, attentions={})
     data = json.loads(json.dumps(config.to_dict()))
-    assert data["linears"][UP]["weight"]["grid"] == {"points": points}
+    assert data["grids"] == {own.name: points}
+    assert data["linears"][UP]["weight"]["grid"] == data["linears"][UP]["input"]["grid"] == own.name
     assert QuantizationConfig.from_dict(data) == config
+    assert QuantizationConfig.from_dict(data | {"format_version": 1}) == config
+    by_points = json.loads(json.dumps({key: value for key, value in data.items() if key != "grids"}))
     for place in ("weight", "input"):
-        data["linears"][UP][place]["grid"] = own.name
-    data["format_version"] = 1
+        by_points["linears"][UP][place]["grid"] = {"points": points}
+    assert QuantizationConfig.from_dict(by_points) == config
+    del data["grids"]
     with pytest.raises(PaleyError, match=rf"weight\.grid: grid '{own.name}': its points are not known here"):
         QuantizationConfig.from_dict(data)
     assert QuantizationConfig.from_dict({"grids": {own.name: points}} | data) == config

@@ -9,7 +9,7 @@ from paley.core import grids
 from paley.core.errors import PaleyError, nearest_name
 from paley.core.grids import AnyGrid, FixedGrid
 
-__all__ = ["AnyGridField", "FixedGridField", "from_plain", "to_plain", "with_points"]
+__all__ = ["AnyGridField", "FixedGridField", "from_plain", "to_plain", "with_points", "without_points"]
 
 
 def to_plain(grid: AnyGrid) -> str | dict[str, Any]:
@@ -39,7 +39,7 @@ def from_plain(value: object) -> AnyGrid:
 
 
 def with_points(data: dict[str, Any], where: str) -> dict[str, Any]:
-    """Data of an older file, whose `grids` maps names to points -> the same with points in place of the names."""
+    """Undoes `without_points`; PaleyError if a name is not that of its points."""
     named = data.get("grids")
     if named is None:
         return data
@@ -64,6 +64,23 @@ def with_points(data: dict[str, Any], where: str) -> dict[str, Any]:
         return resolved({key: value for key, value in data.items() if key != "grids"})
     except RecursionError as error:
         raise PaleyError(f"{where}: is not plain JSON data ({error})") from None
+
+
+def without_points(data: dict[str, Any]) -> dict[str, Any]:
+    """Plain data whose schemes hold points -> names in their place, and a key `grids` with the points of each, once."""
+    named: dict[str, Any] = {}
+
+    def hoisted(value: Any, key: str = "") -> Any:
+        if key == "grid" and isinstance(value, dict):
+            name = from_plain(value).name
+            named[name] = value["points"]
+            return name
+        if isinstance(value, dict):
+            return {key: hoisted(child, key) for key, child in value.items()}
+        return [hoisted(child) for child in value] if isinstance(value, list) else value
+
+    found = hoisted(data)
+    return found | {"grids": named} if named else found
 
 
 class _Plain:

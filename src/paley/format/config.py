@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from paley.core.errors import PaleyError, nearest_name
-from paley.core.plain_grids import with_points
+from paley.core.plain_grids import with_points, without_points
 from paley.core.schemes import ActivationScheme, AttentionScheme, LinearScheme, WeightScheme
 from paley.core.transforms import Transform
 
@@ -48,8 +48,7 @@ class QuantizationConfig(BaseModel):
                 f"{where}: format_version must be {FORMAT_VERSION}, got {version!r}; install the paley that "
                 "wrote this checkpoint, or quantize the model again"
             )
-        if version == 1:
-            data = with_points(data, where) | {"format_version": FORMAT_VERSION}
+        data = with_points(data, where) | {"format_version": FORMAT_VERSION}
         try:
             return cls.model_validate_json(json.dumps(data), strict=True)
         except ValidationError as error:
@@ -63,7 +62,7 @@ class QuantizationConfig(BaseModel):
         data = self.model_dump(mode="json")
         if data["stream"] is None:
             del data["stream"]
-        return data
+        return without_points(data)
 
 
 # The classes under (map, module), and under (map, module, place).

@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
 
 from paley.core.errors import PaleyError
 from paley.core.files import write_atomic
+from paley.core.plain_grids import with_points, without_points
 from paley.core.reading import read_json
 from paley.recipe.saving import json_lines
 from paley.recipe.validation import validate
@@ -41,7 +42,7 @@ class Document(BaseModel):
 
     def to_json(self) -> str:
         """The file's text: the same for equal documents, one line for each entry of its maps and lists."""
-        return json_lines(self.model_dump(mode="json"), levels=2) + "\n"
+        return json_lines(without_points(self.model_dump(mode="json")), levels=2) + "\n"
 
     def save(self, path: str | Path) -> None:
         """Writes the file. If this is cut off, the old file stays."""
@@ -55,4 +56,4 @@ class Document(BaseModel):
         if data.get("version") != version:
             got = json.dumps(data.get("version"))
             raise PaleyError(f"{path}: is a {cls.what} of version {got}, this Paley reads version {version}")
-        return validate(cls, data, str(path))
+        return validate(cls, with_points(data, str(path)), str(path))
