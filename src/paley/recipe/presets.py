@@ -63,8 +63,8 @@ def under_budget(recipe: Recipe | None = None, **limits: float) -> Recipe:
     try:
         budget = Budget.model_validate(data)
     except ValidationError as error:
-        found = problems(error, data, Budget).items()
-        parts = [part for key, problem in found for part in ("; ", Setting(f"budget.{key}"), f": {problem}")]
+        wrong = problems(error, data, Budget).items()
+        parts = [part for key, problem in wrong for part in ("; ", Setting(f"budget.{key}"), f": {problem}")]
         raise PaleyError(*parts[1:]) from None
     return recipe.model_copy(update={"budget": budget})
 
