@@ -147,8 +147,8 @@ class LinearScheme:
             raise PaleyError("linear scheme: outliers are columns of a quantized weight, but weight is null")
         if self.outliers and self.weight is not None and (p := self.weight.grid.p) > 1:
             raise PaleyError(
-                f"linear scheme: a code of grid {self.weight.grid.name!r} stands for {p} columns, and none of them "
-                "can be an outlier alone; set outliers=0, or a grid of single values"
+                f"linear scheme: a code of grid {self.weight.grid.name!r} stands for {p} columns, none of which can be "
+                "an outlier alone; set outliers=0, or a grid of single values"
             )
         if self.outliers and self.weight is not None and self.weight.scale_search == "unbiased":
             raise PaleyError(
