@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def _table(results: dict[str, paley.Results]) -> Table:
-    table = Table("", "perplexity", "KL, nats/token", "bits per weight", "of the linears", "bytes on disk")
+    table = Table("", "perplexity", "KL, nats/token", "bits per weight", "of the quantized", "bytes on disk")
     first = next(iter(results.values()))
     original = first.evaluation.reference_perplexity
     table.add_row("original", f"{original:.2f}", "0", "16", "16", f"{first.original_bytes:,}")

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from studies.experiment import Experiment
+from studies.experiment import BLOCKS_ALONE, Experiment
 
-from paley.model.adapter import Adapter
 from paley.recipe import Recipe, apply_settings, preset
 
 GROUP, SHARE = 128, 32
@@ -25,7 +24,7 @@ class Variants:
 
     def grouped(self, base: str, *settings: str, group: int = GROUP, outliers: int = 0) -> Recipe:
         """base with groups in every layer's weights and inputs."""
-        recipe = apply_settings(preset(base), [*settings, f"outliers={outliers}"])
+        recipe = apply_settings(preset(base + BLOCKS_ALONE), [*settings, f"outliers={outliers}"])
         parts = [part for part in ("weights", "inputs") if getattr(recipe, part) is not None]
         return apply_settings(recipe, ["fit_groups=true", *(f"{part}.group_size={group}" for part in parts)])
 
@@ -35,11 +34,12 @@ class Variants:
         published = ("weights.sweeps=0", "compensate=plain")
         atom = ("weights.grid=int2", "weights.scale_search=mse", *published)
         yield "rtn", self.grouped("rtn-w2a4kv4", *integers)
-        yield "gptq", self.grouped("quarot-w2a4kv4", "rotate=false", *integers)
+        yield "gptq", self.grouped("quarot-w2a4kv4", "rotate=none", *integers)
         yield "atom-like", self.before(*atom, outliers=most)
         for bits in (2, 3):
-            yield f"higgs w{bits}", preset(f"higgs-w{bits}a4kv4")
-            yield f"paley w{bits}a4kv4", apply_settings(preset(f"w{bits}a4kv4"), ["search.method=none"])
+            yield f"higgs w{bits}", preset(f"higgs-w{bits}a4kv4{BLOCKS_ALONE}")
+            ours = preset(f"w{bits}a4kv4{BLOCKS_ALONE}")
+            yield f"paley w{bits}a4kv4", apply_settings(ours, ["search.method=none"])
         yield "w1a4, before, gptq as published", self.before(*published, outliers=most)
         yield "w1a4, before", self.before(outliers=most)
         yield "hessian: none", self.before("weights.scale_search=em", outliers=most)
@@ -52,8 +52,8 @@ class Variants:
         yield f"int8 columns 1/{2 * SHARE}", self.before(outliers=few)
         yield "refitted inputs", self.before("inputs.refit=true", outliers=most)
         yield "mean keys", self.before("center_keys=true", outliers=most)
-        yield "rotated", self.before("rotate=true", outliers=most)
-        yield "rotated, no int8 columns", self.before("rotate=true")
+        yield "rotated", self.before("rotate=auto", outliers=most)
+        yield "rotated, no int8 columns", self.before("rotate=auto")
         for group in (64, 256):
             yield f"groups of {group}", self.before(group=group, outliers=most)
         yield "w1a4", self.grouped("w1a4")
@@ -64,13 +64,13 @@ class Variants:
 
     def before(self, *settings: str, group: int = GROUP, outliers: int = 0) -> Recipe:
         """W(1+1)A(1x4) as we first reconstructed it: no rotation, outlier columns instead."""
-        return self.grouped("w1a4", "rotate=false", "center_keys=false", *settings, group=group, outliers=outliers)
+        return self.grouped("w1a4", "rotate=none", "center_keys=false", *settings, group=group, outliers=outliers)
 
 
 def main() -> None:
     experiment = Experiment("binary", Experiment.parser(__doc__, calibration=128, search=8, test=96).parse_args())
-    for name, recipe in Variants(Adapter(experiment.source.skeleton()).hidden_size).rows():
-        experiment.row(name, lambda recipe=recipe: experiment.quantize(recipe)[0])
+    for name, recipe in Variants(experiment.source.sites.embedding.shape[1]).rows():
+        experiment.row(name, lambda recipe=recipe: experiment.quantize(recipe).row)
 
 
 if __name__ == "__main__":

@@ -19,17 +19,21 @@ from paley.eval.perplexity import evaluate
 from paley.eval.reference import Reference
 from paley.model.calibrate import LayerReport
 from paley.model.loading import open_source
+from paley.model.problem import Problem
 from paley.pipeline.accounting import parameter_count, quantized_bits
+from paley.pipeline.decide import Decision, decide
+from paley.pipeline.execute import execute
 from paley.pipeline.monitor import Monitor
-from paley.pipeline.stages import decide, execute
+from paley.pipeline.resolve import resolve
 from paley.pipeline.texts import Texts
-from paley.plan import Plan
 from paley.recipe import Recipe
 from paley.sensitivity import Sensitivity
 
-__all__ = ["RESULTS", "Experiment", "Subject", "measured", "provenance", "read", "save"]
+__all__ = ["BLOCKS_ALONE", "RESULTS", "Experiment", "Quantization", "Subject", "measured", "provenance", "read", "save"]
 
 RESULTS = Path(__file__).parent / "results"
+# Suffix of presets in studies that compare methods at equal bits of the blocks: embedding and head keep 16 bits.
+BLOCKS_ALONE = "e16h16"
 
 
 def read(name: str, folder: Path = RESULTS) -> dict | None:
@@ -87,6 +91,20 @@ class Subject:
         return found
 
 
+@dataclass(frozen=True)
+class Quantization:
+    """row: scores, stored bits and seconds. problem: with the decided schemes, which `model` has."""
+
+    row: dict
+    problem: Problem
+    decision: Decision
+    model: PreTrainedModel
+    reports: list[LayerReport]
+
+    def rel_errors(self) -> dict[str, float]:
+        return {report.name: report.rel_error for report in self.reports}
+
+
 class Experiment:
     """Rows of one model, each written to its file as soon as it is there, with the commit that measured it."""
 
@@ -126,17 +144,18 @@ class Experiment:
         parser.add_argument("--only", default="", help="rows that this expression finds; others stay as they were")
         return parser
 
-    def quantize(
-        self, recipe: Recipe, slopes: Sensitivity | None = None
-    ) -> tuple[dict, Plan, PreTrainedModel, list[LayerReport]]:
-        """-> scores, stored bits and seconds; the plan, the quantized model and what was noted about each weight."""
+    def quantize(self, recipe: Recipe, slopes: Sensitivity | None = None) -> Quantization:
+        """slopes: what a recipe with a budget goes by; measured unless given."""
         start = time.time()
-        plan = decide(self.source, recipe, self.blocks, None, Monitor(), "cpu", slopes)
+        problem = resolve(self.source, recipe)
+        decision = decide(problem, self.blocks, None, Monitor(), "cpu", slopes)
+        problem = problem.with_schemes(decision.schemes)
         decided = time.time()
-        model, reports = execute(self.source, plan, self.blocks, None, Monitor(), "cpu")
+        model, reports = execute(problem, self.blocks.calibration, None, Monitor(), "cpu")
         seconds = {"decide": round(decided - start, 1), "execute": round(time.time() - decided, 1)}
         score = evaluate(model, self.blocks.test, self.reference).to_dict()
-        return score | {"bits": quantized_bits(plan, self.source), "seconds": seconds}, plan, model, reports
+        row = score | {"bits": quantized_bits(problem), "seconds": seconds}
+        return Quantization(row, problem, decision, model, reports)
 
     def row(self, name: str, measure: Callable[[], dict | None]) -> None:
         """Measures and keeps a row that --only asks for; none where a method cannot do it, or has nothing to say."""

@@ -18,15 +18,15 @@ import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
-from math import prod
 
 import numpy as np
 import torch
 from scipy.stats import pearsonr, spearmanr
-from studies.experiment import RESULTS, Subject, provenance, read
+from studies.experiment import BLOCKS_ALONE, RESULTS, Subject, provenance, read
 
 from paley.core import grids, tables
 from paley.core.packing import stored_bits
+from paley.core.schemes import Schemes
 from paley.data import blocks_from_ids
 from paley.eval.perplexity import evaluate
 from paley.eval.reference import Reference
@@ -34,14 +34,15 @@ from paley.eval.sampling import sample_documents
 from paley.methods.nearest import gaussian_error, gaussian_spread
 from paley.methods.sensitivity import MAX_T
 from paley.model.loading import Source, open_source
+from paley.model.problem import Problem
 from paley.model.rotation import input_blocks
 from paley.pipeline.accounting import quantized_bits
+from paley.pipeline.execute import execute
 from paley.pipeline.monitor import Monitor
+from paley.pipeline.resolve import resolve
 from paley.pipeline.sensitivities import measure_on, random_ids
-from paley.pipeline.stages import decide, execute
 from paley.pipeline.texts import Texts
-from paley.plan import Plan
-from paley.recipe import apply_settings, preset
+from paley.recipe import Recipe, apply_settings, preset
 from paley.recipe.saving import json_lines
 
 SLOPES = {"kl, text": "kl", "perplexity, text": "perplexity", "kl, self": "kl", "kl, random": "kl"}
@@ -53,12 +54,15 @@ LINEAR = 0.67, 1.5
 
 
 @functools.cache
-def setting(subject: Subject, scale_search: str) -> tuple[Source, Texts, Reference, Plan]:
+def setting(subject: Subject, scale_search: str) -> tuple[Source, Texts, Reference, Problem]:
     source = open_source(subject.model)
     blocks = subject.texts(source.tokenizer())
-    recipe = apply_settings(preset("higgs-2"), [f"weights.scale_search={scale_search}"])
-    plan = decide(source, recipe, blocks, None, Monitor(), "cpu")
-    return source, blocks, Reference.of(source.load(), blocks.test), plan
+    problem = resolve(source, higgs(f"weights.scale_search={scale_search}"))
+    return source, blocks, Reference.of(source.load(), blocks.test), problem
+
+
+def higgs(*settings: str) -> Recipe:
+    return apply_settings(preset("higgs-2" + BLOCKS_ALONE), list(settings))
 
 
 def slopes(name: str, subject: Subject, scale_search: str) -> dict:
@@ -99,16 +103,18 @@ def allocations(sizes: dict[str, int]) -> dict[str, dict[str, str]]:
 
 
 def row(name: str, chosen: dict[str, str], subject: Subject, scale_search: str) -> dict:
-    source, blocks, reference, plan = setting(subject, scale_search)
-    linears = {n: replace(s, weight=replace(s.weight, grid=chosen[n])) for n, s in plan.linears.items()}
-    plan = plan.model_copy(update={"linears": linears})
-    quantized, reports = execute(source, plan, blocks, None, Monitor(), "cpu")
+    source, blocks, reference, problem = setting(subject, scale_search)
+    linears = dict(problem.schemes.linears)
+    for n, grid in chosen.items():
+        linears[n] = replace(linears[n], weight=replace(linears[n].weight, grid=grid))
+    problem = problem.with_schemes(Schemes(linears, problem.schemes.attentions))
+    quantized, reports = execute(problem, None, None, Monitor(), "cpu")
     score = evaluate(quantized, blocks.test, reference)
     original = float(reference.nll.double().mean().exp())
-    weights = np.array([prod(source.checkpoint.shape(f"{n}.weight")) for n in chosen])
+    weights = np.array([source.sites[n].numel for n in chosen])
     bits = [stored_bits(grids.load(g)) for g in chosen.values()]
     return {
-        "grid_bits": float(bits @ weights / weights.sum()), "stored_bits": quantized_bits(plan, source),
+        "grid_bits": float(bits @ weights / weights.sum()), "stored_bits": quantized_bits(problem),
         "largest_t2": max(grids.load(g).mse for g in chosen.values()), "kl": score.kl, "kl_stderr": score.kl_stderr,
         "perplexity": score.perplexity - original, "perplexity_stderr": score.gap_stderr * score.perplexity,
         "grids": " ".join(chosen.values()),
@@ -146,7 +152,7 @@ def summary(result: dict) -> dict:
 def gaussian_errors(result: dict, grid: str) -> dict[str, float]:
     """The rel_error that each linear would have were its rotated weights Gaussian, in groups as `setting` has them."""
     scale_search = "unbiased" if "--stretched" in result["command"] else "rms"
-    recipe = apply_settings(preset("higgs-2"), [f"weights.grid={grid}", f"weights.scale_search={scale_search}"])
+    recipe = higgs(f"weights.grid={grid}", f"weights.scale_search={scale_search}")
     found = {}
     for name in result["linears"]:
         blocks = input_blocks(result["in_features"][name], recipe.hadamard, recipe.seed)
@@ -206,15 +212,15 @@ def main() -> None:
         renew_slopes(replace(subject, test=1))
         return
     where = subject, "unbiased" if arguments.stretched else "rms"
-    source, blocks, reference, plan = setting(*where)
-    shapes = {name: source.checkpoint.shape(f"{name}.weight") for name in plan.linears}
-    sizes = {name: prod(shape) for name, shape in shapes.items()}
+    source, blocks, reference, _ = setting(*where)
+    linears = source.sites.of("linear")
+    sizes = {site.name: site.numel for site in linears}
     rows = allocations(sizes)
     result: dict = {
         "model": subject.name, "command": " ".join(["python -m studies.linearity", *sys.argv[1:]]),
         **provenance(), "test": blocks.test.source, "sequences": len(blocks.test.ids),
         "original_perplexity": float(reference.nll.double().mean().exp()),
-        "linears": sizes, "in_features": {name: shape[1] for name, shape in shapes.items()},
+        "linears": sizes, "in_features": {site.name: site.shape[1] for site in linears},
         "t2": {n: error(n, arguments.stretched) for n in tables.names() if n.startswith("p2")},
         "slopes": {}, "rows": {},
     }  # fmt: skip

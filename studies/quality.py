@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 
-from studies.experiment import Experiment
+from studies.experiment import BLOCKS_ALONE, Experiment
 
 from paley.recipe import Recipe, apply_settings, preset
 
@@ -17,18 +17,19 @@ def rows(width: str, expansions: list[str]) -> dict[str, tuple[Recipe, str]]:
     """name -> recipe and the command that gives it."""
     found = {name: preset(f"{name}-{width}") for name in ("rtn", "quarot", "quarot-clipped")}
     labelled = {name: (recipe, f"--preset {name}-{width}") for name, recipe in found.items()}
+    ours = width + BLOCKS_ALONE
     for expand in expansions:
         flags = ["search.method=none", f"expand={expand}"]
         name = "paley without search" + (f" + {expand} columns" if expand != "0" else "")
-        labelled[name] = (apply_settings(preset(width), flags), f"--preset {width} --set {' '.join(flags)}")
-    labelled["paley"] = (preset(width), f"--preset {width}")
+        labelled[name] = (apply_settings(preset(ours), flags), f"--preset {ours} --set {' '.join(flags)}")
+    labelled["paley"] = (preset(ours), f"--preset {ours}")
     return labelled
 
 
 def measure(experiment: Experiment, recipe: Recipe, flags: str) -> dict:
-    row, plan, model, _ = experiment.quantize(recipe)
-    work = _linear_work(model) / _linear_work(experiment.source.load())
-    return row | {"linear_flops_ratio": work, "trials": len(plan.trace), "flags": flags}
+    found = experiment.quantize(recipe)
+    work = _linear_work(found.model) / _linear_work(experiment.source.skeleton)
+    return found.row | {"linear_flops_ratio": work, "trials": len(found.decision.trace), "flags": flags}
 
 
 def _linear_work(model) -> int:

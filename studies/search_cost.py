@@ -11,16 +11,14 @@ import functools
 import time
 
 import torch
-from studies.experiment import Experiment, save
+from studies.experiment import BLOCKS_ALONE, Experiment, save
 
 from paley.eval.perplexity import evaluate
 from paley.model.adapter import Adapter
-from paley.model.calibrate import set_attention_, set_input_
 from paley.model.capture import BlockRunner
-from paley.model.loading import Source
+from paley.model.problem import Problem
 from paley.model.search import ClipSearch
-from paley.pipeline.stages import prepare_
-from paley.plan import Plan
+from paley.pipeline.execute import prepare_
 from paley.recipe import apply_settings, preset
 from paley.recipe.models import Search
 
@@ -43,15 +41,17 @@ def main() -> None:
     arguments = parser.parse_args()
     bits = arguments.bits
     experiment = Experiment("search-cost", arguments)
-    recipe = apply_settings(preset(f"w{bits}a{bits}kv{bits}"), [g % bits if "%" in g else g for g in GRIDS])
-    start, plan, model, _ = experiment.quantize(recipe)
+    grids = [g % bits if "%" in g else g for g in GRIDS]
+    recipe = apply_settings(preset(f"w{bits}a{bits}kv{bits}{BLOCKS_ALONE}"), grids)
+    quantized = experiment.quantize(recipe)
+    start = quantized.row
     tokens = experiment.blocks.search.ids.numel()
     experiment.result |= {"bits": bits, "search_tokens": tokens, "not searched": start}
     print(f"{'not searched':40s} gap {start['gap']:.4f} ± {start['gap_stderr']:.4f}", flush=True)
     counts = [(name, s, arguments.search) for name, s in VARIANTS.items()]
     counts += [(f"ours, {n} sequences", Search(), n) for n in (arguments.search // 8, arguments.search // 2)]
     for name, settings, sequences in counts:
-        measure = functools.partial(run, experiment, Adapter(model), plan, settings, sequences)
+        measure = functools.partial(run, experiment, Adapter(quantized.model), quantized.problem, settings, sequences)
         experiment.row(name, lambda measure=measure: {"bits": start["bits"]} | measure())
     rows = experiment.result["rows"]
     if {"paper", "ours"} <= set(rows):
@@ -61,13 +61,13 @@ def main() -> None:
         save(experiment.result, experiment.file)
 
 
-def run(experiment: Experiment, adapter: Adapter, plan: Plan, settings: Search, sequences: int) -> dict:
+def run(experiment: Experiment, adapter: Adapter, problem: Problem, settings: Search, sequences: int) -> dict:
     """One search on the model as it stands (its weights are final), and the score it leads to."""
     ids = experiment.blocks.search.ids[:sequences]
     runner = BlockRunner(adapter)
-    hidden = original_hidden(experiment.source, plan, ids)
+    hidden = original_hidden(problem, ids)
     trials: list = []
-    search = ClipSearch(runner, ids, hidden, plan.linears, plan.attentions, settings)
+    search = ClipSearch(runner, ids, hidden, problem.schemes, settings)
     runner.work, begin = 0, time.perf_counter()
     search.run(on_trial=trials.append)
     seconds = time.perf_counter() - begin
@@ -76,14 +76,10 @@ def run(experiment: Experiment, adapter: Adapter, plan: Plan, settings: Search, 
 
 
 @torch.no_grad()
-def original_hidden(source: Source, plan: Plan, ids: torch.Tensor) -> torch.Tensor:
+def original_hidden(problem: Problem, ids: torch.Tensor) -> torch.Tensor:
     """Last hidden states of the original in the rotated model's coordinates."""
-    adapter = Adapter(source.load())
-    prepare_(source, adapter, plan)
-    for block in adapter.blocks:
-        set_attention_(block, None)
-        for role, _ in block.linears():
-            set_input_(block.part(role), None)
+    adapter = Adapter(problem.source.load())
+    prepare_(problem, adapter)
     runner = BlockRunner(adapter)
     return runner.suffix(0, runner.embed(ids))
 

@@ -18,20 +18,19 @@ from studies.experiment import RESULTS, Subject, provenance, save
 
 from paley.core.metrics import rel_error
 from paley.core.rounding import fitting_group_size
-from paley.core.schemes import WeightScheme
+from paley.core.schemes import Rotation, WeightScheme
 from paley.core.transforms import Transform
 from paley.data import TokenBlocks, blocks_from_ids
 from paley.methods.nearest import quantize_nearest
 from paley.methods.sensitivity import AGREEMENT, LEVELS, Slope, measure_slopes
 from paley.model.adapter import Adapter
 from paley.model.capture import BlockRunner
-from paley.model.fold import fold_norms_, untie_
+from paley.model.fold import fold_norms_
 from paley.model.loading import Source, open_source
 from paley.model.rotation import rotate_
 from paley.model.sensitivity import NoiseProbe
 from paley.model.trials import Objective, Prefix
 from paley.pipeline.sensitivities import random_ids
-from paley.plan import Rotation
 
 GRIDS = ("gauss4", "gauss3")
 GROUP_SIZE = 32
@@ -44,7 +43,6 @@ class Meter:
     def __init__(self, source: Source, blocks: TokenBlocks, metric: str, *, seed: int = 0, fold: bool = True):
         adapter = Adapter(source.load())
         if fold:
-            untie_(adapter)
             fold_norms_(adapter)
         self.runner = BlockRunner(adapter)
         self.probe = NoiseProbe(self.runner, blocks.ids, metric=metric, kinds=("weight",), rotated=fold, seed=seed)
@@ -65,7 +63,8 @@ class Meter:
             cost["work"] += work
             return value
 
-        return measure_slopes(list(self.probe.slots), delta, agreement=agreement), cost
+        linears = [name for name, site in self.probe.sites.items() if site.kind == "linear"]
+        return measure_slopes(linears, delta, agreement=agreement), cost
 
 
 def spearman(a: dict[str, Slope], b: dict[str, Slope]) -> float:
@@ -76,15 +75,14 @@ def spearman(a: dict[str, Slope], b: dict[str, Slope]) -> float:
 def rounded(source: Source, blocks: TokenBlocks, slopes: dict[str, Slope], grid: str) -> dict:
     """KL of rounding the rotated model's weights to nearest, measured and as the slopes predict it."""
     adapter = Adapter(source.load())
-    width, head = adapter.hidden_size, adapter.head_dim
-    residual, heads = Transform(width, width, width, seed=1), Transform(head, head, head, seed=2)
-    rotate_(adapter, Rotation(residual=residual, head=heads))
+    width, head = adapter.sites.embedding.shape[1], adapter.sites.of("keys")[0].shape[1]
+    rotate_(adapter, Rotation(Transform(width, width, width, seed=1), Transform(head, head, head, seed=2)), {})
     runner = BlockRunner(adapter)
     objective = Objective(runner, blocks.ids, runner.suffix(0, runner.embed(blocks.ids)), "kl")
     prefix, ratios, t2, changed = Prefix(runner, blocks.ids), {}, {}, {}
     for block in adapter.blocks:
-        for role, name in block.linears():
-            weight = block.part(role).weight.data
+        for site in block.linears():
+            name, weight = site.name, adapter.module(site.module).weight.data
             before = weight.clone()
             scheme = WeightScheme(grid, fitting_group_size(weight.shape[1], GROUP_SIZE), method="nearest")
             changed[name] = quantize_nearest(weight, scheme).dequantize()
@@ -94,7 +92,7 @@ def rounded(source: Source, blocks: TokenBlocks, slopes: dict[str, Slope], grid:
             weight.copy_(before)
             ratios[name] = kl / (slopes[name].alpha * t2[name])
     for name, weight in changed.items():
-        adapter.model.get_submodule(name).weight.data.copy_(weight)
+        adapter.module(name).weight.data.copy_(weight)
     together = objective(runner.suffix(0, runner.embed(blocks.ids)))
     top = sorted(slopes, key=lambda name: -slopes[name].alpha)[:10]
     return {

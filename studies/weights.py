@@ -14,13 +14,13 @@ import time
 from collections.abc import Iterator
 
 import torch
-from studies.experiment import Experiment
+from studies.experiment import BLOCKS_ALONE, Experiment
 
 from paley.core import grids, tables
 from paley.core.packing import stored_bits
 from paley.eval.perplexity import evaluate
-from paley.model.adapter import Adapter
 from paley.pipeline.monitor import Monitor
+from paley.pipeline.resolve import resolve
 from paley.pipeline.sensitivities import measure_for
 from paley.recipe import Recipe, apply_settings, preset
 from paley.sensitivity import Sensitivity
@@ -30,6 +30,7 @@ try:
 except ImportError:
     Quantizer = None
 
+HIGGS = "higgs-2" + BLOCKS_ALONE
 BITS = (2, 2.5, 3, 3.25, 4.02, 4.25)
 SLACK = 0.02
 GROUPS = (None, 128, 64, 32, 16)
@@ -46,14 +47,15 @@ def recipes(budget: float, widths: dict[int, int]) -> Iterator[tuple[str, Recipe
         ("rtn", "rtn-w4a16", (), ("int",)),
         ("nf", "rtn-w4a16", (), ("nf",)),
         ("af", "rtn-w4a16", (), ("af",)),
-        ("gptq", "quarot-w4a16", ("rotate=false", "expand_mlp=0"), ("int",)),
+        ("gptq", "quarot-w4a16", ("rotate=none", "expand_mlp=0"), ("int",)),
         ("ours, w?a16", "w4a16", ("weights.scale_search=mse",), ("gauss",)),
     ):
         found = _best_grouped(budget, widths, families)
         if found is not None:
             grid, group = found
             size = "null" if group is None else group
-            yield name, apply_settings(preset(base), [*settings, f"weights.grid={grid}", f"weights.group_size={size}"])
+            grouped = [*settings, f"weights.grid={grid}", f"weights.group_size={size}"]
+            yield name, apply_settings(preset(base + BLOCKS_ALONE), grouped)
     overhead = scale_bits(widths)
     for dimension in (1, 2, 3, 4):
         grid = _best_grid([n for n in tables.names() if n.startswith(f"p{dimension}")], budget - overhead)
@@ -92,7 +94,7 @@ def _best_grid(names: list[str], bits: float) -> str | None:
 
 def _higgs(grid: str, scale_search: str = "unbiased") -> Recipe:
     """rms: as published."""
-    return apply_settings(preset("higgs-2"), [f"weights.grid={grid}", f"weights.scale_search={scale_search}"])
+    return apply_settings(preset(HIGGS), [f"weights.grid={grid}", f"weights.scale_search={scale_search}"])
 
 
 def _calibrated(recipe: Recipe) -> Recipe:
@@ -102,12 +104,12 @@ def _calibrated(recipe: Recipe) -> Recipe:
 
 def _ours(grid: str) -> Recipe:
     """Our default for weights alone, on the same grid: rotations folded, GPTQ, the residual stream as its aim."""
-    return apply_settings(preset("w4a16"), [f"weights.grid={grid}", "weights.scale_search=rms"])
+    return apply_settings(preset("w4a16" + BLOCKS_ALONE), [f"weights.grid={grid}", "weights.scale_search=rms"])
 
 
 def allocated(budget: float) -> dict[str, Recipe]:
     limit = f"weights: {budget}, sequences: 4, seq_len: 256"
-    default = apply_settings(preset("higgs-2"), [f"budget={{{limit}}}"])
+    default = apply_settings(preset(HIGGS), [f"budget={{{limit}}}"])
     flat = [n for n in tables.names() if n[1] == "2"]
     base = apply_settings(default, [f"budget={{{limit}, grids: [{', '.join(flat)}, keep]}}"])
     every = [n for n in tables.names() if n[1] in "234"] + [n for n in grids.names() if n.startswith("e8")]
@@ -121,31 +123,31 @@ def allocated(budget: float) -> dict[str, Recipe]:
 
 
 def measure(experiment: Experiment, recipe: Recipe, slopes: Sensitivity) -> dict:
-    row, plan, _, reports = experiment.quantize(recipe, slopes)
+    found = experiment.quantize(recipe, slopes)
     grid = recipe.weights.grid.name if recipe.budget is None else "allocated"
     group = recipe.weights.group_size
-    return row | {
+    return found.row | {
         "setting": grid + (f" /{group}" if group else ""),
-        "predicted": plan.predicted_loss,
-        "rel_error": {r.name: r.rel_error for r in reports},
+        "predicted": found.decision.predicted_loss,
+        "rel_error": found.rel_errors(),
     }
 
 
 def measure_hqq(experiment: Experiment, budget: float) -> dict | None:
     model = experiment.source.load()
-    linears = {path: block.part(role) for block in Adapter(model).blocks for role, path in block.linears()}
-    narrow = min(linear.in_features for linear in linears.values())
+    linears = [model.get_submodule(site.module) for site in experiment.source.sites.of("linear")]
+    narrow = min(linear.in_features for linear in linears)
     fitting = [
         (bits, group)
         for bits in (2, 3, 4, 8)
         for group in (narrow, 128, 64, 32, 16)
-        if bits + 32 / group <= budget + SLACK and all(m.weight.numel() % group == 0 for m in linears.values())
+        if bits + 32 / group <= budget + SLACK and all(m.weight.numel() % group == 0 for m in linears)
     ]
     if not fitting:
         return None
     bits, group = max(fitting, key=lambda f: (f[0], -f[1]))
     start = time.time()
-    for linear in linears.values():
+    for linear in linears:
         q, meta = Quantizer.quantize(
             linear.weight.data, nbits=bits, group_size=group, axis=1, device="cpu", compute_dtype=torch.float32
         )
@@ -161,11 +163,10 @@ def main() -> None:
     arguments = parser.parse_args()
     experiment = Experiment("weights", arguments)
     widths: dict[int, int] = {}
-    for block in Adapter(experiment.source.skeleton()).blocks:
-        for role, _ in block.linears():
-            linear = block.part(role)
-            widths[linear.in_features] = widths.get(linear.in_features, 0) + linear.weight.numel()
-    slopes = measure_for(allocated(4)["unbiased p=2 + allocation"], experiment.source, None, Monitor(), "cpu")
+    for site in experiment.source.sites.of("linear"):
+        widths[site.shape[1]] = widths.get(site.shape[1], 0) + site.numel
+    problem = resolve(experiment.source, allocated(4)["unbiased p=2 + allocation"])
+    slopes = measure_for(problem, None, Monitor(), "cpu")
     for nominal in map(float, arguments.bits.split(",")):
         budget = nominal + scale_bits(widths)
         for name, recipe in (*recipes(budget, widths), *allocated(budget).items()):

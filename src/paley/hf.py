@@ -24,7 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from paley.core.errors import PaleyError, nearest_name
 from paley.format.checkpoint import Checkpoint
 from paley.format.header import TensorInfo, read_header
-from paley.format.spec import PARTS, QUANT_METHOD, QuantizationConfig, check_values, expected_tensors
+from paley.format.spec import DIAGONAL, PARTS, QUANT_METHOD, QuantizationConfig, check_values, expected_tensors
 from paley.model import attention
 from paley.model.adapter import Adapter
 from paley.model.coded import Coded
@@ -182,6 +182,8 @@ def _check_values(model: PreTrainedModel, stored: Mapping[str, TensorInfo]) -> N
                 check_values(name, found, module.width, module.scheme.weight.grid)
             except PaleyError as error:
                 raise PaleyError(f"{stored[name + PARTS[0]].file.parent}: {error}") from None
+        if isinstance(module, Coded) and module.diagonal is not None and not bool((module.diagonal > 0).all()):
+            raise PaleyError(f"{stored[name + DIAGONAL].file}: {name + DIAGONAL} must be positive; the file is damaged")
     for name, info in stored.items():
         if state[name].is_floating_point() and not bool(state[name].isfinite().all()):
             if bool(info.read().isfinite().all()):

@@ -113,7 +113,7 @@ def test_a_plan_executed_gives_the_bytes_that_quantize_gave(made, tmp_path):
     plan = tmp_path / "plan.json"
     args = ["plan", made.model, "--preset", "w3a3kv3", "--output", plan, "--calibration", made.text, *SIZES]
     shown = paley_(*args).out
-    assert "14 of 14 quantized" in shown
+    assert "16 of 16 quantized" in shown
     assert f"written to {plan}" in shown
     assert "exists already" in paley_(*args, code=2).err
     paley_("quantize", made.model, "--plan", plan, "--output", tmp_path / "o")
@@ -259,7 +259,7 @@ def test_generate_samples_by_its_seed(made):
 
 def test_inspect_lists_each_slot_and_every_byte(made):
     found = json.loads(paley_("inspect", made.out, "--json").out)
-    assert len(found["linears"]) == 14
+    assert len(found["linears"]) == 14 + 2
     assert (
         sum(slot["bytes"] for slot in found["linears"].values()) + sum(found["untouched_bytes"].values())
         == found["bytes"]

@@ -41,7 +41,7 @@ def made(tiny_tokenizer, tmp_path_factory) -> SimpleNamespace:
 
 def bits_of(inspection: dict, model: Path) -> float:
     """Stored bits for each weight of the linears that `inspect --json` lists."""
-    weights = sum(p.numel() for n, p in LlamaForCausalLM.from_pretrained(model).named_parameters() if "_proj" in n)
+    weights = sum(p.numel() for n, p in LlamaForCausalLM.from_pretrained(model).named_parameters() if "norm" not in n)
     return 8 * sum(slot["bytes"] for slot in inspection["linears"].values()) / weights
 
 
@@ -59,7 +59,7 @@ def test_a_data_free_preset_needs_no_text_and_shares_out_its_work(made, tmp_path
     assert found["results"]["evaluation"] is None
     assert (tmp_path / "o/model.safetensors").read_bytes() == (tmp_path / "alone/model.safetensors").read_bytes()
     inspection = json.loads(paley_("inspect", tmp_path / "o", "--json").out)
-    assert grids_of(inspection) == {"p2n64"}
+    assert grids_of(inspection) == {"p2n64", "p2n4096"}
     assert "p2n64 nearest" in paley_("inspect", tmp_path / "o").out
     score = ["eval", tmp_path / "o", "--against", made.model, "--sequences", 2, "--seq-len", 32, "--json"]
     assert json.loads(paley_(*score).out)["kl"] > 0
@@ -95,7 +95,7 @@ def test_several_budgets_give_a_curve_and_write_nothing(made, tmp_path, monkeypa
     losses = [point["predicted_loss"] for point in curve]
     assert losses == sorted(losses, reverse=True)
     assert losses[0] > losses[-1] > 0
-    assert all(sum(point["grids"].values()) == 14 for point in curve)
+    assert all(sum(point["grids"].values()) == 14 + 2 for point in curve)
     shown = paley_(*args).out
     assert all(f"{loss:.5f}" in shown for loss in losses)
     assert list(tmp_path.iterdir()) == []
@@ -116,7 +116,7 @@ def test_a_budget_in_bytes_is_that_of_the_folder(made, tmp_path):
 def test_a_budget_for_the_cache(made, tmp_path):
     sizes = ["calibration.sequences=2", "calibration.seq_len=32", "test.sequences=2", "test.seq_len=32"]
     args = ["--preset", "rtn-w4a16kv4", "--kv-bpw", 4, "--sensitivity", made.slopes]
-    args += ["--set", *sizes, "search.method=none", "rotate=false", "center_keys=false"]
+    args += ["--set", *sizes, "search.method=none", "rotate=none", "center_keys=false"]
     paley_("quantize", made.model, *args, "--output", tmp_path / "o")
     found = json.loads(paley_("inspect", tmp_path / "o", "--json").out)
     slots = [slot[what]["grid"] for slot in found["attentions"].values() for what in ("keys", "values")]

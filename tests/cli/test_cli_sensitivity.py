@@ -35,9 +35,9 @@ def test_tables_file_and_what_to_type_next(model, tmp_path):
     output = tmp_path / "alpha.json"
     shown = paley_("sensitivity", model, "--output", output, "--text", "random", *SIZES, "--activations")
     found = Sensitivity.load(output)
-    assert len(found.slots) == 14 + 12
+    assert len(found.slots) == 14 + 2 + 12
     steepest = max(found.slots, key=lambda name: found.slots[name].alpha)
-    assert "largest of 26 slopes" in shown.out
+    assert "largest of 28 slopes" in shown.out
     first = next(line for line in shown.out.splitlines() if line.strip().startswith("model."))
     assert first.split()[0] == steepest
     rows = {line.split()[0]: line.split()[-1] for line in shown.out.splitlines() if line.strip()}

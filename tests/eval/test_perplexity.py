@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import statistics
@@ -218,7 +219,7 @@ def test_the_result_is_json_even_where_perplexity_overflows():
     parsed = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     assert parsed["perplexity"] == "inf"
     assert parsed["nll"] == result.nll > 700
-    assert parsed.keys() == EvalResult.__dataclass_fields__.keys()
+    assert parsed.keys() == {field.name for field in dataclasses.fields(EvalResult)}
 
 
 @pytest.mark.parametrize("role", ["search", "calibration"])

@@ -70,6 +70,7 @@ def test_a_grid_of_ones_own_is_read_from_new_files_and_older_ones():
     assert QuantizationConfig.from_dict(data) == config
     for place in ("weight", "input"):
         data["linears"][UP][place]["grid"] = own.name
+    data["format_version"] = 1
     with pytest.raises(PaleyError, match=rf"weight\.grid: grid '{own.name}': its points are not known here"):
         QuantizationConfig.from_dict(data)
     assert QuantizationConfig.from_dict({"grids": {own.name: points}} | data) == config
@@ -111,9 +112,9 @@ def test_a_grid_of_ones_own_is_read_from_new_files_and_older_ones():
         (["linears"], [], r"linears: should be an? "),
         (["attentions", "model.layers.0.self_attn", "keys", "clip_ratio"], float("nan"), "clip_ratio"),
         (["quant_method"], "gptq", "quant_method must be 'paley', got 'gptq'"),
-        (["format_version"], 2, "format_version must be 1, got 2; install the paley that wrote"),
-        (["format_version"], True, "format_version must be 1, got True"),
-        (["format_version"], None, "format_version must be 1, got None"),
+        (["format_version"], 3, "format_version must be 2, got 3; install the paley that wrote"),
+        (["format_version"], True, "format_version must be 2, got True"),
+        (["format_version"], None, "format_version must be 2, got None"),
         (["linears", UP, "weight", "grid"], {1, 2}, "is not plain JSON data"),
     ],
 )

@@ -176,3 +176,19 @@ def test_unknown_architecture_is_named():
     model.config.model_type = "lama"
     with pytest.raises(PaleyError, match=r"'lama' is not supported.*did you mean 'llama'"):
         Adapter(model)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_logits_are_unchanged_by_diagonals(kind):
+    model = exact(random_model(kind, num_key_value_heads=2, tie_word_embeddings=True))
+    before = logits(model)
+    turned(model, "online", block=16)
+    adapter, generator = Adapter(model), torch.Generator().manual_seed(0)
+    for site in adapter.sites.of("input"):
+        diagonal = torch.rand(site.shape[0], generator=generator).half() + 0.5
+        for path in site.readers:
+            if path != adapter.architecture.head:
+                linear = adapter.module(path)
+                linear.scheme = LinearScheme(transform=linear.scheme.transform, diagonal=True)
+                linear.scale_columns_(diagonal)
+    torch.testing.assert_close(logits(model), before, rtol=1e-9, atol=1e-9)

@@ -23,13 +23,13 @@ def test_a_text_that_changed_is_not_mixed_with_what_was_made_of_the_old_one(tmp_
 
 def test_a_refused_run_keeps_what_stages_made_and_nothing_less(tmp_path):
     run = RunDirectory(tmp_path / "out")
-    for make in (lambda: run.check_texts({"test": "a"}), lambda: run.block_file("final", 0).touch()):
+    for make in (lambda: run.check_texts({"test": "a"}), lambda: run.stage_file("final", "block-0000").touch()):
         assert not run.path.exists()
         with pytest.raises(PaleyError, match="a bad model"), run.open("key"):  # noqa: PT012
             make()
             raise PaleyError("a bad model")
     with run.open("key", resume=True):
-        assert run.block_file("final", 0).exists()
+        assert run.stage_file("final", "block-0000").exists()
 
 
 def test_the_trace_of_a_killed_search_comes_back(tmp_path):

@@ -63,18 +63,18 @@ def test_what_comes_out(made, whole):
     assert (whole.metric, whole.baseline, whole.folded) == ("kl", 0.0, False)
     assert (whole.text.source, whole.text.tokens) == ("random", 48)
     assert whole.fingerprint == open_source(made.model).fingerprint
-    assert len(whole.slots) == 14
+    assert len(whole.slots) == 14 + 1  # a tied pair is one weight
     for slot in whole.slots.values():
         assert slot.alpha == pytest.approx(fit_slope(slot.levels).alpha)
         assert slot.kind == "weight"
     trials = sum(len(slot.levels) for slot in whole.slots.values())
     assert sum(total for _, total in monitor.stages) == len(monitor.steps) == trials + 1
-    assert monitor.stages[:2] == [("checking the checkpoint", 1), ("measuring sensitivities", 14 * 4)]
+    assert monitor.stages[:2] == [("checking the checkpoint", 1), ("measuring sensitivities", 15 * 4)]
 
 
 def test_activations_do_not_change_the_weights_slopes(made, whole):
     more = measure_sensitivity(made.model, **SMALL, kinds=("weight", "input", "keys", "values"))
-    assert len(more.slots) == 14 + 2 * (4 + 1 + 1)
+    assert len(more.slots) == 15 + 2 * (4 + 1 + 1)
     first = {name: dict(slot.levels) for name, slot in whole.slots.items()}
     for name, levels in first.items():
         both = levels.keys() & dict(more.slots[name].levels).keys()

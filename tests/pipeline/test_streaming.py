@@ -24,14 +24,12 @@ from paley.format.checkpoint import Checkpoint, read_tensors
 from paley.format.files import write_json
 from paley.format.header import TensorInfo
 from paley.model.loading import Source, open_source
-from paley.pipeline import Monitor, quantize, streaming
-from paley.pipeline.stages import decide, execute
-from paley.pipeline.texts import Texts
+from paley.pipeline import Monitor, make_plan, quantize, streaming
+from paley.pipeline.execute import execute
+from paley.pipeline.resolve import under_plan
 from paley.plan import Plan
 from paley.recipe import apply_settings, preset
 from tiny_models import EMBEDDING, HEAD, higgs, save_tiny, store_tie_as
-
-NO_TEXTS = Texts(None, None, None)
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2 tied"])
@@ -50,7 +48,7 @@ def contents(path: Path) -> dict[str, bytes]:
         (),
         ("weights.grid=p3n64", "seed=5"),
         ("weights.grid=int4", "weights.scale_search=mse", "weights.group_size=8"),
-        ("weights.grid=uint3", "weights.scale_search=absmax", "hadamard=null"),
+        ("weights.grid=uint3", "weights.scale_search=absmax", "rotate=none"),
         ('overrides=[{pattern: "*.1.mlp.*", keep: true}]',),
         ("weights.grid=e8q4k4",),
     ],
@@ -58,11 +56,11 @@ def contents(path: Path) -> dict[str, bytes]:
 @torch.no_grad()
 def test_it_is_the_model_that_is_made_in_memory(folder, settings, tmp_path):
     wanted, source = higgs(*settings), open_source(folder)
-    plan = decide(source, wanted, NO_TEXTS, None, Monitor(), "cpu")
-    expected, reports = execute(source, plan, NO_TEXTS, None, Monitor(), "cpu")
+    plan = make_plan(folder, wanted)
+    expected, reports = execute(under_plan(source, plan), None, None, Monitor(), "cpu")
     outcome = quantize(folder, wanted, output=tmp_path / "out")
     ids = torch.arange(3, 40)[None]
-    assert torch.equal(hf.load(outcome.output, dense=True)(ids).logits, expected(ids).logits)
+    assert torch.equal(hf.load(outcome.output, product="dense")(ids).logits, expected(ids).logits)
     assert outcome.plan.linears == plan.linears
     errors = {name: layer.rel_error for name, layer in outcome.results.layers.items()}
     assert errors == pytest.approx({report.name: report.rel_error for report in reports}, rel=1e-5)
@@ -74,7 +72,8 @@ def test_biases_and_ties_are_kept_and_every_byte_counts(folder, tmp_path):
     for name in source.checkpoint.names:
         if name.endswith("bias"):
             assert torch.equal(stored[name], source.checkpoint[name].half())
-    assert ("lm_head.weight" in stored) == (source.config.tie_word_embeddings is False)
+    assert ("lm_head.codes" in stored) == (source.config.tie_word_embeddings is False)
+    assert "model.embed_tokens.codes" in stored
     assert outcome.results.bytes == stored.nbytes
     assert outcome.results.evaluation is None
     assert "Nobody has measured this model" in (outcome.output / "README.md").read_text()
@@ -84,7 +83,7 @@ def test_biases_and_ties_are_kept_and_every_byte_counts(folder, tmp_path):
 
 def test_gaussian_layers_have_the_error_of_the_grid(tmp_path, tiny_tokenizer):
     folder = save_tiny(tmp_path / "model", tiny_tokenizer, hidden_size=256, intermediate_size=512)
-    wanted = higgs("hadamard=1024", "weights.scale_search=rms")
+    wanted = higgs("hadamard=1024", "weights.scale_search=rms", name="higgs-3e16h16")
     results = quantize(folder, wanted, output=tmp_path / "out").results
     expected = grids.load("p2n64").mse
     assert [layer.rel_error for layer in results.layers.values()] == pytest.approx([expected] * 14, rel=0.03)
@@ -154,9 +153,9 @@ def test_a_unit_carries_the_grid_it_needs(tmp_path, tiny_tokenizer, monkeypatch)
     folder = save_tiny(tmp_path / "model", tiny_tokenizer)
     grid = grids.custom(torch.randn(9, 2, generator=torch.Generator().manual_seed(5)))
     outcome = quantize(folder, higgs(f"weights.grid={json.dumps(to_plain(grid))}"), output=tmp_path / "out")
-    name, slot = next(iter(outcome.plan.linears.items()))
+    name, scheme = next(iter(outcome.plan.linears.items()))
     info = Checkpoint.open(folder).info(f"{name}.weight")
-    job = pickle.dumps(streaming.TensorJob(name, info, slot, tmp_path / "unit.safetensors"))
+    job = pickle.dumps(streaming.TensorJob(name, info, scheme, tmp_path / "unit.safetensors"))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         report = pool.submit(_unpickled, job).result()
@@ -244,7 +243,7 @@ def test_a_config_of_another_model_is_refused(tmp_path, tiny_tokenizer, change, 
 
 
 def test_what_needs_data_cannot_go_without_a_test(folder, tmp_path):
-    wanted = higgs("hadamard=null", name="rtn-w4a4kv4").model_copy(update={"rotate": True, "expand_mlp": "auto"})
+    wanted = higgs("rotate=folded", "expand_mlp=auto", name="rtn-w4a4kv4")
     with pytest.raises(PaleyError, match="only data-free recipes can go without"):
         quantize(folder, wanted, output=tmp_path / "out")
 
@@ -253,13 +252,13 @@ def test_what_needs_data_cannot_go_without_a_test(folder, tmp_path):
 def test_a_kept_weight_is_turned_where_its_input_is(folder, tmp_path):
     wanted = apply_settings(preset("higgs-w3a8"), ["test=null", "hadamard=16"])
     source = open_source(folder)
-    plan = decide(source, wanted, NO_TEXTS, None, Monitor(), "cpu")
+    plan = make_plan(folder, wanted)
     name = "model.layers.0.mlp.down_proj"  # padded from 37 to 48
     plan = plan.model_copy(update={"linears": plan.linears | {name: replace(plan.linears[name], weight=None)}})
-    expected, _ = execute(source, plan, NO_TEXTS, None, Monitor(), "cpu")
+    expected, _ = execute(under_plan(source, plan), None, None, Monitor(), "cpu")
     outcome = quantize(folder, plan=plan, output=tmp_path / "out")
     ids = torch.arange(3, 40)[None]
-    assert torch.equal(hf.load(outcome.output, dense=True)(ids).logits, expected(ids).logits)
+    assert torch.equal(hf.load(outcome.output, product="dense")(ids).logits, expected(ids).logits)
 
 
 def test_processes_know_a_grid_of_ones_own(folder, tmp_path):
@@ -268,7 +267,7 @@ def test_processes_know_a_grid_of_ones_own(folder, tmp_path):
     alone = quantize(folder, wanted, output=tmp_path / "one")
     shared = quantize(folder, wanted, output=tmp_path / "two", workers=2)
     assert contents(alone.output) == contents(shared.output)
-    assert {slot.weight.grid for slot in alone.plan.linears.values()} == {grid}
+    assert {s.weight.grid for path, s in alone.plan.linears.items() if ".layers." in path} == {grid}
 
 
 def test_a_grid_that_only_the_recipe_names_is_carried_too(folder, tmp_path):
@@ -282,12 +281,12 @@ def test_a_grid_that_only_the_recipe_names_is_carried_too(folder, tmp_path):
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (lambda linears: linears.pop("model.layers.0.mlp.down_proj"), "model.layers.0.mlp.down_proj has no slot"),
+        (lambda linears: linears.pop("model.layers.0.mlp.down_proj"), "model.layers.0.mlp.down_proj has no scheme"),
         (lambda linears: linears.update({"../x": LinearScheme()}), r"'?\.\./x'? is no layer of this model"),
     ],
 )
 def test_an_edited_plan_must_fit(folder, tmp_path, change, complaint):
-    plan = decide(open_source(folder), higgs(), NO_TEXTS, None, Monitor(), "cpu")
+    plan = make_plan(folder, higgs())
     linears = dict(plan.linears)
     change(linears)
     with pytest.raises(PaleyError, match=complaint):
@@ -322,9 +321,12 @@ def weights(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("names", [(HEAD,), (HEAD, EMBEDDING)])
 @torch.no_grad()
 def test_a_tied_pair_may_be_stored_under_either_name_or_both(tmp_path, tiny_tokenizer, names):
-    usual = quantize(save_tiny(tmp_path / "usual", tiny_tokenizer, qwen=True), higgs(), output=tmp_path / "one")
-    folder = store_tie_as(save_tiny(tmp_path / "other", tiny_tokenizer, qwen=True), *names)
-    other = quantize(folder, higgs(), output=tmp_path / "two")
+    usual, other = save_tiny(tmp_path / "usual", tiny_tokenizer, qwen=True), tmp_path / "other"
+    folder = store_tie_as(save_tiny(other, tiny_tokenizer, qwen=True), *names)
+    coded = [quantize(model, higgs(), output=tmp_path / f"coded {model.name}").output for model in (usual, folder)]
+    assert weights(coded[0]) == weights(coded[1])
+    kept = higgs(name="higgs-3e16h16")
+    usual, other = (quantize(model, kept, output=tmp_path / f"kept {model.name}") for model in (usual, folder))
     assert weights(other.output) == weights(usual.output)
     for key in ("parameters", "bits_per_weight", "bits_per_quantized_weight", "original_bytes", "untouched"):
         assert getattr(other.results, key) == getattr(usual.results, key)

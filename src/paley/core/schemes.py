@@ -122,6 +122,8 @@ class ActivationScheme:
 class LinearScheme:
     """One linear layer: its weight, its input, and the rotation its input gets at run time before rounding.
 
+    diagonal: the layer stores a number for each value that it reads. Before the rotation the input is divided by it,
+    and the weight's columns are multiplied by it: T = H D⁻¹. It needs a transform.
     An embedding has one too: its rows are stored rotated, and rotated back when they are looked up.
 
     outliers: input channels whose weights stay in int8, and so do their values if the input is rounded (Atom,
@@ -134,13 +136,16 @@ class LinearScheme:
     input: ActivationScheme | None = None
     transform: Transform | None = None
     outliers: int = 0
+    diagonal: bool = False
 
     @property
     def needs_data(self) -> bool:
-        """Whether the weight's codes, or which columns are outliers, depend on the layer's inputs."""
-        return self.weight is not None and (self.weight.needs_data or self.outliers > 0)
+        """Whether the diagonal, the weight's codes, or which columns are outliers, depend on the layer's inputs."""
+        return self.diagonal or (self.weight is not None and (self.weight.needs_data or self.outliers > 0))
 
     def __post_init__(self) -> None:
+        if self.diagonal and self.transform is None:
+            raise PaleyError("linear scheme: a diagonal stands before a transform, but transform is null")
         if self.outliers < 0:
             raise PaleyError(f"linear scheme: outliers must be at least 0, got {self.outliers}")
         if self.outliers and self.weight is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -25,6 +26,7 @@ __all__ = [
 
 CODES, SCALES, ZEROS = ".codes", ".scales", ".zeros"  # suffixes of a quantized linear's name
 OUTLIERS, OUTLIER_SCALES, OUTLIER_COLUMNS = ".outliers", ".outlier_scales", ".outlier_columns"
+DIAGONAL = ".diagonal"
 PARTS = (CODES, SCALES, ZEROS, OUTLIERS, OUTLIER_SCALES, OUTLIER_COLUMNS)
 WEIGHT, BIAS = ".weight", ".bias"
 SCALE_DTYPE = torch.float16
@@ -59,8 +61,11 @@ def expected_tensors(name: str, scheme: LinearScheme, in_features: int, out_feat
         raise PaleyError(
             f"{name}: in_features={in_features}, but its transform ends at out_dim={scheme.transform.out_dim}"
         )
+    beside: Expected = {}
+    if scheme.diagonal and scheme.transform is not None:
+        beside = {name + DIAGONAL: (SCALE_DTYPE, (scheme.transform.in_dim,))}
     if scheme.weight is None:
-        return {name + WEIGHT: (None, (out_features, in_features))}
+        return {name + WEIGHT: (None, (out_features, in_features)), **beside}
     if in_features < 1:
         raise PaleyError(f"{name}: in_features={in_features} must be positive")
     size = scheme.weight.group_size or in_features
@@ -79,7 +84,7 @@ def expected_tensors(name: str, scheme: LinearScheme, in_features: int, out_feat
         expected[name + OUTLIERS] = (torch.uint8, (out_features, scheme.outliers))
         expected[name + OUTLIER_SCALES] = (SCALE_DTYPE, (out_features, 1))
         expected[name + OUTLIER_COLUMNS] = (torch.int32, (scheme.outliers,))
-    return expected
+    return expected | beside
 
 
 def check_outliers(name: str, outliers: int, in_features: int) -> None:
@@ -134,7 +139,8 @@ def decode_linear(name: str, tensors: Tensors, scheme: LinearScheme, in_features
     stored = {name + part: tensors[name + part] for part in PARTS if name + part in tensors}
     codes = stored.get(name + CODES)
     out_features = codes.shape[0] if codes is not None and codes.dim() else 0
-    _check_form(name, stored, expected_tensors(name, scheme, in_features, out_features))
+    expected = expected_tensors(name, replace(scheme, diagonal=False), in_features, out_features)
+    _check_form(name, stored, expected)
     grid = scheme.weight.grid
     check_values(name, stored, in_features, grid)
     codes, outliers = unpack_weight(stored[name + CODES], grid, in_features), None

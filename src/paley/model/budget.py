@@ -129,8 +129,9 @@ def range_note(problem: Problem) -> str:
         return ""
     bits = values = beyond = 0
     for site, scheme in problem.weights():
-        bits += 8 * problem.stored_bytes(site)
-        values += site.numel
+        if site.kind == "linear":  # many words in many bits say nothing of them
+            bits += 8 * problem.stored_bytes(site)
+            values += site.numel
         if scheme.weight is not None:
             beyond += gaussian_error(scheme.weight, scheme.stored_width(problem.shape(site)[1])) > MAX_T**2
     if bits < _FEW_BITS * values:

@@ -19,7 +19,8 @@ from paley.core.errors import PaleyError
 from paley.core.metrics import rel_error
 from paley.core.rounding import Quantized
 from paley.core.schemes import AttentionScheme, LinearScheme, Schemes
-from paley.format.spec import check_outliers
+from paley.format.spec import DIAGONAL, check_outliers
+from paley.methods.diagonal import balance
 from paley.methods.gptq import InputStatistics, quantize_gptq
 from paley.methods.nearest import quantize_nearest
 from paley.model.adapter import Adapter, Block
@@ -60,7 +61,8 @@ def wrap_(adapter: Adapter, schemes: Schemes) -> None:
         if not isinstance(linear, nn.Linear):
             raise PaleyError(f"{site.name}: is a {type(linear).__name__}, expected a linear layer")
         if site.kind == "linear" or transform is not None:
-            made = QuantLinear.from_linear(linear, LinearScheme(transform=transform), None, name=site.name)
+            bare = LinearScheme(transform=transform, diagonal=schemes.linears[site.name].diagonal)
+            made = QuantLinear.from_linear(linear, bare, None, name=site.name)
             adapter.model.set_submodule(site.module, made)
     share_inputs_(adapter)
 
@@ -73,6 +75,8 @@ def share_inputs_(adapter: Adapter) -> None:
             shared = SharedInput(len(readers))
             for reader in readers:
                 reader.shared_input = shared
+                if reader.diagonal is not None and torch.equal(reader.diagonal, readers[0].diagonal):
+                    reader.diagonal = readers[0].diagonal
 
 
 def set_input_(linear: nn.Module, scheme: LinearScheme | None) -> None:
@@ -113,20 +117,21 @@ class ModelQuantizer:
 
     @torch.no_grad()
     def block(
-        self, index: int, known: Mapping[str, Quantized], key_mean: Tensor | None = None,
+        self, index: int, known: Mapping[str, Quantized], beside: Mapping[str, Tensor],
         on_layer: OnLayer = lambda _: None,
     ) -> list[LayerReport]:  # fmt: skip
         """Quantizes block `index` in place -> a report for each of its quantized linears.
 
-        known: codes of all of them, by name, or none; key_mean: with codes, the mean keys that were found then.
+        known: codes of all of them, by name, or none; beside: with codes, what `beside` gave of the block then.
         """
         block = self.adapter.blocks[index]
+        self._balance(block, beside)
         reference = copy.deepcopy(block.module)
         if not known:
             self._center_keys(block)
             self._choose_outliers(block, reference)
-        elif key_mean is not None:
-            self.adapter.module(block.attention).key_mean.copy_(key_mean)
+        elif (mean := beside.get(f"{block.attention}.key_mean")) is not None:
+            self.adapter.module(block.attention).key_mean.copy_(mean)
         self._activate(block)
         reports = []
         for alike in self._same_inputs(block):
@@ -159,6 +164,38 @@ class ModelQuantizer:
         report = self._replace_linear(site, q)
         on_layer(report)
         return [report]
+
+    def beside(self, index: int) -> dict[str, Tensor]:
+        """What block `index` stores beside its codes: mean keys and diagonals, by the name of the tensor."""
+        block = self.adapter.blocks[index]
+        found = {f"{block.attention}.key_mean": self.adapter.module(block.attention).key_mean}
+        found |= {site.name + DIAGONAL: self.adapter.module(site.module).diagonal for site in block.linears()}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def _balance(self, block: Block, known: Mapping[str, Tensor]) -> None:
+        """Gives the linears of each input the diagonal that balances what weights and inputs lose."""
+        for site in block.inputs():
+            linears = {name: self.adapter.module(name) for name in site.readers if self.linears[name].diagonal}
+            if not linears:
+                continue
+            if (diagonal := known.get(next(iter(linears)) + DIAGONAL)) is None:
+                diagonal = self._diagonal(block, list(linears.values()))
+            for linear in linears.values():
+                linear.scale_columns_(diagonal)
+
+    def _diagonal(self, block: Block, linears: list[QuantLinear]) -> Tensor:
+        """-> float16 [in]: sqrt(x / w), x the size of each channel of the input, w that of each column."""
+        if self.original is None:
+            raise PaleyError(f"{linears[0].name}: a diagonal needs calibration text; set diagonal=false")
+        energy = torch.zeros(linears[0].plain_width, dtype=torch.float64, device=self.original.device)
+
+        def add(_: str, x: Tensor) -> None:
+            energy.add_(x.double().square().sum(0))
+
+        with capture_inputs({"input": linears[0]}, add):
+            for hidden in self.original[: 4 * self.runner.batch].split(self.runner.batch):
+                self.runner.until(linears[0], block.module, block.index, hidden)
+        return balance(energy.sqrt(), torch.cat([linear.plain_weight() for linear in linears]))
 
     def _quantize_embedding(self, site: Site, q: Quantized | None) -> LayerReport:
         """Rows are rounded to nearest: what looks them up has no inputs to calibrate on."""

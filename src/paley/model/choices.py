@@ -79,7 +79,8 @@ def items(problem: Problem, errors: Errors) -> Iterator[Item]:
 def kept(problem: Problem, scheme: LinearScheme) -> LinearScheme:
     """The scheme with its weight unquantized, and without a rotation that has nothing left to serve."""
     needless = not problem.folded and scheme.input is None
-    return replace(scheme, weight=None, outliers=0, transform=None if needless else scheme.transform)
+    turn = {"transform": None, "diagonal": False} if needless else {}
+    return replace(scheme, weight=None, outliers=0, **turn)
 
 
 def weight_candidates(problem: Problem, scheme: WeightScheme) -> list[AnyGrid | None]:

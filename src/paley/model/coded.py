@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from paley.core.errors import PaleyError
 from paley.core.rounding import Outliers, Quantized
 from paley.core.schemes import LinearScheme
-from paley.format.spec import PARTS, SCALE_DTYPE, encode_linear, expected_tensors, unpack_weight
+from paley.format.spec import DIAGONAL, PARTS, SCALE_DTYPE, encode_linear, expected_tensors, unpack_weight
 
 __all__ = ["Coded", "parameter"]
 
@@ -30,6 +30,7 @@ class Coded(nn.Module):
     outliers: Tensor | None
     outlier_scales: Tensor | None
     outlier_columns: Tensor | None
+    diagonal: Tensor | None
     weight: nn.Parameter | None
 
     def __init__(
@@ -42,8 +43,10 @@ class Coded(nn.Module):
             full.rpartition(".")[2]: torch.zeros(shape, dtype=kind or dtype, device=device)
             for full, (kind, shape) in expected_tensors(name, scheme, width, rows).items()
         }
-        for part in PARTS:
+        for part in (*PARTS, DIAGONAL):
             self.register_buffer(part[1:], tensors.get(part[1:]))
+        if self.diagonal is not None:
+            self.diagonal.fill_(1)
         self.register_parameter("weight", parameter(tensors.get("weight")))
 
     @torch.no_grad()
@@ -94,7 +97,7 @@ class Coded(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # A cast of the model (model.bfloat16()) must not round the scales: they follow the device only.
-        kept = {name: getattr(self, name) for name in ("scales", "outlier_scales")}
+        kept = {name: getattr(self, name) for name in ("scales", "outlier_scales", "diagonal")}
         super()._apply(fn, recurse)
         for name, scales in kept.items():
             moved = getattr(self, name)

@@ -214,6 +214,11 @@ class PackedKVCache(Cache):
         ]
         super().__init__(layers=layers)
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """As `PackedKVLayer.crop`; if a layer cannot go back, none does."""
+        for layer in sorted(self.layers, key=lambda layer: layer.is_croppable):
+            layer.crop(tokens_to_remove)
+
     @property
     def nbytes(self) -> int:
         """Bytes of the tokens held, over all layers; the room for coming ones is not counted."""

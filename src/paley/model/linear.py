@@ -26,6 +26,7 @@ class QuantLinear(Coded):
     """
 
     bias: nn.Parameter | None
+    diagonal: Tensor | None
 
     def __init__(
         self,
@@ -68,15 +69,20 @@ class QuantLinear(Coded):
             raise PaleyError(f"{name}: the scheme wants codes of {scheme.weight.grid.name!r}, but none came")
         if bias:
             made.bias = parameter(linear.bias.detach().clone())
+        if scheme.diagonal and getattr(linear, "diagonal", None) is not None:
+            made.diagonal = linear.diagonal
         return made
 
     def prepare_(self, product: str = "auto", dtype: torch.dtype = torch.float32) -> None:
         """Chooses how the weight is multiplied from now on (see `paley.ops.matmul.choose`)."""
-        device = self._device()
-        self.product = (
-            choose(self, self.in_features, device, dtype, product) if self.scheme.weight else Packed(self, dtype)
-        )
+        self.product = choose(self, self.in_features, self._device(), dtype, product)
         self._chosen = (product, dtype)
+
+    def set_quantized_(self, q: Quantized) -> None:
+        """As of `Coded`; what was made ready of other codes is made anew."""
+        super().set_quantized_(q)
+        if not isinstance(self.product, Packed):
+            self.prepare_(*self._chosen)
 
     def set_input_(self, scheme: ActivationScheme | None) -> None:
         """Rounds the input so from now on, or not at all; weight and transform stay."""
@@ -84,9 +90,29 @@ class QuantLinear(Coded):
         if not self.product.fits(self.scheme):
             self.prepare_(*self._chosen)
 
+    @property
+    def plain_width(self) -> int:
+        """Values that the layer reads, before its transform."""
+        return self.in_features if self.scheme.transform is None else self.scheme.transform.in_dim
+
+    def plain_weight(self) -> Tensor:
+        """-> [out, plain_width]: the weight that the layer's input meets, its transform and diagonal undone."""
+        weight = self.dequantize(torch.float64)
+        if self.scheme.transform is not None:
+            weight = self.scheme.transform.adjoint(weight)
+        return weight if self.diagonal is None else weight / self.diagonal.double()
+
+    def scale_columns_(self, diagonal: Tensor) -> None:
+        """Gives an unquantized layer this diagonal [plain_width]; what it computes stays the same."""
+        assert self.weight is not None
+        assert self.scheme.transform is not None
+        weight = self.scheme.transform.apply(self.plain_weight() * diagonal.double())
+        self.weight = parameter(weight.to(self.weight.dtype))
+        self.diagonal = diagonal
+
     def round_input(self, x: Tensor) -> Tensor:
         """x [..., in] (transform.in_dim if there is a transform) -> what meets the weight."""
-        return round_input(x, self.scheme, self.outlier_columns)
+        return round_input(x, self.scheme, self.outlier_columns, self.diagonal)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] (in: transform.in_dim if there is a transform) -> [..., out], in x's dtype."""
@@ -112,5 +138,5 @@ class QuantLinear(Coded):
         super()._apply(fn, recurse)
         if not isinstance(self.product, Packed):  # what was made ready is on the old device, or of the old type
             product, dtype = self._chosen
-            self.prepare_(product, dtype)
+            self.prepare_(product, fn(torch.zeros((), dtype=dtype)).dtype)
         return self

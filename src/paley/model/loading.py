@@ -25,8 +25,8 @@ from paley.core.errors import PaleyError, Setting, nearest_name
 from paley.format.checkpoint import Checkpoint
 
 __all__ = [
-    "Source", "check_fit", "check_seq_len", "empty_model", "is_ignored", "load_tokenizer", "open_source", "read_config",
-    "resolve", "tied_partners",
+    "Source", "check_fit", "check_seq_len", "empty_model", "is_ignored", "join_tie", "load_tokenizer", "open_source",
+    "read_config", "resolve", "tied_partners",
 ]  # fmt: skip
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -74,7 +74,7 @@ class Source:
         return load_tokenizer(self.path)
 
 
-def _join_tie(path: Path, checkpoint: Checkpoint, config: Any) -> Checkpoint:
+def join_tie(path: Path, checkpoint: Checkpoint, config: Any) -> Checkpoint:
     """The checkpoint with the embedding alone where the config ties lm_head to it; raises where the two differ.
 
     transformers writes the embedding and reads either name; there are files with lm_head.weight alone.
@@ -173,7 +173,7 @@ def open_source(model: str | Path) -> Source:
     if getattr(config, "quantization_config", None) is not None:
         raise PaleyError(f"{path}: is quantized already; give the original, full-precision checkpoint")
     fingerprint = checkpoint.fingerprint(check_finite=True)
-    checkpoint, skeleton = _join_tie(path, checkpoint, config), empty_model(config)
+    checkpoint, skeleton = join_tie(path, checkpoint, config), empty_model(config)
     check_fit(path, {name: info.shape for name, info in checkpoint.infos.items()}, skeleton)
     return Source(path, checkpoint, fingerprint, config, skeleton, sites(row, config))
 

@@ -30,4 +30,4 @@ def embed(ids: Tensor, parts: dict[str, Tensor], scheme: LinearScheme, width: in
     ).dequantize()
     if scheme.transform is not None:
         rows = scheme.transform.adjoint(rows)
-    return rows.to(dtype).view(*ids.shape, -1)
+    return rows.to(dtype).view(*ids.shape, rows.shape[-1])

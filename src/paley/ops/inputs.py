@@ -26,37 +26,49 @@ class SharedInput:
 
     def __init__(self, readers: int):
         self.readers = readers
-        self._x: Tensor | None = None
-        self._made: tuple[Hashable, Any] | None = None
-        self._taken: set[int] = set()
+        self._begin(None)
+
+    def _begin(self, x: Tensor | None) -> None:
+        self._x, self._made, self._taken = x, dict[Hashable, Any](), set[int]()
 
     def take(self, reader: object, x: Tensor, how: Hashable, make: Callable[[Tensor], T]) -> T:
         """make(x), or what another reader made of this very x in the same way; not to be written to."""
-        if self._x is not x or self._made is None or self._made[0] != how or id(reader) in self._taken:
-            self._x, self._made, self._taken = x, (how, make(x)), set()
-        made = self._made[1]
+        if self._x is not x or id(reader) in self._taken:
+            self._begin(x)
+        if how not in self._made:
+            self._made[how] = make(x)
+        made = self._made[how]
         self._taken.add(id(reader))
         if len(self._taken) == self.readers:
-            self._x, self._made, self._taken = None, None, set()
+            self._begin(None)
         return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedInput:
-        return memo.setdefault(id(self), SharedInput(self.readers))
+        return SharedInput(self.readers)  # without the tensor at hand; `memo` keeps it the one of all its readers
 
 
-def round_input(x: Tensor, scheme: LinearScheme, outlier_columns: Tensor | None = None) -> Tensor:
+def round_input(
+    x: Tensor, scheme: LinearScheme, outlier_columns: Tensor | None = None, diagonal: Tensor | None = None
+) -> Tensor:
     """x [..., in] (transform.in_dim if there is a transform) -> what meets the weight.
 
     outlier_columns: integers [k], those that have a grid and a scale of their own, as their weights do.
+    diagonal: [transform.in_dim], what x is divided by first.
     """
-    if scheme.transform is not None:
-        x = scheme.transform.apply(x)
+    x = _turned(x, scheme, diagonal)
     if scheme.input is None:
         return x
     if outlier_columns is None:
         return rounding.round_trip(x, scheme.input)
     own, rest, index = _apart(x, outlier_columns)
     return rounding.round_trip(rest, scheme.input).index_copy(-1, index, own)
+
+
+def _turned(x: Tensor, scheme: LinearScheme, diagonal: Tensor | None) -> Tensor:
+    """x [..., in] -> H D⁻¹ x [..., out_dim]."""
+    if scheme.transform is None:
+        return x
+    return scheme.transform.apply(x if diagonal is None else x / diagonal.to(x.dtype))
 
 
 def _apart(x: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,12 +91,13 @@ class InputCodes:
     outlier_values: Tensor | None
 
 
-def encode_input(x: Tensor, scheme: LinearScheme, outlier_columns: Tensor | None = None) -> InputCodes:
+def encode_input(
+    x: Tensor, scheme: LinearScheme, outlier_columns: Tensor | None = None, diagonal: Tensor | None = None
+) -> InputCodes:
     """As `round_input`, for an affine grid and without the last step; x [..., in] is flattened to tokens."""
     assert scheme.input is not None
     x, own = x.reshape(-1, x.shape[-1]), None
-    if scheme.transform is not None:
-        x = scheme.transform.apply(x)
+    x = _turned(x, scheme, diagonal)
     if outlier_columns is not None:
         own, x, _ = _apart(x, outlier_columns)
     q = rounding.quantize_dynamic(x.contiguous(), scheme.input, torch.float32)

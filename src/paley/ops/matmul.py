@@ -24,10 +24,12 @@ __all__ = ["PRODUCTS", "CodedWeight", "Product", "choose", "grid_matmul"]
 
 
 class CodedWeight(Protocol):
-    """A weight [out, in] as a layer holds it; outlier_columns int32 [k] or None."""
+    """A weight [out, in] as a layer holds it; outlier_columns int32 [k] and diagonal
+    [transform.in_dim], or None."""
 
     scheme: LinearScheme
     outlier_columns: Tensor | None
+    diagonal: Tensor | None
 
     def quantized(self) -> Quantized | None: ...
     def dequantize(self, dtype: torch.dtype = ...) -> Tensor: ...
@@ -35,7 +37,7 @@ class CodedWeight(Protocol):
 
 def grid_matmul(x: Tensor, weight: CodedWeight) -> Tensor:
     """x [..., in] (in: transform.in_dim if there is a transform) -> [..., out], in x's dtype."""
-    rounded = round_input(x, weight.scheme, weight.outlier_columns)
+    rounded = round_input(x, weight.scheme, weight.outlier_columns, weight.diagonal)
     return linear(rounded, weight.dequantize(rounded.dtype))
 
 
@@ -80,7 +82,7 @@ class Planes:
 
     @property
     def how(self) -> Hashable:
-        return ("codes", self._scheme.input, self._scheme.transform)
+        return ("codes", self._scheme.input, self._scheme.transform, id(self._layer.diagonal))
 
     @staticmethod
     def takes(scheme: LinearScheme, width: int, device: torch.device) -> bool:
@@ -96,7 +98,7 @@ class Planes:
         """None for an input that wants gradients, which the kernels do not have."""
         if x.requires_grad:
             return None
-        return encode_input(x, self._layer.scheme, self._layer.outlier_columns)
+        return encode_input(x, self._layer.scheme, self._layer.outlier_columns, self._layer.diagonal)
 
     def run(self, encoded: InputCodes | None, x: Tensor) -> Tensor:
         if encoded is None:
@@ -104,7 +106,7 @@ class Planes:
         y = planes.matmul(encoded.codes, encoded.scales, encoded.zeros, self._weight)
         if self._outliers is not None and encoded.outlier_values is not None:
             y.addmm_(encoded.outlier_values.float(), self._outliers.T)
-        return y.to(x.dtype).view(*x.shape[:-1], -1)
+        return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
 
     def fits(self, scheme: LinearScheme) -> bool:
         return scheme == self._scheme
@@ -121,6 +123,8 @@ class Dense:
         self._turned = self._turns(weight.scheme)
         if self._turned and weight.scheme.transform is not None:
             dense = weight.scheme.transform.adjoint(dense)
+            if weight.diagonal is not None:
+                dense = dense / weight.diagonal.float()
         self.weight = dense.to(dtype)
 
     @staticmethod
@@ -131,14 +135,17 @@ class Dense:
     @property
     def how(self) -> Hashable:
         """The scheme of a layer may change while clip ratios are searched."""
-        return ("values", self._layer.scheme.input, None if self._turned else self._layer.scheme.transform)
+        turn = None if self._turned else (self._layer.scheme.transform, id(self._layer.diagonal))
+        return ("values", self._layer.scheme.input, turn)
 
     @staticmethod
     def takes(scheme: LinearScheme, width: int, device: torch.device) -> bool:
         return scheme.weight is not None
 
     def encode(self, x: Tensor) -> Tensor:
-        return x if self._turned else round_input(x, self._layer.scheme, self._layer.outlier_columns)
+        return (
+            x if self._turned else round_input(x, self._layer.scheme, self._layer.outlier_columns, self._layer.diagonal)
+        )
 
     def run(self, encoded: Tensor, x: Tensor) -> Tensor:
         return linear(encoded, self.weight.to(x.dtype))
@@ -158,14 +165,15 @@ class Packed:
     @property
     def how(self) -> Hashable:
         """The scheme of a layer may change while a model is calibrated."""
-        return ("values", self._layer.scheme.input, self._layer.scheme.transform)
+        return ("values", self._layer.scheme.input, (self._layer.scheme.transform, id(self._layer.diagonal)))
 
     @staticmethod
     def takes(scheme: LinearScheme, width: int, device: torch.device) -> bool:
         return True
 
     def encode(self, x: Tensor) -> Tensor:
-        return round_input(x, self._layer.scheme, self._layer.outlier_columns)
+        layer = self._layer
+        return round_input(x, layer.scheme, layer.outlier_columns, layer.diagonal)
 
     def run(self, encoded: Tensor, x: Tensor) -> Tensor:
         return linear(encoded, self._layer.dequantize(x.dtype))
@@ -179,10 +187,15 @@ EXACT = "dense"  # the same floats on every machine; scores are measured with it
 
 
 def choose(weight: CodedWeight, width: int, device: torch.device, dtype: torch.dtype, name: str = "auto") -> Product:
-    """The fastest product that takes the weight, or the one of that name, made ready; dtype: of a dense weight."""
+    """The fastest product that takes the weight, or the one of that name, made ready; dtype: of a dense weight.
+
+    A weight that is kept unquantized is multiplied as it is, whatever the name.
+    """
     if name != "auto" and name not in PRODUCTS:
         known = ("auto", *PRODUCTS)
         raise PaleyError(f"product {name!r} is none of {', '.join(known)}{nearest_name(name, known)}")
+    if weight.scheme.weight is None:
+        return Packed(weight, dtype)
     if name != "auto" and not PRODUCTS[name].takes(weight.scheme, width, device):
         raise PaleyError(
             f"product {name!r} does not take weights such as {weight.scheme} on {device}; use product='auto'"

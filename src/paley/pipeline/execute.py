@@ -64,24 +64,26 @@ def quantize_steps(
     def show(report: LayerReport) -> None:
         monitor.step(f"{report.name}  rel_error {report.rel_error:.4f}")
 
-    def step(name: str, mean: str | None, make: Callable[[dict[str, Quantized], Tensor | None], list]) -> None:
-        """One step, from its file if that is there; mean: the name of a mean key that belongs to it."""
+    def step(
+        name: str, make: Callable[[dict[str, Quantized], dict[str, Tensor]], list[LayerReport]],
+        beside: Callable[[], dict[str, Tensor]] = dict,
+    ) -> None:  # fmt: skip
+        """One step, from its file if that is there; beside: what is stored with its codes."""
         file = run.stage_file(stage, name) if run else None
-        known, key_mean = _read(file, problem, mean) if file is not None and file.exists() else ({}, None)
-        done = make(known, key_mean)
-        if file is not None and not file.exists() and (done or mean is not None):
-            held = {} if mean is None else {mean: adapter.module(mean.rpartition(".")[0]).key_mean}
-            _write(file, done, {name: tensor for name, tensor in held.items() if tensor is not None})
+        known, held = _read(file, problem) if file is not None and file.exists() else ({}, {})
+        done = make(known, held)
+        if file is not None and not file.exists() and (done or beside()):
+            _write(file, done, beside())
         reports.extend(replace(report, quantized=None) for report in done)
 
-    step("embedding", None, lambda known, _: quantizer.embedding(known, show))
-    for block in adapter.blocks:
-        index = block.index
+    step("embedding", lambda known, _: quantizer.embedding(known, show))
+    for index in range(len(adapter.blocks)):
         step(
-            f"block-{index:04d}", f"{block.attention}.key_mean",
-            lambda known, mean, index=index: quantizer.block(index, known, mean, show),
-        )  # fmt: skip
-    step("head", None, lambda known, _: quantizer.head(known, show))
+            f"block-{index:04d}",
+            lambda known, held, index=index: quantizer.block(index, known, held, show),
+            lambda index=index: quantizer.beside(index),
+        )
+    step("head", lambda known, _: quantizer.head(known, show))
     return reports
 
 
@@ -93,11 +95,13 @@ def _write(file: Path, reports: list[LayerReport], beside: dict[str, Tensor]) ->
     write_tensors(file, tensors)
 
 
-def _read(file: Path, problem: Problem, mean: str | None) -> tuple[dict[str, Quantized], Tensor | None]:
+def _read(file: Path, problem: Problem) -> tuple[dict[str, Quantized], dict[str, Tensor]]:
+    """-> the codes of a step by the name of the weight, and what is stored beside them by the name of the tensor."""
     tensors = read_tensors(file)
     known = {
         site.name: spec.decode_linear(site.name, tensors, scheme, scheme.stored_width(problem.shape(site)[1]))
         for site, scheme in problem.weights()
         if site.name + spec.CODES in tensors
     }
-    return known, tensors.get(mean) if mean is not None else None
+    parts = {name + part for name in known for part in spec.PARTS}
+    return known, {name: tensor for name, tensor in tensors.items() if name not in parts}

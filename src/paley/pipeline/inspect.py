@@ -10,7 +10,7 @@ from paley.core import packing
 from paley.core.grids import as_fixed
 from paley.core.schemes import AttentionScheme, LinearScheme
 from paley.format.checkpoint import Checkpoint
-from paley.format.spec import CODES, PARTS, SCALES, WEIGHT, quantization_of
+from paley.format.spec import CODES, DIAGONAL, PARTS, SCALES, WEIGHT, quantization_of
 from paley.methods.nearest import gaussian_error, gaussian_spread
 from paley.results import Results
 
@@ -127,7 +127,7 @@ def _untouched(checkpoint: Checkpoint, linears: dict[str, LinearScheme]) -> dict
 
 
 def _stored(checkpoint: Checkpoint, name: str) -> list[str]:
-    return [n for part in PARTS if (n := name + part) in checkpoint]
+    return [n for part in (*PARTS, DIAGONAL) if (n := name + part) in checkpoint]
 
 
 def _plain(part: Any) -> dict[str, Any]:

@@ -133,6 +133,8 @@ def _linear_scheme(recipe: Recipe, site: Site, turning: Turning, in_features: in
         transform = None
     scheme = replace(scheme, transform=transform)
     scheme = recipe.linear_scheme(site.name, site.kind, transform, scheme.stored_width(in_features))
+    if recipe.diagonal and site.kind == "linear" and transform is not None:
+        scheme = replace(scheme, diagonal=True)
     if in_blocks and transform is not None and scheme.weight is not None and scheme.weight.group_size is None:
         scheme = replace(scheme, weight=replace(scheme.weight, group_size=transform.order))
     return scheme

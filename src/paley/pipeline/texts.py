@@ -112,7 +112,7 @@ def calibrates(recipe: Recipe) -> bool:
     outliers = max(recipe.outliers, *(o.outliers for o in recipe.overrides), 0)
     wanting = any(scheme is not None and (scheme.needs_data or outliers > 0) for scheme in weights)
     centers = recipe.center_keys and any([recipe.keys, *(o.keys for o in recipe.overrides)])
-    return recipe.search.method != "none" or wanting or centers
+    return recipe.search.method != "none" or wanting or centers or recipe.diagonal
 
 
 def _tuning_sources(recipe: Recipe) -> dict[Role, str]:

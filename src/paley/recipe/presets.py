@@ -148,10 +148,13 @@ def _best_vectors(bits: int, most: int) -> str:
 
 
 def _unknown_letter(name: str) -> str:
-    """The message for an unknown letter in a name such as w4x16, or an empty string."""
-    for letters in re.findall(r"([a-z]+)\d", name.strip().lower().rpartition("-")[2]):
+    """The message for an unknown letter in a name such as w4x16, with the closest valid name; else an empty string."""
+    text = name.strip().lower()
+    for letters in re.findall(r"([a-z]+)\d", text.rpartition("-")[2]):
         if letters not in LETTERS:
-            return f"unknown letter {letters!r}{nearest_name(letters, LETTERS)}; "
+            others = [re.sub(rf"(?<![a-z]){letters}(?=\d)", letter, text) for letter in LETTERS]
+            fitting = [other for other in others if NAME.fullmatch(other) or WEIGHTS_ONLY.fullmatch(other)]
+            return f"unknown letter {letters!r}{nearest_name(text, fitting)}; "
     return ""
 
 
