@@ -160,9 +160,9 @@ class _Knapsack:
         delta, proven, width = self.first_delta(dual), 0.0, 0
         picks, best = None, math.inf
         while True:
-            found, complete = self.search(dual, delta, _WIDTHS[width])
-            if found is not None and self.loss_of(found) <= best:
-                picks, best = found, self.loss_of(found)
+            candidate, complete = self.search(dual, delta, _WIDTHS[width])
+            if candidate is not None and self.loss_of(candidate) <= best:
+                picks, best = candidate, self.loss_of(candidate)
             if complete:  # the search covered every allocation of a loss up to dual.value + delta
                 proven = delta
             gap = best - dual.value
@@ -174,7 +174,7 @@ class _Knapsack:
                 best = self.loss_of(picks)
             if complete:
                 # The result of the search is close to the least; a witness may be far from it.
-                delta, width = (gap if found is not None else min(2 * delta, gap)), 0
+                delta, width = (gap if candidate is not None else min(2 * delta, gap)), 0
                 continue
             width += 1
             if width == len(_WIDTHS):

@@ -243,12 +243,12 @@ def as_grid(grid: AnyGrid | str) -> AnyGrid:
 
 def as_fixed(grid: AnyGrid | str) -> FixedGrid:
     """As `as_grid`; PaleyError for free grids, whose points do not follow from a scale."""
-    if isinstance(found := as_grid(grid), FreeGrid):
+    if isinstance(loaded := as_grid(grid), FreeGrid):
         raise PaleyError(
-            f"grid {found.name!r} is for weights, which store its points; inputs, keys and values take others, such as "
-            "uint4"
+            f"grid {loaded.name!r} is for weights, which store its points; inputs, keys and values take others, such "
+            "as uint4"
         )
-    return found
+    return loaded
 
 
 def custom(points: Tensor, where: str = "grid") -> Grid:

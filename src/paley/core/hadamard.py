@@ -38,8 +38,8 @@ def factor(n: int) -> tuple[int, int]:
     """(m, k): n = 2**k · m with the smallest constructible m, the dense part of the fast transform."""
     if n < 1:
         raise PaleyError(f"no Hadamard matrix of order {n}: an order is a positive whole number")
-    found = _factor(n)
-    if found is None:
+    factors = _factor(n)
+    if factors is None:
         below, above = nearest_orders(n)
         if n % 4:
             why = "Hadamard matrices above order 2 have orders divisible by 4"
@@ -49,7 +49,7 @@ def factor(n: int) -> tuple[int, int]:
             f"no Hadamard matrix of order {n}: {why}; the nearest reachable sizes are {below} and {above}; "
             f"expand the dimension, for instance to {_fast_above(n)}"
         )
-    return found
+    return factors
 
 
 def nearest_orders(n: int) -> tuple[int, int]:

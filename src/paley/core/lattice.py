@@ -171,5 +171,5 @@ def record(name: str) -> dict:
 @functools.cache
 def load(name: str) -> E8Grid:
     """'e8q14k4' -> nesting ratio 14 and the 4 scales of least error on N(0, 1)."""
-    found = record(name)
-    return E8Grid(found["q"], tuple(found["betas"]), found["t2"])
+    entry = record(name)
+    return E8Grid(entry["q"], tuple(entry["betas"]), entry["t2"])

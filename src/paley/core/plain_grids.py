@@ -47,11 +47,11 @@ def with_points(data: dict[str, Any], where: str) -> dict[str, Any]:
         raise PaleyError(f"{where}: grids: must map names to points, got {reprlib.repr(named)}")
     for name, rows in named.items():
         try:
-            found = from_plain({"points": rows}).name
+            actual = from_plain({"points": rows}).name
         except PaleyError as error:
             raise PaleyError(f"{where}: grids: grid {name!r}: {error}") from None
-        if found != name:
-            raise PaleyError(f"{where}: grids: grid {name!r}: these points are {found!r}; the file was changed")
+        if actual != name:
+            raise PaleyError(f"{where}: grids: grid {name!r}: these points are {actual!r}; the file was changed")
 
     def resolved(value: Any, key: str = "") -> Any:
         if isinstance(value, dict):

@@ -27,7 +27,7 @@ def read_json(path: Path, what: str = "JSON file") -> dict[str, Any]:
     """The JSON object in the file. PaleyError if there is none, or if a key is given twice."""
     text = read_text(path, what)
     try:
-        found = json.loads(text, object_pairs_hook=_unique_keys)
+        data = json.loads(text, object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
         reason = f"line {error.lineno}, column {error.colno}: {error.msg}"
         raise PaleyError(f"{path}: is not valid JSON ({reason})") from None
@@ -35,10 +35,10 @@ def read_json(path: Path, what: str = "JSON file") -> dict[str, Any]:
         raise PaleyError(f"{path}: is not valid JSON (too many levels of brackets)") from None
     except PaleyError as error:
         raise PaleyError(f"{path}: {error}") from None
-    if not isinstance(found, dict):
-        got = "null" if found is None else type(found).__name__
+    if not isinstance(data, dict):
+        got = "null" if data is None else type(data).__name__
         raise PaleyError(f"{path}: expected a mapping of keys to values, got {got}")
-    return found
+    return data
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

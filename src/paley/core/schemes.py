@@ -122,8 +122,8 @@ class ActivationScheme:
 class LinearScheme:
     """One linear layer: its weight, its input, and the rotation its input gets at run time before rounding.
 
-    diagonal: the layer stores what its input is divided by before the transform; the weight's columns are multiplied by
-    it: T = H D⁻¹. It needs a transform.
+    diagonal: the layer stores a number for each value that it reads. Before the rotation the input is divided by it,
+    and the weight's columns are multiplied by it: T = H D⁻¹. It needs a transform.
     An embedding has one too: its rows are stored rotated, and rotated back when they are looked up.
 
     outliers: input channels whose weights stay in int8, and so do their values if the input is rounded (Atom,
@@ -152,8 +152,8 @@ class LinearScheme:
             raise PaleyError("linear scheme: outliers are columns of a quantized weight, but weight is null")
         if self.outliers and self.weight is not None and (p := self.weight.grid.p) > 1:
             raise PaleyError(
-                f"linear scheme: a code of grid {self.weight.grid.name!r} stands for {p} columns, and none of them "
-                "can be an outlier alone; set outliers=0, or a grid of single values"
+                f"linear scheme: a code of grid {self.weight.grid.name!r} stands for {p} columns, none of which can be "
+                "an outlier alone; set outliers=0, or a grid of single values"
             )
         if self.outliers and self.weight is not None and self.weight.scale_search == "unbiased":
             raise PaleyError(

@@ -33,14 +33,14 @@ def documents(source: str) -> list[str]:
     if source == "self":
         raise PaleyError("source 'self' is text that the model samples: hand its ids to blocks_from_ids")
     if source == "pydoc":
-        found: Iterable[str] = python_documentation()
+        texts: Iterable[str] = python_documentation()
     elif source.startswith("hub:"):
-        found = _hub_documents(source)
+        texts = _hub_documents(source)
     elif source.endswith(".jsonl"):
-        found = _jsonl_documents(source)
+        texts = _jsonl_documents(source)
     else:
-        found = split_documents(_read(source))
-    kept = [text for text in found if text.strip()]
+        texts = split_documents(_read(source))
+    kept = [text for text in texts if text.strip()]
     if not kept:
         raise PaleyError("holds no text", where=source, remedy=WAY_OUT)
     return kept

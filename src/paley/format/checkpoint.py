@@ -172,15 +172,15 @@ def _read_shard(file: Path, promised: set[str]) -> dict[str, TensorInfo]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> name of a file in the folder."""
-    found = _read(index).get("weight_map")
-    if not isinstance(found, dict) or not found:
+    files = _read(index).get("weight_map")
+    if not isinstance(files, dict) or not files:
         raise PaleyError(f"{index}: must have a 'weight_map' of tensors to files; copy or download it again")
-    for name, file in found.items():
+    for name, file in files.items():
         if not isinstance(file, str) or not _SHARD.fullmatch(file):
             raise PaleyError(
                 f"{index}: {name!r} is said to be in {file!r}; only safetensors files of the same folder are opened"
             )
-    return found
+    return files
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -133,9 +133,9 @@ def _read_json(file: Path) -> tuple[dict[str, Any], int, int]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(found := dict(pairs)) != len(pairs):
+    if len(entries := dict(pairs)) != len(pairs):
         raise ValueError("a name occurs twice")
-    return found
+    return entries
 
 
 def _place(file: Path, name: str, entry: Any, data_start: int) -> TensorInfo:

@@ -194,8 +194,8 @@ class Work:
 
     def _check_ours(self) -> None:
         """Raises PaleyError if the folder in the output's place is neither made by Paley nor empty."""
-        made = "run" in _read(self.output / RESULTS)
-        if not made and not (self.output.is_dir() and not any(self.output.iterdir())):
+        ours = "run" in _read(self.output / RESULTS)
+        if not ours and not (self.output.is_dir() and not any(self.output.iterdir())):
             raise PaleyError(
                 f"{self._given}: was not made by Paley, so --overwrite does not delete it; move it away yourself"
             )

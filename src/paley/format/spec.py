@@ -74,17 +74,17 @@ def expected_tensors(name: str, scheme: LinearScheme, in_features: int, out_feat
     grid = scheme.weight.grid
     width = packing.packed_bytes(codes_per_row(in_features, grid.p), grid.size)
     groups = (out_features, in_features // size)
-    found: Expected = {
+    expected: Expected = {
         name + CODES: (torch.uint8, (out_features, width)),
         name + SCALES: (SCALE_DTYPE, (*groups, *grid.scale_shape)),
     }
     if grid.affine:
-        found[name + ZEROS] = (torch.uint8, groups)
+        expected[name + ZEROS] = (torch.uint8, groups)
     if scheme.outliers:
-        found[name + OUTLIERS] = (torch.uint8, (out_features, scheme.outliers))
-        found[name + OUTLIER_SCALES] = (SCALE_DTYPE, (out_features, 1))
-        found[name + OUTLIER_COLUMNS] = (torch.int32, (scheme.outliers,))
-    return found | beside
+        expected[name + OUTLIERS] = (torch.uint8, (out_features, scheme.outliers))
+        expected[name + OUTLIER_SCALES] = (SCALE_DTYPE, (out_features, 1))
+        expected[name + OUTLIER_COLUMNS] = (torch.int32, (scheme.outliers,))
+    return expected | beside
 
 
 def check_outliers(name: str, outliers: int, in_features: int) -> None:
@@ -112,19 +112,19 @@ def encode_linear(name: str, q: Quantized) -> dict[str, Tensor]:
     scales = q.scales.to(SCALE_DTYPE)
     if not torch.equal(scales.to(q.scales.dtype), q.scales):  # also true if there is a NaN
         raise PaleyError(f"{name}: scales are not float16 values; round them with rounding.storable first")
-    found = {name + CODES: packing.pack_codes(q.codes, grid.size), name + SCALES: scales}
+    tensors = {name + CODES: packing.pack_codes(q.codes, grid.size), name + SCALES: scales}
     if q.zeros is not None:
-        found[name + ZEROS] = q.zeros
+        tensors[name + ZEROS] = q.zeros
     if q.outliers is not None:
-        found[name + OUTLIERS] = q.outliers.codes
-        found[name + OUTLIER_SCALES] = q.outliers.scales
-        found[name + OUTLIER_COLUMNS] = q.outliers.columns
+        tensors[name + OUTLIERS] = q.outliers.codes
+        tensors[name + OUTLIER_SCALES] = q.outliers.scales
+        tensors[name + OUTLIER_COLUMNS] = q.outliers.columns
     out_features, in_features = shapes[0][0], q.width
     outliers = 0 if q.outliers is None else len(q.outliers.columns)
     scheme = LinearScheme(WeightScheme("int4", q.group_size).on_grid(grid), outliers=outliers)
-    _check_form(name, found, expected_tensors(name, scheme, in_features, out_features))
-    check_values(name, found, in_features, grid)
-    return found
+    _check_form(name, tensors, expected_tensors(name, scheme, in_features, out_features))
+    check_values(name, tensors, in_features, grid)
+    return tensors
 
 
 def decode_linear(name: str, tensors: Tensors, scheme: LinearScheme, in_features: int) -> Quantized:
@@ -136,17 +136,17 @@ def decode_linear(name: str, tensors: Tensors, scheme: LinearScheme, in_features
         raise PaleyError(f"{name}: its scheme leaves the weight unquantized; read {name + WEIGHT} itself")
     if name + WEIGHT in tensors:
         raise PaleyError(f"{name}: is stored quantized, and as {name + WEIGHT} too; one of them is stale")
-    found = {name + part: tensors[name + part] for part in PARTS if name + part in tensors}
-    codes = found.get(name + CODES)
+    stored = {name + part: tensors[name + part] for part in PARTS if name + part in tensors}
+    codes = stored.get(name + CODES)
     out_features = codes.shape[0] if codes is not None and codes.dim() else 0
     expected = expected_tensors(name, replace(scheme, diagonal=False), in_features, out_features)
-    _check_form(name, found, expected)
+    _check_form(name, stored, expected)
     grid = scheme.weight.grid
-    check_values(name, found, in_features, grid)
-    codes, outliers = unpack_weight(found[name + CODES], grid, in_features), None
+    check_values(name, stored, in_features, grid)
+    codes, outliers = unpack_weight(stored[name + CODES], grid, in_features), None
     if scheme.outliers:
-        outliers = Outliers(*(found[name + part] for part in (OUTLIER_COLUMNS, OUTLIERS, OUTLIER_SCALES)))
-    return Quantized(codes, found[name + SCALES], found.get(name + ZEROS), grid, in_features, outliers)
+        outliers = Outliers(*(stored[name + part] for part in (OUTLIER_COLUMNS, OUTLIERS, OUTLIER_SCALES)))
+    return Quantized(codes, stored[name + SCALES], stored.get(name + ZEROS), grid, in_features, outliers)
 
 
 def unpack_weight(packed: Tensor, grid: AnyGrid, in_features: int) -> Tensor:

@@ -112,8 +112,8 @@ class ShardWriter:
         """Makes the folder and removes what a killed writer left; raises if a model is in it."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if found := sorted(path.name for path in self.folder.glob("model*.safetensors*")):
-                raise PaleyError(f"{self.folder}: holds {found[0]} already; remove it, or write to an empty folder")
+            if taken := sorted(path.name for path in self.folder.glob("model*.safetensors*")):
+                raise PaleyError(f"{self.folder}: holds {taken[0]} already; remove it, or write to an empty folder")
             for left in self.folder.glob(".model*.tmp"):
                 left.unlink()
         except OSError as error:

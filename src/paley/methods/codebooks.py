@@ -95,9 +95,9 @@ class Scaled:
             slope = (pull * p).sum(-1, keepdim=True)
             curve = (p @ metric * p).sum(-1, keepdim=True)
             fitted = storable(slope / curve.clamp(min=1e-30))
-            found = torch.where((curve > 0) & (slope > 0), fitted, scales[:, index])
-            rest[:, cols] -= p * (found - scales[:, index])
-            scales[:, index] = found
+            refitted = torch.where((curve > 0) & (slope > 0), fitted, scales[:, index])
+            rest[:, cols] -= p * (refitted - scales[:, index])
+            scales[:, index] = refitted
         self.scales = scales
 
 
@@ -151,12 +151,12 @@ class Free:
             curve = members.mT @ (metric @ members)
             free = members.abs().amax(1) == 0  # no column uses this number: it stays
             unit = torch.diag_embed(free.float() + 1e-7 * curve.diagonal(dim1=-2, dim2=-1))
-            found = torch.linalg.solve(curve + unit, slope + free * scales)
-            found = found.clamp(-_LARGEST, _LARGEST).half().float()
-            ascends = (self.grid.group_points(found).diff(dim=-1) >= 0).all(-1, keepdim=True)
-            found = torch.where(ascends, found, scales)
-            rest[:, cols] -= (members @ (found - scales)[..., None])[..., 0]
-            self.scales[:, index] = found
+            refitted = torch.linalg.solve(curve + unit, slope + free * scales)
+            refitted = refitted.clamp(-_LARGEST, _LARGEST).half().float()
+            ascends = (self.grid.group_points(refitted).diff(dim=-1) >= 0).all(-1, keepdim=True)
+            refitted = torch.where(ascends, refitted, scales)
+            rest[:, cols] -= (members @ (refitted - scales)[..., None])[..., 0]
+            self.scales[:, index] = refitted
 
     def _members(self, codes: Tensor) -> Tensor:
         """codes [out, k] -> float32 [out, k, stored]."""

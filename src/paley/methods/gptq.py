@@ -79,9 +79,9 @@ def quantize_gptq(
     assert outlier_columns is not None
     ordinary, kept = codes.split([len(order) - len(outlier_columns), len(outlier_columns)], -1)
     placed = torch.zeros_like(codes, dtype=grid.code_dtype).index_copy(-1, order[: ordinary.shape[1]], ordinary)
-    found = quantized(placed, book.ordinary.scales, book.ordinary.zeros, grid, weight.shape[1])
+    rest = quantized(placed, book.ordinary.scales, book.ordinary.zeros, grid, weight.shape[1])
     own = Outliers(outlier_columns.int(), kept.to(torch.uint8), book.outliers.scales[..., 0].half())
-    return replace(found, outliers=own)
+    return replace(rest, outliers=own)
 
 
 def _codebook(

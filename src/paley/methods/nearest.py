@@ -151,5 +151,5 @@ def _stretched(groups: Tensor, points: Tensor, scales: Tensor) -> Tensor:
     shrinking is the same in all rows, and raises the loss more than noise of the same size.
     """
     along = (groups * points).sum(-1, keepdim=True)
-    found = groups.square().sum(-1, keepdim=True) / along.clamp(min=1e-30)
-    return torch.where((along > 0) & (found < 2 * scales), storable(found), scales)
+    stretched = groups.square().sum(-1, keepdim=True) / along.clamp(min=1e-30)
+    return torch.where((along > 0) & (stretched < 2 * scales), storable(stretched), scales)

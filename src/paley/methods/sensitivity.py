@@ -122,15 +122,15 @@ def measure_slopes(
     delta is called with the level as its draw. on_round gets the number of trials about to be made.
     """
     times, order = noise_levels(levels), level_order(levels)
-    found: dict[str, list[tuple[float, float]]] = {site: [] for site in sites}
+    measured: dict[str, list[tuple[float, float]]] = {site: [] for site in sites}
     slopes: dict[str, Slope] = {}
     todo, done = list(sites), 0
     rounds = [levels] if agreement is None else [max(2, -(-levels // 4)), -(-levels // 2), levels]
     for wanted in dict.fromkeys(rounds):
         on_round(len(todo) * (wanted - done))
         for site in todo:
-            found[site] += [(times[j] ** 2, _finite(site, delta, times, j)) for j in order[done:wanted]]
-            slopes[site] = fit_slope(found[site])
+            measured[site] += [(times[j] ** 2, _finite(site, delta, times, j)) for j in order[done:wanted]]
+            slopes[site] = fit_slope(measured[site])
         done, todo = wanted, _unsettled(slopes, agreement)
         if not todo:
             break

@@ -171,8 +171,8 @@ class Recipe(_Frozen):
     rotate: `folded` rotates the residual stream and the value heads inside the weights (QuaRot, arXiv:2404.00456), and
     the inputs of o and down at run time; `online` rotates the input of every quantized linear at run time, which needs
     no data and no other tensor of the model (HIGGS, arXiv:2411.17525); `auto` folds if the family permits it.
-    diagonal: divide what turns at run time by sqrt(x / w) first, and multiply the weight's columns by it, so that both
-    lose less (docs/methods.md); it is measured on the calibration text.
+    diagonal: divide inputs that rotate at run time by sqrt(x / w) first, and multiply the weight's columns by it, so
+    that both have less error (docs/methods.md); measured on the calibration text.
     hadamard: the largest block that `online` rotates, also the largest for rows of a tied pair; the weights of a block
     share a scale. compensate: GPTQ aims at the outputs for its own inputs (plain), at the original outputs given
     quantized inputs (quantized_inputs: GPTAQ, arXiv:2504.02692), or at the original residual stream (residual_stream).

@@ -63,8 +63,8 @@ def under_budget(recipe: Recipe | None = None, **limits: float) -> Recipe:
     try:
         budget = Budget.model_validate(data)
     except ValidationError as error:
-        found = problems(error, data, Budget).items()
-        parts = [part for key, problem in found for part in ("; ", Setting(f"budget.{key}"), f": {problem}")]
+        wrong = problems(error, data, Budget).items()
+        parts = [part for key, problem in wrong for part in ("; ", Setting(f"budget.{key}"), f": {problem}")]
         raise PaleyError(*parts[1:]) from None
     return recipe.model_copy(update={"budget": budget})
 
@@ -148,7 +148,7 @@ def _best_vectors(bits: int, most: int) -> str:
 
 
 def _unknown_letter(name: str) -> str:
-    """The message for an unknown letter in a name such as w4x16, with the nearest name; or an empty string."""
+    """The message for an unknown letter in a name such as w4x16, with the closest valid name; else an empty string."""
     text = name.strip().lower()
     for letters in re.findall(r"([a-z]+)\d", text.rpartition("-")[2]):
         if letters not in LETTERS:

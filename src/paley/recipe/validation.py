@@ -38,8 +38,8 @@ def validate(model: type[M], data: object, where: str) -> M:
     try:
         return model.model_validate_json(text, strict=True)
     except ValidationError as error:
-        found = problems(error, data, model)
-        text = "; ".join(f"{path}: {problem}".removeprefix(": ") for path, problem in found.items())
+        wrong = problems(error, data, model)
+        text = "; ".join(f"{path}: {problem}".removeprefix(": ") for path, problem in wrong.items())
         raise PaleyError(f"{where}: {text}") from None
 
 
