@@ -7,11 +7,12 @@ import torch
 
 import paley
 from paley.core.metrics import kl_divergence
-from paley.core.schemes import AttentionScheme, LinearScheme
+from paley.core.schemes import AttentionScheme
 from paley.model.adapter import Adapter
-from paley.model.calibrate import wrap_
+from paley.model.calibrate import set_attention_, wrap_
 from paley.model.loading import open_source
-from paley.model.rotation import decide_rotation, rotate_
+from paley.model.rotation import rotate_
+from paley.pipeline.resolve import resolve
 from paley.recipe import apply_settings, preset
 
 DEMO = Path(__file__).resolve().parents[1] / "assets" / "demo-model"

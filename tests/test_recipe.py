@@ -210,7 +210,8 @@ def test_embedding_and_head_have_bits_of_their_own(name, embedding, head):
 
 
 def test_an_override_may_name_embedding_and_head():
-    recipe = apply_settings(preset("w4a4"), ["overrides=[{pattern: lm_head, weight: {grid: int8}}, {pattern: '*x', keep: true}]"])
+    overrides = "overrides=[{pattern: lm_head, weight: {grid: int8}}, {pattern: x, keep: true}]"
+    recipe = apply_settings(preset("w4a4"), [overrides])
     assert recipe.linear_scheme("lm_head", "head") == LinearScheme(WeightScheme("int8"))  # what it reads is not rounded
     assert recipe.linear_scheme("x", "embedding") == LinearScheme()
     assert recipe.linear_scheme("y", "embedding") == LinearScheme(recipe.embedding)

@@ -53,7 +53,9 @@ def slopes(folder) -> Sensitivity:
 def weight_bits(path: Path, without: str = "?") -> int:
     """Bits of every tensor of the weights, as the files hold them."""
     infos = Checkpoint.open(path).infos.items()
-    return 8 * sum(info.nbytes for name, info in infos if not name.endswith(("norm.weight", "mean")) and without not in name)
+    return 8 * sum(
+        info.nbytes for name, info in infos if not name.endswith(("norm.weight", "mean")) and without not in name
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

@@ -85,9 +85,10 @@ def test_activations_do_not_change_the_weights_slopes(made, whole):
 def test_folding_matters_where_a_gain_is_folded_in(made, whole):
     folded = measure_sensitivity(open_source(made.model), **SMALL, fold=True)
     assert folded.folded
-    assert folded.slots[DOWN].alpha == pytest.approx(whole.slots[DOWN].alpha, rel=1e-2)
+    # Equal but for the rows that R1 mixes, and for how many draws either needed.
+    assert folded.slots[DOWN].alpha == pytest.approx(whole.slots[DOWN].alpha, abs=whole.slots[DOWN].stderr)
     up = "model.layers.1.mlp.up_proj"
-    assert folded.slots[up].alpha != pytest.approx(whole.slots[up].alpha, rel=1e-2)
+    assert folded.slots[up].alpha != pytest.approx(whole.slots[up].alpha, abs=2 * whole.slots[up].stderr)
 
 
 def test_perplexity_on_a_text(made):
