@@ -85,9 +85,9 @@ def outer() -> list[str]:
     lines = [
         "## Embedding and head",
         "",
-        "Each row is a preset, whose e and h are the bits of embedding and head; w16a16 quantizes nothing else. *Error*: "
-        "relative squared error of the embedding, and of a head of its own. Bytes are those of all tensors on disk. "
-        "`python -m studies.outer MODEL --text FILE`",
+        "Each row is a preset, whose e and h are the bits of embedding and head; w16a16 quantizes nothing else.",
+        "*Error*: relative squared error of the embedding, and of a head of its own. Bytes are those of all tensors on",
+        "disk. `python -m studies.outer MODEL --text FILE`",
         "",
     ]
     for r in found:
