@@ -11,9 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from paley.cli import app
-from paley.core.grids import Grid
-from paley.core.plain_grids import from_plain
-from paley.plan import Plan
+from tiny_models import save_tiny
 
 
 @pytest.fixture(scope="module")
@@ -338,30 +336,47 @@ def test_an_unknown_grid_is_no_file(model, tmp_path):
     assert_refused(result, r"unknown grid 'p2n65'.*" + way_out, tmp_path, before)
 
 
-def as_older(plan: dict) -> None:
-    """Plans once had a grid's points at their top, and in each scheme its name."""
-    points = plan["recipe"]["weights"]["grid"]["points"]
-    name = from_plain({"points": points}).name
-    for scheme in (plan["recipe"]["weights"], *(slot["weight"] for slot in plan["linears"].values())):
-        assert scheme["grid"] == {"points": points}
-        scheme["grid"] = name
-    plan["grids"] = {name: points}
-
-
-def test_points_edited_in_an_older_plan(model, tmp_path):
-    write_points(16, 2)(tmp_path / "my.safetensors")
+def test_an_older_plan_is_refused_with_its_version(model, tmp_path):
+    """It says nothing of embedding and head, and tells rotations apart by other names."""
     plan = tmp_path / "plan.json"
-    args = ["--preset", "higgs-4", "--grid", tmp_path / "my.safetensors", "--set", "test=null"]
-    code, output = run("plan", model, *args, "--output", plan)
+    code, output = run("plan", model, "--preset", "higgs-4", "--set", "test=null", "--output", plan)
     assert code == 0, output
-    edit_json(plan, as_older)
-    assert isinstance(Plan.load(plan).recipe.weights.grid, Grid)
-    edit_json(plan, lambda data: next(iter(data["grids"].values()))[3].__setitem__(0, 0.25))
+    edit_json(plan, lambda data: data.update(version=1))
     before = sorted(p.name for p in tmp_path.iterdir())
     result = run("quantize", model, "--plan", plan, "--output", tmp_path / "out")
-    assert_refused(
-        result, r"plan\.json: grids: .*custom-\w+': these points are .*the file was changed", tmp_path, before
-    )
+    assert_refused(result, r"plan\.json: is a plan of version 1, this Paley reads version 2", tmp_path, before)
+
+
+def tied(folder):
+    edit_tensors(folder, lambda tensors: tensors.pop("lm_head.weight"))
+    edit_config(folder, tie_word_embeddings=True)
+
+
+OUTER = {
+    "a head of a tied pair that is kept": (
+        ("--preset", "w4a16e16h6"),
+        r"lm_head: shares the weight of model\.embed_tokens .*, which this recipe keeps, .* set embedding to the same",
+    ),
+    "two grids for a tied pair": (
+        ("--preset", "w4a16e5h6"),
+        r"lm_head: .*one grid serves both, but head has 'p2n4096' and embedding 'p2n1024'; set both to one of them",
+    ),
+    "an unknown letter": (("--preset", "w4x16"), r"preset 'w4x16': unknown letter 'x'; did you mean 'w4a16'"),
+}
+
+
+@pytest.mark.parametrize("name", OUTER)
+def test_bad_embeddings_and_heads(name, model, tmp_path):
+    flags, pattern = OUTER[name]
+    tied(model)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    assert_refused(run("quantize", model, *flags, "--output", tmp_path / "out"), pattern, tmp_path, before)
+
+
+def test_folding_what_a_family_forbids(tmp_path, tiny_tokenizer):
+    folder = save_tiny(tmp_path / "gemma", tiny_tokenizer, gemma=True)
+    result = run("quantize", folder, "--preset", "w4a16", "--set", "rotate=folded", "--output", tmp_path / "out")
+    assert_refused(result, r"gain of post_attention_layernorm stands .*set rotate=online", tmp_path, ["gemma"])
 
 
 CONTRADICTIONS = {

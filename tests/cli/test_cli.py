@@ -270,7 +270,7 @@ def test_inspect_lists_each_slot_and_every_byte(made):
     for name in (
         *found["linears"],
         *found["attentions"],
-        "lm_head.weight",
+        "lm_head",
         "norms and biases",
         "bits per weight",
     ):
