@@ -23,7 +23,8 @@ import torch
 from bench.record import DEMO, RESULTS, provenance, save
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from paley.format.checkpoint import Checkpoint, ShardWriter
+from paley.format.checkpoint import Checkpoint
+from paley.format.writer import ShardWriter
 
 PRESET = "higgs-4"
 

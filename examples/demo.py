@@ -45,6 +45,7 @@ def main() -> None:
         raise paley.PaleyError("the rows were scored on different text")
     console.print(_table(results))
     console.print("Perplexity and KL divergence through the packed KV cache; sizes count every stored byte.")
+    console.print("Paley's own preset codes the embedding and the head too; in the other rows they keep 16 bits.")
     _sample(console)
     console.print(f"\nNext: .venv/bin/paley inspect {(OUT / ROWS['Paley']).relative_to(ROOT)}")
 

@@ -22,9 +22,10 @@ Made by `python -m studies.tables` from the JSON rows in [studies/results](../st
 own text with `--text FILE`; `bench/models.py` fetches real models. All scores go through the packed KV cache in chunks.
 *Gap*: nats per token lost against the original, paired over sequences; *KL*: to the original, nats per token; *top-1*:
 how often the most likely token is the same; *bits*: of the quantized linears for each of their original weights, scales
-and expansion included. ± is one standard error over sequences; seconds are of a busy machine, one thread, and compare
-only roughly. Methods: `rtn` rounds to nearest without rotation; `quarot` is QuaRot with clips of 1.0; `quarot-clipped`
-with 0.9 for inputs and asymmetric keys and values at 0.95.
+and expansion included. Where losses are compared, embedding and head keep 16 bits unless the table says otherwise. ± is
+one standard error over sequences; seconds are of a busy machine, one thread, and compare only roughly. Methods: `rtn`
+rounds to nearest without rotation; `quarot` is QuaRot with clips of 1.0; `quarot-clipped` with 0.9 for inputs and
+asymmetric keys and values at 0.95.
 """
 
 
@@ -78,6 +79,35 @@ def search_cost() -> list[str]:
     return lines if len(lines) > 2 else []
 
 
+def outer() -> list[str]:
+    """Embedding and head at fewer bits, alone and above quantized blocks."""
+    found = [r for base in ("", "-w4a16") for r in measured(f"outer{base}").values()]
+    lines = [
+        "## Embedding and head",
+        "",
+        "Each row is a preset, whose e and h are the bits of embedding and head; w16a16 quantizes nothing else.",
+        "*Error*: relative squared error of the embedding, and of a head of its own. Bytes are those of all tensors on",
+        "disk. `python -m studies.outer MODEL --text FILE`",
+        "",
+    ]
+    for r in found:
+        lines += [
+            f"**{r['model']}**, {'one weight for both' if r['tied'] else 'a weight each'}, on {r['sequences']['test']} "
+            f"sequences of {r['seq_len']} from {r['text']['test']}. Commit {r['commit'][:10]}.",
+            "",
+            "| | gap | KL | perplexity | bytes | bits of all weights | error |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for name, row in r["rows"].items():
+            errors = ", ".join(f"{e:.2g}" for e in row["rel_error"].values())
+            lines.append(
+                f"| {name} | {plus(row, 'gap')} | {plus(row, 'kl')} | {plus(row, 'perplexity', 3)} "
+                f"| {row['bytes']:,} | {row['bits_per_weight']:.2f} | {errors} |"
+            )
+        lines.append("")
+    return lines if found else []
+
+
 def cost() -> list[str]:
     file = SPEEDS / "cost.json"
     if not file.exists():
@@ -129,7 +159,7 @@ def main() -> None:
     lines = [HEAD]
     for model, r in measured("quality").items():
         lines += quality(model, r)
-    lines += search_cost() + cost() + tables_weights.all_lines() + tables_binary.all_lines()
+    lines += outer() + search_cost() + cost() + tables_weights.all_lines() + tables_binary.all_lines()
     readme()
     OUT.write_text("\n".join(lines).rstrip() + "\n")
 

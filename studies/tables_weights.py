@@ -41,8 +41,8 @@ def weights() -> list[str]:
         "float16 scale a row (or 1024 columns of it) on top; in brackets the bits that a row stores where it has no",
         "finer setting. `rtn`, `nf`, `af`, `gptq` and `hqq` quantize the weights as they are; `higgs` is as",
         "published, and needs no data; `unbiased` has its scales stretched; allocation goes by slopes on text that",
-        "the model sampled itself; *ours*: as `--preset w4a16`, rotations folded, GPTQ aimed at the residual stream,",
-        "on one-dimensional grids (`ours, w?a16`) or on vectors of two, as the preset has them now.",
+        "the model sampled itself; *ours*: as `--preset w4a16e16h16`, rotations folded, GPTQ aimed at the residual",
+        "stream, on one-dimensional grids (`ours, w?a16`) or on vectors of two, as the preset has them now.",
         "Perplexities and KL: [the JSON rows](../studies/results).",
         "",
     ]

@@ -2,11 +2,14 @@
 
 import hashlib
 import importlib
+import json
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+from tiny_models import save_tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("bench", "studies", "tools")
@@ -78,3 +81,21 @@ def test_a_config_follows_the_keys_of_its_file(models, capsys):
     assert config.layer_types == ["sliding_attention"] * 5 + ["full_attention", "sliding_attention"]
     assert "query_pre_attn_scalar: 64 as loaded, 256 from the file" in capsys.readouterr().out
     assert "head_dim" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_outer_writes_a_row_for_each_number_of_bits(tied, tmp_path, tiny_tokenizer, monkeypatch):
+    outer, experiment = importlib.import_module("studies.outer"), importlib.import_module("studies.experiment")
+    model = save_tiny(tmp_path / "model", tiny_tokenizer, qwen=tied)
+    (tmp_path / "text").write_text("A text that the model is scored on. " * 8)
+    monkeypatch.setattr(experiment, "RESULTS", tmp_path)
+    settings = ["--text", str(tmp_path / "text"), "--test-text", str(tmp_path / "text"), "--seq-len", "16"]
+    monkeypatch.setattr("sys.argv", ["outer", str(model), *settings, "--test", "2", "--bits", "16,8,4"])
+    outer.main()
+    rows = json.loads((tmp_path / "outer-model.json").read_text())["rows"]
+    assert list(rows) == [f"higgs-w16a16e{bits}h{bits}" for bits in (16, 8, 4)]
+    stored, eight, four = rows.values()
+    assert stored["rel_error"] == {}
+    assert set(four["rel_error"]) == {"model.embed_tokens"} | (set() if tied else {"lm_head"})
+    assert stored["bytes"] > eight["bytes"] > four["bytes"]
+    assert stored["kl"] < eight["kl"] < four["kl"]

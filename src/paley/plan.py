@@ -1,7 +1,6 @@
 """Plans: what was decided for one model, as a small JSON file that a person can read, diff and edit.
 
-Searches write plans and nothing else; quantizing executes one. The same plan on the same checkpoint gives the
-same bytes.
+The result of a search is a plan; `quantize` executes it. The same plan on the same checkpoint gives the same bytes.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ from paley.recipe.saving import in_natural_order
 
 __all__ = ["VERSION", "Plan", "Trial"]
 
-VERSION = 2  # 1 had no embedding and head, and told rotations apart by the layers that they turn
+VERSION = 2  # 1 had no embedding and head, and named rotations by the layers that they rotate
 LinearSchemes = Annotated[dict[str, LinearScheme], AfterValidator(in_natural_order)]
 AttentionSchemes = Annotated[dict[str, AttentionScheme], AfterValidator(in_natural_order)]
 
 
 class Trial(BaseModel):
-    """One evaluation of a search: the objective that `clip_ratio` at `slot` gave."""
+    """One evaluation of a search: the objective for `clip_ratio` at the site `slot`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -34,9 +33,9 @@ class Trial(BaseModel):
 
 
 class Plan(Document):
-    """What to do to each weight and each attention of the model whose fingerprint this is.
+    """What to do to each weight and each attention of the model with this fingerprint.
 
-    Schemes are held in the natural order of their names, whatever order they come in.
+    Schemes are kept in the natural order of their names.
     """
 
     what: ClassVar[str] = "plan"
@@ -53,7 +52,7 @@ class Plan(Document):
     trace: tuple[Trial, ...] = ()
 
     def check_fingerprint(self, actual: str) -> Self:
-        """-> self; raises where the plan was made for another model than that of fingerprint `actual`."""
+        """Returns self; raises if the plan was made for a model with another fingerprint than `actual`."""
         if actual != self.fingerprint:
             raise PaleyError(
                 f"this plan was made for a {self.model_type} model with fingerprint {self.fingerprint}, "

@@ -13,15 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from paley.core.errors import PaleyError
-from paley.format.checkpoint import (
-    Checkpoint,
-    ShardWriter,
-    first_not_finite,
-    read_tensors,
-    write_json,
-    write_tensors,
-)
+from paley.format.checkpoint import Checkpoint, first_not_finite, read_tensors
+from paley.format.files import write_json
 from paley.format.header import DTYPES
+from paley.format.writer import ShardWriter, write_tensors
 
 CONFIG = {"model_type": "llama", "hidden_size": 8, "text_config": {"dtype": "float16", "rope_theta": 1e4}}
 TENSORS = {

@@ -18,8 +18,9 @@ from paley.core.hadamard import hadamard
 from paley.core.rounding import Outliers, Quantized, codes_per_row
 from paley.core.schemes import LinearScheme, WeightScheme
 from paley.core.transforms import random_signs
-from paley.format.checkpoint import ShardWriter, write_json
+from paley.format.files import write_json
 from paley.format.spec import QuantizationConfig, encode_linear
+from paley.format.writer import ShardWriter
 
 DOC = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
 GAUSSIAN = json.loads(resources.files("paley.core").joinpath("tables/gaussian.json").read_text())["points"]

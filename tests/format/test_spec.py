@@ -11,16 +11,16 @@ from paley.core.errors import PaleyError
 from paley.core.rounding import Outliers, Quantized, quantize_dynamic
 from paley.core.schemes import ActivationScheme, AttentionScheme, LinearScheme, WeightScheme
 from paley.core.transforms import Transform
-from paley.format.checkpoint import Checkpoint, ShardWriter, write_json
+from paley.format.checkpoint import Checkpoint
+from paley.format.files import write_json
 from paley.format.spec import (
     QuantizationConfig,
-    bits_per_weight,
     decode_linear,
     encode_linear,
     expected_tensors,
     linear_bytes,
-    stored_bytes,
 )
+from paley.format.writer import ShardWriter
 
 UP = "model.layers.0.mlp.up_proj"
 CONFIG = {
@@ -60,17 +60,21 @@ def test_defaults_are_those_of_the_schemes():
     assert config.attentions["model.layers.0.self_attn"].keys == ActivationScheme("int4", clip_ratio=0.9)
 
 
-def test_a_grid_of_ones_own_is_read_from_new_files_and_older_ones():
+def test_a_grid_of_ones_own_is_written_once_and_read_by_name_or_by_points():
     points = [[-1.5, 0.25], [0.5, 1.0], [1.0, -0.75]]
     own = grids.custom(torch.tensor(points))
     weight = WeightScheme(own, scale_search="rms")
     config = QuantizationConfig(linears={UP: LinearScheme(weight, ActivationScheme(own, "rms"))}, attentions={})
     data = json.loads(json.dumps(config.to_dict()))
-    assert data["linears"][UP]["weight"]["grid"] == {"points": points}
+    assert data["grids"] == {own.name: points}
+    assert data["linears"][UP]["weight"]["grid"] == data["linears"][UP]["input"]["grid"] == own.name
     assert QuantizationConfig.from_dict(data) == config
+    assert QuantizationConfig.from_dict(data | {"format_version": 1}) == config
+    by_points = json.loads(json.dumps({key: value for key, value in data.items() if key != "grids"}))
     for place in ("weight", "input"):
-        data["linears"][UP][place]["grid"] = own.name
-    data["format_version"] = 1
+        by_points["linears"][UP][place]["grid"] = {"points": points}
+    assert QuantizationConfig.from_dict(by_points) == config
+    del data["grids"]
     with pytest.raises(PaleyError, match=rf"weight\.grid: grid '{own.name}': its points are not known here"):
         QuantizationConfig.from_dict(data)
     assert QuantizationConfig.from_dict({"grids": {own.name: points}} | data) == config
@@ -264,7 +268,7 @@ def test_free_points_and_outliers_come_back(grid):
     tensors = encode_linear("x", q)
     found = decode_linear("x", tensors, of, 24)
     assert torch.equal(found.dequantize(), q.dequantize())
-    assert linear_bytes("x", of, 24, 6, 2) == stored_bytes(tensors.values())
+    assert linear_bytes("x", of, 24, 6, 2) == sum(tensor.nbytes for tensor in tensors.values())
 
 
 @pytest.mark.parametrize(
@@ -312,14 +316,10 @@ def test_float32_scales_that_float16_holds_are_stored_as_float16():
 def test_every_stored_byte_is_counted(tmp_path):
     tensors = encode_linear("x", quantized("uint3", 13, None)) | {"x.bias": torch.ones(6).bfloat16()}
     size = 6 * 5 + 6 * 2 + 6 + 6 * 2
-    assert stored_bytes(tensors.values()) == size
     write_json(tmp_path / "config.json", {})
     with ShardWriter(tmp_path, max_shard_bytes=20) as writer:
         for name, tensor in tensors.items():
             writer.add(name, tensor)
-    assert stored_bytes(tmp_path) == stored_bytes(str(tmp_path)) == size
-    assert bits_per_weight(tmp_path, 6 * 13) == 8 * size / 78
-    with pytest.raises(PaleyError, match="must be positive, got 0"):
-        bits_per_weight(tmp_path, 0)
+    assert Checkpoint.open(tmp_path).nbytes == size
     q = decode_linear("x", Checkpoint.open(tmp_path), slot("uint3", None), 13)
     assert torch.equal(q.codes, quantized("uint3", 13, None).codes)

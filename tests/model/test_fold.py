@@ -151,9 +151,7 @@ def sites_of(**sizes):
     ("hidden", "bits", "width"), [(4096, 3, 5120), (4096, 4, 5120), (320, 3, 384), (128, 3, 160), (64, 3, 80)]
 )
 def test_auto_expansion_is_the_cheapest_order_within_the_lemma(hidden, bits, width):
-    turning = decide_turning(
-        sites_of(hidden_size=hidden), "folded", block=16, seed=0, expand="auto", bits=[bits, bits]
-    )
+    turning = decide_turning(sites_of(hidden_size=hidden), "folded", block=16, seed=0, expand="auto", bits=[bits, bits])
     stream = turning.rotation.stream
     assert stream == Transform(hidden, width, width, 0)
     assert stream.out_dim * bits <= hidden * (bits + 1)

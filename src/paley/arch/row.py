@@ -97,11 +97,6 @@ class Architecture:
                 return f"the gain of {part.path} stands between a linear layer and the residual stream"
         return None
 
-    def heads_rotate(self) -> bool:
-        """Whether a rotation of each value head can be folded into the linears around attention (R2)."""
-        normed = any(part.reads == self.values for part in self.norms())
-        return not normed and any(part.reads == self.attended for part in self.linears())
-
     def sizes(self, config: Any) -> dict[str, int]:
         """Wire -> its width. config: the model's configuration as transformers has it, or anything like it."""
         head_dim = self.head_dim(config)

@@ -4,5 +4,5 @@ from __future__ import annotations
 
 __all__ = ["LEVELS", "SELF"]
 
-LEVELS = 15  # noise levels of a slot, at most
-SELF = "self"  # the source of text that the model writes itself
+LEVELS = 15  # noise levels of a site, at most
+SELF = "self"  # the source: text that the model samples from itself

@@ -13,9 +13,9 @@ __all__ = ["Call", "Message", "PaleyError", "Setting", "nearest_name", "renaming
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting or argument that a message speaks of: 'test.seq_len', or 'test.seq_len=256' with a value.
+    """A setting or argument that a message names: 'test.seq_len', or 'test.seq_len=256' with a value.
 
-    The library calls it by this name, the command line by the option that the user typed.
+    The library prints this name; the command line prints the option that the user typed.
     """
 
     name: str
@@ -43,10 +43,11 @@ Message = Part | tuple[Part, ...]
 class PaleyError(ValueError):
     """Bad input or a bad file. The command line prints the message and exits with 2.
 
-    str() is "WHERE: PROBLEM, got GOT; REMEDY", as far as these are given. A problem may come in several parts, strings
-    and settings: PaleyError("exists already", where=path, remedy=("replace it with ", Setting("overwrite", True))).
+    str() is "WHERE: PROBLEM, got GOT; REMEDY"; parts that are not given are left out. A problem may have several
+    parts, strings and settings:
+    PaleyError("exists already", where=path, remedy=("replace it with ", Setting("overwrite", True))).
 
-    A ValueError, so that pydantic knows it as an answer to data and adds at which key.
+    It is a ValueError, so that pydantic treats it as a validation error and adds the key.
     """
 
     def __init__(self, *problem: Part, where: object = "", got: object = None, remedy: Message = ()):
@@ -59,7 +60,7 @@ class PaleyError(ValueError):
         return self.render(str)
 
     def render(self, word: Callable[[Setting | Call], str]) -> str:
-        """The sentence, each setting and each call in it as `word` spells it."""
+        """The sentence, with each setting and each call written by `word`."""
         parts: list[Part] = [f"{self.where}: "] if self.where else []
         parts += self.problem
         parts += [f", got {self.got}"] if self.got is not None else []
@@ -67,7 +68,7 @@ class PaleyError(ValueError):
         return "".join(part if isinstance(part, str) else word(part) for part in parts)
 
     def at(self, where: object) -> PaleyError:
-        """The same error of a place within `where`."""
+        """The same error, for a place within `where`."""
         place = f"{where}: {self.where}" if self.where else where
         return PaleyError(*self.problem, where=place, got=self.got, remedy=self.remedy)
 
@@ -82,7 +83,7 @@ class PaleyError(ValueError):
 
 @contextmanager
 def renaming(names: Mapping[str, str]) -> Iterator[None]:
-    """Errors from within speak of a function's own parameters instead of a recipe's settings: setting -> parameter."""
+    """Errors raised inside name a function's own parameters instead of a recipe's settings: setting -> parameter."""
     try:
         yield
     except PaleyError as error:

@@ -1,4 +1,4 @@
-"""What all grids of fixed points have in common: a group brings its scale, and on affine grids its zero point."""
+"""What grids of fixed points share: each group has a scale and, on affine grids, a zero point."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def code_dtype(size: int) -> torch.dtype:
 class Fixed:
     """The part of a grid's protocol that follows from `nearest` and `decode`; FreeGrid has the same members.
 
-    free: each group has points of its own, which are stored in place of its scale. mirrored: of those only the positive
-    ones are stored. scale_shape: of what is stored for a group.
+    free: each group has its own points, stored instead of its scale. mirrored: only the positive ones of them are
+    stored. scale_shape: the shape of what is stored for a group.
     """
 
     free: ClassVar[bool] = False
@@ -31,7 +31,7 @@ class Fixed:
     scale_shape: ClassVar[tuple[int, ...]] = ()
 
     if TYPE_CHECKING:
-        # Grids have these as fields or properties.
+        # Grids define these as fields or properties.
         @property
         def p(self) -> int: ...
 
@@ -86,4 +86,4 @@ class Fixed:
             raise PaleyError(f"{where}: must be positive and finite, and are not; the file is damaged")
 
     def check_scaled(self, where: str) -> None:
-        """Raises where points are not for values of variance 1, as scales by rms need them."""
+        """Raises if the points do not fit values of variance 1, which scales by rms need."""

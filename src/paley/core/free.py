@@ -1,4 +1,4 @@
-"""Free grids: each group of a row has its own points, stored in place of its scale. For weights.
+"""Free grids: each group of a row has its own points, stored instead of its scale. For weights only.
 
 W(1+1) of arXiv:2504.05352 is `free2`: a sign bit and a grouping bit choose one of four centroids.
 """
@@ -19,7 +19,7 @@ __all__ = ["FreeGrid", "load", "names"]
 
 @dataclass(frozen=True)
 class FreeGrid:
-    """2^bits points for each group, ascending; mirrored: ±s of half as many scales s, which alone are stored."""
+    """2^bits points for each group, ascending. mirrored: the points are ±s, and only the scales s are stored."""
 
     name: str
     bits: int
@@ -42,13 +42,13 @@ class FreeGrid:
         return (self.size // 2 if self.mirrored else self.size,)
 
     def group_points(self, scales: Tensor) -> Tensor:
-        """scales [..., stored] ascending -> the points [..., size] that they stand for, ascending."""
+        """scales [..., stored] ascending -> the points [..., size], ascending."""
         return torch.cat([-scales.flip(-1), scales], -1) if self.mirrored else scales
 
     def quantize(self, groups: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
         """groups [..., g, k], scales [..., g, stored] -> uint8 codes [..., g * k] of the nearest points.
 
-        Of two points as near it is the lower. There are no zeros.
+        Ties go to the lower point. zeros is ignored.
         """
         points = self.group_points(scales)
         edges = (points[..., 1:] + points[..., :-1]) / 2

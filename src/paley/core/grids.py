@@ -1,12 +1,12 @@
-"""Grids: the points that rounding may land on. A grid is data; no code asks which method it came from.
+"""Grids: the points that values are rounded to. A grid is data; no code depends on the method that made it.
 
 Families, with b bits: `int{b}` two's complement, `uint{b}` with a zero point, `odd{b}` the odd integers
-(mid-rise: no zero, no wasted level), `gauss{b}` the Lloyd-Max points of N(0, 1), `nf{b}` and `af{b}` those of
-bitsandbytes and its successor. `p{p}n{n}`: n points in p dimensions of least squared error for N(0, I)
-(HIGGS, arXiv:2411.17525). `e8q{q}k{k}`: a lattice too large for a table, which has the same interface.
+(mid-rise: no zero, no wasted level), `gauss{b}` the Lloyd-Max points of N(0, 1), `nf{b}` and `af{b}` the points of
+bitsandbytes and its successor. `p{p}n{n}`: n points in p dimensions with the least squared error for N(0, I)
+(HIGGS, arXiv:2411.17525). `e8q{q}k{k}`: a lattice too large for a table, with the same interface.
 `free{b}` and `mirror{b}` have no points of their own: see `paley.core.free`.
 
-All have one protocol, by which the code around them works: see `paley.core.fixed`.
+All grids share one protocol: see `paley.core.fixed`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = [
 FAMILIES = ("int", "uint", "odd", "gauss")
 MIN_BITS, MAX_BITS = 2, 8
 MAX_POINTS, MAX_DIM = 4096, 8
-_PROBES = 2**12  # vectors that tell whether a grid is made for values of variance 1
+_PROBES = 2**12  # vectors that test whether a grid is made for values of variance 1
 _FEW = 16  # comparing with each edge beats a binary search up to about here
 _PREFIX = "custom-"  # of the names of grids that came from files
 
@@ -47,9 +47,9 @@ _PREFIX = "custom-"  # of the names of grids that came from files
 class Grid(Fixed):
     """points [n, p] float64, ascending for p = 1; affine: values are scale * (point - zero), zero a code.
 
-    known_mse: E |x - round(x)|^2 / p on N(0, I), where it was measured. unit: made for values of unit rms, so that
-    no other scale is looked for. gaussian: made for Gaussian values. packaged: `load` knows the name; of other grids it
-    is a hash of the points. Grids of one name are equal.
+    known_mse: E |x - round(x)|^2 / p on N(0, I), if it was measured. unit: made for values of unit rms, so that no
+    other scale is tried. gaussian: made for Gaussian values. packaged: `load` takes the name; other names are
+    hashes of the points. Grids of the same name are equal.
     """
 
     name: str
@@ -70,12 +70,12 @@ class Grid(Fixed):
         return hash(self.name)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy, also in another process, comes of the name or the points."""
+        """A copy, in this or another process, is made from the name or the points."""
         return (load, (self.name,)) if self.packaged else (custom_of, (tuple(map(tuple, self.points.tolist())),))
 
     @property
     def best_scaled(self) -> bool:
-        """Whether no other scale of the points has less error on N(0, 1) than `gaussian_scale`."""
+        """Whether `gaussian_scale` is the scale of least error on N(0, 1)."""
         return self.packaged
 
     @property
@@ -84,7 +84,7 @@ class Grid(Fixed):
 
     @property
     def p(self) -> int:
-        """Values that one code stands for."""
+        """The number of values in one code."""
         return self.points.shape[1]
 
     @property
@@ -93,17 +93,17 @@ class Grid(Fixed):
 
     @functools.cached_property
     def peak(self) -> float:
-        """The point that max|x| is scaled to: of two's complement the last, which the first one exceeds."""
+        """The point that max|x| is scaled to. For two's complement it is the last one, although the first is larger."""
         return float(self.points.abs().max() if self.unit else self.points.max())
 
     @functools.cached_property
     def step(self) -> float | None:
-        """The distance of neighbours where it is constant, else None."""
+        """The distance between neighbours if it is constant, else None."""
         if self.p != 1:
             return None
         points, n = self.points[:, 0], torch.arange(self.size)
         step = float(points[1] - points[0])
-        # In float32, in which rounding computes: the formula has to meet the very points of the table.
+        # In float32, as rounding computes: the formula must give exactly the points of the table.
         even = torch.equal(n.float() * step + float(points[0]), points.float())
         return step if even else None
 
@@ -130,7 +130,7 @@ class Grid(Fixed):
         return self._index(vectors).mul_(self.step).add_(float(self.points[0]))  # an even grid needs no table
 
     def _index(self, y: Tensor) -> Tensor:
-        """p = 1: y of any shape -> indices of the nearest points, as float where that is cheaper."""
+        """p = 1: y of any shape -> indices of the nearest points, as floats if that is cheaper."""
         if self.step is not None:
             return y.sub_(float(self.points[0])).div_(self.step).round_().clamp_(0, self.size - 1)
         edges = self.edges.to(y)
@@ -186,7 +186,7 @@ class Grid(Fixed):
         return error, along / length if length else math.inf
 
     def check_scaled(self, where: str) -> None:
-        # So short that not even `unbiased` scales, which go up to twice the rms, would stretch them.
+        # `unbiased` scales go up to twice the rms. Shorter points cannot be stretched to unit variance.
         if self.packaged or (self.fit[0] < 1 and self.fit[1] < 2):
             return
         size = float(self.points.square().mean().sqrt())
@@ -242,20 +242,20 @@ def as_grid(grid: AnyGrid | str) -> AnyGrid:
 
 
 def as_fixed(grid: AnyGrid | str) -> FixedGrid:
-    """As `as_grid`; PaleyError for free grids, whose points are no function of a scale."""
-    if isinstance(found := as_grid(grid), FreeGrid):
+    """As `as_grid`; PaleyError for free grids, whose points do not follow from a scale."""
+    if isinstance(loaded := as_grid(grid), FreeGrid):
         raise PaleyError(
-            f"grid {found.name!r} is for weights, which store its points; inputs, keys and values take others, such as "
-            "uint4"
+            f"grid {loaded.name!r} is for weights, which store its points; inputs, keys and values take others, such "
+            "as uint4"
         )
-    return found
+    return loaded
 
 
 def custom(points: Tensor, where: str = "grid") -> Grid:
     """points [n, p] of your own -> a grid whose name is a hash of them.
 
-    Scales by rms take them as points for values of unit rms (`Grid.check_scaled`); to "absmax" and "mse" any multiple
-    is the same.
+    Scales by rms treat them as points for values of unit rms (`Grid.check_scaled`). For "absmax" and "mse" a multiple
+    of the points is the same grid.
     """
     if points.ndim != 2 or not points.is_floating_point():
         raise PaleyError(f"{where}: points must be floats [n, p], got {points.dtype} {list(points.shape)}")
@@ -275,7 +275,7 @@ def custom(points: Tensor, where: str = "grid") -> Grid:
 
 @functools.lru_cache(maxsize=64)
 def custom_of(rows: tuple[tuple[float, ...], ...]) -> Grid:
-    """As `custom`, of plain numbers."""
+    """As `custom`, from plain numbers."""
     if len({len(row) for row in rows}) != 1:
         raise PaleyError("points: must be lists of equal length")
     return custom(torch.tensor(rows, dtype=torch.float64), "points")
@@ -288,7 +288,7 @@ def names() -> list[str]:
 
 
 def family(grid: AnyGrid) -> list[AnyGrid]:
-    """The packaged grids of its kind, and itself: of other bits, or of other points in as many dimensions."""
+    """The grid and the packaged ones of its kind: other bits, or other points in the same number of dimensions."""
     if kind := re.fullmatch(r"([a-z]+)\d+", grid.name):
         return [load(name) for name in names() if re.fullmatch(rf"{kind[1]}\d+", name)]
     alike = [other for name in (*tables.names(), *lattice.names()) if (other := load(name)).p == grid.p]

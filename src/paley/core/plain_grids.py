@@ -9,11 +9,11 @@ from paley.core import grids
 from paley.core.errors import PaleyError, nearest_name
 from paley.core.grids import AnyGrid, FixedGrid
 
-__all__ = ["AnyGridField", "FixedGridField", "from_plain", "to_plain", "with_points"]
+__all__ = ["AnyGridField", "FixedGridField", "from_plain", "to_plain", "with_points", "without_points"]
 
 
 def to_plain(grid: AnyGrid) -> str | dict[str, Any]:
-    """What `from_plain` makes an equal grid of."""
+    """Plain data from which `from_plain` makes an equal grid."""
     return {"points": grid.points.tolist()} if isinstance(grid, grids.Grid) and not grid.packaged else grid.name
 
 
@@ -39,7 +39,7 @@ def from_plain(value: object) -> AnyGrid:
 
 
 def with_points(data: dict[str, Any], where: str) -> dict[str, Any]:
-    """Data of an older file, whose schemes name grids that `grids` gives points to -> the points in place of names."""
+    """Undoes `without_points`; PaleyError if a name is not that of its points."""
     named = data.get("grids")
     if named is None:
         return data
@@ -47,11 +47,11 @@ def with_points(data: dict[str, Any], where: str) -> dict[str, Any]:
         raise PaleyError(f"{where}: grids: must map names to points, got {reprlib.repr(named)}")
     for name, rows in named.items():
         try:
-            found = from_plain({"points": rows}).name
+            actual = from_plain({"points": rows}).name
         except PaleyError as error:
             raise PaleyError(f"{where}: grids: grid {name!r}: {error}") from None
-        if found != name:
-            raise PaleyError(f"{where}: grids: grid {name!r}: these points are {found!r}; the file was changed")
+        if actual != name:
+            raise PaleyError(f"{where}: grids: grid {name!r}: these points are {actual!r}; the file was changed")
 
     def resolved(value: Any, key: str = "") -> Any:
         if isinstance(value, dict):
@@ -66,8 +66,25 @@ def with_points(data: dict[str, Any], where: str) -> dict[str, Any]:
         raise PaleyError(f"{where}: is not plain JSON data ({error})") from None
 
 
+def without_points(data: dict[str, Any]) -> dict[str, Any]:
+    """Plain data whose schemes hold points -> names in their place, and a key `grids` with the points of each, once."""
+    named: dict[str, Any] = {}
+
+    def hoisted(value: Any, key: str = "") -> Any:
+        if key == "grid" and isinstance(value, dict):
+            name = from_plain(value).name
+            named[name] = value["points"]
+            return name
+        if isinstance(value, dict):
+            return {key: hoisted(child, key) for key, child in value.items()}
+        return [hoisted(child) for child in value] if isinstance(value, list) else value
+
+    found = hoisted(data)
+    return found | {"grids": named} if named else found
+
+
 class _Plain:
-    """Tells pydantic to read and write a field so; its schemas are plain dicts, and need no import."""
+    """Makes pydantic read and write a field with these functions. Its schemas are plain dicts: no import."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> dict[str, Any]:
         written = {"type": "function-plain", "function": to_plain}
@@ -86,7 +103,7 @@ class _Plain:
 if TYPE_CHECKING:
 
     class AnyGridField:
-        """A dataclass's field that holds a grid, and to which its constructor also takes a packaged grid's name."""
+        """A dataclass field that holds a grid. The constructor also takes the name of a packaged one."""
 
         def __get__(self, of: object, owner: Any) -> AnyGrid: ...
 

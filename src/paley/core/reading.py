@@ -1,4 +1,4 @@
-"""Text and JSON files that someone else may have written: read strictly, with errors that name the file."""
+"""Reads text and JSON files from any source: strictly, with errors that name the file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["read_json", "read_text"]
 
 
 def read_text(path: Path, what: str) -> str:
-    """The UTF-8 text of the file, or a PaleyError that says why there is none; `what` names the kind of file."""
+    """The UTF-8 text of the file, or a PaleyError with the reason; `what` names the kind of file in it."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -27,7 +27,7 @@ def read_json(path: Path, what: str = "JSON file") -> dict[str, Any]:
     """The JSON object in the file. PaleyError if there is none, or if a key is given twice."""
     text = read_text(path, what)
     try:
-        found = json.loads(text, object_pairs_hook=_unique_keys)
+        data = json.loads(text, object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
         reason = f"line {error.lineno}, column {error.colno}: {error.msg}"
         raise PaleyError(f"{path}: is not valid JSON ({reason})") from None
@@ -35,14 +35,14 @@ def read_json(path: Path, what: str = "JSON file") -> dict[str, Any]:
         raise PaleyError(f"{path}: is not valid JSON (too many levels of brackets)") from None
     except PaleyError as error:
         raise PaleyError(f"{path}: {error}") from None
-    if not isinstance(found, dict):
-        got = "null" if found is None else type(found).__name__
+    if not isinstance(data, dict):
+        got = "null" if data is None else type(data).__name__
         raise PaleyError(f"{path}: expected a mapping of keys to values, got {got}")
-    return found
+    return data
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """json.loads's object_pairs_hook that refuses a key given twice."""
+    """An object_pairs_hook for json.loads that refuses a key given twice."""
     data = dict(pairs)
     if len(data) < len(pairs):
         names = [name for name, _ in pairs]

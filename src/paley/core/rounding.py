@@ -1,6 +1,6 @@
 """Rounding to a grid and back: the one place where floats become codes.
 
-The pure-torch code here is the meaning of every faster kernel.
+Every faster kernel must agree with the torch code here.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Outliers:
 class Quantized:
     """codes [..., ceil(n / p)]; scales [..., n / group_size, *grid.scale_shape]; zeros uint8, on affine grids only.
 
-    grid: itself, or the name of a packaged one. columns: n, the values of a row, where the last code of a
-    row stands for fewer than p of them. outliers: what the columns named there hold instead of what their codes say.
+    grid: a grid, or the name of a packaged one. columns: n, the values of a row; needed if the last code of a row holds
+    fewer than p of them. outliers: the values of the columns named there, which replace those of the codes.
     """
 
     codes: Tensor
@@ -92,7 +92,7 @@ def split_groups(x: Tensor, group_size: int | None, where: str = "rounding") -> 
 
 
 def check_groups(n: int, group_size: int | None, where: str, *, what: str = "dimension ", way_out: str = "") -> None:
-    """Raises unless groups fill n values. what: the error's word for n; way_out: what it adds to the divisors."""
+    """Raises unless groups fill n values. what: the name of n in the error; way_out: ends the error."""
     if group_size is not None and n % group_size:
         below, above = ([d for d in _divisors(n) if (d < group_size) == less] for less in (True, False))
         near = " or ".join(str(d) for d in (*below[-1:], *above[:1]) if d > 1 or n == 1)
@@ -102,7 +102,7 @@ def check_groups(n: int, group_size: int | None, where: str, *, what: str = "dim
 
 
 def fitting_group_size(n: int, group_size: int) -> int:
-    """The divisor of n nearest to group_size, the larger of two and none below half of it; n itself where n is less."""
+    """The divisor of n nearest to group_size, the larger of two and none below half of it; n if n is less."""
     return min((d for d in _divisors(n) if 2 * d >= group_size), key=lambda d: (abs(d - group_size), -d), default=n)
 
 
@@ -113,7 +113,7 @@ def _divisors(n: int) -> list[int]:
 
 
 def codes_per_row(n: int, p: int) -> int:
-    """Codes of a row of n values: vectors of p run across groups, and the last one is filled up with zeros."""
+    """Codes of a row of n values. Vectors of p values run across groups; the last one is padded with zeros."""
     return -(-n // p)
 
 
@@ -139,14 +139,14 @@ def dynamic_scales(
 
 
 def storable(scales: Tensor, dtype: torch.dtype = torch.float16) -> Tensor:
-    """scales -> what `dtype` can hold of them, as float32, never 0 (a group of zeros stays exact at any scale)."""
+    """scales -> their values in `dtype`, as float32, never 0 (a group of zeros is exact at any scale)."""
     info = torch.finfo(dtype)
     smallest = max(info.tiny * info.eps, torch.finfo(torch.float32).tiny)
     return scales.float().clamp(min=smallest, max=info.max).to(dtype).float()
 
 
 def quantize_dynamic(x: Tensor, scheme: ActivationScheme, scale_dtype: torch.dtype = torch.float16) -> Quantized:
-    """x [..., n] -> codes and scales of each token (or token and group), for storing."""
+    """x [..., n] -> codes and scales of each token (or token and group), as stored."""
     grid = scheme.grid
     groups = split_groups(x.float(), scheme.group_size)
     scales, zeros = dynamic_scales(groups, grid, scheme.scale, scheme.clip_ratio, scale_dtype)
@@ -161,7 +161,7 @@ def quantized(
     columns: int,
     scale_dtype: torch.dtype = torch.float16,
 ) -> Quantized:
-    """codes [..., c], scales [..., g, *scale_shape or 1], zeros [..., g, 1] as they are computed -> as stored."""
+    """codes [..., c], scales [..., g, *scale_shape or 1], zeros [..., g, 1], as computed -> as stored."""
     return Quantized(
         codes,
         scales.reshape(*scales.shape[:-1], *grid.scale_shape).to(scale_dtype),
@@ -172,9 +172,9 @@ def quantized(
 
 
 def round_trip(x: Tensor, scheme: ActivationScheme, scale_dtype: torch.dtype = torch.float32) -> Tensor:
-    """x [..., n] -> what `quantize_dynamic` and `dequantize` leave of it, bit for bit, in x's dtype.
+    """x [..., n] -> what `quantize_dynamic` and then `dequantize` give, bit for bit, in x's dtype.
 
-    With scheme.refit it is the line of least squares through the codes instead, whose numbers have no stored form.
+    With scheme.refit, each group is instead the least-squares line through its codes, which has no stored form.
     """
     grid = scheme.grid
     groups = split_groups(x.float(), scheme.group_size)
@@ -190,7 +190,7 @@ def round_trip(x: Tensor, scheme: ActivationScheme, scale_dtype: torch.dtype = t
 
 
 def _on_fitted_line(points: Tensor, groups: Tensor) -> Tensor:
-    """points, groups [..., g, k] -> a * points + b, a and b of each group those of least squares."""
+    """points, groups [..., g, k] -> a * points + b, with a and b fitted to each group by least squares."""
     mean = groups.mean(-1, keepdim=True)
     around, points = groups - mean, points - points.mean(-1, keepdim=True)
     slope = (points * around).sum(-1, keepdim=True) / points.square().sum(-1, keepdim=True).clamp(min=1e-30)

@@ -1,7 +1,7 @@
 """Schemes: what is done at each site, a place of a model where a tensor can be quantized.
 
-Plain frozen dataclasses, checked once where they are made. Pydantic validates the same classes strictly when
-they come from a file (a plan, a recipe, a checkpoint's configuration).
+Plain frozen dataclasses, checked once when they are made. Pydantic validates the same classes strictly when
+they are read from a file (a plan, a recipe, a checkpoint's configuration).
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def _check_scale(where: str, key: str, grid: FixedGrid, scale: str) -> None:
 
 @dataclass(frozen=True)
 class WeightScheme:
-    """grid: itself, or the name of a packaged one; group_size: input columns that share a scale (None: the whole row).
+    """grid: a grid, or the name of a packaged one; group_size: input columns that share a scale (None: the whole row).
 
-    scale_search "absmax" lets the grid's end meet the largest weight; "mse" tries smaller scales and keeps
+    scale_search "absmax" scales the grid's end to the largest weight; "mse" tries smaller scales and keeps
     the one of least error; "rms" takes the best scale for Gaussian values of the group's rms, as HIGGS does; "unbiased"
-    finds the codes so, and then stretches each group to the length of its weight (gptq refits its scales itself).
-    The points of free grids come of expectation maximization (arXiv:2504.05352): "em" weighs all errors alike,
+    finds the codes like "rms" and then stretches each group to the length of its weight (gptq refits its own scales).
+    The points of free grids come from expectation maximization (arXiv:2504.05352): "em" weighs all errors alike,
     "em_diagonal" by the diagonal of the Hessian H = X^T X, "em_inverse" by 1 / [H^-1]_ii^2.
     sweeps: rounds of scale refit and coordinate descent after GPTQ.
     """
@@ -72,7 +72,7 @@ class WeightScheme:
 
     @property
     def by_em(self) -> bool:
-        """Whether each group's points are fitted to it, as free grids need it."""
+        """Whether the points are fitted to each group, as free grids need."""
         return self.scale_search in _BY_EM
 
     @property
@@ -81,7 +81,7 @@ class WeightScheme:
         return self.method == "gptq" or self.scale_search in ("em_diagonal", "em_inverse")
 
     def on_grid(self, grid: AnyGrid | str) -> WeightScheme:
-        """The same on another grid; scales by rms where that has vectors, or was made for values of unit rms."""
+        """The same on another grid; scales by rms if it has vectors, or was made for values of unit rms."""
         grid, scale_search = grids.as_grid(grid), self.scale_search
         if grid.free != self.by_em:
             scale_search = "em" if grid.free else "mse"
@@ -99,7 +99,7 @@ class ActivationScheme:
 
     scale "absmax": scale = clip_ratio * max|x| / grid.peak (both ends * clip_ratio on an affine grid).
     scale "rms": scale = clip_ratio * rms(x) * grid.gaussian_scale, so 1.0 is optimal for Gaussian entries.
-    refit: scale and offset are fitted to each group's codes afterwards, by least squares; for linear inputs alone.
+    refit: fit scale and offset to each group's codes afterwards, by least squares; for inputs of linears only.
     """
 
     __pydantic_config__: ClassVar = _STRICT
@@ -122,11 +122,11 @@ class ActivationScheme:
 class LinearScheme:
     """One linear layer: its weight, its input, and the rotation its input gets at run time before rounding.
 
-    diagonal: the layer stores a number for each value that it reads, which the input is divided by before it turns, and
-    the weight's columns are multiplied by: T = H D⁻¹. It needs a transform.
-    An embedding has one, too: a weight whose rows are stored rotated, and rotated back when they are looked up.
+    diagonal: the layer stores a number for each value that it reads. Before the rotation the input is divided by it,
+    and the weight's columns are multiplied by it: T = H D⁻¹. It needs a transform.
+    An embedding has one too: its rows are stored rotated, and rotated back when they are looked up.
 
-    outliers: input channels whose weights stay in int8, and whose values too where the input is rounded (Atom,
+    outliers: input channels whose weights stay in int8, and so do their values if the input is rounded (Atom,
     arXiv:2310.19102).
     """
 
@@ -162,7 +162,7 @@ class LinearScheme:
             )
 
     def stored_width(self, in_features: int) -> int:
-        """Columns of the stored weight of a layer that reads `in_features` values: more where its input is expanded."""
+        """Columns of the stored weight of a layer that reads `in_features` values: more if its input is expanded."""
         return in_features if self.transform is None else self.transform.out_dim
 
 
@@ -170,8 +170,8 @@ class LinearScheme:
 class AttentionScheme:
     """One attention layer's cache: keys (after RoPE and `transform`, which queries get too) and values.
 
-    center_keys: the layer stores a mean key of each head, which is taken off every key first. Softmax does not
-    notice (it adds the same q . mean to all scores of a query), and what is left is smaller to round.
+    center_keys: the layer stores a mean key of each head and subtracts it from every key before rounding. This changes
+    all scores of a query by the same q . mean, so softmax gives the same result. The rest has a smaller range.
     """
 
     __pydantic_config__: ClassVar = _STRICT
@@ -190,7 +190,7 @@ class AttentionScheme:
 
 @dataclass(frozen=True)
 class Schemes:
-    """What is done to each weight (with its input), and to each attention's cache, by module name."""
+    """What is done to each weight (with its input) and to the cache of each attention, by module name."""
 
     linears: dict[str, LinearScheme]
     attentions: dict[str, AttentionScheme]
@@ -200,7 +200,7 @@ class Schemes:
 class Rotation:
     """What is folded into a model's weights: R1 of the residual stream, and R2 of each value head if there is R1.
 
-    heads also turns queries and keys at run time (R3). None: not applied.
+    heads also rotates queries and keys at run time (R3). None: not applied.
     """
 
     __pydantic_config__: ClassVar = _STRICT

@@ -1,7 +1,7 @@
 """Perplexity on test blocks and, against the original model, the KL divergence and agreement of predictions.
 
-A quantized KV cache is really used: the text goes through it in chunks, so that keys and values are read back
-from their codes. One long forward through transformers' QuantizedCache reads none, and reports no loss.
+A quantized KV cache takes part: the text passes through it in chunks, so that keys and values are read back from their
+codes. One long forward with transformers' QuantizedCache reads no codes, and so measures no loss.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def evaluate(
     """Position t predicts token t + 1 of each block; blocks must have role test.
 
     With quantized keys or values, `chunk` tokens at a time pass through a fresh PackedKVCache per batch; else
-    there is one forward per batch. Logits are made for batch * chunk tokens at a time. progress gets
-    (sequences done, of how many).
+    there is one forward per batch. Logits exist for batch * chunk tokens at a time. progress is called with
+    (sequences done, all sequences).
     """
     require(blocks, "test")
     check(model, blocks, batch, chunk)
@@ -99,15 +99,15 @@ def _has_quantized_cache(model: PreTrainedModel) -> bool:
 
 
 def _side_bytes(model: PreTrainedModel, bytes_per_value: int = 2) -> int:
-    """What one token's keys (or values) take in one layer that does not quantize them."""
+    """Bytes of one token's keys (or values) in one layer that does not quantize them."""
     return Adapter(model).sites.of("keys")[0].numel * bytes_per_value
 
 
 def _kv_bytes_per_token(model: PreTrainedModel, cache: PackedKVCache, sequences: int) -> float:
-    """What a token takes in `cache` while each layer holds it, unquantized sides at 16 bits."""
+    """Bytes of a token in `cache` while each layer holds it; unquantized sides count 16 bits a value."""
     total = 0.0
     for layer in cache.layers:
-        held = layer.get_mask_sizes(0)[0]  # fewer than were read if the layer's attention has a window
+        held = layer.get_mask_sizes(0)[0]  # fewer than the tokens read if the layer's attention has a window
         unquantized = (layer.scheme.keys is None) + (layer.scheme.values is None)
         total += layer.nbytes / (sequences * held)
         total -= unquantized * (_side_bytes(model, layer.dtype.itemsize) - _side_bytes(model))
@@ -115,7 +115,7 @@ def _kv_bytes_per_token(model: PreTrainedModel, cache: PackedKVCache, sequences:
 
 
 def _fitting(reference: Reference, model: PreTrainedModel, blocks: TokenBlocks) -> Reference:
-    """reference with its head on the model's device; raises where its ids or vocabulary are others."""
+    """reference with its head on the model's device; raises if its ids or vocabulary do not fit."""
     reference.check(blocks)
     vocabulary = Adapter(model).sites.head.shape[0]
     if reference.head.shape[0] != vocabulary:

@@ -14,15 +14,14 @@ from torch import Tensor
 
 from paley.core.errors import PaleyError, nearest_name
 from paley.core.reading import read_json
-from paley.format.files import write_json
 from paley.format.header import TensorInfo, as_bytes, read_header
-from paley.format.writer import INDEX, SINGLE, ShardWriter, write_tensors
+from paley.format.writer import INDEX, SINGLE
 
-__all__ = ["Checkpoint", "ShardWriter", "read_tensors", "write_json", "write_tensors"]
+__all__ = ["Checkpoint", "read_tensors"]
 
-# Keys of config.json that change nothing: tensors say themselves what dtype they have.
+# Keys of config.json that do not change the model: tensors have their own dtype.
 VOLATILE = {"transformers_version", "_name_or_path", "torch_dtype", "dtype"}
-_CHUNK = 2**24  # elements looked at together
+_CHUNK = 2**24  # elements checked at a time
 _SHARD = re.compile(r"[^/\\:\0]+\.safetensors")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -68,7 +67,7 @@ class Checkpoint:
         return self.info(name).dtype
 
     def tensor(self, name: str) -> Tensor:
-        """Reads a tensor into memory of its own."""
+        """Reads a tensor into its own memory."""
         return self.info(name).read()
 
     __getitem__ = tensor
@@ -88,7 +87,7 @@ class Checkpoint:
             yield name, self.tensor(name)
 
     def fingerprint(self, *, check_finite: bool = False) -> str:
-        """sha256 in hex of what the model computes: tensors and config, however they are cut into files.
+        """sha256, in hex, of tensors and config, independent of how they are split into files.
 
         check_finite: PaleyError names the first tensor with a NaN or infinity, found in the same pass.
         """
@@ -106,7 +105,7 @@ class Checkpoint:
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of one safetensors file, checked before use; PaleyError where it is damaged."""
+    """All tensors of one safetensors file, checked before use; PaleyError if it is damaged."""
     return {name: info.read() for name, info in read_header(Path(path)).items()}
 
 
@@ -117,7 +116,7 @@ def first_not_finite(tensor: Tensor) -> tuple[tuple[int, ...], float] | None:
     start = 0
     for part in tensor.reshape(-1).split(_CHUNK):
         part = part.float() if part.dtype.itemsize == 1 else part  # float8 has no arithmetic
-        # The extremes are NaN where anything is; finding them is ten times faster than asking every element.
+        # If any element is NaN, the extremes are NaN. Finding them is ten times faster than testing every element.
         if not torch.stack(part.aminmax()).isfinite().all():
             offset = int(part.isfinite().logical_not().int().argmax())
             index = torch.unravel_index(torch.tensor(start + offset), tensor.shape)
@@ -138,7 +137,7 @@ def _canonical(obj: Any) -> bytes:
 
 
 def _find_tensors(folder: Path) -> dict[str, TensorInfo]:
-    """Every tensor of the folder, from model.safetensors or from the shards that the index names."""
+    """All tensors of the folder, from model.safetensors or from the shards in the index."""
     single, index = folder / SINGLE, folder / INDEX
     if single.is_file() and index.is_file():
         raise PaleyError(f"{folder}: holds both {SINGLE} and {INDEX}; remove the one that is out of date")
@@ -172,16 +171,16 @@ def _read_shard(file: Path, promised: set[str]) -> dict[str, TensorInfo]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Tensor name -> file name right in the folder."""
-    found = _read(index).get("weight_map")
-    if not isinstance(found, dict) or not found:
+    """Tensor name -> name of a file in the folder."""
+    files = _read(index).get("weight_map")
+    if not isinstance(files, dict) or not files:
         raise PaleyError(f"{index}: must have a 'weight_map' of tensors to files; copy or download it again")
-    for name, file in found.items():
+    for name, file in files.items():
         if not isinstance(file, str) or not _SHARD.fullmatch(file):
             raise PaleyError(
                 f"{index}: {name!r} is said to be in {file!r}; only safetensors files of the same folder are opened"
             )
-    return found
+    return files
 
 
 def _read(file: Path) -> dict[str, Any]:

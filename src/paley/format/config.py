@@ -10,13 +10,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from paley.core.errors import PaleyError, nearest_name
-from paley.core.plain_grids import with_points
+from paley.core.plain_grids import with_points, without_points
 from paley.core.schemes import ActivationScheme, AttentionScheme, LinearScheme, WeightScheme
 from paley.core.transforms import Transform
 
 __all__ = ["FORMAT_VERSION", "QUANT_METHOD", "QuantizationConfig"]
 
-FORMAT_VERSION = 2  # 1 had no embedding among its linears, no stream, and named the grids of users' files
+FORMAT_VERSION = 2  # 1 had no embedding and no stream, and named the grids of users' files
 _READ = (1, 2)
 QUANT_METHOD = "paley"
 
@@ -24,7 +24,7 @@ QUANT_METHOD = "paley"
 class QuantizationConfig(BaseModel):
     """Keys of the two maps are module names, as in the transformers model; from a file by `from_dict`.
 
-    stream: what turns the residual stream of a model whose head is tied to its embedding, at run time.
+    stream: the rotation of the residual stream at run time, for a model whose head is tied to its embedding.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -48,8 +48,7 @@ class QuantizationConfig(BaseModel):
                 f"{where}: format_version must be {FORMAT_VERSION}, got {version!r}; install the paley that "
                 "wrote this checkpoint, or quantize the model again"
             )
-        if version == 1:
-            data = with_points(data, where) | {"format_version": FORMAT_VERSION}
+        data = with_points(data, where) | {"format_version": FORMAT_VERSION}
         try:
             return cls.model_validate_json(json.dumps(data), strict=True)
         except ValidationError as error:
@@ -63,10 +62,10 @@ class QuantizationConfig(BaseModel):
         data = self.model_dump(mode="json")
         if data["stream"] is None:
             del data["stream"]
-        return data
+        return without_points(data)
 
 
-# What stands under (map, module), and under (map, module, place).
+# The classes under (map, module), and under (map, module, place).
 _CLASSES: dict[str | int, type] = {
     "linears": LinearScheme, "attentions": AttentionScheme, "transform": Transform, "stream": Transform,
     "weight": WeightScheme, "input": ActivationScheme, "keys": ActivationScheme, "values": ActivationScheme,
@@ -74,7 +73,7 @@ _CLASSES: dict[str | int, type] = {
 
 
 def _reason(detail: ErrorDetails) -> str:
-    """linears['model.layers.0.mlp.up_proj'].weight.grid: what is wrong there."""
+    """A sentence: linears['model.layers.0.mlp.up_proj'].weight.grid: the problem."""
     loc, kind = list(detail["loc"]), detail["type"]
     path = "".join(f"[{part!r}]" if depth == 1 else f".{part}" for depth, part in enumerate(loc))[1:]
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):

@@ -1,4 +1,4 @@
-"""The types that tensors are stored in where they stay unquantized."""
+"""The types in which unquantized tensors are stored."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FLOATS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 
 def cast_to_store(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor that stays unquantized, in the type it is stored in; raises where that cannot hold its values."""
+    """An unquantized tensor in the type that it is stored in; PaleyError if the type cannot hold its values."""
     stored = tensor.to(dtype) if tensor.is_floating_point() else tensor
     if stored is not tensor and first_not_finite(stored) is not None:
         raise PaleyError(

@@ -1,4 +1,4 @@
-"""What stands beside a model's weights: JSON files, and the tokenizer's."""
+"""The files beside a model's weights: JSON files, and those of the tokenizer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from paley.core.files import disk, write_atomic
 
 __all__ = ["copy_companions", "write_json"]
 
-# Carried over as they are; everything else in a model's folder is weights, or not the model's.
+# Copied unchanged. Everything else in a model's folder is weights, or no part of the model.
 _COMPANIONS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
@@ -28,7 +28,7 @@ def write_json(path: str | Path, obj: object) -> None:
 
 
 def copy_companions(source: Path, folder: Path) -> None:
-    """Copies what stands beside a model's weights into `folder`: tokenizer, generation config, chat template."""
+    """Copies tokenizer, generation config and chat template from the folder `source` into `folder`."""
     for name in _COMPANIONS:
         if (source / name).is_file():
             with disk(folder / name, (source / name).stat().st_size):

@@ -1,6 +1,6 @@
 """A journal: a file of JSON lines to which a long job appends each result, so that a killed job loses only one.
 
-The first line holds the job's settings, and each further line an entry. One process at a time has it open.
+The first line holds the job's settings, each further line one entry. Only one process at a time can open it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class Journal(Generic[T]):
-    """An open journal; `entries` are those of earlier runs, as `parse` made them."""
+    """An open journal; `entries` are those of earlier runs, converted by `parse`."""
 
     def __init__(self, file: IO[bytes], entries: list[T]):
         self.entries, self._file = entries, file
@@ -35,7 +35,7 @@ class Journal(Generic[T]):
 def open_journal(
     path: str | Path, settings: dict[str, Any], parse: Callable[[Any], T], *, what: str
 ) -> Iterator[Journal[T]]:
-    """Opens the journal of a job with these settings, or begins it; `what` names the job in errors.
+    """Opens the journal of a job with these settings, or starts a new one; `what` names the job in errors.
 
     It drops a last line that a kill cut off. parse(plain data) -> an entry; ValueError, LookupError and TypeError
     mean damage. Errors: PaleyError if the file is damaged, of other settings, in use, or not writable. A refused

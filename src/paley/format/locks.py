@@ -22,7 +22,7 @@ def locked(work: Path, output: Path) -> Iterator[None]:
 
     At the end it deletes `work` if only the lock is left in it, and the folders above that it made and that are empty.
     """
-    made = [folder for folder in work.parents if not os.path.exists(folder)]
+    new_parents = [folder for folder in work.parents if not os.path.exists(folder)]
     try:
         with _lock(work, output) as lock:
             try:
@@ -33,7 +33,7 @@ def locked(work: Path, output: Path) -> Iterator[None]:
                     if ours and os.listdir(work) == [LOCK]:
                         (work / LOCK).unlink()
     finally:
-        for folder in (work, *made):
+        for folder in (work, *new_parents):
             with suppress(OSError):  # it holds something, or is gone already
                 folder.rmdir()
 

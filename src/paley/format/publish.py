@@ -1,4 +1,4 @@
-"""Publishing: a finished output takes its place at once, and nothing is lost if a run is killed at any step.
+"""Publishing: a finished output appears in one step, and nothing is lost if a run is killed at any time.
 
 A folder is made in a locked work folder beside its place and swapped in. A single file is written by
 `core.files.write_atomic`; `check_file` checks its place before the work begins.
@@ -22,7 +22,7 @@ from paley.format.locks import LOCK, locked
 
 __all__ = ["RESULTS", "Work", "check_file", "exchange", "restore", "unfinished"]
 
-RESULTS = "results.json"  # its key "run" marks a folder that Paley made, which --overwrite may replace
+RESULTS = "results.json"  # its key "run" marks a folder made by Paley, which --overwrite may replace
 # The work folder holds: its state, the new output, the older one during the swap, and what could not be deleted.
 STATE, NEW, REPLACED, DISCARDED = "run.json", "new", "replaced", "discarded-"
 _CLEARED = "cleared"
@@ -71,7 +71,7 @@ class Work:
 
     @property
     def has_progress(self) -> bool:
-        """Whether a run that is refused leaves anything for a resumed one; a resumable run's class says what."""
+        """Whether a refused run leaves work that a later one can resume; classes of resumable runs override it."""
         return False
 
     def check_apart(self, model: Path) -> None:
@@ -194,8 +194,8 @@ class Work:
 
     def _check_ours(self) -> None:
         """Raises PaleyError if the folder in the output's place is neither made by Paley nor empty."""
-        made = "run" in _read(self.output / RESULTS)
-        if not made and not (self.output.is_dir() and not any(self.output.iterdir())):
+        ours = "run" in _read(self.output / RESULTS)
+        if not ours and not (self.output.is_dir() and not any(self.output.iterdir())):
             raise PaleyError(
                 f"{self._given}: was not made by Paley, so --overwrite does not delete it; move it away yourself"
             )
@@ -227,7 +227,7 @@ def _read(file: Path) -> dict[str, Any]:
 def exchange(new: Path, place: Path, aside: Path) -> None:
     """`new` becomes `place`, and what was there goes `aside`; killed between the two, `restore` brings it back.
 
-    PaleyError if the system refuses, with everything where it was.
+    Errors: PaleyError if the system refuses; everything is then in its old place.
     """
     restore(new, place, aside)
     try:

@@ -1,11 +1,10 @@
-"""What a quantized checkpoint says and holds: docs/format.md in code."""
+"""The content of a quantized checkpoint: docs/format.md in code."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -21,8 +20,8 @@ from paley.format.config import FORMAT_VERSION, QUANT_METHOD, QuantizationConfig
 
 __all__ = [
     "BIAS", "FORMAT_VERSION", "OUTLIER_COLUMNS", "PARTS", "QUANT_METHOD", "WEIGHT", "QuantizationConfig",
-    "bits_per_weight", "check_outliers", "check_values", "decode_linear", "encode_linear", "expected_tensors",
-    "linear_bytes", "quantization_of", "stored_bytes", "unpack_weight",
+    "check_outliers", "check_values", "decode_linear", "encode_linear", "expected_tensors", "linear_bytes",
+    "quantization_of", "unpack_weight",
 ]  # fmt: skip
 
 CODES, SCALES, ZEROS = ".codes", ".scales", ".zeros"  # suffixes of a quantized linear's name
@@ -36,14 +35,14 @@ Expected = dict[str, tuple[torch.dtype | None, tuple[int, ...]]]
 
 
 class Tensors(Protocol):
-    """What tensors are read from: a dict, or a Checkpoint."""
+    """A source of tensors: a dict, or a Checkpoint."""
 
     def __contains__(self, name: object, /) -> bool: ...
     def __getitem__(self, name: str, /) -> Tensor: ...
 
 
 def quantization_of(checkpoint: Checkpoint) -> QuantizationConfig:
-    """What config.json says under "quantization_config", checked; PaleyError where the folder is not ours."""
+    """The checked section "quantization_config" of config.json; PaleyError if the folder is no Paley checkpoint."""
     folder, section = checkpoint.folder, checkpoint.config.get("quantization_config")
     if not isinstance(section, dict) or section.get("quant_method") != QUANT_METHOD:
         raise PaleyError(
@@ -54,9 +53,9 @@ def quantization_of(checkpoint: Checkpoint) -> QuantizationConfig:
 
 
 def expected_tensors(name: str, scheme: LinearScheme, in_features: int, out_features: int) -> Expected:
-    """Name -> (dtype, shape) of what stores the weight [out_features, in_features]; dtype None: any floats.
+    """Name -> (dtype, shape) of the tensors that store the weight [out_features, in_features]; dtype None: any floats.
 
-    in_features is the stored width: scheme.transform.out_dim where there is a transform. A bias is not listed.
+    in_features is the stored width: scheme.transform.out_dim if there is a transform. A bias is not listed.
     """
     if scheme.transform is not None and scheme.transform.out_dim != in_features:
         raise PaleyError(
@@ -75,21 +74,21 @@ def expected_tensors(name: str, scheme: LinearScheme, in_features: int, out_feat
     grid = scheme.weight.grid
     width = packing.packed_bytes(codes_per_row(in_features, grid.p), grid.size)
     groups = (out_features, in_features // size)
-    found: Expected = {
+    expected: Expected = {
         name + CODES: (torch.uint8, (out_features, width)),
         name + SCALES: (SCALE_DTYPE, (*groups, *grid.scale_shape)),
     }
     if grid.affine:
-        found[name + ZEROS] = (torch.uint8, groups)
+        expected[name + ZEROS] = (torch.uint8, groups)
     if scheme.outliers:
-        found[name + OUTLIERS] = (torch.uint8, (out_features, scheme.outliers))
-        found[name + OUTLIER_SCALES] = (SCALE_DTYPE, (out_features, 1))
-        found[name + OUTLIER_COLUMNS] = (torch.int32, (scheme.outliers,))
-    return found | beside
+        expected[name + OUTLIERS] = (torch.uint8, (out_features, scheme.outliers))
+        expected[name + OUTLIER_SCALES] = (SCALE_DTYPE, (out_features, 1))
+        expected[name + OUTLIER_COLUMNS] = (torch.int32, (scheme.outliers,))
+    return expected | beside
 
 
 def check_outliers(name: str, outliers: int, in_features: int) -> None:
-    """Raises where outliers would leave no column to the weight's own grid."""
+    """Raises if outliers leave no column for the weight's own grid."""
     if outliers >= in_features:
         raise PaleyError(f"{name}: outliers={outliers} must be fewer than its in_features={in_features} columns")
 
@@ -103,7 +102,7 @@ def linear_bytes(name: str, scheme: LinearScheme, in_features: int, out_features
 def encode_linear(name: str, q: Quantized) -> dict[str, Tensor]:
     """codes [out, in / p], scales and zeros [out, groups] -> the tensors NAME.codes, NAME.scales, ... as stored.
 
-    PaleyError for what would not come back: scales that float16 lacks, zeros outside of the grid.
+    Errors: PaleyError for values that cannot be stored: scales that are not float16, zeros outside of the grid.
     """
     grid = q.grid
     shapes = tuple(q.codes.shape), tuple(q.scales.shape)
@@ -111,21 +110,21 @@ def encode_linear(name: str, q: Quantized) -> dict[str, Tensor]:
         wanted = "[out, groups, stored]" if grid.scale_shape else "[out, groups]"
         raise PaleyError(f"{name}: codes must be [out, in / p] and scales {wanted}, got {shapes}")
     scales = q.scales.to(SCALE_DTYPE)
-    if not torch.equal(scales.to(q.scales.dtype), q.scales):  # also where there is a NaN
+    if not torch.equal(scales.to(q.scales.dtype), q.scales):  # also true if there is a NaN
         raise PaleyError(f"{name}: scales are not float16 values; round them with rounding.storable first")
-    found = {name + CODES: packing.pack_codes(q.codes, grid.size), name + SCALES: scales}
+    tensors = {name + CODES: packing.pack_codes(q.codes, grid.size), name + SCALES: scales}
     if q.zeros is not None:
-        found[name + ZEROS] = q.zeros
+        tensors[name + ZEROS] = q.zeros
     if q.outliers is not None:
-        found[name + OUTLIERS] = q.outliers.codes
-        found[name + OUTLIER_SCALES] = q.outliers.scales
-        found[name + OUTLIER_COLUMNS] = q.outliers.columns
+        tensors[name + OUTLIERS] = q.outliers.codes
+        tensors[name + OUTLIER_SCALES] = q.outliers.scales
+        tensors[name + OUTLIER_COLUMNS] = q.outliers.columns
     out_features, in_features = shapes[0][0], q.width
     outliers = 0 if q.outliers is None else len(q.outliers.columns)
     scheme = LinearScheme(WeightScheme("int4", q.group_size).on_grid(grid), outliers=outliers)
-    _check_form(name, found, expected_tensors(name, scheme, in_features, out_features))
-    check_values(name, found, in_features, grid)
-    return found
+    _check_form(name, tensors, expected_tensors(name, scheme, in_features, out_features))
+    check_values(name, tensors, in_features, grid)
+    return tensors
 
 
 def decode_linear(name: str, tensors: Tensors, scheme: LinearScheme, in_features: int) -> Quantized:
@@ -137,17 +136,17 @@ def decode_linear(name: str, tensors: Tensors, scheme: LinearScheme, in_features
         raise PaleyError(f"{name}: its scheme leaves the weight unquantized; read {name + WEIGHT} itself")
     if name + WEIGHT in tensors:
         raise PaleyError(f"{name}: is stored quantized, and as {name + WEIGHT} too; one of them is stale")
-    found = {name + part: tensors[name + part] for part in PARTS if name + part in tensors}
-    codes = found.get(name + CODES)
+    stored = {name + part: tensors[name + part] for part in PARTS if name + part in tensors}
+    codes = stored.get(name + CODES)
     out_features = codes.shape[0] if codes is not None and codes.dim() else 0
     expected = expected_tensors(name, replace(scheme, diagonal=False), in_features, out_features)
-    _check_form(name, found, expected)
+    _check_form(name, stored, expected)
     grid = scheme.weight.grid
-    check_values(name, found, in_features, grid)
-    codes, outliers = unpack_weight(found[name + CODES], grid, in_features), None
+    check_values(name, stored, in_features, grid)
+    codes, outliers = unpack_weight(stored[name + CODES], grid, in_features), None
     if scheme.outliers:
-        outliers = Outliers(*(found[name + part] for part in (OUTLIER_COLUMNS, OUTLIERS, OUTLIER_SCALES)))
-    return Quantized(codes, found[name + SCALES], found.get(name + ZEROS), grid, in_features, outliers)
+        outliers = Outliers(*(stored[name + part] for part in (OUTLIER_COLUMNS, OUTLIERS, OUTLIER_SCALES)))
+    return Quantized(codes, stored[name + SCALES], stored.get(name + ZEROS), grid, in_features, outliers)
 
 
 def unpack_weight(packed: Tensor, grid: AnyGrid, in_features: int) -> Tensor:
@@ -155,22 +154,8 @@ def unpack_weight(packed: Tensor, grid: AnyGrid, in_features: int) -> Tensor:
     return packing.unpack_codes(packed, grid.size, codes_per_row(in_features, grid.p))
 
 
-def stored_bytes(source: str | Path | Iterable[Tensor]) -> int:
-    """Bytes of every tensor of a checkpoint folder, or of those given: codes, scales, zeros, all the rest."""
-    if isinstance(source, str | Path):
-        return Checkpoint.open(source).nbytes
-    return sum(tensor.nbytes for tensor in source)
-
-
-def bits_per_weight(source: str | Path | Iterable[Tensor], weights: int) -> float:
-    """Stored bits for each of the original model's `weights` values."""
-    if weights < 1:
-        raise PaleyError(f"bits_per_weight: the number of weights must be positive, got {weights}")
-    return 8 * stored_bytes(source) / weights
-
-
 def _check_form(name: str, found: Mapping[str, Tensor], wanted: Expected) -> None:
-    """These tensors and no others, of these dtypes and shapes."""
+    """Raises unless `found` has exactly these tensors, with these dtypes and shapes."""
     for tensor, (dtype, shape) in wanted.items():
         if tensor not in found:
             raise PaleyError(f"{tensor}: is missing")
@@ -199,7 +184,7 @@ def check_values(name: str, found: Mapping[str, Tensor], in_features: int, grid:
 
 
 def _check_outlier_columns(name: str, columns: Tensor, in_features: int) -> None:
-    """Raises unless the columns ascend within the weight's."""
+    """Raises unless the columns ascend and exist in the weight."""
     within = bool((columns >= 0).all()) and bool((columns < in_features).all())
     if not within or bool((columns.long().diff() <= 0).any()):
         raise PaleyError(f"{name + OUTLIER_COLUMNS}: must ascend within {in_features} columns; the file is damaged")

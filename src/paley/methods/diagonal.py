@@ -1,7 +1,7 @@
-"""The diagonal before a rotation: the closed form that balances what weights and inputs lose.
+"""The diagonal before a rotation: the closed form that balances the errors of weights and inputs.
 
-Rounding W D Hᵀ and H D⁻¹ x with given relative errors costs in proportion to ‖W D‖² · ‖D⁻¹ x‖², for the rotation
-spreads either error evenly. By Cauchy-Schwarz that is least at d = sqrt(x / w). SmoothQuant (arXiv:2211.10438) with
+For given relative errors, rounding W D Hᵀ and H D⁻¹ x costs in proportion to ‖W D‖² · ‖D⁻¹ x‖², as the rotation
+spreads both errors evenly. By Cauchy-Schwarz the minimum is at d = sqrt(x / w). SmoothQuant (arXiv:2211.10438) with
 strength 1/2 has this form; WUSH (arXiv:2512.00956) is the version for whole matrices.
 """
 
@@ -16,9 +16,9 @@ _RANGE = 2.0**10  # of d around its geometric mean: a dead channel must not deci
 
 
 def balance(inputs: Tensor, weight: Tensor) -> Tensor:
-    """inputs [in], the size of each channel; weight [out, in], all that reads it -> d float16 [in], positive."""
+    """inputs [in], the size of each channel; weight [out, in], all rows that read it -> d float16 [in], positive."""
     rows = weight.double().square().mean(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-    columns = (weight.double().square() / rows).mean(0).sqrt()  # each row is rounded by a scale of its own
+    columns = (weight.double().square() / rows).mean(0).sqrt()  # each row is rounded with its own scale
     tiny = torch.finfo(torch.float64).tiny
     log = (inputs.double().clamp(min=tiny).log() - columns.clamp(min=tiny).log()) / 2
     seen = (inputs > 0) & (columns > 0)

@@ -176,11 +176,6 @@ class PackedKVLayer(CacheLayerMixin):
         """Bytes of the tokens held: codes, scales, zeros, or the plain tensors of an unquantized side."""
         return sum(store.filled.nbytes for store in self._stores())
 
-    @property
-    def allocated_nbytes(self) -> int:
-        """`nbytes` and the room kept for coming tokens."""
-        return sum(store.data.nbytes for store in self._stores())
-
     def _stores(self) -> list[_Store]:
         return self._keys.stores + self._values.stores
 
@@ -226,9 +221,5 @@ class PackedKVCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tokens held, over all layers; `allocated_nbytes` adds the room for coming ones."""
+        """Bytes of the tokens held, over all layers; the room for coming ones is not counted."""
         return sum(layer.nbytes for layer in self.layers)
-
-    @property
-    def allocated_nbytes(self) -> int:
-        return sum(layer.allocated_nbytes for layer in self.layers)

@@ -1,4 +1,4 @@
-"""Recipes: what to do to a model, as a person writes it; presets, files and settings that make one."""
+"""Recipes: how to quantize a model, as a person writes it. They come from presets, files and settings."""
 
 from paley.recipe.loading import apply_settings, load_recipe
 from paley.recipe.models import Budget, Calibration, Override, Recipe, Search, Test

@@ -1,4 +1,4 @@
-"""Recipes from YAML or JSON files, and the settings that a command line adds to them."""
+"""Reads recipes from YAML or JSON files, and applies settings to them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["apply_settings", "load_recipe", "setting_text", "yaml_value"]
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice, where PyYAML would quietly take the last."""
+    """Safe YAML that refuses a key given twice; PyYAML would silently take the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = []
@@ -51,11 +51,11 @@ def load_recipe(path: str | Path) -> Recipe:
 
 
 def apply_settings(recipe: Recipe, settings: Iterable[str | tuple[str, Any]]) -> Recipe:
-    """recipe with settings put in: pairs such as ("search.sequences", 8), or texts such as 'inputs.clip_ratio=0.85'.
+    """recipe with these settings: pairs such as ("search.sequences", 8), or texts such as 'inputs.clip_ratio=0.85'.
 
-    A text's value is YAML. All settings are put in before the result is checked, so their order does not matter
-    unless one holds another. A group_size of weights or inputs is taken, or refused: it sets fit_groups to false,
-    unless that is set as well.
+    A text's value is YAML. All settings are applied before the result is checked, so that their order matters only if
+    one contains another. A group_size of weights or inputs sets fit_groups to false, so that it is used or refused;
+    a setting of fit_groups itself takes precedence.
     """
     data = recipe.model_dump(mode="json")
     by_hand: dict[str, Any] = {}
@@ -72,7 +72,7 @@ def apply_settings(recipe: Recipe, settings: Iterable[str | tuple[str, Any]]) ->
 
 
 def setting_text(setting: str | tuple[str, Any]) -> str:
-    """As a message shows it: 'seed=3', 'test=null'."""
+    """The setting as text for messages: 'seed=3', 'test=null'."""
     if isinstance(setting, str):
         return setting
     key, value = setting
@@ -80,7 +80,7 @@ def setting_text(setting: str | tuple[str, Any]) -> str:
 
 
 def _parsed(setting: str, where: str) -> tuple[str, Any]:
-    """'KEY=VALUE' -> key, and the value that its YAML holds."""
+    """'KEY=VALUE' -> key, and the value read as YAML."""
     key, equals, text = setting.partition("=")
     if not key.strip() or not equals:
         raise PaleyError(f"{where}: expected KEY=VALUE, for example search.sequences=8")
@@ -88,14 +88,14 @@ def _parsed(setting: str, where: str) -> tuple[str, Any]:
 
 
 def _gives_groups(key: str, value: Any) -> bool:
-    """Whether a setting says how many columns of a linear's weight or input share a scale."""
+    """Whether a setting gives a group_size of weights or inputs."""
     part, _, field = key.partition(".")
     size = value if field == "group_size" else value.get("group_size") if isinstance(value, dict) else None
     return part in ("weights", "inputs") and size is not None
 
 
 def _put(data: dict[str, Any], keys: list[str], value: Any, where: str) -> None:
-    """data[k0][k1]... = value; the mappings on the way must exist, and the key be known there."""
+    """data[k0][k1]... = value; the mappings on the way must exist, and the key must be valid there."""
     node: Any = data
     for depth, key in enumerate(keys):
         known = known_keys(Recipe, keys[:depth])

@@ -1,4 +1,4 @@
-"""Presets: a method is a packaged YAML file whose grids leave the bits open; `w3a3kv3` fills them in."""
+"""Presets: a method is a packaged YAML file with placeholders for bits; a name such as `w3a3kv3` fills them in."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ NAME = re.compile(
 WEIGHTS_ONLY = re.compile(rf"higgs-(?P<bits>\d{{1,2}}(?:\.\d{{1,4}})?){_OUTER}")
 LETTERS = ("w", "g", "a", "kv", "e", "h")
 DEFAULT_METHOD, BINARY_METHOD = "gbs", "bwa"
-AS_PUBLISHED = ("quarot", "quarot-clipped", "rtn")  # methods that leave embedding and head alone unless asked
+AS_PUBLISHED = ("quarot", "quarot-clipped", "rtn")  # methods that leave embedding and head unquantized unless asked
 UNQUANTIZED = 16
-# Six bits in two dimensions cost an embedding next to nothing (t2 .0005), and weights of more bits get as many.
+# Six bits in two dimensions have little error (t2 .0005). If weights have more bits, so have embedding and head.
 _OUTER_BITS = 6
 FILES = (".yaml", ".yml", ".json")
 
@@ -52,8 +52,8 @@ def as_recipe(recipe: Recipe | str | Path) -> Recipe:
 def under_budget(recipe: Recipe | None = None, **limits: float) -> Recipe:
     """recipe with these limits in its budget (weights, size, kv, inputs, read: see `Budget`).
 
-    Without a recipe HIGGS, data-free: a budget replaces its grids. It quantizes what the limits are about: the cache if
-    kv is among them, and weights unless kv is the only one.
+    Without a recipe it starts from HIGGS, which needs no data; the budget replaces its grids. It quantizes the cache if
+    kv is limited, and weights unless kv is the only limit.
     """
     if recipe is None:
         weights, cache = (16, 4) if set(limits) == {"kv"} else (4, 4 if "kv" in limits else 16)
@@ -63,8 +63,8 @@ def under_budget(recipe: Recipe | None = None, **limits: float) -> Recipe:
     try:
         budget = Budget.model_validate(data)
     except ValidationError as error:
-        found = problems(error, data, Budget).items()
-        parts = [part for key, problem in found for part in ("; ", Setting(f"budget.{key}"), f": {problem}")]
+        wrong = problems(error, data, Budget).items()
+        parts = [part for key, problem in wrong for part in ("; ", Setting(f"budget.{key}"), f": {problem}")]
         raise PaleyError(*parts[1:]) from None
     return recipe.model_copy(update={"budget": budget})
 
@@ -121,7 +121,7 @@ def preset(name: str) -> Recipe:
 
 
 def _fill(data: dict[str, Any], bits: dict[str, int], group: str | None, name: str) -> dict[str, Any]:
-    """A method's data with its open bits filled in, and null where a tensor stays unquantized."""
+    """A method's data with its bits filled in, and null for tensors that stay unquantized."""
     places = {"weights": "w", "embedding": "e", "head": "h", "inputs": "a", "keys": "kv", "values": "kv"}
     for key, part in places.items():
         if bits[part] == UNQUANTIZED:
@@ -135,20 +135,20 @@ def _fill(data: dict[str, Any], bits: dict[str, int], group: str | None, name: s
         for part in (data["weights"], data["inputs"]):
             if part is data["weights"] or (part is not None and "group_size" in part):
                 part["group_size"] = int(group)
-        data["fit_groups"] = False  # a number that someone wrote is taken, or refused
+        data["fit_groups"] = False  # an explicit number is used or refused
     if bits["a"] == bits["kv"] == UNQUANTIZED:
-        data["search"]["method"] = "none"  # no activation slot has a clip ratio to search
+        data["search"]["method"] = "none"  # no activation site has a clip ratio to search
     return data
 
 
 def _best_vectors(bits: int, most: int) -> str:
-    """The grid of so many bits with the most dimensions that a table has room for; odd ones fill rows badly."""
+    """The grid of these bits with the most dimensions that fit in a table; odd dimensions fill rows badly."""
     p = max(p for p in (1, 2, 4) if p == 1 or (p <= most and 2 ** (bits * p) <= MAX_POINTS))
     return f"p{p}n{2 ** (bits * p)}"
 
 
 def _unknown_letter(name: str) -> str:
-    """What is wrong with a name such as w4x16, if it is a letter; with the name that it may have been meant to be."""
+    """The message for an unknown letter in a name such as w4x16, with the closest valid name; else an empty string."""
     text = name.strip().lower()
     for letters in re.findall(r"([a-z]+)\d", text.rpartition("-")[2]):
         if letters not in LETTERS:
@@ -159,7 +159,7 @@ def _unknown_letter(name: str) -> str:
 
 
 def _higgs(bits: float, outer: str, name: str) -> Recipe:
-    """HIGGS for weights alone: of the grids in two dimensions, the largest that takes so many bits."""
+    """HIGGS for weights alone, on the largest grid in two dimensions within these bits."""
     rates = {grid: stored_bits(grid) for grid in map(grids.load, tables.names()) if grid.p == 2}
     fitting = [grid for grid, rate in rates.items() if rate <= bits]
     if not fitting or bits > max(rates.values()):

@@ -28,7 +28,7 @@ TYPES = {
 
 
 def validate(model: type[M], data: object, where: str) -> M:
-    """data (dicts, lists, strings, numbers) -> the model; strictly: '8' is no integer and 1 no boolean."""
+    """data (dicts, lists, strings, numbers) -> the model. Strict: '8' is not an integer, and 1 is not a boolean."""
     if not isinstance(data, dict):
         raise PaleyError(f"{where}: expected a mapping of keys to values, got {_type(data)}")
     try:
@@ -38,13 +38,13 @@ def validate(model: type[M], data: object, where: str) -> M:
     try:
         return model.model_validate_json(text, strict=True)
     except ValidationError as error:
-        found = problems(error, data, model)
-        text = "; ".join(f"{path}: {problem}".removeprefix(": ") for path, problem in found.items())
+        wrong = problems(error, data, model)
+        text = "; ".join(f"{path}: {problem}".removeprefix(": ") for path, problem in wrong.items())
         raise PaleyError(f"{where}: {text}") from None
 
 
 def problems(error: ValidationError, data: object, model: type[BaseModel]) -> dict[str, str]:
-    """Key -> what is wrong with its value; the members of a union that all refused it share one sentence."""
+    """Key -> the problem with its value, one sentence, also if it fits no member of a union."""
     reasons: dict[str, list[str]] = {}
     got: dict[str, str] = {}
     for detail in error.errors(include_url=False):
@@ -66,7 +66,7 @@ def _reason(detail: ErrorDetails, loc: Loc, model: type[BaseModel]) -> str:
 
 
 def _loc_in(data: object, detail: ErrorDetails) -> list[str | int]:
-    """The part of the error's location that the data has: pydantic adds the names of union members."""
+    """The part of the error's location that exists in the data; pydantic adds the names of union members."""
     loc: list[str | int] = []
     for part in detail["loc"]:
         entries: Any = dict(enumerate(data)) if isinstance(data, list) else data
@@ -87,7 +87,7 @@ def key_path(loc: Loc) -> str:
 
 
 def known_keys(model: type[BaseModel], loc: Loc) -> list[str]:
-    """The names that the model knows at `loc`; empty where it takes any name, or none."""
+    """The keys that the model accepts at `loc`; empty if it accepts any key, or none."""
     root = model.model_json_schema()
     nodes = _branches(root, root)
     for part in loc:
@@ -102,7 +102,7 @@ def known_keys(model: type[BaseModel], loc: Loc) -> list[str]:
 
 
 def _branches(node: dict[str, Any], root: dict[str, Any]) -> list[dict[str, Any]]:
-    """A JSON schema's node -> the nodes it may stand for: references followed, unions opened."""
+    """A JSON schema's node -> the nodes that it may be: references are followed, unions are split."""
     if "$ref" in node:
         return _branches(root["$defs"][node["$ref"].rpartition("/")[2]], root)
     members = node.get("anyOf", []) + node.get("allOf", [])
