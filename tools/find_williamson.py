@@ -262,7 +262,8 @@ def turyn_williamson(n: int) -> list[np.ndarray]:
     def psi(z: int) -> int:
         # det(g^z, 1) = g^z - g^(qz), a multiple of the fixed e = g^((q+1)/2), for which e^q = -e.
         value, conjugate = f.exp[z % (q * q - 1)], f.exp[z * q % (q * q - 1)]
-        difference = f.sub(value, conjugate)
+        # digit by digit modulo p
+        difference = sum((value // w - conjugate // w) % f.p * w for w in (f.p**i for i in range(f.k)))
         if difference == 0:
             return 0
         return 1 - 2 * ((f.log[difference] - (q + 1) // 2) // (q + 1) % 2)

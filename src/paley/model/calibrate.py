@@ -35,6 +35,7 @@ from paley.ops.matmul import EXACT
 __all__ = ["LayerReport", "ModelQuantizer", "set_attention_", "set_input_", "share_inputs_", "wrap_"]
 
 OnLayer = Callable[["LayerReport"], None]
+_NOTHING: Mapping[str, Tensor] = {}
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class ModelQuantizer:
 
     @torch.no_grad()
     def block(
-        self, index: int, known: Mapping[str, Quantized], beside: Mapping[str, Tensor],
+        self, index: int, known: Mapping[str, Quantized], beside: Mapping[str, Tensor] = _NOTHING,
         on_layer: OnLayer = lambda _: None,
     ) -> list[LayerReport]:  # fmt: skip
         """Quantizes block `index` in place -> a report for each of its quantized linears.
