@@ -33,4 +33,4 @@ types: $(READY)
 
 clean:
 	rm -rf .venv build demo-out .pytest_cache .ruff_cache src/paley.egg-info $(NATIVE).*
-	find src tests benchmarks examples scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests bench studies tools examples scripts -name __pycache__ -type d -prune -exec rm -rf {} +

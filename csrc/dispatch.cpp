@@ -6,7 +6,7 @@
 
 namespace {
 
-// __builtin_cpu_supports knows "f16c" only from GCC 11 and Clang 18 on; older ones do not compile it. Whether the
+// __builtin_cpu_supports accepts "f16c" only since GCC 11 and Clang 18; older compilers reject it. Whether the
 // system keeps the registers is part of its "avx2".
 bool has_f16c() {
   unsigned a, b, c, d;

@@ -105,7 +105,7 @@ struct Search {
     }
   }
 
-  // Where cells are: `cut`, each side in so many parts, the longest side in the most. False where nothing can be cut.
+  // Where cells are: `cut`, each side in several parts, the longest side in the most. False if nothing can be cut.
   // It ends where the points end, so that far vectors, which fall into the outer cells, do not make cells coarse.
   static bool choose_parts(const Box<P>& points, const Box<P>& vectors, int64_t most_cells, Box<P>& cut, int* parts) {
     float length[P];
@@ -208,8 +208,8 @@ struct Search {
   }
 };
 
-// Vectors that one thread takes at a time: enough for cells that are small beside the points' distances, and no more
-// than the caches like.
+// Vectors that one thread takes at a time: enough for cells that are small compared with the distances of points,
+// and few enough for the caches.
 inline int64_t piece_of(const NearestTask& task) {
   const int64_t share = (task.count + task.threads - 1) / task.threads;
   return std::min(share, std::min<int64_t>(std::max<int64_t>(128 * int64_t{task.n}, 1 << 15), 1 << 19));

@@ -1,7 +1,7 @@
 // The C ABI of Paley's native kernels: everything that Python calls by ctypes.
 //
 // No Python header is used, so one library serves every Python. A function returns 0, or one of the codes below;
-// no exception leaves the library. Whoever changes a signature or a meaning raises PALEY_ABI_VERSION here and
+// no exception leaves the library. A change of a signature or its meaning needs a new PALEY_ABI_VERSION here and
 // ABI_VERSION in src/paley/kernels/native.py.
 #pragma once
 
@@ -26,8 +26,8 @@ enum paley_status {
   PALEY_INTERNAL = 3,
 };
 
-// Instruction sets, ascending. A level this machine lacks is refused as PALEY_BAD_ARGUMENT; what a level needs is more
-// for paley_planes_matmul, so that has a best level of its own.
+// Instruction sets, ascending. A level that this machine lacks gives PALEY_BAD_ARGUMENT. paley_planes_matmul needs
+// more instructions of each level, so it has its own best level.
 enum paley_level {
   PALEY_PORTABLE = 0,
   PALEY_AVX2 = 1,    // with FMA; planes: with F16C too
@@ -48,7 +48,7 @@ PALEY_EXPORT int32_t paley_best_planes_level(void);
 PALEY_EXPORT int32_t paley_nearest_points(const float* x, int64_t count, const float* points, int32_t n, int32_t p,
                                           int32_t level, int32_t threads, int32_t* codes);
 
-// How paley_planes_matmul computes: all give the same bits, where a level has no such path too.
+// How paley_planes_matmul computes. All paths give the same bits, also on a level that does not implement them.
 enum paley_path {
   PALEY_AUTO = 0,
   PALEY_POPCOUNT = 1,  // AND and popcount of bit planes
@@ -65,7 +65,7 @@ PALEY_EXPORT int32_t paley_pack_planes(const uint8_t* codes, const uint16_t* cen
 // codes [tokens, groups * group_size] in 0..15, scales and zeros, 0..15, [tokens, groups]; the blob of these shapes,
 // all its bytes -> y [tokens, out], the product of scales (codes - zeros) with the weights transposed. Sums within a
 // group are exact, the rest is float32 in one order: y depends on neither path nor level nor threads. Larger codes or
-// zeros give wrong numbers, no more; another size or header of the blob is PALEY_BAD_ARGUMENT.
+// zeros only give wrong numbers; another size or header of the blob gives PALEY_BAD_ARGUMENT.
 PALEY_EXPORT int32_t paley_planes_matmul(const uint8_t* codes, const float* scales, const uint8_t* zeros,
                                          int64_t tokens, const uint8_t* blob, int64_t bytes, int32_t out,
                                          int32_t groups, int32_t group_size, int32_t path, int32_t level,

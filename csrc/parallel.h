@@ -9,7 +9,7 @@
 namespace paley {
 
 // Runs worker() on `threads` threads, the caller's among them; the first exception of any is thrown again here.
-// Workers share their work out among themselves, so fewer threads than asked for is only slower.
+// Workers divide the work among themselves, so that fewer threads than asked for are only slower.
 template <class Worker>
 void run_workers(int threads, const Worker& worker) {
   std::exception_ptr error;

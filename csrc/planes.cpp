@@ -22,7 +22,7 @@ bool good_size(int64_t bytes, int32_t out, int32_t groups, int32_t group_size) {
 
 // The path that auto takes, for any level and number of tokens. 4096 x 4096, one thread of a Zen 4, ms for popcount,
 // dots and tables:
-//   AVX-512  1 token  .39  .47  .27   4 tokens  1.17 1.15  .58  64 tokens 14.2 11.8 6.9   (benchmarks/planes_speed.py)
+//   AVX-512  1 token  .39  .47  .27   4 tokens  1.17 1.15  .58  64 tokens 14.2 11.8 6.9   (bench/planes_speed.py)
 //   AVX2     1 token  .75  .82  .33  16 tokens 12.1  7.1  2.7                             (weights in the cache)
 // With mirrored centroids and one token, popcount and tables both wait for memory: .25 and .27.
 constexpr int32_t BEST_PATH = PALEY_TABLES;

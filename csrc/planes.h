@@ -57,7 +57,7 @@ PALEY_INLINE int blocks_from(int64_t row, int32_t out) {
 }
 
 // One bit of each of 32 codes as a word: bit i of byte b is that of column 4i + b, so that (word >> i) & 0x01010101 is
-// four columns side by side as bytes. Weights and inputs share this order, so popcounts do not see it.
+// four columns side by side as bytes. Weights and inputs share this order, so it does not change popcounts.
 PALEY_INLINE uint32_t plane_word(const uint8_t* codes, int bit) {
   uint32_t word = 0;
   for (int i = 0; i < 8; ++i) {

@@ -5,8 +5,8 @@
 
 namespace paley {
 
-// A finite float16 in units of 2^-24, the smallest one. By integers, so that subnormal numbers count also where the
-// caller has the processor take them for zeros (torch.set_flush_denormal).
+// A finite float16 in units of 2^-24, the smallest one. In integers, so that subnormal numbers count even if the
+// caller has set the processor to treat them as zeros (torch.set_flush_denormal).
 inline int64_t half_units(uint16_t half) {
   const int exponent = half >> 10 & 31, mantissa = half & 0x3ff;
   const int64_t units = exponent ? int64_t{mantissa | 0x400} << (exponent - 1) : mantissa;

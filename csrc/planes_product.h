@@ -5,7 +5,7 @@
 // over the columns with s, with q, with both. The paths compute these three, exactly, each in its own way; what
 // follows is one formula in float32, fused in one order: paths, instruction sets and threads change no bit of y.
 
-// Bytes of weights to ask for in advance: 20% faster with 4 tokens. With one the processor's own foresight is best.
+// Bytes of weights to ask for in advance: 20% faster with 4 tokens. For one token the hardware prefetcher is better.
 constexpr int64_t AHEAD = 2048;
 
 // T tokens, one block of rows, one group. y: [T, PANEL]. A function of its own, or registers run out.

@@ -1,4 +1,4 @@
-// What differs between compilers and machines.
+// Differences between compilers and machines.
 #pragma once
 
 #if !defined(__GNUC__) && !defined(__clang__)

@@ -1,6 +1,6 @@
 """The console script `paley`.
 
-It stands beside the package: importing anything from there imports torch and transformers first, which takes seconds.
+It stands beside the package, so that Ctrl-C is quiet from the first import on.
 """
 
 from __future__ import annotations
@@ -17,20 +17,23 @@ _STOPPED = b"stopped\n"
 
 
 def main() -> None:
-    """Runs the command line; Ctrl-C while it is still being imported ends as it does later: one line, exit code 130."""
+    """Runs the command line; Ctrl-C during the imports, too, ends in one line and exit code 130."""
     interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else a shell has it ignored
     if interruptible:
         signal.signal(signal.SIGINT, _stop)
     from paley.cli import app
 
     try:
-        if interruptible:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        app(prog_name="paley")
+        app(prog_name="paley", obj=_interrupt if interruptible else None)
     except KeyboardInterrupt:  # beside the verb, which deals with its own
         with contextlib.suppress(OSError):
             os.write(2, _STOPPED)
         sys.exit(128 + signal.SIGINT)
+
+
+def _interrupt() -> None:
+    """From here on Ctrl-C is a KeyboardInterrupt; a verb calls this when its libraries are imported."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -170,13 +170,13 @@ def test_hub_grammar(source):
 
 def test_hub_errors_name_the_way_out(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(PaleyError, match=r"pip install 'paley\[data\]', or use a text file \(--calibration FILE\)"):
+    with pytest.raises(PaleyError, match=r"pip install 'paley\[data\]', or use a text file \(source=FILE\)"):
         data.documents("hub:set")
     hub(monkeypatch, ConnectionError("Couldn't reach 'set'"), [])
-    with pytest.raises(PaleyError, match=r"reach 'set'\); use a text file \(--calibration FILE\) or .*`pydoc`"):
+    with pytest.raises(PaleyError, match=r"reach 'set'\); use a text file \(source=FILE\) or .*`pydoc`"):
         data.documents("hub:set")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(PaleyError, match=r"HF_HUB_OFFLINE is set.*--calibration FILE"):
+    with pytest.raises(PaleyError, match=r"HF_HUB_OFFLINE is set.*source=FILE"):
         data.documents("hub:set")
     hub(monkeypatch, [{"question": "x", "answer": "y"}], [])
     with pytest.raises(PaleyError, match="fields are 'question', 'answer'"):

@@ -17,8 +17,10 @@ SOURCE = Path(__file__).resolve().parents[1] / "src"
 
 # A unit is a folder or a file right under src/paley, or a script beside it; "__init__" is the public door.
 FLOORS = {
-    "core": 1,
-    **dict.fromkeys(("recipe", "plan", "sensitivity", "data", "methods", "format", "kernels", "report", "theory"), 2),
+    **dict.fromkeys(("arch", "core"), 1),
+    **dict.fromkeys(
+        ("recipe", "plan", "sensitivity", "data", "methods", "ops", "format", "kernels", "report", "results"), 2
+    ),
     **dict.fromkeys(("model", "runtime"), 3),
     "eval": 4,
     **dict.fromkeys(("pipeline", "hf", "export"), 5),
@@ -27,7 +29,10 @@ FLOORS = {
 
 # Units of one floor do not know each other, but for these: (who, whom): why.
 EXCEPTIONS = {
+    ("arch", "core.errors"): "a family without a row is refused like any bad input",
+    ("ops", "kernels"): "the native library is one of an op's products",
     ("plan", "recipe"): "a plan holds the recipe that it decides for",
+    ("results", "recipe"): "it is read and written by the same functions as a recipe and a plan",
     ("sensitivity", "recipe"): "it is read and written by the same functions as a recipe and a plan",
     ("cli", "__init__"): "the command line is a guest of the public door",
     ("serve", "__init__"): "the server is a guest of the public door",
@@ -35,7 +40,7 @@ EXCEPTIONS = {
     ("pipeline", "hf"): "what was saved is reloaded the way a user loads it",
 }
 
-CORE_MAY_IMPORT = sys.stdlib_module_names | {"torch"}
+MAY_IMPORT = {"core": sys.stdlib_module_names | {"torch"}, "arch": sys.stdlib_module_names}
 PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve"}
 UNPICKLING = {"torch.load", "torch.serialization.load", "torch.jit.load"}
 
@@ -78,6 +83,12 @@ def target_unit(imported: str) -> str:
     return parts[1] if len(parts) > 2 or parts[-1] in FLOORS else "__init__"
 
 
+def excepted(unit: str, imported: str) -> bool:
+    """Whether EXCEPTIONS lets the unit import this from another one of its floor."""
+    module = ".".join(imported.split(".")[1:3])
+    return (unit, target_unit(imported)) in EXCEPTIONS or (unit, module) in EXCEPTIONS
+
+
 def broken_floors(source: Path) -> list[str]:
     """One line for each import that the floors forbid."""
     found = []
@@ -95,17 +106,17 @@ def broken_floors(source: Path) -> list[str]:
                 found.append(f"{where}, a script, which nothing imports")
             elif imported.partition(".")[0] == "paley":
                 if unit in scripts and line not in lazy(tree):
-                    found.append(f"{where} at its top, which takes seconds; import it in a function")
+                    found.append(f"{where} at its top; import it in a function, where Ctrl-C is quiet")
                 other = target_unit(imported)
                 here, there = FLOORS[unit], FLOORS.get(other)
                 if there is None:
                     found.append(f"{where}, which is on no floor")
                 elif there > here:
                     found.append(f"{where}, from floor {here} up to floor {there}")
-                elif there == here and other != unit and (unit, other) not in EXCEPTIONS:
+                elif there == here and other != unit and not excepted(unit, imported):
                     found.append(f"{where}, across floor {here}; move what both need down")
-            elif unit == "core" and imported.partition(".")[0] not in CORE_MAY_IMPORT:
-                found.append(f"{where}, but core needs torch alone")
+            elif unit in MAY_IMPORT and imported.partition(".")[0] not in MAY_IMPORT[unit]:
+                found.append(f"{where}, but {'core needs torch' if unit == 'core' else 'arch is data'} alone")
     return found
 
 
@@ -153,6 +164,13 @@ def plant(source: Path, text: dict[str, str]) -> Path:
         ("core/a.py", "from paley.model import fold", "from floor 1 up to floor 3"),
         ("core/a.py", "import numpy as np", "core needs torch alone"),
         ("core/a.py", "from paley import quantize", "from floor 1 up to floor 6"),
+        ("core/a.py", "from paley.arch import family", "across floor 1"),
+        ("arch/a.py", "import torch", "arch is data alone"),
+        ("arch/a.py", "from paley.core.transforms import Transform", "across floor 1"),
+        ("arch/a.py", "from paley.model import adapter", "from floor 1 up to floor 3"),
+        ("ops/a.py", "from paley.format import spec", "across floor 2"),
+        ("kernels/a.py", "from paley.ops import matmul", "across floor 2"),
+        ("ops/a.py", "from paley.model import linear", "from floor 2 up to floor 3"),
         (
             "core/a.py",
             "def f():\n    import paley.hf",
@@ -163,7 +181,7 @@ def plant(source: Path, text: dict[str, str]) -> Path:
         ("model/a.py", "from . import fold", "relative"),
         ("format/spec.py", "from paley.recipe import Recipe", "across floor 2"),
         ("recipe/models.py", "from paley.plan import Plan", "across floor 2"),
-        ("data/texts.py", "from paley import theory", "across floor 2"),
+        ("data/texts.py", "from paley import sensitivity", "across floor 2"),
         ("eval/a.py", "from paley.attic import f", "on no floor"),
         ("attic.py", "", "'attic' is on no floor"),
         ("../paley_attic.py", "", "'paley_attic' is on no floor"),
@@ -185,6 +203,8 @@ def test_nothing_imports_the_console_script(tmp_path):
 def test_what_the_floors_allow_passes(tmp_path):
     allowed = {
         "core/a.py": "import torch\nfrom importlib import resources\nfrom paley.core import grids",
+        "arch/a.py": "import dataclasses\nfrom paley.core.errors import PaleyError\nfrom paley.arch import row",
+        "ops/a.py": "import torch\nfrom paley import kernels\nfrom paley.core import planes",
         "plan.py": "from paley.recipe.models import Recipe\nfrom paley.core.errors import PaleyError",
         "model/fold.py": "import transformers\nfrom paley.model.adapter import Block\nfrom paley import plan",
         "__init__.py": "from paley.pipeline import quantize",

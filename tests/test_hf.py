@@ -21,14 +21,14 @@ from transformers import (
 from paley import hf, kernels
 from paley.core import rounding
 from paley.core.errors import PaleyError
-from paley.core.schemes import ActivationScheme, AttentionSlot, LinearSlot, WeightScheme
+from paley.core.schemes import ActivationScheme, AttentionScheme, LinearScheme, WeightScheme
 from paley.core.transforms import Transform
 from paley.format.spec import QuantizationConfig
 from paley.methods.nearest import quantize_nearest
-from paley.model.attention import attach_slots
+from paley.model.attention import attach_schemes
 from paley.model.kv_cache import PackedKVCache, cache_argument
 from paley.model.linear import QuantLinear
-from paley.model.plane_product import PlaneWeight
+from paley.ops.matmul import Dense, Packed, Planes
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3], [2, 7, 1, 8, 2, 8, 1, 8, 2, 8]])
 
@@ -55,33 +55,34 @@ def tiny(name: str = "llama") -> PreTrainedModel:
     return model.eval()
 
 
-def slots(model: PreTrainedModel) -> tuple[dict[str, LinearSlot], dict[str, AttentionSlot]]:
+def schemes(model: PreTrainedModel) -> tuple[dict[str, LinearScheme], dict[str, AttentionScheme]]:
     """3-bit rows, 4-bit affine groups, a widening transform before down_proj, one layer with inputs only."""
     n = model.model.layers[0].self_attn.head_dim
     linears = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name != "lm_head":
-            linears[name] = LinearSlot(WeightScheme("int3"), ActivationScheme("int4", clip_ratio=0.9))
+            linears[name] = LinearScheme(WeightScheme("int3"), ActivationScheme("int4", clip_ratio=0.9))
         if name.endswith("down_proj"):
-            scheme = WeightScheme("uint4", 8)
-            linears[name] = LinearSlot(scheme, ActivationScheme("odd3"), Transform(40, 48, 12))
-    linears["model.layers.1.self_attn.o_proj"] = LinearSlot(input=ActivationScheme("gauss4"))
-    kv = AttentionSlot(ActivationScheme("int3"), ActivationScheme("uint2", group_size=4), Transform(n, n, n))
-    return linears, {"model.layers.0.self_attn": kv, "model.layers.1.self_attn": AttentionSlot(kv.keys)}
+            weight = WeightScheme("uint4", 8)
+            linears[name] = LinearScheme(weight, ActivationScheme("odd3"), Transform(40, 48, 12))
+    linears["model.layers.1.self_attn.o_proj"] = LinearScheme(input=ActivationScheme("gauss4"))
+    kv = AttentionScheme(ActivationScheme("int3"), ActivationScheme("uint2", group_size=4), Transform(n, n, n))
+    return linears, {"model.layers.0.self_attn": kv, "model.layers.1.self_attn": AttentionScheme(kv.keys)}
 
 
 def quantize_(model: PreTrainedModel) -> PreTrainedModel:
-    linears, attentions = slots(model)
-    for name, slot in linears.items():
+    linears, attentions = schemes(model)
+    for name, scheme in linears.items():
         linear = model.get_submodule(name)
-        if slot.transform is not None:
-            linear.weight = nn.Parameter(slot.transform.apply(linear.weight.data))
+        if scheme.transform is not None:
+            linear.weight = nn.Parameter(scheme.transform.apply(linear.weight.data))
+            linear.in_features = scheme.transform.out_dim
         q = None
-        if slot.weight is not None:
-            scheme = ActivationScheme(slot.weight.grid, group_size=slot.weight.group_size)
-            q = rounding.quantize_dynamic(linear.weight.data, scheme)
-        model.set_submodule(name, QuantLinear.from_linear(linear, slot, q))
-    attach_slots(model, attentions)
+        if scheme.weight is not None:
+            rows = ActivationScheme(scheme.weight.grid, group_size=scheme.weight.group_size)
+            q = rounding.quantize_dynamic(linear.weight.data, rows)
+        model.set_submodule(name, QuantLinear.from_linear(linear, scheme, q))
+    attach_schemes(model, attentions)
     return model
 
 
@@ -90,10 +91,10 @@ def section(linears: dict, attentions: dict) -> dict:
 
 
 def write(folder: Path, name: str = "llama") -> PreTrainedModel:
-    """A checkpoint written by hand as format version 1 says; -> the model in memory."""
+    """A checkpoint written by hand as docs/format.md says; -> the model in memory."""
     model = tiny(name)
     config = model.config.to_dict() | {
-        "quantization_config": section(*slots(model)),
+        "quantization_config": section(*schemes(model)),
         "architectures": [type(model).__name__],
     }
     quantize_(model)
@@ -126,7 +127,7 @@ def test_what_comes_back_is_what_was_written(tmp_path, name):
         cache = PackedKVCache(model)
         chunked = torch.cat([model(x, **cache_argument(model, cache)).logits for x in IDS.split(4, 1)], 1)
     torch.testing.assert_close(chunked, want, rtol=0, atol=1e-4)
-    assert torch.equal(logits(hf.load(tmp_path, dense=True)), want)
+    assert torch.equal(logits(hf.load(tmp_path, product="dense")), want)
 
 
 def test_a_fresh_process_needs_only_the_plugin(tmp_path):
@@ -148,7 +149,7 @@ with torch.no_grad():
 @pytest.mark.parametrize(("name", "shard_size"), [("llama", "50GB"), ("qwen2", "20KB")])
 def test_saving_a_loaded_model_again(tmp_path, name, shard_size):
     want = logits(write(tmp_path / "a", name))
-    hf.load(tmp_path / "a", dense=True).save_pretrained(tmp_path / "b", max_shard_size=shard_size)
+    hf.load(tmp_path / "a", product="dense").save_pretrained(tmp_path / "b", max_shard_size=shard_size)
     assert (len(list((tmp_path / "b").glob("*.safetensors"))) > 1) == (shard_size == "20KB")
     assert torch.equal(logits(hf.load(tmp_path / "b")), want)
     a, b = (json.loads((tmp_path / x / "config.json").read_text())["quantization_config"] for x in "ab")
@@ -165,9 +166,9 @@ def test_the_requested_dtype_touches_neither_codes_nor_scales(tmp_path, dtype):
             assert torch.equal(tensor, stored[name])
         else:
             assert tensor.dtype == dtype
-    model = hf.load(tmp_path, dtype=dtype, dense=True)
+    model = hf.load(tmp_path, dtype=dtype, product="dense")
     assert logits(model).dtype == dtype
-    assert model.get_submodule("model.layers.0.mlp.up_proj").dense.dtype == dtype
+    assert model.get_submodule("model.layers.0.mlp.up_proj").product.weight.dtype == dtype
 
 
 def edit(folder: Path, change) -> None:
@@ -252,7 +253,7 @@ GATE, DOWN, ATTENTION = (
             "'model.norm' is no attention module",
         ),
         (None, lambda q: q.update(typo=1), "typo"),
-        (None, lambda q: q.update(format_version=2), "format_version"),
+        (None, lambda q: q.update(format_version=3), "format_version"),
     ],
 )
 def test_a_configuration_that_fits_nothing_is_refused(tmp_path, where, change, message):
@@ -265,8 +266,8 @@ def test_a_configuration_that_fits_nothing_is_refused(tmp_path, where, change, m
 
 def test_a_quantized_head_must_not_be_tied(tmp_path):
     write(tmp_path, "qwen2")
-    slot = section({"lm_head": LinearSlot(WeightScheme("int4"))}, {})["linears"]
-    reconfigure(tmp_path, lambda c: c["quantization_config"]["linears"].update(slot))
+    scheme = section({"lm_head": LinearScheme(WeightScheme("int4"))}, {})["linears"]
+    reconfigure(tmp_path, lambda c: c["quantization_config"]["linears"].update(scheme))
     with pytest.raises(PaleyError, match="lm_head: its weight is tied"):
         hf.load(tmp_path)
 
@@ -299,7 +300,7 @@ def test_pickles_and_broken_files_are_refused(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-def test_an_attention_that_would_skip_the_cache_slots_is_refused(tmp_path):
+def test_an_attention_that_would_skip_the_cache_schemes_is_refused(tmp_path):
     write(tmp_path)
     with pytest.raises(PaleyError, match="attn_implementation='eager' would not round keys"):
         AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
@@ -314,7 +315,7 @@ def test_quantizing_on_load_is_refused(tmp_path):
 
 
 def test_the_configuration_survives_its_dictionary():
-    written = section(*slots(tiny()))
+    written = section(*schemes(tiny()))
     config = hf.PaleyConfig.from_dict(written)
     assert json.loads(config.to_json_string()) == written
     assert dict(config) == written
@@ -364,7 +365,7 @@ def binary_checkpoint(folder: Path) -> None:
     weight, linears = WeightScheme("free2", 32, method="nearest", scale_search="em"), {}
     for role, scheme in inputs.items():
         name = f"model.layers.0.mlp.{role}_proj"
-        linears[name], linear = LinearSlot(weight, scheme), model.get_submodule(name)
+        linears[name], linear = LinearScheme(weight, scheme), model.get_submodule(name)
         q = quantize_nearest(linear.weight.data, weight)
         model.set_submodule(name, QuantLinear.from_linear(linear, linears[name], q))
     described = config.to_dict() | {"quantization_config": section(linears, {}), "architectures": ["LlamaForCausalLM"]}
@@ -375,17 +376,19 @@ def binary_checkpoint(folder: Path) -> None:
 @pytest.mark.skipif(kernels.backend() != "native", reason="native kernels are not built, or off")
 def test_what_kernels_multiply_stays_packed_and_is_multiplied_so(tmp_path, monkeypatch):
     products = []
-    product = PlaneWeight.product
-    monkeypatch.setattr(PlaneWeight, "product", lambda self, x: products.append(self) or product(self, x))
+    run = Planes.run
+    monkeypatch.setattr(Planes, "run", lambda self, encoded, x: products.append(self) or run(self, encoded, x))
     binary_checkpoint(tmp_path)
-    dense = hf.load(tmp_path, dense=True)
+    dense = hf.load(tmp_path, product="dense")
     assert not any(p.requires_grad for p in dense.parameters())
     want = dense(IDS).logits
     assert not products
-    for how, unpacked in (("auto", {"down_proj"}), (False, set())):
-        model = hf.load(tmp_path, dense=how)
-        layers = {n.rpartition(".")[2]: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
-        assert {name for name, layer in layers.items() if layer.dense is not None} == unpacked
+    for how, planes, unpacked in (("auto", {"up_proj", "gate_proj"}, {"down_proj"}), ("packed", set(), set())):
+        model = hf.load(tmp_path, product=how)
+        layers = {n.rpartition(".")[2]: m.product for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+        assert {name for name, product in layers.items() if isinstance(product, Planes)} == planes
+        assert {name for name, product in layers.items() if isinstance(product, Dense)} == unpacked
+        assert sum(isinstance(product, Packed) for product in layers.values()) == 3 - len(planes | unpacked)
         torch.testing.assert_close(model(IDS).logits, want, rtol=0, atol=1e-5)  # nobody turned gradients off
-        assert len(products) == 2
+        assert len(products) == len(planes)
         products.clear()

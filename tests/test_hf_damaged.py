@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import paley
 from paley import hf
 from paley.core.errors import PaleyError
-from paley.core.schemes import LinearSlot, WeightScheme
+from paley.core.schemes import LinearScheme, WeightScheme
 from paley.core.transforms import Transform
 from paley.format.spec import QuantizationConfig
 from paley.methods.gptq import InputStatistics, quantize_gptq
@@ -39,13 +39,15 @@ def checkpoint(tmp_path):
             initializer_range=0.3, architectures=["LlamaForCausalLM"],
         )
     ).eval()  # fmt: skip
-    scheme, statistics, linear = WeightScheme("int3", 16), InputStatistics(), model.get_submodule(DOWN)
-    slot = LinearSlot(scheme, transform=Transform(40, 48, 12), outliers=3)
-    linear.weight = nn.Parameter(slot.transform.apply(linear.weight.data))
+    weight, statistics, linear = WeightScheme("int3", 16), InputStatistics(), model.get_submodule(DOWN)
+    scheme = LinearScheme(weight, transform=Transform(40, 48, 12), outliers=3)
+    linear.weight, linear.in_features = nn.Parameter(scheme.transform.apply(linear.weight.data)), 48
     statistics.add(torch.eye(48), torch.eye(48))
-    q = quantize_gptq(linear.weight.data, statistics, scheme, outlier_columns=torch.tensor([2, 31, 47]).int())
-    model.set_submodule(DOWN, QuantLinear.from_linear(linear, slot, q))
-    section = QuantizationConfig(linears={DOWN: slot}, attentions={}).to_dict()
+    q = quantize_gptq(linear.weight.data, statistics, weight, outlier_columns=torch.tensor([2, 31, 47]).int())
+    layer = QuantLinear.from_linear(linear, scheme, q)
+    layer.prepare_("dense")  # as the folder is loaded, to the bit
+    model.set_submodule(DOWN, layer)
+    section = QuantizationConfig(linears={DOWN: scheme}, attentions={}).to_dict()
     (tmp_path / "config.json").write_text(json.dumps(model.config.to_dict() | {"quantization_config": section}))
     save_file(dict(model.state_dict()), tmp_path / "model.safetensors", metadata={"format": "pt"})
     return tmp_path, model

@@ -17,22 +17,23 @@ from paley.plan import Plan, Rotation, Trial
 from paley.recipe import preset
 
 RECIPE = preset("w3a3kv3")
+TURN = Transform(12, 12, 12)
 
 
 def make_plan(**changes) -> Plan:
-    """A plan of 11 layers, their slots given in a jumbled order."""
+    """A plan of 11 layers, their schemes given in a jumbled order."""
     layers = [f"model.layers.{i}" for i in (10, 2, 0, 1, 3, 9, 8, 7, 6, 5, 4)]
     fields = {
         "fingerprint": "f00d",
         "model_type": "llama",
         "recipe": RECIPE,
-        "rotation": Rotation(residual=Transform(60, 64, 64, seed=1), head=Transform(8, 8, 8)),
+        "rotation": Rotation(stream=Transform(60, 64, 64, seed=1), heads=Transform(8, 8, 8)),
         "linears": {
-            f"{layer}.mlp.{name}": RECIPE.linear_slot(name, Transform(12, 12, 12) if name == "down_proj" else None)
+            f"{layer}.mlp.{name}": RECIPE.linear_scheme(name, "linear", TURN if name == "down_proj" else None)
             for layer in layers
             for name in ("up_proj", "down_proj")
         },
-        "attentions": {f"{layer}.self_attn": RECIPE.attention_slot(layer) for layer in layers},
+        "attentions": {f"{layer}.self_attn": RECIPE.attention_scheme(layer) for layer in layers},
         "predicted_loss": 0.1 + 0.2,
         "bits_per_weight": 1 / 3,
         "trace": [Trial(slot="a", clip_ratio=0.7, objective=1e-300)],
@@ -74,7 +75,7 @@ def test_an_objective_may_be_infinite_or_nan(path):
         Trial(slot="s", clip_ratio=math.nan, objective=1.0)
 
 
-def test_the_text_is_the_same_for_equal_plans_and_a_line_a_slot():
+def test_the_text_is_the_same_for_equal_plans_and_a_line_a_module():
     plan = make_plan()
     backwards = make_plan(
         linears=dict(reversed(plan.linears.items())), attentions=dict(reversed(plan.attentions.items()))
@@ -83,10 +84,10 @@ def test_the_text_is_the_same_for_equal_plans_and_a_line_a_slot():
     assert list(plan.attentions) == [f"model.layers.{i}.self_attn" for i in range(11)]
     lines = plan.to_json().split("\n")
     assert lines[-1] == ""
-    assert json.loads(plan.to_json())["version"] == 1
+    assert json.loads(plan.to_json())["version"] == 2
     name = "model.layers.7.mlp.down_proj"
     clipped = RECIPE.model_copy(update={"inputs": ActivationScheme("odd3", clip_ratio=0.75)})
-    changed = make_plan(linears=plan.linears | {name: clipped.linear_slot(name, Transform(12, 12, 12))})
+    changed = make_plan(linears=plan.linears | {name: clipped.linear_scheme(name, "linear", TURN)})
     differing = [(a, b) for a, b in zip(lines, changed.to_json().split("\n"), strict=True) if a != b]
     assert len(differing) == 1
     assert differing[0][0].startswith(f'  "{name}": {{"weight": ')
@@ -142,14 +143,15 @@ DOWN = "model.layers.0.mlp.down_proj"
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (put("version", 2), "is a plan of version 2, this Paley reads version 1"),
+        (put("version", 1), "is a plan of version 1, this Paley reads version 2"),
+        (put("version", 3), "is a plan of version 3, this Paley reads version 2"),
         (lambda data: data.pop("version"), "is a plan of version null"),
         (put("linear", {}), "linear: unknown key; did you mean 'linears'"),
         (lambda data: data.pop("fingerprint"), "fingerprint: is required and missing"),
         (put("fingerprint", 3), r"fingerprint: should be a valid string \(got 3, integer\)"),
         (put("recipe", "rotat", 1), r"recipe\.rotat: unknown key; did you mean 'rotate'"),
-        (put("rotation", "heads", None), "rotation.heads: unknown key; did you mean 'head'"),
-        (put("rotation", "residual", "order", 3), "rotation.residual: transform: order=3 does not divide out_dim=64"),
+        (put("rotation", "head", None), "rotation.head: unknown key; did you mean 'heads'"),
+        (put("rotation", "stream", "order", 3), "rotation.stream: transform: order=3 does not divide out_dim=64"),
         (
             put("linears", DOWN, "transform", "order", 5),
             rf"linears\['{DOWN}'\]\.transform: transform: order=5 does not divide",
@@ -158,7 +160,10 @@ DOWN = "model.layers.0.mlp.down_proj"
             put("linears", DOWN, "inputs", None),
             rf"linears\['{DOWN}'\]\.inputs: unknown key; did you mean 'input'",
         ),
-        (put("linears", DOWN, "weight", "grid", "int1"), rf"linears\['{DOWN}'\]\.weight: grid 'int1': bits must be"),
+        (
+            put("linears", DOWN, "weight", "grid", "int1"),
+            rf"linears\['{DOWN}'\]\.weight\.grid: grid 'int1': bits must be",
+        ),
         (put("attentions", "a", None), r"attentions\.a: should be an object \(got null, null\)"),
         (put("trace", 0, "objective", "small"), r"trace\[0\]\.objective: should be a valid number"),
         (put("trace", 0, "clip", 1), r"trace\[0\]\.clip: unknown key; did you mean 'clip_ratio'"),

@@ -7,11 +7,12 @@ import torch
 
 import paley
 from paley.core.metrics import kl_divergence
-from paley.core.schemes import AttentionSlot, LinearSlot
+from paley.core.schemes import AttentionScheme
 from paley.model.adapter import Adapter
-from paley.model.calibrate import wrap_
+from paley.model.calibrate import set_attention_, wrap_
 from paley.model.loading import open_source
-from paley.model.rotation import decide_rotation, rotate_
+from paley.model.rotation import rotate_
+from paley.pipeline.resolve import resolve
 from paley.recipe import apply_settings, preset
 
 DEMO = Path(__file__).resolve().parents[1] / "assets" / "demo-model"
@@ -31,13 +32,14 @@ def test_rotating_and_widening_keep_the_predictions(folder, expand):
     model = source.load()
     before = model(ids).logits
     adapter = Adapter(model)
-    rotation = decide_rotation(preset("w3a3kv3").model_copy(update={"expand": expand}), adapter)
-    rotate_(adapter, rotation)
-    online = {"o": rotation.output, "down": rotation.mlp}
-    linears = {p: LinearSlot(transform=online.get(r)) for b in adapter.blocks for r, p in b.linears()}
-    wrap_(adapter, linears, {b.path("attention"): AttentionSlot(transform=rotation.head) for b in adapter.blocks})
+    problem = resolve(source, preset("w3a3kv3").model_copy(update={"expand": expand}))
+    rotate_(adapter, problem.rotation, problem.inputs())
+    wrap_(adapter, problem.schemes)
+    for block in adapter.blocks:
+        heads = problem.schemes.attentions[block.attention].transform
+        set_attention_(adapter, block, AttentionScheme(transform=heads))
     assert float(kl_divergence(before, model(ids).logits).abs().max()) < 1e-5
-    assert (model.config.hidden_size > rotation.residual.in_dim) == (expand == "auto")
+    assert (model.config.hidden_size > problem.rotation.stream.in_dim) == (expand == "auto")
 
 
 def test_stories260k_in_four_bits(shared_dir, tmp_path):
@@ -50,8 +52,8 @@ def test_stories260k_in_four_bits(shared_dir, tmp_path):
     for name in ("quarot-w4a4kv4", "quarot-clipped-w4a4kv4", "w4a4kv4"):
         recipe = apply_settings(preset(name), sizes)
         outcome = paley.quantize(shared_dir / "models" / "stories260k-llama", recipe, output=tmp_path / name)
-        kl[name] = outcome.results["evaluation"]["kl"]
-    assert outcome.plan.rotation.mlp.order == 172
+        kl[name] = outcome.results.evaluation.kl
+    assert outcome.plan.linears["model.layers.0.mlp.down_proj"].transform.order == 172
     assert kl["w4a4kv4"] < 0.8 * min(kl["quarot-w4a4kv4"], kl["quarot-clipped-w4a4kv4"])
 
 
@@ -62,7 +64,7 @@ def test_the_demo_model_generates_from_packed_keys_and_values(tmp_path):
         "weights.method=nearest",
     ]
     paley.quantize(DEMO, apply_settings(preset("w4a4kv4"), sizes), output=tmp_path / "out")
-    model = paley.load(tmp_path / "out", dense=True)
+    model = paley.load(tmp_path / "out", product="dense")
     cache = paley.PackedKVCache(model)
     ids = torch.tensor([[0, 400, 500, 600]])
     settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 1}
@@ -86,8 +88,8 @@ def test_binary_weights_beat_integers_of_two_bits_and_run_on_their_planes(shared
         ("quarot-w2a4kv4", ("inputs.grid=uint4", "keys.grid=uint4", "values.grid=uint4")),
     ):
         outcome = paley.quantize(model, apply_settings(preset(name), [*sizes, *settings]), output=tmp_path / name)
-        kl[name] = outcome.results["evaluation"]["kl"]
+        kl[name] = outcome.results.evaluation.kl
     assert kl["w1a4"] < 0.8 * kl["quarot-w2a4kv4"]
     ids = torch.randint(3, 300, (2, 64), generator=torch.Generator().manual_seed(0))
-    on_planes, on_floats = (paley.load(tmp_path / "w1a4", dense=dense)(ids).logits for dense in (False, True))
+    on_planes, on_floats = (paley.load(tmp_path / "w1a4", product=how)(ids).logits for how in ("auto", "dense"))
     assert float(kl_divergence(on_floats, on_planes).mean()) < 1e-3  # on some machine the code of an input may flip

@@ -8,11 +8,11 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from paley.core import grids
 from paley.core.errors import PaleyError
-from paley.core.schemes import ActivationScheme, AttentionSlot, LinearSlot, WeightScheme
+from paley.core.schemes import ActivationScheme, AttentionScheme, LinearScheme, WeightScheme
 from paley.core.transforms import Transform
 from paley.recipe import (
+    Budget,
     Override,
     Recipe,
     Search,
@@ -20,6 +20,7 @@ from paley.recipe import (
     load_recipe,
     preset,
     preset_methods,
+    under_budget,
 )
 
 
@@ -30,6 +31,10 @@ def full_recipe() -> Recipe:
         inputs=ActivationScheme("gauss3", "rms", 1.1, 32),
         keys=ActivationScheme("uint4", clip_ratio=0.1 + 0.2),
         values=ActivationScheme("odd2", clip_ratio=1e-7),
+        embedding=WeightScheme("p2n4096", None, "nearest", "rms"),
+        head=WeightScheme("int8", 32),
+        rotate="folded",
+        hadamard=256,
         expand="auto",
         expand_mlp=128,
         rotate_output=False,
@@ -47,15 +52,18 @@ def full_recipe() -> Recipe:
     )
 
 
+def as_yaml(recipe):
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
 @pytest.mark.parametrize("recipe", [Recipe(), full_recipe(), preset("w3a3kv3")])
 @pytest.mark.parametrize("suffix", ["yaml", "json"])
 def test_files_give_the_same_recipe_back(tmp_path, recipe, suffix):
     path = tmp_path / f"recipe.{suffix}"
-    path.write_text(recipe.to_yaml() if suffix == "yaml" else recipe.model_dump_json(), encoding="utf-8")
+    path.write_text(as_yaml(recipe) if suffix == "yaml" else recipe.model_dump_json(), encoding="utf-8")
     again = load_recipe(path)
     assert again == recipe
     assert again.hash() == recipe.hash()
-    assert again.to_yaml() == recipe.to_yaml()
 
 
 def test_hash_sees_what_was_given():
@@ -84,7 +92,7 @@ def test_binary_weights_have_short_names():
     assert w1a4 == preset("bwa-w1a4kv4")
     assert w1a4.weights is not None
     assert w1a4.inputs is not None
-    assert (w1a4.weights.grid, w1a4.inputs.grid, w1a4.keys.grid) == ("free2", "uint4", "uint4")
+    assert (w1a4.weights.grid.name, w1a4.inputs.grid.name, w1a4.keys.grid.name) == ("free2", "uint4", "uint4")
     assert w1a16.weights == w1a4.weights
     assert w1a16.inputs is w1a16.keys is w1a16.values is None
     assert preset("w1g64a4").weights.group_size == preset("w1g64a4").inputs.group_size == 64
@@ -116,7 +124,7 @@ def test_every_method_loads_at_every_width(method, bits):
     recipe = preset(f"{method}-w{bits}a{bits}kv{bits}")
     for scheme in (recipe.weights, recipe.inputs, recipe.keys, recipe.values):
         assert scheme is not None
-        assert grids.load(scheme.grid).bits == bits
+        assert scheme.grid.bits == bits
 
 
 @pytest.mark.parametrize(
@@ -126,7 +134,7 @@ def test_higgs_for_weights_alone(name, grid):
     recipe = preset(name)
     assert recipe.weights == WeightScheme(grid, None, "nearest", "unbiased")
     assert (recipe.inputs, recipe.keys, recipe.values) == (None, None, None)
-    assert (recipe.rotate, recipe.hadamard, recipe.search.method) == (False, 1024, "none")
+    assert (recipe.rotate, recipe.hadamard, recipe.search.method) == ("online", 1024, "none")
 
 
 @pytest.mark.parametrize("name", ["higgs-0.5", "higgs-9"])
@@ -139,14 +147,14 @@ def test_the_facts_of_rtn():
     recipe = preset("rtn-w4a4kv4")
     assert recipe.weights == WeightScheme("int4", None, "nearest", "absmax")
     assert recipe.inputs == recipe.keys == recipe.values == ActivationScheme("int4", "absmax", 1.0)
-    assert (recipe.rotate, recipe.search.method, recipe.compensate) == (False, "none", "plain")
+    assert (recipe.rotate, recipe.search.method, recipe.compensate) == ("none", "none", "plain")
 
 
 def test_the_facts_of_quarot():
     recipe = preset("quarot-w3a3kv3")
     assert recipe.weights == WeightScheme("int3", None, "gptq", "mse", sweeps=0)
     assert recipe.inputs == recipe.keys == recipe.values == ActivationScheme("int3", "absmax", 1.0)
-    assert (recipe.rotate, recipe.search.method, recipe.compensate) == (True, "none", "plain")
+    assert (recipe.rotate, recipe.search.method, recipe.compensate) == ("folded", "none", "plain")
 
 
 def test_quarot_clipped_is_quarot_but_for_its_activations():
@@ -166,14 +174,47 @@ def test_the_facts_of_gbs():
     assert recipe.keys is not None
     assert recipe.keys == recipe.values
     schemes = (recipe.weights, recipe.inputs, recipe.keys)
-    assert [grids.load(s.grid).bits for s in schemes] == [3, 4, 2]
+    assert [s.grid.bits for s in schemes] == [3, 4, 2]
     # Rotated weights and inputs are Gaussian, and their grid and scale are made for that.
-    assert [grids.load(s.grid).affine for s in schemes] == [False, False, True]
+    assert [s.grid.affine for s in schemes] == [False, False, True]
     assert (recipe.weights.method, recipe.inputs.scale) == ("gptq", "rms")
-    assert (recipe.rotate, recipe.search.method, recipe.compensate) == (True, "gbs", "residual_stream")
+    assert (recipe.rotate, recipe.search.method, recipe.compensate) == ("auto", "gbs", "residual_stream")
     assert recipe.expand == 0
     assert recipe.expand_mlp == "auto"
     assert recipe.center_keys
+
+
+@pytest.mark.parametrize(
+    ("name", "embedding", "head"),
+    [
+        ("w4a16", 6, 6),
+        ("w3a3kv3", 6, 6),
+        ("w8a8kv8", 8, 8),
+        ("w4a16e4h5", 4, 5),
+        ("w4a16e16h4", None, 4),
+        ("w4a16e16h16", None, None),
+        ("w16a8", None, None),
+        ("w16a16e6h6", 6, 6),
+        ("higgs-4", 6, 6),
+        ("higgs-4e4", 4, 6),
+        ("higgs-3.25e16h16", None, None),
+        ("w1a4", 6, 6),
+        ("rtn-w4a16", None, None),
+        ("quarot-w4a4kv4", None, None),
+        ("rtn-w4a16e8h8", 8, 8),
+    ],
+)
+def test_embedding_and_head_have_bits_of_their_own(name, embedding, head):
+    recipe = preset(name)
+    assert [scheme and round(scheme.grid.bits) for scheme in (recipe.embedding, recipe.head)] == [embedding, head]
+
+
+def test_an_override_may_name_embedding_and_head():
+    overrides = "overrides=[{pattern: lm_head, weight: {grid: int8}}, {pattern: x, keep: true}]"
+    recipe = apply_settings(preset("w4a4"), [overrides])
+    assert recipe.linear_scheme("lm_head", "head") == LinearScheme(WeightScheme("int8"))  # what it reads is not rounded
+    assert recipe.linear_scheme("x", "embedding") == LinearScheme()
+    assert recipe.linear_scheme("y", "embedding") == LinearScheme(recipe.embedding)
 
 
 def test_sixteen_bits_leave_unquantized():
@@ -199,6 +240,12 @@ def test_sixteen_bits_leave_unquantized():
         ("bwa-w2a4", r"W1 and the method bwa need each other"),
         ("w4a4kv12", r"KV12 has no grid"),
         ("w4", r"preset 'w4': expected \[METHOD-\]W<bits>"),
+        ("w4x16", r"preset 'w4x16': unknown letter 'x'; did you mean 'w4a16'\?; expected \[METHOD-\]W<bits>"),
+        ("quarot-w4a4kx4", r"unknown letter 'kx'; did you mean 'quarot-w4a4kv4'\?; expected"),
+        ("higgs-4x6", r"unknown letter 'x'; did you mean 'higgs-4[eh]6'\?; expected"),
+        ("w4a16e9", r"E9 has no grid; bits are 2 to 8, or 16 for unquantized"),
+        ("w4a16h1", r"H1 has no grid"),
+        ("w4a16h6e6", r"expected \[METHOD-\]W<bits>"),
         ("w4a4 kv4", r"expected \[METHOD-\]W<bits>"),
         (
             "quaro-w4a4",
@@ -225,7 +272,9 @@ def test_bad_preset_names(name, complaint):
         ("rotte: true", "rotte: unknown key; did you mean 'rotate'"),
         ("inputs: {grid: int4, clip: 1.0}", r"inputs\.clip: unknown key; did you mean 'clip_ratio'"),
         ("search: {sequence: 8}", r"search\.sequence: unknown key; did you mean 'sequences'"),
-        ("rotate: 1", r"rotate: should be a valid boolean \(got 1, integer\)"),
+        ("rotate: 1", r"rotate: should be 'auto', 'folded', 'online' or 'none' \(got 1, integer\)"),
+        ("rotate: true", r"rotate: should be 'auto', 'folded', 'online' or 'none' \(got true, boolean\)"),
+        ("rotate_output: 1", r"rotate_output: should be a valid boolean \(got 1, integer\)"),
         ("search: {sequences: '8'}", r"search\.sequences: should be a valid integer \(got \"8\", text\)"),
         (
             "search: {sequences: 0}",
@@ -235,11 +284,12 @@ def test_bad_preset_names(name, complaint):
         ("expand: big", r"expand: should be a valid integer or should be 'auto' \(got \"big\", text\)"),
         ("expand: -1", r"expand: should be greater than or equal to 0"),
         ("weights: int4", r"weights: should be an object \(got \"int4\", text\)"),
-        ("weights: {grid: int40}", r"weights: grid 'int40': bits must be between 2 and 8"),
+        ("weights: {grid: int40}", r"weights\.grid: grid 'int40': bits must be between 2 and 8"),
         ("weights: {group_size: 64}", r"weights\.grid: is required and missing"),
         ("inputs: {grid: uint4, scale: rms}", "inputs: .*'uint4' has a zero point"),
         ("inputs: {grid: int4, clip_ratio: .nan}", r"inputs: .*clip_ratio must be in \(0, 4\]"),
-        ("rotate: false\nexpand: 64", "need rotate: true"),
+        ("rotate: none\nexpand: 64", "need rotate: folded"),
+        ("rotate: online\nexpand_mlp: 64", "need rotate: folded"),
         ("overrides: {pattern: a}", "overrides: should be a valid array"),
         ("overrides: [{pattern: a}]", r"overrides\[0\]: changes nothing for 'a'"),
         (
@@ -316,9 +366,9 @@ def test_settings():
     assert base == preset("w3a3kv3")
     # Only together are these a recipe.
     wide = apply_settings(base, ["expand=64", "expand_mlp=0"])
-    assert not apply_settings(wide, ["rotate=false", "expand=0"]).rotate
-    with pytest.raises(PaleyError, match="need rotate: true"):
-        apply_settings(wide, ["rotate=false"])
+    assert apply_settings(wide, ["rotate=none", "expand=0"]).rotate == "none"
+    with pytest.raises(PaleyError, match="need rotate: folded"):
+        apply_settings(wide, ["rotate=none"])
 
 
 @pytest.mark.parametrize(
@@ -342,7 +392,7 @@ def test_bad_settings(setting, complaint):
         apply_settings(preset("w4a4"), [setting])
 
 
-# Slots
+# Schemes
 
 
 def test_overrides_change_what_they_name_in_order():
@@ -358,12 +408,12 @@ def test_overrides_change_what_they_name_in_order():
         ),
     )
     turn = Transform(8, 8, 8)
-    assert recipe.linear_slot("m.5.up_proj") == LinearSlot(recipe.weights, recipe.inputs)
-    assert recipe.linear_slot("m.5.down_proj", turn) == LinearSlot(recipe.weights, None, turn)
-    assert recipe.linear_slot("m.0.down_proj", turn) == LinearSlot(WeightScheme("int8"), None, turn)
-    assert recipe.linear_slot("m.1.down_proj", turn) == LinearSlot(None, None, turn)
-    assert recipe.attention_slot("m.0.attn", turn) == AttentionSlot(recipe.keys, None, turn)
-    assert recipe.attention_slot("m.1.attn") == AttentionSlot(None, None)
+    assert recipe.linear_scheme("m.5.up_proj", "linear") == LinearScheme(recipe.weights, recipe.inputs)
+    assert recipe.linear_scheme("m.5.down_proj", "linear", turn) == LinearScheme(recipe.weights, None, turn)
+    assert recipe.linear_scheme("m.0.down_proj", "linear", turn) == LinearScheme(WeightScheme("int8"), None, turn)
+    assert recipe.linear_scheme("m.1.down_proj", "linear", turn) == LinearScheme(None, None, turn)
+    assert recipe.attention_scheme("m.0.attn", turn) == AttentionScheme(recipe.keys, None, turn)
+    assert recipe.attention_scheme("m.1.attn") == AttentionScheme(None, None)
     recipe.check_overrides(["m.0.down_proj", "m.1.down_proj"], ["m.0.attn"])
     with pytest.raises(PaleyError, match=r"override 'm\.1\.\*' with keep fits none of the 2 modules"):
         recipe.check_overrides(["m.0.down_proj"], ["m.0.attn"])
@@ -377,8 +427,8 @@ def test_groups_are_fitted_to_a_width_but_for_those_of_overrides():
     made = apply_settings(preset("w1a4"), [*settings, overrides])
 
     def groups(recipe, name, width):
-        slot = recipe.linear_slot(name, width=width)
-        return slot.weight.group_size, slot.input.group_size
+        scheme = recipe.linear_scheme(name, "linear", width=width)
+        return scheme.weight.group_size, scheme.input.group_size
 
     assert groups(made, "q", 320) == (160, 64)
     assert groups(made, "q", 48) == (48, 48)
@@ -387,29 +437,56 @@ def test_groups_are_fitted_to_a_width_but_for_those_of_overrides():
     assert groups(made, "up", 320) == (160, None)
     assert groups(made.model_copy(update={"fit_groups": False}), "q", 320) == (128, 64)
     rows = apply_settings(made, ["weights.group_size=null", "inputs=null", "overrides=[]"])
-    assert rows.linear_slot("q", width=320) == LinearSlot(rows.weights)
+    assert rows.linear_scheme("q", "linear", width=320) == LinearScheme(rows.weights)
 
 
 def test_yaml_is_plain():
-    assert yaml.safe_load(full_recipe().to_yaml())["overrides"][1] == {
+    assert yaml.safe_load(as_yaml(full_recipe()))["overrides"][1] == {
         "pattern": "model.layers.0.*",
         "keep": True,
     }
-    assert "naïve.txt" in full_recipe().to_yaml()
 
 
 def test_outliers_can_be_set_layer_by_layer():
     settings = ["outliers=4", "overrides=[{pattern: '*down*', outliers: 9}, {pattern: '*o_proj', weight: null}]"]
     made = apply_settings(preset("rtn-w2a4"), settings)
-    slots = [made.linear_slot(name) for name in ("q_proj", "down_proj", "o_proj")]
-    assert [slot.outliers for slot in slots] == [4, 9, 0]
+    schemes = [made.linear_scheme(name, "linear") for name in ("q_proj", "down_proj", "o_proj")]
+    assert [scheme.outliers for scheme in schemes] == [4, 9, 0]
     assert load_recipe_text(made) == made
     vectors = apply_settings(made, ["overrides=[{pattern: '*', weight: {grid: p2n16, scale_search: rms}}]"])
-    with pytest.raises(PaleyError, match=r"q_proj: linear slot: .*stands for 2 columns"):
-        vectors.linear_slot("q_proj")
+    with pytest.raises(PaleyError, match=r"q_proj: linear scheme: .*stands for 2 columns"):
+        vectors.linear_scheme("q_proj", "linear")
     with pytest.raises(PaleyError, match="no weight is: set outliers: 0"):
         apply_settings(preset("w16a8"), ["outliers=4"])
 
 
 def load_recipe_text(recipe):
-    return Recipe.model_validate(yaml.safe_load(recipe.to_yaml()))
+    return Recipe.model_validate(yaml.safe_load(as_yaml(recipe)))
+
+
+def test_settings_travel_as_values():
+    recipe = preset("w4a4kv4")
+    assert apply_settings(recipe, [("seed", 3), ("test", None), ("calibration.source", "a: b.txt")]) == apply_settings(
+        recipe, ["seed=3", "test=null", "calibration.source='a: b.txt'"]
+    )
+    with pytest.raises(PaleyError, match=r"setting 'sede=3': unknown key sede; did you mean 'seed'"):
+        apply_settings(recipe, [("sede", 3)])
+
+
+def test_a_budget_takes_its_limits_as_they_are():
+    limit = 0.1 + 0.2
+    recipe = under_budget(preset("w4a16"), weights=limit)
+    assert recipe.budget == Budget(weights=limit)
+    assert under_budget(recipe, kv=4).budget == Budget(weights=limit, kv=4)
+    with pytest.raises(PaleyError, match=r"^budget\.weights: should be greater than 0 \(got 0, integer\)$"):
+        under_budget(weights=0)
+
+
+@pytest.mark.parametrize(
+    ("limits", "quantized"), [({"weights": 3}, "w"), ({"kv": 4}, "kv"), ({"size": 9, "kv": 4}, "w kv")]
+)
+def test_a_budget_alone_quantizes_what_it_limits(limits, quantized):
+    recipe = under_budget(**limits)
+    assert (recipe.weights is not None) == ("w" in quantized)
+    assert (recipe.keys is not None) == ("kv" in quantized)
+    assert recipe.inputs is None

@@ -83,7 +83,7 @@ def test_a_slot_without_a_slope_is_named():
     assert make().check_slots({Q: weight, KEYS: keys}).metric == "kl"
     with pytest.raises(PaleyError, match=r"layers\.0\.self_attn\.v_proj has no slope; did you mean .*q_proj"):
         make().check_slots({Q: weight, "model.layers.0.self_attn.v_proj": weight})
-    with pytest.raises(PaleyError, match=r"layers\.1\.keys has no slope; did you mean .*10\.keys.* --activations`"):
+    with pytest.raises(PaleyError, match=r"layers\.1\.keys has no slope; did you mean .*10\.keys.*sensitivity\(kinds="):
         make().check_slots({"model.layers.1.keys": keys})
     with pytest.raises(PaleyError, match=r"layers\.1\.values has no slope; measure it with"):
         make().check_slots({"model.layers.1.values": ("values", 64)})

@@ -4,30 +4,51 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from paley.recipe import Recipe, apply_settings, preset
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
-def save_tiny(folder: Path, tokenizer: PreTrainedTokenizerBase, *, qwen: bool = False, **changes: object) -> Path:
-    """A model of two layers; MLP width 37 is no multiple of any block, and Qwen has biases and ties its embeddings."""
+def save_tiny(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, *, qwen: bool = False, gemma: bool = False, gains: bool = False,
+    dtype: torch.dtype = torch.float32, **changes: object,
+) -> Path:  # fmt: skip
+    """A model of two layers; MLP width 37 is no multiple of any block. Qwen has biases, Gemma a window; both are tied.
+
+    gains: norms multiply by something else than one.
+    """
     torch.manual_seed(0)
-    kind, config = (Qwen2ForCausalLM, Qwen2Config) if qwen else (LlamaForCausalLM, LlamaConfig)
-    settings = {
+    settings: dict[str, Any] = {
         "vocab_size": len(tokenizer), "hidden_size": 48, "intermediate_size": 37, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2,
-        "tie_word_embeddings": qwen, "initializer_range": 0.2,
+        "tie_word_embeddings": qwen or gemma, "initializer_range": 0.2,
     }  # fmt: skip
+    if gemma:
+        settings |= {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+        settings |= {"pad_token_id": 3, "initializer_range": 0.05}
+    kind, config = (Qwen2ForCausalLM, Qwen2Config) if qwen else (LlamaForCausalLM, LlamaConfig)
+    kind, config = (Gemma3ForCausalLM, Gemma3TextConfig) if gemma else (kind, config)
     model = kind(config(**settings | changes))
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter)
-    model.save_pretrained(folder, max_shard_size="40KB")
+        elif gains and parameter.dim() == 1:
+            torch.nn.init.uniform_(parameter, 0.25, 1.75)
+    model.to(dtype).save_pretrained(folder, max_shard_size="40KB")
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -1,100 +1,98 @@
 """Paley quantizes Hugging Face causal language models: weights, activations and KV cache, to 4, 3 or 2 bits.
 
-Importing it teaches transformers the format: AutoModelForCausalLM.from_pretrained then loads such folders.
+Importing it is light: each name below is imported when it is first used. `paley.load` reads a quantized folder;
+transformers' own AutoModelForCausalLM.from_pretrained does after `paley.register()`.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from paley import hf, kernels, pipeline
 from paley.core.errors import PaleyError
-from paley.core.hadamard import hadamard
-from paley.eval.perplexity import evaluate
-from paley.export.plain import dequantize
-from paley.hf import load
-from paley.model.kv_cache import PackedKVCache, cache_argument
-from paley.pipeline import Monitor, Outcome
-from paley.pipeline.sensitivities import measure_sensitivity
-from paley.plan import Plan
-from paley.recipe import Recipe, load_recipe, preset
-from paley.sensitivity import Sensitivity
+
+if TYPE_CHECKING:
+    from paley.core.hadamard import hadamard
+    from paley.eval.perplexity import evaluate
+    from paley.export.plain import dequantize
+    from paley.hf import load, register
+    from paley.model.kv_cache import PackedKVCache, cache_argument
+    from paley.pipeline.generate import Generated, generate
+    from paley.pipeline.inspect import Inspection, inspect
+    from paley.pipeline.monitor import Monitor
+    from paley.pipeline.run import Outcome, make_plan, quantize
+    from paley.pipeline.score import score
+    from paley.pipeline.sensitivities import measure_sensitivity
+    from paley.plan import Plan
+    from paley.recipe import Recipe, load_recipe, preset
+    from paley.results import EvalResult, Results
+    from paley.sensitivity import Sensitivity
 
 __all__ = [
+    "EvalResult",
+    "Generated",
+    "Inspection",
+    "Monitor",
+    "Outcome",
     "PackedKVCache",
     "PaleyError",
     "Plan",
     "Recipe",
+    "Results",
     "Sensitivity",
     "__version__",
     "cache_argument",
     "dequantize",
     "evaluate",
+    "generate",
     "hadamard",
+    "inspect",
     "load",
+    "load_recipe",
     "make_plan",
     "measure_sensitivity",
+    "preset",
     "quantize",
+    "register",
+    "score",
 ]
 
 __version__ = "0.1.0"
 
-_RECIPE_FILES = (".yaml", ".yml", ".json")
-
-hf.register()
-kernels.register()
-
-
-def quantize(
-    model: str | Path,
-    recipe: Recipe | str | Path | None = None,
-    *,
-    output: str | Path,
-    plan: Plan | None = None,
-    sensitivity: Sensitivity | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    device: str = "cpu",
-    workers: int = 1,
-    monitor: Monitor | None = None,
-) -> Outcome:
-    """Quantizes the checkpoint folder or Hub name `model` into the new folder `output`.
-
-    recipe: a Recipe, a preset's name such as "w4a4kv4", or a .yaml or .json file; or give a plan that was
-    made for this model. sensitivity: what a recipe with a budget goes by; without it, it is measured. workers:
-    processes that share the weights of a data-free recipe. A run that was stopped goes on with resume=True.
-    Errors: PaleyError, and nothing in `output`.
-    """
-    return pipeline.quantize(
-        model,
-        None if recipe is None else _recipe(recipe),
-        output=output,
-        plan=plan,
-        sensitivity=sensitivity,
-        resume=resume,
-        overwrite=overwrite,
-        device=device,
-        workers=workers,
-        monitor=monitor,
-    )
+_HOMES = {  # name -> the module that has it
+    "EvalResult": "paley.results",
+    "Generated": "paley.pipeline.generate",
+    "Inspection": "paley.pipeline.inspect",
+    "Monitor": "paley.pipeline.monitor",
+    "Outcome": "paley.pipeline.run",
+    "PackedKVCache": "paley.model.kv_cache",
+    "Plan": "paley.plan",
+    "Recipe": "paley.recipe",
+    "Results": "paley.results",
+    "Sensitivity": "paley.sensitivity",
+    "cache_argument": "paley.model.kv_cache",
+    "dequantize": "paley.export.plain",
+    "evaluate": "paley.eval.perplexity",
+    "generate": "paley.pipeline.generate",
+    "hadamard": "paley.core.hadamard",
+    "inspect": "paley.pipeline.inspect",
+    "load": "paley.hf",
+    "load_recipe": "paley.recipe",
+    "make_plan": "paley.pipeline.run",
+    "measure_sensitivity": "paley.pipeline.sensitivities",
+    "preset": "paley.recipe",
+    "quantize": "paley.pipeline.run",
+    "register": "paley.hf",
+    "score": "paley.pipeline.score",
+}
 
 
-def make_plan(
-    model: str | Path,
-    recipe: Recipe | str | Path,
-    *,
-    sensitivity: Sensitivity | None = None,
-    device: str = "cpu",
-    monitor: Monitor | None = None,
-) -> Plan:
-    """Decides only: the plan that `quantize` with this recipe (as there) would execute."""
-    return pipeline.make_plan(model, _recipe(recipe), sensitivity=sensitivity, device=device, monitor=monitor)
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'paley' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return value
 
 
-def _recipe(recipe: Recipe | str | Path) -> Recipe:
-    """A file by its suffix, any other text as a preset's name."""
-    if isinstance(recipe, Recipe):
-        return recipe
-    if isinstance(recipe, Path) or recipe.lower().endswith(_RECIPE_FILES):
-        return load_recipe(recipe)
-    return preset(recipe)
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

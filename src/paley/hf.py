@@ -6,11 +6,11 @@ Without it transformers only warns about the unknown method and returns a model 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -21,17 +21,21 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from paley.core import grids
 from paley.core.errors import PaleyError, nearest_name
-from paley.core.schemes import LinearSlot
 from paley.format.checkpoint import Checkpoint
 from paley.format.header import TensorInfo, read_header
-from paley.format.spec import PARTS, QUANT_METHOD, QuantizationConfig, check_values, expected_tensors
+from paley.format.spec import DIAGONAL, PARTS, QUANT_METHOD, QuantizationConfig, check_values, expected_tensors
 from paley.model import attention
-from paley.model.linear import QuantLinear
+from paley.model.adapter import Adapter
+from paley.model.coded import Coded
 from paley.model.loading import tied_partners
+from paley.model.reading import build_, prepare_, tie_
 
 __all__ = ["PaleyConfig", "PaleyQuantizer", "load", "register"]
+
+
+# The products that `from_pretrained` makes ready; None while `load` is at work, which does so on the right device.
+_PRODUCT: ContextVar[str | None] = ContextVar("product", default="auto")
 
 
 class PaleyConfig(QuantizationConfigMixin):
@@ -74,20 +78,16 @@ class PaleyQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         spec = self.quantization_config.spec
-        linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        for name, slot in spec.linears.items():
-            if name not in linears:
-                hint = nearest_name(name, linears)
-                raise PaleyError(f"config.json quantizes {name!r}, which is no linear layer of this model{hint}")
-            _replace_linear_(model, name, linears[name], slot)
-        if spec.attentions:
-            attention.attach_slots(model, spec.attentions)
         if not checkpoint_files:
             raise PaleyError("a Paley model is loaded from its safetensors files; a state_dict alone is not supported")
+        build_(model, spec)
         self._stored = _check_files(model, checkpoint_files)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        tie_(Adapter(model))
         _check_values(model, self._stored)
+        if (product := _PRODUCT.get()) is not None:
+            prepare_(model, product, model.dtype)
         model.requires_grad_(False)  # as `is_trainable` says; inputs that want gradients keep layers off the kernels
         return model
 
@@ -113,13 +113,14 @@ def load(
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-    dense: bool | Literal["auto"] = False,
+    product: str = "auto",
 ) -> PreTrainedModel:
     """The model in the quantized checkpoint folder `path`; codes and scales keep their types.
 
-    dense: keep each weight unpacked too, as large as in an unquantized model; "auto" leaves those packed that a
-    kernel multiplies as they are. Errors: not a Paley folder; tensors that are missing, too many, of the wrong shape or
-    type, or damaged.
+    product: how weights are multiplied, a name of `paley.ops.matmul.PRODUCTS`. "auto" takes for each layer the fastest
+    that there is here, "dense" writes every weight out (the same floats on every machine; scores are measured so),
+    "packed" decodes a weight whenever it is used, slowly and in the least memory.
+    Errors: not a Paley folder; tensors that are missing, too many, of the wrong shape or type, or damaged.
     """
     register()
     folder = Path(path)
@@ -128,33 +129,16 @@ def load(
     if method != QUANT_METHOD:
         what = f"quantized by {method!r}" if method else "not quantized"
         raise PaleyError(f"{folder}: this model is {what}, no Paley checkpoint; use transformers itself")
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
-    )
+    token = _PRODUCT.set(None)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
+        )
+    finally:
+        _PRODUCT.reset(token)
     model.to(device)  # type: ignore[arg-type]
-    if dense:
-        for module in model.modules():
-            if isinstance(module, QuantLinear) and not (dense == "auto" and module.on_planes):
-                module.materialize_(dtype)
+    prepare_(model, product, dtype)
     return model
-
-
-def _replace_linear_(model: PreTrainedModel, name: str, linear: nn.Linear, slot: LinearSlot) -> None:
-    """Puts a QuantLinear in place of `linear`, the module called `name`, on its device."""
-    if slot.transform is not None and slot.transform.in_dim != linear.in_features:
-        raise PaleyError(f"{name}: transform.in_dim={slot.transform.in_dim}, but the layer reads {linear.in_features}")
-    if slot.weight is not None and f"{name}.weight" in tied_partners(model):
-        raise PaleyError(f"{name}: its weight is tied to another; set tie_word_embeddings to false in config.json")
-    quantized = QuantLinear(
-        slot.stored_width(linear.in_features),
-        linear.out_features,
-        bias=linear.bias is not None,
-        slot=slot,
-        dtype=linear.weight.dtype,
-        device=linear.weight.device,
-        name=name,
-    )
-    model.set_submodule(name, quantized)
 
 
 def _check_files(model: PreTrainedModel, files: Iterable[str]) -> dict[str, TensorInfo]:
@@ -190,12 +174,16 @@ def _check_values(model: PreTrainedModel, stored: Mapping[str, TensorInfo]) -> N
     """Raises for a damaged number, which could go unnoticed in fluent text; what is offloaded is read from its file."""
     state = {n: stored[n].read() if t.is_meta and n in stored else t for n, t in model.state_dict().items()}
     for name, module in model.named_modules():
-        if isinstance(module, QuantLinear) and module.slot.weight is not None:
+        if isinstance(module, Coded) and module.scheme.weight is not None:
             found = {name + part: state[name + part] for part in PARTS if name + part in state}
+            if name + PARTS[0] not in stored:  # a tied head, checked as the embedding
+                continue
             try:
-                check_values(name, found, module.in_features, grids.load(module.slot.weight.grid))
+                check_values(name, found, module.width, module.scheme.weight.grid)
             except PaleyError as error:
                 raise PaleyError(f"{stored[name + PARTS[0]].file.parent}: {error}") from None
+        if isinstance(module, Coded) and module.diagonal is not None and not bool((module.diagonal > 0).all()):
+            raise PaleyError(f"{stored[name + DIAGONAL].file}: {name + DIAGONAL} must be positive; the file is damaged")
     for name, info in stored.items():
         if state[name].is_floating_point() and not bool(state[name].isfinite().all()):
             if bool(info.read().isfinite().all()):
@@ -208,8 +196,8 @@ def _exact_dtypes(model: PreTrainedModel) -> dict[str, torch.dtype | None]:
     return {
         full: dtype
         for name, module in model.named_modules()
-        if isinstance(module, QuantLinear)
-        for full, (dtype, _) in expected_tensors(name, module.slot, module.in_features, module.out_features).items()
+        if isinstance(module, Coded)
+        for full, (dtype, _) in expected_tensors(name, module.scheme, module.width, module.rows).items()
     }
 
 

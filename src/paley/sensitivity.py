@@ -1,7 +1,7 @@
-"""Measured sensitivities of one model, as a JSON file with a line for each slot.
+"""Measured sensitivities of one model, as a JSON file with a line for each site.
 
-The slopes belong to the model and not to a quantizer, so one measurement serves every budget: with t^2 the relative
-squared error of each slot, the loss grows by about sum alpha t^2 (arXiv:2411.17525), from about 3 bits up.
+With t^2 the relative squared error of each site, the loss grows by about sum alpha t^2 (arXiv:2411.17525), from about
+3 bits up. The slopes alpha depend on the model and not on the quantizer, so one measurement serves every budget.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat
 
-from paley.core.errors import PaleyError, nearest_name
+from paley.core.errors import Call, PaleyError, Setting, nearest_name
 from paley.recipe.documents import Document
 from paley.recipe.saving import in_natural_order
 
@@ -28,7 +28,7 @@ class _Frozen(BaseModel):
 
 
 class MeasuredText(_Frozen):
-    """What the loss was measured on; sha256 is that of the token ids."""
+    """The text on which the loss was measured; sha256: of its token ids."""
 
     source: str
     sha256: str
@@ -36,9 +36,9 @@ class MeasuredText(_Frozen):
 
 
 class MeasuredSlot(_Frozen):
-    """numel: entries of a weight, values a token of the other kinds; levels: pairs of t^2 and what it added.
+    """numel: entries of a weight; for other kinds, values a token. levels: pairs of t^2 and the loss that it added.
 
-    clamped: the measured slope was not positive, alpha is a small number in its place.
+    clamped: the measured slope was not positive; alpha is a small number instead.
     """
 
     kind: Literal["weight", "input", "keys", "values"]
@@ -49,9 +49,10 @@ class MeasuredSlot(_Frozen):
     levels: tuple[tuple[Positive, FiniteFloat], ...]
 
     def loss(self, t2: float) -> float:
-        """What an error of t^2 adds: alpha t^2 for weights, of other kinds from level to level, then along alpha.
+        """The loss that an error of t^2 adds: alpha t^2 for weights; other kinds interpolate between the levels.
 
-        A budget takes keys far below the lowest level, where softmax makes the slope up to four times the fitted one.
+        Beyond the last level it grows with alpha. Budgets use errors of keys far below the lowest level, and there
+        softmax makes the slope up to four times the fitted one.
         """
         if self.kind == "weight" or self.clamped:
             return self.alpha * t2
@@ -66,11 +67,11 @@ class MeasuredSlot(_Frozen):
 
 
 class Sensitivity(Document):
-    """How fast `metric` grows with the relative squared error of each slot of the model with this fingerprint.
+    """How fast `metric` grows with the relative squared error of each site of the model with this fingerprint.
 
-    metric "kl": nats a token, baseline 0; "perplexity": baseline is the model's own. folded: measured as recipes that
-    rotate have it, with the norms' gains in the weights and noise of one size for rows that they mix. Slots are held
-    in the natural order of their names.
+    metric "kl": nats a token, baseline 0; "perplexity": baseline is the model's own. folded: measured for recipes that
+    fold rotations, with the norms' gains in the weights, and noise of one size for rows that rotations mix. `slots` are
+    the sites, in the natural order of their names.
     """
 
     what: ClassVar[str] = "sensitivity file"
@@ -86,29 +87,33 @@ class Sensitivity(Document):
     slots: Annotated[dict[str, MeasuredSlot], Field(min_length=1), AfterValidator(in_natural_order)]
 
     def alphas(self, kind: str = "weight") -> dict[str, float]:
-        """Name -> slope of each slot of a kind."""
+        """Name -> slope of each site of a kind."""
         return {name: slot.alpha for name, slot in self.slots.items() if slot.kind == kind}
 
     def check_fingerprint(self, actual: str) -> Self:
-        """-> self; raises where the slopes are those of another model than that of fingerprint `actual`."""
+        """Returns self; raises if the slopes were measured on a model with another fingerprint than `actual`."""
         if actual != self.fingerprint:
             raise PaleyError(
                 f"these sensitivities are of a {self.model_type} model with fingerprint {self.fingerprint}, "
-                f"the model here has {actual}; use that model, or measure this one with `paley sensitivity`"
+                f"the model here has {actual}",
+                remedy=("use that model, or measure this one with ", Call("measure_sensitivity")),
             )
         return self
 
     def check_slots(self, wanted: Mapping[str, tuple[str, int]]) -> Self:
-        """wanted: name -> kind and numel -> self; raises where a slot was not measured, or one of another make was."""
+        """Returns self; wanted: name -> (kind, numel). Raises if a site is missing, or of another kind or size."""
         for name, (kind, numel) in wanted.items():
             slot = self.slots.get(name)
-            again = f"measure it with `paley sensitivity{'' if kind == 'weight' else ' --activations'}`"
+            kinds = () if kind == "weight" else (Setting("kinds", ("weight", kind)),)
+            again = ("measure it with ", Call("measure_sensitivity", kinds))
             if slot is None:
                 hint = nearest_name(name, self.alphas(kind))
-                raise PaleyError(f"sensitivity: {name} has no slope{hint}; {again}")
+                raise PaleyError(f"{name} has no slope{hint}", where="sensitivity", remedy=again)
             if (slot.kind, slot.numel) != (kind, numel):
                 raise PaleyError(
-                    f"sensitivity: {name} was measured as {slot.kind} of {slot.numel:,} values, in this model it is "
-                    f"{kind} of {numel:,}; the file was changed; {again}"
+                    f"{name} was measured as {slot.kind} of {slot.numel:,} values, in this model it is {kind} of "
+                    f"{numel:,}; the file was changed",
+                    where="sensitivity",
+                    remedy=again,
                 )
         return self

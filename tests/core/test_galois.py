@@ -19,6 +19,16 @@ def test_a_field_refuses_an_order_that_is_no_prime_power():
         GaloisField(12)
 
 
+def sub(f, a, b):
+    """a - b, digit by digit modulo p."""
+    return sum((a // w - b // w) % f.p * w for w in (f.p**i for i in range(f.k)))
+
+
+def mul(f, a, b):
+    """a · b by logarithms."""
+    return 0 if 0 in (a, b) else f.exp[(f.log[a] + f.log[b]) % (f.order - 1)]
+
+
 @pytest.mark.parametrize("q", [2, 3, 4, 7, 8, 9, 13, 25, 27, 49])
 def test_field_axioms(q):
     f = field(q)
@@ -27,24 +37,24 @@ def test_field_axioms(q):
     assert f.exp[0] == 1
 
     def add(a, b):
-        return f.sub(a, f.sub(0, b))
+        return sub(f, a, sub(f, 0, b))
 
     for a in elements:
-        assert f.sub(a, a) == 0
-        assert f.mul(a, 1) == a
-        assert f.mul(a, 0) == 0
-        assert {f.sub(a, b) for b in elements} == set(elements)
+        assert sub(f, a, a) == 0
+        assert mul(f, a, 1) == a
+        assert mul(f, a, 0) == 0
+        assert {sub(f, a, b) for b in elements} == set(elements)
     triples = [(a, b, (3 * a + 5 * b + 1) % q) for a in elements for b in elements]
     for a, b, c in triples:
         assert add(a, b) == add(b, a)
-        assert f.mul(a, add(b, c)) == add(f.mul(a, b), f.mul(a, c))
-        assert f.mul(a, f.mul(b, c)) == f.mul(f.mul(a, b), c)
+        assert mul(f, a, add(b, c)) == add(mul(f, a, b), mul(f, a, c))
+        assert mul(f, a, mul(f, b, c)) == mul(f, mul(f, a, b), c)
 
 
 @pytest.mark.parametrize("q", [3, 5, 9, 25, 27, 49, 343])
 def test_the_character_marks_the_squares(q):
     f = field(q)
-    squares = {f.mul(a, a) for a in range(1, q)}
+    squares = {mul(f, a, a) for a in range(1, q)}
     assert f.character(0) == 0
     assert all(f.character(a) == (1 if a in squares else -1) for a in range(1, q))
 

@@ -179,9 +179,9 @@ def test_unknown_grids_are_refused(name, complaint):
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    """benchmarks/make_gaussian_grids.py."""
+    """tools/make_gaussian_grids.py."""
     pytest.importorskip("scipy")
-    file = Path(__file__).resolve().parents[2] / "benchmarks/make_gaussian_grids.py"
+    file = Path(__file__).resolve().parents[2] / "tools/make_gaussian_grids.py"
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None
     assert spec.loader is not None
@@ -205,7 +205,7 @@ def test_a_grid_of_any_size_goes_to_a_file_of_its_own(script, tmp_path, capsys):
     points = read_tensors(file)["points"]
     record = json.loads(read_metadata(file)["grids"])
     assert points.shape == (100, 1)
-    assert record["about"]["script"] == "benchmarks/make_gaussian_grids.py"
+    assert record["about"]["script"] == "tools/make_gaussian_grids.py"
     assert grids.custom(points).gaussian_mse(1.0) == pytest.approx(record["p1n100"]["t2"], rel=1e-3)
     assert tables.record("p1n64")["t2"] > record["p1n100"]["t2"] > tables.record("p1n128")["t2"]
 

@@ -11,9 +11,7 @@ from paley.core.errors import PaleyError
 from paley.core.rounding import (
     Quantized,
     check_groups,
-    dequantize,
     fitting_group_size,
-    nearest_codes,
     quantize_dynamic,
     round_trip,
 )
@@ -28,7 +26,7 @@ SCHEMES = [
     if not (scale == "rms" and grids.load(name).affine)
 ]
 each_scheme = pytest.mark.parametrize(
-    "scheme", SCHEMES, ids=lambda s: f"{s.grid}-{s.scale}-{s.clip_ratio}-{s.group_size}"
+    "scheme", SCHEMES, ids=lambda s: f"{s.grid.name}-{s.scale}-{s.clip_ratio}-{s.group_size}"
 )
 
 
@@ -69,7 +67,7 @@ def test_round_trip_is_dequantize_after_quantize_bit_for_bit(scheme):
 
 @each_scheme
 def test_what_is_stored(scheme):
-    x, grid = normal(2, 5, 24), grids.load(scheme.grid)
+    x, grid = normal(2, 5, 24), scheme.grid
     q = quantize_dynamic(x, scheme)
     groups = 24 // (scheme.group_size or 24)
     assert (q.codes.dtype, q.codes.shape) == (torch.uint8, x.shape)
@@ -84,7 +82,7 @@ def test_what_is_stored(scheme):
 
 @each_scheme
 def test_no_point_is_nearer(scheme):
-    x, grid = normal(2, 6, 24), grids.load(scheme.grid)
+    x, grid = normal(2, 6, 24), scheme.grid
     q = quantize_dynamic(x, scheme)
     size = q.group_size
     scales = q.scales.double().repeat_interleave(size, -1)[..., None]
@@ -106,8 +104,8 @@ def test_points_of_the_grid_stay(name):
     scales = torch.tensor([0.25, 2.0**-9, 48.0])[:, None, None]
     zeros = torch.tensor([0.0, n // 3, n - 1])[:, None, None] if grid.affine else None
     codes = torch.arange(n, dtype=torch.uint8).expand(3, 1, n)
-    x = dequantize(codes.flatten(-2), scales[..., 0], None if zeros is None else zeros[..., 0], grid)
-    assert torch.equal(nearest_codes(x[:, None], scales, zeros, grid), codes[:, 0])
+    x = grid.dequantize(codes.flatten(-2), scales[..., 0], None if zeros is None else zeros[..., 0])
+    assert torch.equal(grid.quantize(x[:, None], scales, zeros), codes[:, 0])
     if not grid.affine:  # int grids have a lowest point that no symmetric scale reaches
         x = x[:, x[0].abs() <= x[0].max()]
     # float16 holds these scales, and so takes them to the bit whatever float32 made of max|x| / peak.
@@ -117,7 +115,7 @@ def test_points_of_the_grid_stay(name):
 def test_ties_and_the_outermost_points():
     grid = grids.load("int3")
     x = torch.tensor([[-100.0, -4.5, -3.49, 0.49, 2.51, 3.6, 100.0]])[:, None]
-    codes = nearest_codes(x, torch.ones(1, 1, 1), None, grid)
+    codes = grid.quantize(x, torch.ones(1, 1, 1))
     assert codes.flatten().tolist() == [0, 0, 1, 4, 7, 7, 7]
 
 
@@ -136,7 +134,7 @@ def test_zeros_stay_and_extremes_are_finite(scheme, scale_dtype):
     left = round_trip(x, scheme, scale_dtype)
     assert left.isfinite().all()
     assert same_bits(left, quantize_dynamic(x, scheme, scale_dtype).dequantize())
-    grid = grids.load(scheme.grid)
+    grid = scheme.grid
     nearest_to_zero = 0.0 if grid.affine else float(grid.points.abs().min())
     smallest_scale = 2.0**-24 if scale_dtype == torch.float16 else torch.finfo(torch.float32).tiny
     assert left[0].abs().max() <= nearest_to_zero * smallest_scale  # 0 where the grid has a 0

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import statistics
@@ -8,19 +9,19 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from paley.core.errors import PaleyError
-from paley.core.schemes import ActivationScheme, AttentionSlot, LinearSlot
+from paley.core.schemes import ActivationScheme, AttentionScheme, LinearScheme
 from paley.core.transforms import Transform
 from paley.data import TokenBlocks, blocks_from_ids
 from paley.eval import perplexity
 from paley.eval.perplexity import EvalResult, evaluate
 from paley.eval.reference import Reference
 from paley.eval.sampling import sample_documents
-from paley.model.attention import attach_slots
+from paley.model.attention import attach_schemes
 from paley.model.kv_cache import PackedKV
 from paley.model.linear import QuantLinear
 
 VOCAB, HEAD_DIM, LAYERS, KV_HEADS = 61, 8, 2, 2
-SLOT = AttentionSlot(
+SLOT = AttentionScheme(
     ActivationScheme("int3"), ActivationScheme("uint3"), Transform(HEAD_DIM, HEAD_DIM, HEAD_DIM, seed=3)
 )
 
@@ -43,9 +44,9 @@ def tiny(seed: int = 0, vocab: int = VOCAB) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def with_quantized_cache(slot: AttentionSlot = SLOT) -> LlamaForCausalLM:
+def with_quantized_cache(slot: AttentionScheme = SLOT) -> LlamaForCausalLM:
     model = tiny()
-    attach_slots(model, {f"model.layers.{i}.self_attn": slot for i in range(LAYERS)})
+    attach_schemes(model, {f"model.layers.{i}.self_attn": slot for i in range(LAYERS)})
     return model
 
 
@@ -133,7 +134,7 @@ def test_a_quantized_cache_is_read_back_and_costs_what_fake_quantization_costs(t
         assert result.top1_agreement < exact.top1_agreement == 1
 
 
-@pytest.mark.parametrize("slot", [SLOT, AttentionSlot(keys=SLOT.keys), AttentionSlot(values=SLOT.values)])
+@pytest.mark.parametrize("slot", [SLOT, AttentionScheme(keys=SLOT.keys), AttentionScheme(values=SLOT.values)])
 def test_it_is_the_codes_that_are_read(slot, monkeypatch):
     model, blocks = with_quantized_cache(slot), random_blocks()
     honest = evaluate(model, blocks, chunk=5)
@@ -151,7 +152,7 @@ def test_it_is_the_codes_that_are_read(slot, monkeypatch):
 
 def test_a_slot_that_quantizes_nothing_needs_no_cache():
     blocks = random_blocks()
-    model = with_quantized_cache(AttentionSlot(transform=SLOT.transform))
+    model = with_quantized_cache(AttentionScheme(transform=SLOT.transform))
     assert evaluate(model, blocks) == evaluate(tiny(), blocks)
 
 
@@ -160,10 +161,10 @@ def test_cache_bytes():
     keys, values = 3 + 2, 3 + 2 + 1  # codes, a float16 scale, a zero point
     plain = HEAD_DIM * 2  # at 16 bits, whatever was computed with
     for slot, expected in (
-        (AttentionSlot(), plain + plain),
+        (AttentionScheme(), plain + plain),
         (SLOT, keys + values),
-        (AttentionSlot(keys=SLOT.keys), keys + plain),
-        (AttentionSlot(values=SLOT.values), plain + values),
+        (AttentionScheme(keys=SLOT.keys), keys + plain),
+        (AttentionScheme(values=SLOT.values), plain + values),
     ):
         for dtype in (torch.float32, torch.bfloat16):
             model = with_quantized_cache(slot).to(dtype)
@@ -175,7 +176,7 @@ def test_cache_bytes():
 
 def test_cache_bytes_of_a_model_that_is_quantized_in_one_layer():
     model = tiny()
-    attach_slots(model, {"model.layers.1.self_attn": SLOT})
+    attach_schemes(model, {"model.layers.1.self_attn": SLOT})
     expected = KV_HEADS * (2 * HEAD_DIM * 2 + (3 + 2) + (3 + 2 + 1))
     assert evaluate(model, random_blocks(), chunk=5).kv_cache_bytes_per_token == expected
 
@@ -218,7 +219,7 @@ def test_the_result_is_json_even_where_perplexity_overflows():
     parsed = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     assert parsed["perplexity"] == "inf"
     assert parsed["nll"] == result.nll > 700
-    assert parsed.keys() == EvalResult.__dataclass_fields__.keys()
+    assert parsed.keys() == {field.name for field in dataclasses.fields(EvalResult)}
 
 
 @pytest.mark.parametrize("role", ["search", "calibration"])
@@ -278,7 +279,7 @@ def test_a_reference_for_other_ids_or_another_vocabulary_is_refused(tmp_path):
 
 def test_a_reference_is_of_an_unquantized_model():
     model = tiny()
-    slot = LinearSlot(input=ActivationScheme("int8"))
+    slot = LinearScheme(input=ActivationScheme("int8"))
     model.lm_head = QuantLinear.from_linear(model.lm_head, slot, None)
     with pytest.raises(PaleyError, match=r"lm_head is a QuantLinear.*give the unquantized model"):
         Reference.of(model, random_blocks())

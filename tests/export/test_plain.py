@@ -20,10 +20,10 @@ from typer.testing import CliRunner
 import paley
 from paley.cli import app
 from paley.core.errors import PaleyError
-from paley.core.schemes import LinearSlot
 from paley.export.plain import dequantize
 from paley.format.checkpoint import Checkpoint
 from paley.format.writer import ShardWriter
+from paley.model.linear import QuantLinear
 from paley.pipeline import quantize
 from paley.recipe import apply_settings, preset
 from tiny_models import EMBEDDING, HEAD, higgs, save_tiny, store_tie_as
@@ -88,9 +88,9 @@ def test_rotated_models_predict_the_same(tmp_path, tiny_tokenizer, text, setting
     model = save_tiny(tmp_path / "model", tiny_tokenizer, intermediate_size=40)
     recipe = with_text("w4a16", text, "dtype=float32", *settings)
     outcome = quantize(model, recipe, output=tmp_path / "out")
-    slots = outcome.plan.linears
-    assert slots["model.layers.0.mlp.down_proj"].transform is not None
-    assert slots["model.layers.0.self_attn.o_proj"].transform is not None
+    linears = outcome.plan.linears
+    assert linears["model.layers.0.mlp.down_proj"].transform is not None
+    assert linears["model.layers.0.self_attn.o_proj"].transform is not None
     dequantize(outcome.output, output=tmp_path / "plain")
     assert_undone(outcome.output, tmp_path / "plain")
 
@@ -109,6 +109,7 @@ def test_everything_else_is_kept(model, tmp_path):
     card = (tmp_path / "plain" / "README.md").read_text()
     assert "`out`" in card
     assert "p2n64 × 14" in card
+    assert "p2n4096 × " in card
     assert_undone(out, tmp_path / "plain", 5e-3)  # a weight in float16
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
@@ -137,7 +138,9 @@ def test_a_process_without_paley_loads_it(model, tmp_path):
 @pytest.mark.parametrize("names", [(HEAD,), (HEAD, EMBEDDING)])
 def test_a_tied_pair_may_be_stored_under_either_name_or_both(tmp_path, tiny_tokenizer, names):
     model = save_tiny(tmp_path / "model", tiny_tokenizer, qwen=True)
-    out = store_tie_as(quantize(model, higgs("dtype=float32"), output=tmp_path / "out").output, *names)
+    out = store_tie_as(
+        quantize(model, higgs("dtype=float32", name="higgs-3e16h16"), output=tmp_path / "out").output, *names
+    )
     dequantize(out, output=tmp_path / "plain")
     assert_undone(out, tmp_path / "plain")
 
@@ -152,7 +155,7 @@ def rounding(tmp_path, tiny_tokenizer, text):
 
 def test_rounding_at_run_time_is_refused_or_dropped(rounding, tmp_path):
     assert any(name.endswith("key_mean") for name in Checkpoint.open(rounding))
-    with pytest.raises(PaleyError, match=r"14 linear inputs to \w+; 2 layers' cached keys .*; --weights-only"):
+    with pytest.raises(PaleyError, match=r"14 linear inputs to \w+; 2 layers' cached keys .*; weights_only=True"):
         dequantize(rounding, output=tmp_path / "plain")
     assert not (tmp_path / "plain").exists()
     made = dequantize(rounding, output=tmp_path / "plain", weights_only=True)
@@ -162,10 +165,10 @@ def test_rounding_at_run_time_is_refused_or_dropped(rounding, tmp_path):
     assert "Dropped: 14 linear inputs" in (tmp_path / "plain" / "README.md").read_text()
     model = paley.load(rounding)
     for module in model.modules():  # the same model, rounding nothing as it runs
-        if isinstance(slot := getattr(module, "slot", None), LinearSlot):
-            module.slot = LinearSlot(slot.weight, None, slot.transform)
-        if hasattr(module, "kv_slot"):
-            module.kv_slot = None
+        if isinstance(module, QuantLinear):
+            module.set_input_(None)
+        if hasattr(module, "kv_scheme"):
+            module.kv_scheme = None
     want = logits(model)
     assert (plain_logits(tmp_path / "plain") - want).norm() <= 1e-5 * want.norm()
 
@@ -265,7 +268,7 @@ def test_what_appears_at_the_output_meanwhile_is_kept(made, tmp_path, overwrite)
         plain.mkdir(exist_ok=True)
         (plain / "novel.txt").write_text("never saved elsewhere")
 
-    with pytest.raises(PaleyError, match=r"exists already|was not made by Paley"):
+    with pytest.raises(PaleyError, match=r"plain: appeared while this run was at work; move it away and run again$"):
         dequantize(made, output=plain, overwrite=overwrite, on_tensor=appear)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out", "plain"]
     assert [p.name for p in plain.iterdir()] == ["novel.txt"]
@@ -328,7 +331,7 @@ UP = "model.layers.0.mlp.up_proj"
     ("change", "complaint"),
     [
         (lambda c: c.pop("quantization_config"), "is no Paley checkpoint"),
-        (lambda c: c.update(dtype="int8"), r"config\.json: dtype: must be float16, .* got 'int8'; --dtype"),
+        (lambda c: c.update(dtype="int8"), r"config\.json: dtype: must be float16, .* got 'int8'; dtype"),
         (lambda c: c.update(intermediate_size=38), "transform.in_dim=37, but the layer reads 38"),
         (lambda c: c.update(num_hidden_layers=3), "no tensor 'model.layers.2"),
         (lambda c: c.update(num_hidden_layers=1), "is no linear layer of this model; did you mean"),

@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from paley.core import grids, packing
-from paley.core.grids import code_dtype
+from paley.core.grids import AnyGrid
 from paley.core.hadamard import hadamard
 from paley.core.rounding import Outliers, Quantized, codes_per_row
-from paley.core.schemes import LinearSlot, WeightScheme
+from paley.core.schemes import LinearScheme, WeightScheme
 from paley.core.transforms import random_signs
-from paley.format.checkpoint import ShardWriter, write_json
+from paley.format.files import write_json
 from paley.format.spec import QuantizationConfig, encode_linear
+from paley.format.writer import ShardWriter
 
 DOC = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
 GAUSSIAN = json.loads(resources.files("paley.core").joinpath("tables/gaussian.json").read_text())["points"]
@@ -27,7 +28,7 @@ TABLES = resources.files("paley.core").joinpath("tables")
 GRIDS = [f"{family}{bits}" for family in grids.FAMILIES for bits in range(2, 9)]
 GRIDS += ["nf4", "af3", "p1n9", "p2n16", "p2n88", "p2n256", "p3n830", "p4n4096", "e8q3k9", "e8q14k4"]
 GRIDS += ["free1", "free2", "free3", "mirror1", "mirror2", "mirror4"]
-GRIDS += [grids.custom(torch.arange(21).reshape(7, 3) / 10).name]
+GRIDS = [*map(grids.load, GRIDS), grids.custom(torch.arange(21).reshape(7, 3) / 10)]
 OUT = 5
 
 
@@ -43,31 +44,31 @@ def decode():
     return space["weight"]
 
 
-def random_linear(grid: str, in_features: int, groups: int, generator: torch.Generator) -> Quantized:
+def random_linear(grid: AnyGrid, in_features: int, groups: int, generator: torch.Generator) -> Quantized:
     def draw(*shape: int) -> torch.Tensor:
-        return torch.randint(0, grids.load(grid).size, shape, generator=generator).to(code_dtype(grids.load(grid)))
+        return torch.randint(0, grid.size, shape, generator=generator).to(grid.code_dtype)
 
-    stored = getattr(grids.load(grid), "stored", None)
     # All magnitudes that float16 has, the subnormal ones too.
-    if stored is not None:
-        points = torch.exp2(torch.rand(OUT, groups, stored, generator=generator) * 38 - 23).half().sort(-1).values
+    if grid.free:
+        points = (
+            torch.exp2(torch.rand(OUT, groups, *grid.scale_shape, generator=generator) * 38 - 23).half().sort(-1).values
+        )
         return Quantized(draw(OUT, in_features), points, None, grid, in_features)
     scales = torch.exp2(torch.rand(OUT, groups, generator=generator) * 38 - 23).half()
-    zeros = draw(OUT, groups) if grids.load(grid).affine else None
-    codes = draw(OUT, codes_per_row(in_features, grids.load(grid).p))
+    zeros = draw(OUT, groups) if grid.affine else None
+    codes = draw(OUT, codes_per_row(in_features, grid.p))
     return Quantized(codes, scales, zeros, grid, in_features)
 
 
 def write(folder: Path, linears: dict[str, Quantized], max_shard_bytes: int) -> None:
     slots = {
-        name: LinearSlot(
+        name: LinearScheme(
             WeightScheme("int4", q.group_size if q.scales.shape[1] > 1 else None).on_grid(q.grid),
             outliers=0 if q.outliers is None else len(q.outliers.columns),
         )
         for name, q in linears.items()
     }
-    points = grids.custom_points(q.grid for q in linears.values())
-    section = QuantizationConfig(grids=points, linears=slots, attentions={}).to_dict()
+    section = QuantizationConfig(linears=slots, attentions={}).to_dict()
     write_json(folder / "config.json", {"model_type": "llama", "quantization_config": section})
     with ShardWriter(folder, max_shard_bytes=max_shard_bytes) as writer:
         for name, q in linears.items():
@@ -80,7 +81,7 @@ def write(folder: Path, linears: dict[str, Quantized], max_shard_bytes: int) -> 
 def test_the_decoder_reads_every_grid_at_every_width(tmp_path, decode, max_shard_bytes):
     generator = torch.Generator().manual_seed(1)
     linears = {
-        f"model.layers.{width}.{grid}.{groups}": random_linear(grid, width, groups, generator)
+        f"model.layers.{width}.{grid.name}.{groups}": random_linear(grid, width, groups, generator)
         for grid in GRIDS
         for width, groups in [(1, 1), (8, 1), (13, 1), (24, 3), (35, 5), (39, 3)]
     }
@@ -88,7 +89,7 @@ def test_the_decoder_reads_every_grid_at_every_width(tmp_path, decode, max_shard
         columns = torch.tensor([0, 5, 23], dtype=torch.int32)
         codes = torch.randint(0, 256, (OUT, 3), generator=generator).to(torch.uint8)
         outliers = Outliers(columns, codes, torch.rand(OUT, 1, generator=generator).half() + 0.1)
-        linears[f"outliers.{grid}"] = replace(random_linear(grid, 24, 3, generator), outliers=outliers)
+        linears[f"outliers.{grid}"] = replace(random_linear(grids.load(grid), 24, 3, generator), outliers=outliers)
     write(tmp_path, linears, max_shard_bytes)
     assert (tmp_path / "model.safetensors.index.json").exists() == (max_shard_bytes == 2000)
     for name, q in linears.items():
@@ -111,7 +112,7 @@ def test_the_example_config_is_one():
     data = json.loads(block("json"))
     config = QuantizationConfig.from_dict(data)
     assert config.linears["model.layers.0.mlp.down_proj"].transform.out_dim == 48
-    assert config.attentions["model.layers.0.self_attn"].keys.grid == "int4"
+    assert config.attentions["model.layers.0.self_attn"].keys.grid.name == "int4"
 
 
 def test_the_example_bytes_are_right():

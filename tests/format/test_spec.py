@@ -9,18 +9,18 @@ from torch import Tensor
 from paley.core import grids
 from paley.core.errors import PaleyError
 from paley.core.rounding import Outliers, Quantized, quantize_dynamic
-from paley.core.schemes import ActivationScheme, AttentionSlot, LinearSlot, WeightScheme
+from paley.core.schemes import ActivationScheme, AttentionScheme, LinearScheme, WeightScheme
 from paley.core.transforms import Transform
-from paley.format.checkpoint import Checkpoint, ShardWriter, write_json
+from paley.format.checkpoint import Checkpoint
+from paley.format.files import write_json
 from paley.format.spec import (
     QuantizationConfig,
-    bits_per_weight,
     decode_linear,
     encode_linear,
     expected_tensors,
     linear_bytes,
-    stored_bytes,
 )
+from paley.format.writer import ShardWriter
 
 UP = "model.layers.0.mlp.up_proj"
 CONFIG = {
@@ -36,8 +36,8 @@ def quantized(grid: str = "uint3", in_features: int = 24, group_size: int | None
     return quantize_dynamic(weight, ActivationScheme(grid, group_size=group_size))
 
 
-def slot(grid: str = "uint3", group_size: int | None = 8) -> LinearSlot:
-    return LinearSlot(WeightScheme(grid, group_size))
+def slot(grid: str = "uint3", group_size: int | None = 8) -> LinearScheme:
+    return LinearScheme(WeightScheme(grid, group_size))
 
 
 # --- the section of config.json ---------------------------------------------------------------------------
@@ -46,18 +46,41 @@ def slot(grid: str = "uint3", group_size: int | None = 8) -> LinearSlot:
 def test_a_config_survives_json():
     config = QuantizationConfig(
         linears={
-            "a": LinearSlot(WeightScheme("gauss2", 16), ActivationScheme("odd4", "rms"), Transform(12, 24, 12, 5)),
-            "b": LinearSlot(),
+            "a": LinearScheme(WeightScheme("gauss2", 16), ActivationScheme("odd4", "rms"), Transform(12, 24, 12, 5)),
+            "b": LinearScheme(),
         },
-        attentions={"c": AttentionSlot(values=ActivationScheme("uint2", group_size=4))},
+        attentions={"c": AttentionScheme(values=ActivationScheme("uint2", group_size=4))},
     )
     assert QuantizationConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_defaults_are_those_of_the_schemes():
     config = QuantizationConfig.from_dict(CONFIG)
-    assert config.linears[UP] == LinearSlot(WeightScheme("int3", 8))
+    assert config.linears[UP] == LinearScheme(WeightScheme("int3", 8))
     assert config.attentions["model.layers.0.self_attn"].keys == ActivationScheme("int4", clip_ratio=0.9)
+
+
+def test_a_grid_of_ones_own_is_written_once_and_read_by_name_or_by_points():
+    points = [[-1.5, 0.25], [0.5, 1.0], [1.0, -0.75]]
+    own = grids.custom(torch.tensor(points))
+    weight = WeightScheme(own, scale_search="rms")
+    config = QuantizationConfig(linears={UP: LinearScheme(weight, ActivationScheme(own, "rms"))}, attentions={})
+    data = json.loads(json.dumps(config.to_dict()))
+    assert data["grids"] == {own.name: points}
+    assert data["linears"][UP]["weight"]["grid"] == data["linears"][UP]["input"]["grid"] == own.name
+    assert QuantizationConfig.from_dict(data) == config
+    assert QuantizationConfig.from_dict(data | {"format_version": 1}) == config
+    by_points = json.loads(json.dumps({key: value for key, value in data.items() if key != "grids"}))
+    for place in ("weight", "input"):
+        by_points["linears"][UP][place]["grid"] = {"points": points}
+    assert QuantizationConfig.from_dict(by_points) == config
+    del data["grids"]
+    with pytest.raises(PaleyError, match=rf"weight\.grid: grid '{own.name}': its points are not known here"):
+        QuantizationConfig.from_dict(data)
+    assert QuantizationConfig.from_dict({"grids": {own.name: points}} | data) == config
+    changed = {"grids": {own.name: [[-1.5, 0.3], *points[1:]]}} | data
+    with pytest.raises(PaleyError, match=f"grids: grid '{own.name}': these points are 'custom-.*the file was changed"):
+        QuantizationConfig.from_dict(changed)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +99,11 @@ def test_defaults_are_those_of_the_schemes():
             1,
             r"keys.clip: unknown key; did you mean 'clip_ratio'\?",
         ),
-        (["linears", UP, "weight", "grid"], "imt3", r"\['model.layers.0.mlp.up_proj'\]\.weight: unknown grid 'imt3'"),
+        (
+            ["linears", UP, "weight", "grid"],
+            "imt3",
+            r"\['model.layers.0.mlp.up_proj'\]\.weight.grid: unknown grid 'imt3'",
+        ),
         (
             ["linears", UP, "weight", "group_size"],
             "8",
@@ -89,9 +116,9 @@ def test_defaults_are_those_of_the_schemes():
         (["linears"], [], r"linears: should be an? "),
         (["attentions", "model.layers.0.self_attn", "keys", "clip_ratio"], float("nan"), "clip_ratio"),
         (["quant_method"], "gptq", "quant_method must be 'paley', got 'gptq'"),
-        (["format_version"], 2, "format_version must be 1, got 2; install the paley that wrote"),
-        (["format_version"], True, "format_version must be 1, got True"),
-        (["format_version"], None, "format_version must be 1, got None"),
+        (["format_version"], 3, "format_version must be 2, got 3; install the paley that wrote"),
+        (["format_version"], True, "format_version must be 2, got True"),
+        (["format_version"], None, "format_version must be 2, got None"),
         (["linears", UP, "weight", "grid"], {1, 2}, "is not plain JSON data"),
     ],
 )
@@ -145,11 +172,11 @@ def test_expected_tensors():
         "x.codes": (torch.uint8, (6, 5)),
         "x.scales": (torch.float16, (6, 1)),
     }
-    assert expected_tensors("x", LinearSlot(), 13, 6) == {"x.weight": (None, (6, 13))}
+    assert expected_tensors("x", LinearScheme(), 13, 6) == {"x.weight": (None, (6, 13))}
     with pytest.raises(PaleyError, match="x: in_features=25 is no multiple of group_size=8"):
         expected_tensors("x", slot(), 25, 6)
     with pytest.raises(PaleyError, match="x: in_features=24, but its transform ends at out_dim=48"):
-        expected_tensors("x", LinearSlot(transform=Transform(24, 48, 12)), 24, 6)
+        expected_tensors("x", LinearScheme(transform=Transform(24, 48, 12)), 24, 6)
 
 
 def changed(name: str, change) -> dict[str, Tensor]:
@@ -202,7 +229,7 @@ def test_stale_tensors_are_refused():
     with pytest.raises(PaleyError, match=r"x: is stored quantized, and as x.weight too"):
         decode_linear("x", tensors | {"x.weight": torch.zeros(6, 24)}, slot("int3"), 24)
     with pytest.raises(PaleyError, match="leaves the weight unquantized"):
-        decode_linear("x", tensors, LinearSlot(), 24)
+        decode_linear("x", tensors, LinearScheme(), 24)
 
 
 def test_encoding_refuses_what_would_not_come_back():
@@ -226,11 +253,11 @@ def test_encoding_refuses_what_would_not_come_back():
             encode_linear("x", Quantized(q.codes, scales, q.zeros, "uint3"))
 
 
-def with_outliers(grid: str = "free2") -> tuple[Quantized, LinearSlot]:
+def with_outliers(grid: str = "free2") -> tuple[Quantized, LinearScheme]:
     points = torch.linspace(-1, 1, 4).half().expand(6, 3, 4) if grid == "free2" else torch.ones(6, 3).half()
     codes = torch.arange(6 * 24).reshape(6, 24).remainder(4).to(torch.uint8)
     outliers = Outliers(torch.tensor([2, 9], dtype=torch.int32), codes[:, :2].clone(), torch.ones(6, 1).half())
-    return Quantized(codes, points, None, grid, 24, outliers), LinearSlot(
+    return Quantized(codes, points, None, grid, 24, outliers), LinearScheme(
         WeightScheme("int4", 8).on_grid(grid), outliers=2
     )
 
@@ -241,7 +268,7 @@ def test_free_points_and_outliers_come_back(grid):
     tensors = encode_linear("x", q)
     found = decode_linear("x", tensors, of, 24)
     assert torch.equal(found.dequantize(), q.dequantize())
-    assert linear_bytes("x", of, 24, 6, 2) == stored_bytes(tensors.values())
+    assert linear_bytes("x", of, 24, 6, 2) == sum(tensor.nbytes for tensor in tensors.values())
 
 
 @pytest.mark.parametrize(
@@ -289,14 +316,10 @@ def test_float32_scales_that_float16_holds_are_stored_as_float16():
 def test_every_stored_byte_is_counted(tmp_path):
     tensors = encode_linear("x", quantized("uint3", 13, None)) | {"x.bias": torch.ones(6).bfloat16()}
     size = 6 * 5 + 6 * 2 + 6 + 6 * 2
-    assert stored_bytes(tensors.values()) == size
     write_json(tmp_path / "config.json", {})
     with ShardWriter(tmp_path, max_shard_bytes=20) as writer:
         for name, tensor in tensors.items():
             writer.add(name, tensor)
-    assert stored_bytes(tmp_path) == stored_bytes(str(tmp_path)) == size
-    assert bits_per_weight(tmp_path, 6 * 13) == 8 * size / 78
-    with pytest.raises(PaleyError, match="must be positive, got 0"):
-        bits_per_weight(tmp_path, 0)
+    assert Checkpoint.open(tmp_path).nbytes == size
     q = decode_linear("x", Checkpoint.open(tmp_path), slot("uint3", None), 13)
     assert torch.equal(q.codes, quantized("uint3", 13, None).codes)

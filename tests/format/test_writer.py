@@ -15,7 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from paley.core import files
 from paley.core.errors import PaleyError
 from paley.core.files import write_atomic, write_whole
-from paley.format.checkpoint import Checkpoint, ShardWriter, write_json, write_tensors
+from paley.format.checkpoint import Checkpoint
+from paley.format.files import write_json
+from paley.format.writer import ShardWriter, write_tensors
 
 TENSORS = {
     "b.codes": torch.arange(7, dtype=torch.uint8),
@@ -276,7 +278,7 @@ def test_a_rename_that_fails_leaves_nothing(tmp_path, monkeypatch):
 KILLED = """
 import os, sys, torch
 from paley.core import files
-from paley.format.checkpoint import ShardWriter
+from paley.format.writer import ShardWriter
 
 torch.set_num_threads(1)
 root = sys.argv[1]

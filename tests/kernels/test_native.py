@@ -19,7 +19,7 @@ from paley.core.errors import PaleyError
 from paley.core.nearest import nearest_points, reference
 from paley.kernels import native
 
-built = pytest.mark.skipif(not kernels.available(), reason=f"native kernels: {kernels.why_unavailable()}")
+built = pytest.mark.skipif(not kernels.available(), reason=f"native kernels: {native.why_missing()}")
 LEVELS = native.LEVELS[: native.LEVELS.index(native.best_level()) + 1] if kernels.available() else ()
 SIZES = (2, 3, 16, 88, 256, 830, 4096)
 
@@ -175,7 +175,7 @@ def test_without_the_library_auto_says_once_what_it_took(no_library, caplog, mon
     assert "torch reference" in record.message
     assert "install a C++ compiler" in record.message
     assert not kernels.available()
-    assert kernels.why_unavailable() in record.message
+    assert native.why_missing() in record.message
 
 
 def test_without_the_library_native_is_refused(no_library, monkeypatch):

@@ -15,9 +15,9 @@ from paley import kernels
 from paley.core import planes
 from paley.core.errors import PaleyError
 from paley.kernels import native
-from plane_examples import example, integers
+from plane_examples import binary_arithmetic, example, integers
 
-pytestmark = pytest.mark.skipif(not kernels.available(), reason=f"native kernels: {kernels.why_unavailable()}")
+pytestmark = pytest.mark.skipif(not kernels.available(), reason=f"native kernels: {native.why_missing()}")
 LEVELS = native.LEVELS[: native.LEVELS.index(native.best_planes_level()) + 1] if kernels.available() else ()
 WAYS = list(itertools.product(LEVELS, native.PATHS))
 CPUINFO = Path("/proc/cpuinfo")
@@ -60,7 +60,7 @@ def assert_exact(given: tuple[Tensor, ...], threads: int = 1) -> None:
 
 def assert_close(given: tuple[Tensor, ...], threads: int = 1) -> None:
     """The norm to 1e-5, each number to 1e-6 of the largest that such inputs give; the same bits each way."""
-    expected = planes.binary_arithmetic(*given)
+    expected = binary_arithmetic(*given)
     group_size = given[0].shape[1] // given[1].shape[1]
     most = 15 * group_size * given[1].sum(1).max() * given[4].float().abs().max()
     found = products(given, threads)

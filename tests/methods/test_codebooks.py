@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from paley.core import grids
 from paley.core.errors import PaleyError
 from paley.core.schemes import WeightScheme
 from paley.methods.binary import fit_centroids
@@ -42,7 +41,7 @@ def test_error_feedback_beats_rounding_by_itself(grid, search, group_size):
     alone = quantize_gptq(weight, s, WeightScheme(grid, group_size, "nearest", search))
     assert loss(weight, q, inputs) < 0.7 * loss(weight, alone, inputs)
     assert q.group_size == (group_size or 48)
-    points = grids.load(grid).points(q.scales.float())
+    points = q.grid.group_points(q.scales.float())
     assert (points.diff(dim=-1) >= 0).all()
 
 

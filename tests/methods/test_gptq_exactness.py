@@ -33,7 +33,7 @@ def distances_by_definition(weight, q, gram):
 
     Every vector of grid.p columns is rounded as a whole; then all later columns move to the optimum.
     """
-    grid, work, width, found = grids.load(q.grid), weight.double(), weight.shape[1], []
+    grid, work, width, found = q.grid, weight.double(), weight.shape[1], []
     scales, rounded = q.scales.double().repeat_interleave(q.group_size, 1), q.dequantize().double()
     for start in range(0, width, grid.p):
         stop = min(start + grid.p, width)

@@ -6,14 +6,14 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from paley.core.schemes import ActivationScheme, AttentionSlot, LinearSlot, WeightScheme
+from paley.core.schemes import ActivationScheme, AttentionScheme, LinearScheme, Schemes, WeightScheme
 from paley.core.transforms import Transform
 from paley.model.activation_errors import measure_errors
-from paley.model.adapter import Adapter
+from paley.model.adapter import Adapter, Block
 from paley.model.calibrate import set_attention_, wrap_
-from paley.model.inputs import round_input
 from paley.model.kv_cache import PackedKVCache, cache_argument
 from paley.model.linear import QuantLinear
+from paley.ops.inputs import round_input
 
 IDS = torch.randint(50, (2, 40), generator=torch.Generator().manual_seed(0))
 ATTENTION, DOWN = "model.layers.1.self_attn", "model.layers.1.mlp.down_proj"
@@ -28,17 +28,24 @@ def adapter(bias: float = 3.0) -> Adapter:
     )  # fmt: skip
     made = Adapter(Qwen2ForCausalLM(config).eval())
     for block in made.blocks:
-        block.part("k").bias.data.normal_().mul_(bias)
+        keys_of(made, block).bias.data.normal_().mul_(bias)
     return made
 
 
-def wrapped(slot: AttentionSlot, linear: LinearSlot | None = None, bias: float = 3.0):
+def keys_of(made: Adapter, block: Block) -> torch.nn.Module:
+    """The linear that makes a block's keys."""
+    return made.module(next(site.module for site in block.linears() if site.name.endswith("k_proj")))
+
+
+def wrapped(
+    attention: AttentionScheme, linear: LinearScheme | None = None, bias: float = 3.0
+) -> tuple[Adapter, Schemes]:
     made = adapter(bias)
-    of = {DOWN: linear or LinearSlot()}
-    linears = {path: of.get(path, LinearSlot()) for block in made.blocks for _, path in block.linears()}
-    attentions = {block.path("attention"): slot for block in made.blocks}
-    wrap_(made, linears, attentions)
-    return made, linears, attentions
+    of = {DOWN: linear or LinearScheme()}
+    linears = {site.name: of.get(site.name, LinearScheme()) for site in made.sites.weights}
+    schemes = Schemes(linears, {block.attention: attention for block in made.blocks})
+    wrap_(made, schemes)
+    return made, schemes
 
 
 @pytest.mark.parametrize("transform", [None, Transform(16, 16, 16, 3)])
@@ -46,15 +53,15 @@ def wrapped(slot: AttentionSlot, linear: LinearSlot | None = None, bias: float =
 @torch.no_grad()
 def test_it_is_the_error_of_the_packed_cache(what, transform):
     scheme = ActivationScheme("uint4", clip_ratio=0.9)
-    made, linears, attentions = wrapped(AttentionSlot(scheme, scheme, transform))
-    found = measure_errors(made, IDS, linears, attentions, {(ATTENTION, what): [scheme]})
+    made, schemes = wrapped(AttentionScheme(scheme, scheme, transform))
+    found = measure_errors(made, IDS, schemes, {(ATTENTION, what): [scheme]})
     read = {}
-    for slot in (AttentionSlot(), attentions[ATTENTION]):
-        set_attention_(made.blocks[1], slot)  # the block before it stays exact
+    for attention in (AttentionScheme(), schemes.attentions[ATTENTION]):
+        set_attention_(made, made.blocks[1], attention)  # the block before it stays exact
         cache = PackedKVCache(made.model)
         made.model(IDS, use_cache=True, **cache_argument(made.model, cache))
         side = getattr(cache.layers[1], f"_{what}").read()
-        read[slot] = side if isinstance(side, torch.Tensor) else side.dequantize()
+        read[attention] = side if isinstance(side, torch.Tensor) else side.dequantize()
     exact, rounded = read.values()
     exact = transform.apply(exact) if transform and what == "keys" else exact
     expected = ((rounded - exact).double().square().sum(-1) / exact.double().square().sum(-1)).mean()
@@ -65,11 +72,11 @@ def test_centred_keys_lose_less_of_the_same_energy():
     scheme = ActivationScheme("uint4")
     lost = {}
     for center in (False, True):
-        made, linears, attentions = wrapped(AttentionSlot(scheme, None, center_keys=center), bias=0.0)
+        made, schemes = wrapped(AttentionScheme(scheme, None, center_keys=center), bias=0.0)
         for block in made.blocks:
-            block.part("k").bias.data[:] = torch.tensor([0.0] * 15 + [9.0]).repeat(2)  # RoPE hardly turns it
+            keys_of(made, block).bias.data[:] = torch.tensor([0.0] * 15 + [9.0]).repeat(2)  # RoPE hardly turns it
         place = ATTENTION, "keys"
-        lost[center] = measure_errors(made, IDS, linears, attentions, {place: [scheme]})(place, scheme, 16)
+        lost[center] = measure_errors(made, IDS, schemes, {place: [scheme]})(place, scheme, 16)
     assert lost[True] < lost[False] / 3
 
 
@@ -79,9 +86,9 @@ def test_inputs_are_those_that_a_linear_rounds(outliers):
     scheme = ActivationScheme("gauss4", scale="rms")
     transform = None if outliers else Transform(96, 96, 96, 1)
     weight = WeightScheme("int4", method="nearest", scale_search="absmax")
-    linear = LinearSlot(weight, scheme, transform, outliers)
-    made, linears, attentions = wrapped(AttentionSlot(), linear)
-    found = measure_errors(made, IDS, linears, attentions, {(DOWN, "input"): [scheme]})
+    linear = LinearScheme(weight, scheme, transform, outliers)
+    made, schemes = wrapped(AttentionScheme(), linear)
+    found = measure_errors(made, IDS, schemes, {(DOWN, "input"): [scheme]})
     seen = []
     down = made.model.get_submodule(DOWN)
     assert isinstance(down, QuantLinear)
@@ -97,7 +104,7 @@ def test_inputs_are_those_that_a_linear_rounds(outliers):
 
 def test_one_huge_vector_does_not_outshout_the_others():
     """Slopes' noise is as large as each vector; so a token that is a thousand times as loud counts as any other."""
-    made, linears, attentions = wrapped(AttentionSlot(), LinearSlot(input=ActivationScheme("int4")))
+    made, schemes = wrapped(AttentionScheme(), LinearScheme(input=ActivationScheme("int4")))
     scheme, loud = ActivationScheme("int4"), [1.0]
     down = made.model.get_submodule(DOWN)
 
@@ -109,6 +116,6 @@ def test_one_huge_vector_does_not_outshout_the_others():
     down.register_forward_pre_hook(amplify, prepend=True)
     found = []
     for loud[0] in (1.0, 1024.0):  # a power of two changes no digit
-        found.append(measure_errors(made, IDS, linears, attentions, {(DOWN, "input"): [scheme]}))
+        found.append(measure_errors(made, IDS, schemes, {(DOWN, "input"): [scheme]}))
     plain, amplified = (f((DOWN, "input"), scheme, 96) for f in found)
     assert amplified == pytest.approx(plain, rel=1e-6)

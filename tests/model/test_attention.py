@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -17,12 +19,13 @@ from transformers import (
 
 from paley.core import rounding
 from paley.core.errors import PaleyError
-from paley.core.schemes import ActivationScheme, AttentionSlot
+from paley.core.schemes import ActivationScheme, AttentionScheme
 from paley.core.transforms import Transform
-from paley.model.attention import attach_slots, attention, register
+from paley.model.attention import attach_schemes, attention, register
 from paley.model.kv_cache import PackedKVCache, cache_argument
 
-NAMES = ["llama", "mistral", "mistral-full", "qwen2", "qwen3"]
+NAMES = ["llama", "mistral", "mistral-full", "qwen2", "qwen3", "gemma3"]
+WINDOWS = {"mistral": [8, 8], "gemma3": [8, None], "qwen2": [None, 5], "mistral-full": [None, None]}
 VOCAB = 61
 
 
@@ -43,12 +46,21 @@ def tiny(name: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
     torch.manual_seed(0)
     model = {
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**sizes)),
-        "mistral": lambda: MistralForCausalLM(MistralConfig(**sizes, head_dim=8, sliding_window=6)),
+        "mistral": lambda: MistralForCausalLM(MistralConfig(**sizes, head_dim=8, sliding_window=8)),
         "mistral-full": lambda: MistralForCausalLM(MistralConfig(**sizes, head_dim=16, sliding_window=None)),
         "qwen2": lambda: Qwen2ForCausalLM(
             Qwen2Config(**sizes, use_sliding_window=True, sliding_window=5, max_window_layers=1)
         ),
         "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=24)),
+        "gemma3": lambda: Gemma3ForCausalLM(
+            Gemma3TextConfig(
+                **sizes,
+                head_dim=8,
+                sliding_window=8,
+                query_pre_attn_scalar=8,
+                layer_types=["sliding_attention", "full_attention"],
+            )
+        ),
     }[name]()
     return model.to(dtype).eval()
 
@@ -57,17 +69,17 @@ def head_dim(model: PreTrainedModel) -> int:
     return model.model.layers[0].self_attn.head_dim
 
 
-def slot_for(model: PreTrainedModel, keys: str = "uint3", values: str = "int4") -> AttentionSlot:
+def scheme_for(model: PreTrainedModel, keys: str = "uint3", values: str = "int4") -> AttentionScheme:
     n = head_dim(model)
-    return AttentionSlot(
+    return AttentionScheme(
         ActivationScheme(keys, clip_ratio=0.95),
         ActivationScheme(values, group_size=n // 2),
         Transform(n, n, n, seed=7),
     )
 
 
-def attach(model: PreTrainedModel, slot: AttentionSlot) -> PreTrainedModel:
-    attach_slots(model, {f"model.layers.{i}.self_attn": slot for i in range(2)})
+def attach(model: PreTrainedModel, scheme: AttentionScheme) -> PreTrainedModel:
+    attach_schemes(model, {f"model.layers.{i}.self_attn": scheme for i in range(2)})
     return model
 
 
@@ -87,7 +99,7 @@ def test_one_long_forward_is_the_forward_in_chunks_and_token_by_token(name):
     model = tiny(name)
     ids = some_ids(2, 23)
     exact = model(ids, use_cache=False).logits
-    attach(model, slot_for(model))
+    attach(model, scheme_for(model))
     long = model(ids, use_cache=False).logits
     assert (long - exact).abs().max() > 0.1  # quantized indeed
     foreign = model(ids, use_cache=True).logits  # transformers' own DynamicCache, which holds plain tensors
@@ -95,12 +107,36 @@ def test_one_long_forward_is_the_forward_in_chunks_and_token_by_token(name):
         torch.testing.assert_close(other, long, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("name", WINDOWS)
+@torch.no_grad()
+def test_a_window_is_all_that_its_layer_keeps_and_chunks_of_any_size_agree(name, plain):
+    model = tiny(name)
+    attach(model, AttentionScheme() if plain else scheme_for(model))
+    ids = some_ids(2, 40)
+    long = model(ids, use_cache=False).logits
+    for size in (1, 3, 11):
+        torch.testing.assert_close(in_chunks(model, ids, size), long, rtol=0, atol=1e-10)
+    cache = PackedKVCache(model)
+    model(ids, **cache_argument(model, cache))
+    whole = next((layer.nbytes for layer in cache.layers if layer.window is None), None)
+    for layer, window in zip(cache.layers, WINDOWS[name], strict=True):
+        assert layer.window == window
+        assert layer.get_seq_length() == 40
+        if window is not None and whole is not None:
+            assert layer.nbytes == whole // 40 * (window - 1)
+    if None in WINDOWS[name] and set(WINDOWS[name]) != {None}:
+        with pytest.raises(PaleyError, match="begin a new cache"):
+            cache.crop(-1)
+        assert [layer.get_seq_length() for layer in cache.layers] == [40, 40]  # none went back alone
+
+
 @pytest.mark.parametrize(("keys", "values"), [("int2", None), (None, "odd2"), ("gauss3", "gauss3")])
 @torch.no_grad()
 def test_keys_and_values_may_differ_or_stay(keys, values):
     model = tiny("llama", torch.float32)
     make = lambda grid: None if grid is None else ActivationScheme(grid)  # noqa: E731
-    attach(model, AttentionSlot(make(keys), make(values), Transform(8, 8, 8)))
+    attach(model, AttentionScheme(make(keys), make(values), Transform(8, 8, 8)))
     ids = some_ids(1, 17)
     torch.testing.assert_close(in_chunks(model, ids, 4), model(ids, use_cache=False).logits, rtol=0, atol=1e-4)
 
@@ -112,8 +148,8 @@ def test_without_schemes_nothing_changes_by_a_bit(name):
     ids = some_ids(2, 11)
     exact = model(ids, use_cache=False).logits
     n = head_dim(model)
-    for slots in ({}, {"model.layers.1.self_attn": AttentionSlot(transform=Transform(n, n, n))}):
-        attach_slots(model, slots)
+    for schemes in ({}, {"model.layers.1.self_attn": AttentionScheme(transform=Transform(n, n, n))}):
+        attach_schemes(model, schemes)
         assert model.config._attn_implementation == "paley"
         assert torch.equal(model(ids, use_cache=False).logits, exact)
     assert torch.equal(in_chunks(model, ids, 11), exact)
@@ -127,7 +163,7 @@ def test_attention_by_hand(width):
     transform = Transform(8, width, 4, seed=2)
     module = nn.Module()
     module.num_key_value_groups, module.is_causal, module.training = 2, True, False
-    module.kv_slot = AttentionSlot(scheme_k, scheme_v, transform)
+    module.kv_scheme = AttentionScheme(scheme_k, scheme_v, transform)
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, heads, 6, 8, generator=g, dtype=torch.float64) for heads in (4, 2, 2))
     got, _ = attention(module, q, k, v, None, scaling=1 / math.sqrt(8))
@@ -147,9 +183,9 @@ def generate(model: PreTrainedModel, ids: torch.Tensor, *, packed: bool, **optio
     return model.generate(ids, **cache, **options)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gemma3"])
 def test_greedy_generation_is_that_of_the_default_cache(name):
-    model = attach(tiny(name), slot_for(tiny(name)))
+    model = attach(tiny(name), scheme_for(tiny(name)))
     ids = some_ids(2, 9)
     assert torch.equal(generate(model, ids, packed=True), generate(model, ids, packed=False))
 
@@ -158,7 +194,7 @@ def test_greedy_generation_is_that_of_the_default_cache(name):
     "options", [{"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True, "num_return_sequences": 3}]
 )
 def test_beams_and_samples_are_those_of_the_default_cache(options):
-    model = attach(tiny("llama"), slot_for(tiny("llama")))
+    model = attach(tiny("llama"), scheme_for(tiny("llama")))
     ids = some_ids(2, 7)
     packed = generate(model, ids, packed=True, **options)
     assert torch.equal(packed, generate(model, ids, packed=False, **options))
@@ -166,7 +202,7 @@ def test_beams_and_samples_are_those_of_the_default_cache(options):
 
 
 def test_a_cache_goes_on_after_a_crop():
-    model = attach(tiny("llama"), slot_for(tiny("llama")))
+    model = attach(tiny("llama"), scheme_for(tiny("llama")))
     ids = some_ids(1, 12)
     cache = PackedKVCache(model)
     with torch.no_grad():
@@ -178,7 +214,7 @@ def test_a_cache_goes_on_after_a_crop():
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_left_padding_changes_no_row(name):
-    model = attach(tiny(name), slot_for(tiny(name)))
+    model = attach(tiny(name), scheme_for(tiny(name)))
     long, short = some_ids(1, 10), some_ids(1, 6)
     batch = torch.cat([long, torch.cat([torch.zeros(1, 4, dtype=torch.long), short], 1)])
     mask = (batch != 0).long()
@@ -188,35 +224,35 @@ def test_left_padding_changes_no_row(name):
     assert torch.equal(together[1:, 4:], generate(model, short, packed=True))
 
 
-def test_attaching_again_replaces_all_slots():
-    model = attach(tiny("llama"), slot_for(tiny("llama")))
-    attach_slots(model, {"model.layers.1.self_attn": AttentionSlot()})
-    assert model.model.layers[0].self_attn.kv_slot is None
-    assert model.model.layers[1].self_attn.kv_slot == AttentionSlot()
+def test_attaching_again_replaces_all_schemes():
+    model = attach(tiny("llama"), scheme_for(tiny("llama")))
+    attach_schemes(model, {"model.layers.1.self_attn": AttentionScheme()})
+    assert model.model.layers[0].self_attn.kv_scheme is None
+    assert model.model.layers[1].self_attn.kv_scheme == AttentionScheme()
     register()
     register()
 
 
-def test_slots_that_fit_nothing_are_refused():
+def test_schemes_that_fit_nothing_are_refused():
     model = tiny("llama")
-    scheme = ActivationScheme("int4", group_size=3)
-    for name, slot, message in [
+    thirds = ActivationScheme("int4", group_size=3)
+    for name, scheme, message in [
         (
             "model.layers.0.self_atn",
-            AttentionSlot(),
+            AttentionScheme(),
             r"no attention module .* did you mean 'model.layers.0.self_attn'",
         ),
-        ("model.layers.0.mlp", AttentionSlot(), "no attention module"),
+        ("model.layers.0.mlp", AttentionScheme(), "no attention module"),
         (
             "model.layers.0.self_attn",
-            AttentionSlot(transform=Transform(16, 16, 16)),
+            AttentionScheme(transform=Transform(16, 16, 16)),
             "in_dim=16, but head_dim=8",
         ),
-        ("model.layers.0.self_attn", AttentionSlot(keys=scheme), "keys of width 8 .* group_size=3"),
-        ("model.layers.0.self_attn", AttentionSlot(values=scheme), "values of width 8 .* group_size=3"),
+        ("model.layers.0.self_attn", AttentionScheme(keys=thirds), "keys of width 8 .* group_size=3"),
+        ("model.layers.0.self_attn", AttentionScheme(values=thirds), "values of width 8 .* group_size=3"),
     ]:
         with pytest.raises(PaleyError, match=message):
-            attach_slots(model, {name: slot})
+            attach_schemes(model, {name: scheme})
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -225,13 +261,13 @@ def test_a_model_whose_attention_cannot_be_replaced_is_refused(monkeypatch):
     monkeypatch.setattr(type(model), "_can_set_attn_implementation", classmethod(lambda cls: False))
     monkeypatch.setattr(type(model.model), "_can_set_attn_implementation", classmethod(lambda cls: False))
     with pytest.raises(PaleyError, match="does not let its attention be replaced"):
-        attach(model, AttentionSlot(ActivationScheme("int4")))
+        attach(model, AttentionScheme(ActivationScheme("int4")))
 
 
-def test_a_cache_made_for_other_slots_is_refused():
-    model = attach(tiny("llama"), slot_for(tiny("llama")))
+def test_a_cache_made_for_other_schemes_is_refused():
+    model = attach(tiny("llama"), scheme_for(tiny("llama")))
     cache = PackedKVCache(model)
-    attach(model, slot_for(model, keys="uint4"))
+    attach(model, scheme_for(model, keys="uint4"))
     with torch.no_grad(), pytest.raises(PaleyError, match="build a new PackedKVCache"):
         model(some_ids(1, 3), **cache_argument(model, cache))
 
@@ -242,8 +278,7 @@ def test_centering_keys_changes_nothing_but_the_rounding(name):
     model = tiny(name)
     ids = some_ids(2, 23)
     exact = model(ids, use_cache=False).logits
-    slot = AttentionSlot(ActivationScheme("int8"), None, center_keys=True)
-    attach(model, slot)
+    attach(model, AttentionScheme(ActivationScheme("int8"), None, center_keys=True))
     errors = []
     for size in (0.0, 1.0, 300.0):  # a mean that is far off costs precision, and nothing else
         for layer in model.model.layers:
@@ -261,7 +296,7 @@ def test_centering_keys_changes_nothing_but_the_rounding(name):
 @torch.no_grad()
 def test_the_true_mean_makes_keys_smaller_to_round():
     module = (
-        attach(tiny("llama"), AttentionSlot(ActivationScheme("uint3"), None, center_keys=True))
+        attach(tiny("llama"), AttentionScheme(ActivationScheme("uint3"), None, center_keys=True))
         .model.layers[0]
         .self_attn
     )
@@ -282,5 +317,5 @@ def expand_heads(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 
 def test_no_mean_without_quantized_keys():
-    model = attach(tiny("llama"), AttentionSlot(None, ActivationScheme("int4"), center_keys=True))
+    model = attach(tiny("llama"), AttentionScheme(None, ActivationScheme("int4"), center_keys=True))
     assert not [name for name, _ in model.named_buffers() if "key_mean" in name]

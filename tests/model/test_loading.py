@@ -43,7 +43,7 @@ def test_a_missing_or_damaged_tokenizer_is_named(folder, content):
 @pytest.mark.parametrize("names", [(EMBEDDING,), (HEAD,), (HEAD, EMBEDDING)])
 def test_a_tied_pair_may_be_stored_under_either_name_or_both(tmp_path, tiny_tokenizer, names):
     source = open_source(store_tie_as(save_tiny(tmp_path, tiny_tokenizer, qwen=True), *names))
-    source.skeleton()
+    assert source.skeleton.lm_head.weight is source.skeleton.model.embed_tokens.weight
     model = source.load()
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.equal(model.lm_head.weight, source.checkpoint[EMBEDDING])
@@ -52,9 +52,10 @@ def test_a_tied_pair_may_be_stored_under_either_name_or_both(tmp_path, tiny_toke
 
 
 def test_a_tied_pair_that_is_not_there_is_missed(tmp_path, tiny_tokenizer):
-    source = open_source(store_tie_as(save_tiny(tmp_path, tiny_tokenizer, qwen=True)))
+    source = open_source(save_tiny(tmp_path, tiny_tokenizer, qwen=True))
+    store_tie_as(tmp_path)
     with pytest.raises(PaleyError, match=f"no tensor '{EMBEDDING}'"):
-        source.skeleton()
+        open_source(tmp_path)
     with pytest.raises(PaleyError, match="disagree: missing 2 tensors, the first is"):
         source.load()
 
@@ -62,4 +63,4 @@ def test_a_tied_pair_that_is_not_there_is_missed(tmp_path, tiny_tokenizer):
 def test_a_head_of_its_own_needs_its_weight_and_the_embedding_too(tmp_path, tiny_tokenizer):
     store_tie_as(save_tiny(tmp_path, tiny_tokenizer), HEAD)
     with pytest.raises(PaleyError, match=f"no tensor '{EMBEDDING}'"):
-        open_source(tmp_path).skeleton()
+        open_source(tmp_path)

@@ -1,30 +1,30 @@
 import pytest
 import torch
-from test_calibrate import IDS, slots, small_adapter, wrap_
+from test_calibrate import IDS, make_schemes, small_adapter, wrap_
 
 from paley.core.schemes import ActivationScheme
 from paley.model.capture import BlockRunner
-from paley.model.search import ClipSearch, search_slots
+from paley.model.search import ClipSearch, knobs
 from paley.recipe.models import Search
 
 
 def make(**settings):
     adapter = small_adapter()
-    linears, attentions = slots(adapter)
+    schemes = make_schemes(adapter)
     runner = BlockRunner(adapter, batch=3)
-    wrap_(adapter, linears, attentions)
+    wrap_(adapter, schemes)
     reference = runner.suffix(0, runner.embed(IDS))
     runner.work = 0
-    return ClipSearch(runner, IDS, reference, linears, attentions, Search(**settings))
+    return ClipSearch(runner, IDS, reference, schemes, Search(**settings))
 
 
 def test_the_papers_layout_and_ours():
     adapter = small_adapter()
-    linears, attentions = slots(adapter)
-    ours = [s.kind for s in search_slots(adapter, "shared", linears, attentions)]
+    schemes = make_schemes(adapter)
+    ours = [knob.kind for knob in knobs(adapter.sites, "shared", schemes)]
     assert ours == ["attn_input", "keys", "values", "o_input", "mlp_input", "down_input"] * 2
-    paper = search_slots(adapter, "per_projection", linears, attentions)
-    assert [s.kind for s in paper] == ["q", "k", "v", "keys", "o", "gate", "up", "down"] * 2
+    paper = knobs(adapter.sites, "per_projection", schemes)
+    assert [knob.kind for knob in paper] == ["q", "k", "v", "keys", "o", "gate", "up", "down"] * 2
     assert paper[2].caches == ("values",)  # the V cache shares v's number
 
 
@@ -48,47 +48,48 @@ def test_the_papers_schedule_reruns_everything():
 def test_cached_and_whole_evaluations_agree():
     ours, whole = make(iterations=1), make(iterations=1, schedule="paper")
     for search in (ours, whole):
-        for slot in search.slots.values():
-            search._set(slot, None)
-    for name in ours.slots:
-        a, b = (s._loss(s.slots[name], 0.7) for s in (ours, whole))
+        for knob in search.knobs.values():
+            search._set(knob, None)
+    for name in ours.knobs:
+        a, b = (s._loss(s.knobs[name], 0.7) for s in (ours, whole))
         assert a == pytest.approx(b, rel=1e-4)
 
 
-def test_gradual_from_fp_and_from_low_bit_leave_all_slots_quantized():
+def test_gradual_from_fp_and_from_low_bit_leave_everything_quantized():
     for start in ("from_fp", "from_low_bit"):
         search = make(start=start, iterations=1)
         outcomes = search.run()
-        assert list(outcomes) == list(search.slots)
-        for slot in search.linears.values():
-            assert isinstance(slot.input, ActivationScheme)
-        for block in search.runner.adapter.blocks:
-            now = block.part("attention").kv_slot
-            assert now == search.attentions[block.path("attention")]
+        assert list(outcomes) == list(search.knobs)
+        adapter = search.runner.adapter
+        for block in adapter.blocks:
+            now = adapter.module(block.attention).kv_scheme
+            assert now == search.attentions[block.attention]
             assert now.keys is not None
             assert now.values is not None
-            for role, path in block.linears():
-                assert block.part(role).slot.input == search.linears[path].input
+            for site in block.linears():
+                found = adapter.module(site.module).scheme.input
+                assert isinstance(found, ActivationScheme)
+                assert found == search.linears[site.name].input
 
 
-def test_from_low_bit_the_start_of_a_slot_is_where_the_last_one_ended():
+def test_from_low_bit_the_start_of_a_knob_is_where_the_last_one_ended():
     search, trials = make(start="from_low_bit", iterations=1), []
     outcomes = list(search.run(on_trial=trials.append).values())
     fresh = make(start="from_low_bit")
-    starts = {s.name: fresh._start(s) for s in fresh.slots.values()}
+    starts = {knob.name: fresh._start(knob) for knob in fresh.knobs.values()}
     repeated = [t for t in trials if t.clip_ratio == starts[t.slot]]
     assert [t.slot for t in repeated] == ["model.layers.0.attn_input"]
     # What was not computed is what would have come out.
-    last = search.slots["model.layers.1.down_input"]
+    last = search.knobs["model.layers.1.down_input"]
     search._set(last, starts[last.name])
     assert search._loss(last, starts[last.name]) == pytest.approx(outcomes[-2].loss, rel=1e-6)
 
 
 def test_low_bit_never_ends_worse_than_it_started():
     search = make(start="from_low_bit", iterations=3, objective="kl")
-    first = search.slots["model.layers.0.attn_input"]
-    for slot in search.slots.values():
-        search._set(slot, search._start(slot))
+    first = search.knobs["model.layers.0.attn_input"]
+    for knob in search.knobs.values():
+        search._set(knob, search._start(knob))
     before = search._loss(first, search._start(first))
     after = list(search.run().values())[-1].loss
     assert after <= before
@@ -107,11 +108,11 @@ def test_a_stopped_search_goes_on_and_ends_the_same():
 @pytest.mark.parametrize("objective", ["kl", "perplexity"])
 def test_objective_of_the_untouched_model(objective):
     search = make(objective=objective)
-    for slot in search.slots.values():
-        search._set(slot, None)
-    nothing = search.slots["model.layers.0.attn_input"]
+    for knob in search.knobs.values():
+        search._set(knob, None)
+    nothing = search.knobs["model.layers.0.attn_input"]
     search.linears = {k: v.__class__(v.weight, None, v.transform) for k, v in search.linears.items()}
-    search._set = lambda slot, clip: None
+    search._set = lambda knob, clip: None
     loss = search._loss(nothing, 1.0)
     logits = search.runner.adapter.model(IDS).logits[:, :-1]
     plain = torch.nn.functional.cross_entropy(logits.flatten(0, 1), IDS[:, 1:].flatten())

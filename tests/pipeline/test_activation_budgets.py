@@ -10,11 +10,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from paley.core.errors import PaleyError
 from paley.model.loading import open_source
-from paley.pipeline import curve, stages
+from paley.pipeline import curve
+from paley.pipeline import decide as deciding
 from paley.pipeline.curve import accuracy_size_curve
+from paley.pipeline.decide import decide, measure_errors_for
 from paley.pipeline.monitor import Monitor
+from paley.pipeline.resolve import resolve
 from paley.pipeline.sensitivities import measure_sensitivity
-from paley.pipeline.stages import decide, measure_errors_for
 from paley.pipeline.texts import Texts
 from paley.recipe import apply_settings, preset
 
@@ -55,15 +57,15 @@ def recipe(*settings, name="higgs-w4a16kv4"):
 
 
 def test_outliers_in_keys_are_seen_and_nothing_is_left_to_chance(made):
-    wanted = recipe("budget={kv: 6, source: random}")
-    found = [measure_errors_for(wanted, made.source, made.slopes, Monitor(), "cpu") for _ in range(2)]
+    wanted = resolve(made.source, recipe("budget={kv: 6, source: random}", "rotate=none"))
+    found = [measure_errors_for(wanted, made.slopes, Monitor(), "cpu") for _ in range(2)]
     assert found[0] == found[1]
     assert found[0] is not None
-    of = {place[1]: e for (place, s), e in found[0].table.items() if (s.grid, s.clip_ratio) == ("uint4", 1.0)}
+    of = {place[1]: e for (place, s), e in found[0].table.items() if (s.grid.name, s.clip_ratio) == ("uint4", 1.0)}
     assert of["keys"] > 1.2 * of["values"]
-    plans = [decide(made.source, wanted, NO_TEXTS, None, Monitor(), "cpu", made.slopes) for _ in range(2)]
+    plans = [decide(wanted, NO_TEXTS, None, Monitor(), "cpu", made.slopes) for _ in range(2)]
     assert plans[0] == plans[1]
-    chosen = [((n, f), getattr(a, f)) for n, a in plans[0].attentions.items() for f in ("keys", "values")]
+    chosen = [((n, f), getattr(a, f)) for n, a in plans[0].schemes.attentions.items() for f in ("keys", "values")]
     for place, scheme in chosen:
         rivals = [e for (at, s), e in found[0].table.items() if (at, s.grid) == (place, scheme.grid)]
         assert found[0](place, scheme, 32) == min(rivals)
@@ -75,35 +77,38 @@ def test_outliers_in_keys_are_seen_and_nothing_is_left_to_chance(made):
 )
 def test_inputs_are_measured_under_the_recipes_rotations(made, name, settings):
     wanted = recipe("budget={kv: 6, inputs: 5, source: random}", *settings, name=name)
-    slopes = made.slopes.model_copy(update={"folded": wanted.rotate})
-    found = measure_errors_for(wanted, made.source, slopes, Monitor(), "cpu")
+    problem = resolve(made.source, wanted)
+    slopes = made.slopes.model_copy(update={"folded": problem.folded})
+    found = measure_errors_for(problem, slopes, Monitor(), "cpu")
     assert found is not None
     assert {place[1] for place, _ in found.table} == {"keys", "values", "input"}
     assert all(0 < error < 1 for error in found.table.values())
 
 
 def test_weights_alone_need_no_pass(made, monkeypatch):
-    monkeypatch.setattr(stages, "measure_errors", None)
-    plan = decide(made.source, recipe("budget={weights: 4}"), NO_TEXTS, None, Monitor(), "cpu", made.slopes)
+    monkeypatch.setattr(deciding, "measure_errors", None)
+    problem = resolve(made.source, recipe("budget={weights: 4}"))
+    plan = decide(problem, NO_TEXTS, None, Monitor(), "cpu", made.slopes)
     assert plan.predicted_loss
 
 
 def test_several_budgets_are_measured_once(made, monkeypatch):
-    calls, measure = [], stages.measure_errors
-    monkeypatch.setattr(stages, "measure_errors", lambda *args: calls.append(1) or measure(*args))
+    calls, measure = [], deciding.measure_errors
+    monkeypatch.setattr(deciding, "measure_errors", lambda *args: calls.append(1) or measure(*args))
     heard = Heard()
     wanted = recipe("budget={weights: 4, kv: 6}")
     points = accuracy_size_curve(made.source.path, wanted, [2.5, 3.5, 4.5], sensitivity=made.slopes, monitor=heard)
     assert (len(points), len(calls)) == (3, 1)
     assert heard.notes == ["budget: below 3 bits losses grow faster than predicted (2.5)"]
-    alone = decide(made.source, recipe("budget={weights: 3.5, kv: 6}"), NO_TEXTS, None, heard, "cpu", made.slopes)
+    problem = resolve(made.source, recipe("budget={weights: 3.5, kv: 6}"))
+    alone = decide(problem, NO_TEXTS, None, heard, "cpu", made.slopes)
     assert points[1].predicted_loss == alone.predicted_loss
 
 
 def test_a_text_that_is_not_here_is_replaced_and_named(made):
     text = made.slopes.text.model_copy(update={"source": "/nowhere/text.txt"})
     slopes, heard = made.slopes.model_copy(update={"text": text}), Heard()
-    decide(made.source, recipe("budget={kv: 6}"), NO_TEXTS, None, heard, "cpu", slopes)
+    decide(resolve(made.source, recipe("budget={kv: 6}")), NO_TEXTS, None, heard, "cpu", slopes)
     (note,) = heard.notes
     assert "text that the model samples instead (/nowhere/text.txt" in note
 

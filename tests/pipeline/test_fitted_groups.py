@@ -9,12 +9,10 @@ import paley
 from command_line import paley_
 from paley.core.errors import PaleyError
 from paley.core.schemes import WeightScheme
-from paley.model.adapter import Adapter
 from paley.model.loading import open_source
-from paley.model.rotation import decide_rotation
 from paley.pipeline import Monitor, make_plan, quantize
 from paley.pipeline.curve import accuracy_size_curve
-from paley.pipeline.slots import fitted_groups, linear_shapes, slots_for
+from paley.pipeline.resolve import resolve
 from paley.recipe import apply_settings, preset
 from tiny_models import save_tiny
 
@@ -50,19 +48,19 @@ def sizes(tmp_path_factory):
 def groups(linears, part):
     """Last name of a linear -> the group sizes that the linears of that name have."""
     found = {}
-    for path, slot in linears.items():
-        scheme = getattr(slot, part)
-        found.setdefault(path.rpartition(".")[2], set()).add(scheme.group_size if scheme else None)
+    for path, scheme in linears.items():
+        rounding = getattr(scheme, part)
+        if ".layers." in path:
+            found.setdefault(path.rpartition(".")[2], set()).add(rounding.group_size if rounding else None)
     return found
 
 
 def decided(model, recipe):
-    """-> the linears' slots, their stored widths, and what is printed."""
-    adapter = Adapter(open_source(model).skeleton())
-    rotation = decide_rotation(recipe, adapter)
-    linears, _ = slots_for(recipe, adapter, rotation)
-    widths = {p: linears[p].stored_width(n) for p, (_, n) in linear_shapes(adapter, rotation).items()}
-    return linears, widths, fitted_groups(recipe, adapter, rotation)
+    """-> the weights' schemes, their stored widths, and what is printed."""
+    problem = resolve(open_source(model), recipe)
+    widths = {site.name: scheme.stored_width(problem.shape(site)[1]) for site, scheme in problem.weights()}
+    said = [note.removeprefix("fit_groups: ") for note in problem.notes if note.startswith("fit_groups: ")]
+    return problem.schemes.linears, widths, "".join(said)
 
 
 def test_the_preset_works_and_says_what_it_took(model, sizes, tmp_path):
@@ -87,11 +85,11 @@ def test_the_preset_works_and_says_what_it_took(model, sizes, tmp_path):
 def test_a_plan_is_executed_as_it_stands(model, sizes, tmp_path):
     plan = make_plan(model, apply_settings(preset("w1a16"), sizes))
     name = "model.layers.1.mlp.down_proj"
-    slot = plan.linears[name]
-    edited = plan.linears | {name: replace(slot, weight=replace(slot.weight, group_size=46))}
+    scheme = plan.linears[name]
+    edited = plan.linears | {name: replace(scheme, weight=replace(scheme.weight, group_size=46))}
     quantize(model, plan=plan.model_copy(update={"linears": edited}), output=tmp_path / "out")
-    assert paley.load(tmp_path / "out").get_submodule(name).slot.weight.group_size == 46
-    edited |= {name: replace(slot, weight=replace(slot.weight, group_size=128))}
+    assert paley.load(tmp_path / "out").get_submodule(name).scheme.weight.group_size == 46
+    edited |= {name: replace(scheme, weight=replace(scheme.weight, group_size=128))}
     refused = rf"{name}: in_features=92 is no multiple of group_size=128; set a divisor such as 92$"
     with pytest.raises(PaleyError, match=refused):
         quantize(model, plan=plan.model_copy(update={"linears": edited}), output=tmp_path / "no")
@@ -125,8 +123,8 @@ def test_a_group_written_by_hand_is_refused_where_it_does_not_divide(name, model
         ((), GROUPS),
         (("expand=16",), GROUPS | dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), 96)),
         (("expand_mlp=4",), GROUPS | {"down_proj": 96}),
-        (("rotate=false", "hadamard=1024"), GROUPS),
-        (("rotate=false", "hadamard=64"), GROUPS | {"down_proj": 128}),  # padded, as only tiny blocks divide 92
+        (("rotate=online", "hadamard=1024"), GROUPS),
+        (("rotate=online", "hadamard=64"), GROUPS | {"down_proj": 128}),  # padded, as only tiny blocks divide 92
         (("weights.group_size=null", "inputs.group_size=null"), dict.fromkeys(GROUPS)),
         (
             ("overrides=[{pattern: '*.o*', weight: {grid: int4, group_size: 8}, input: {grid: int4, group_size: 8}}]",),
@@ -139,7 +137,9 @@ def test_groups_fit_what_is_stored(settings, expected, model):
     for part in ("weight", "input"):
         assert groups(linears, part) == {name: {size} for name, size in expected.items()}
         assert all(
-            not size or widths[p] % size == 0 for p, s in linears.items() for size in [getattr(s, part).group_size]
+            not size or widths[p] % size == 0
+            for p, s in linears.items()
+            for size in [getattr(getattr(s, part), "group_size", None)]
         )
 
 
@@ -151,7 +151,7 @@ def test_blocks_that_pad_a_width_are_what_groups_are_fitted_to(tmp_path, tiny_to
     assert said == "groups of 48 in 14 layers, whose width 64 does not divide"
     free = apply_settings(made, ["weights.group_size=null"])
     linears, _, said = decided(narrow, free)
-    assert {slot.weight.group_size for slot in linears.values()} == {16}
+    assert {scheme.weight.group_size for scheme in linears.values()} == {16}
     assert said == ""
 
 
@@ -169,19 +169,21 @@ def test_what_is_printed_counts_only_what_was_fitted(model):
     assert decided(model, apply_settings(preset("w1a16"), one))[2] == (
         "groups of 92 in 1 layer, whose width 128 does not divide"
     )
-    assert decided(model, preset("w4a4"))[2] == decided(model, preset("w1g8a16"))[2] == ""
+    assert decided(model, preset("w4a4"))[2] == decided(model, preset("w1g4a16"))[2] == ""
 
 
 def test_budgets_keep_the_groups(model, sizes):
     monitor, recipe = Listening(), apply_settings(preset("w1a4"), [*sizes, BUDGET])
     plan = make_plan(model, recipe, monitor=monitor)
     assert f"fit_groups: {FITTED}" in monitor.heard
-    grids = {slot.weight.grid for slot in plan.linears.values() if slot.weight is not None}
+    grids = {scheme.weight.grid.name for scheme in plan.linears.values() if scheme.weight is not None}
     assert len(grids) > 1
-    for path, slot in plan.linears.items():
+    for path, scheme in plan.linears.items():
+        if ".layers." not in path:
+            continue
         size = GROUPS[path.rpartition(".")[2]]
-        assert slot.input.group_size == size
-        assert slot.weight is None or slot.weight.group_size == size
+        assert scheme.input.group_size == size
+        assert scheme.weight is None or scheme.weight.group_size == size
     monitor = Listening()
     accuracy_size_curve(model, recipe, [3.5, 4.5], monitor=monitor)
     assert monitor.heard.count(f"fit_groups: {FITTED}") == 1

@@ -97,11 +97,11 @@ def test_what_it_leaves(done, model_folder):
     } <= set(written)
     assert not outcome.output.with_name("out.run").exists()
     results = outcome.results
-    assert results["evaluation"]["kl"] > 0
-    assert results["bytes"] == len(written["model.safetensors"]) - _header(written["model.safetensors"])
-    assert results["bits_per_weight"] == pytest.approx(results["bytes"] * 8 / results["parameters"])
-    assert set(results["untouched"]) == {"model.embed_tokens.weight", "lm_head.weight", "norms and biases", "mean keys"}
-    assert len(results["layers"]) == 14
+    assert results.evaluation.kl > 0
+    assert results.bytes == len(written["model.safetensors"]) - _header(written["model.safetensors"])
+    assert results.bits_per_weight == pytest.approx(results.bytes * 8 / results.parameters)
+    assert set(results.untouched) == {"norms and biases", "mean keys"}
+    assert len(results.layers) == 14 + 2  # embedding and head
     # Every activation slot was searched, and the plan keeps every trial.
     assert len({t.slot for t in outcome.plan.trace}) == 12
     assert Plan.load(outcome.output / "plan.json") == outcome.plan
@@ -115,7 +115,7 @@ def test_transformers_alone_reads_it(done):
     outcome, _ = done
     hf.register()
     ids = torch.arange(3, 40)[None]
-    ours = hf.load(outcome.output, dense=True)(ids).logits
+    ours = hf.load(outcome.output, product="dense")(ids).logits
     stock = AutoModelForCausalLM.from_pretrained(outcome.output, dtype=torch.float32)(ids).logits
     assert torch.equal(ours, stock)
 
@@ -165,17 +165,17 @@ def test_an_interrupted_overwrite_resumes_to_a_new_output(done, model_folder, te
 )
 def test_other_presets(name, model_folder, text, tmp_path):
     results = quantize(model_folder, recipe(text, name), output=tmp_path / "out").results
-    assert results["evaluation"]["kl"] < 1
+    assert results.evaluation.kl < 1
     if name == "w16a4":
-        assert results["bits_per_quantized_weight"] is None
-        assert results["bits_per_weight"] >= 16
+        assert results.bits_per_quantized_weight is None
+        assert results.bits_per_weight >= 16
 
 
 def test_expansion_is_stored_and_counted(model_folder, text, tmp_path):
     wide = quantize(model_folder, recipe(text, "w4a4kv4", "expand=8"), output=tmp_path / "wide")
     plain = quantize(model_folder, recipe(text, "w4a4kv4"), output=tmp_path / "plain")
     assert json.loads((wide.output / "config.json").read_text())["hidden_size"] == 32
-    assert wide.results["bits_per_weight"] > plain.results["bits_per_weight"]
+    assert wide.results.bits_per_weight > plain.results.bits_per_weight
 
 
 def test_rotation_alone_leaves_an_ordinary_wider_checkpoint(model_folder, text, tmp_path):
@@ -191,7 +191,7 @@ def test_rotation_alone_leaves_an_ordinary_wider_checkpoint(model_folder, text, 
 
 def test_self_written_text_calibrates(model_folder, text, tmp_path):
     wanted = recipe(text, "w4a4kv4", "calibration.source=self", f"test.source={text}")
-    assert quantize(model_folder, wanted, output=tmp_path / "out").results["evaluation"]["source"] == str(text)
+    assert quantize(model_folder, wanted, output=tmp_path / "out").results.evaluation.source == str(text)
     with pytest.raises(PaleyError, match="the model wrote itself"):
         quantize(model_folder, recipe(text, "w4a4kv4", "calibration.source=self"), output=tmp_path / "no")
 
@@ -227,9 +227,10 @@ def test_what_stands_in_the_way_is_said_before_the_checkpoint_is_read(text, tmp_
 
 def test_the_current_folder_and_the_model_are_not_replaced(model_folder, text, tmp_path, monkeypatch):
     copied = shutil.copytree(model_folder, tmp_path / "models" / "mine")
-    inside = shutil.copytree(model_folder, tmp_path / "new.run" / "checkpoint")
+    inside = shutil.copytree(model_folder, tmp_path / "new.run" / "new")
+    (tmp_path / "new.run" / "run.json").write_text('{"run": "another"}')  # else it is refused as a stranger's
     before = contents(tmp_path)
-    with pytest.raises(PaleyError, match=r"new\.run: holds the model"):
+    with pytest.raises(PaleyError, match=r"new: is made in .*new\.run, which holds the model"):
         quantize(inside, recipe(text), output=tmp_path / "new", overwrite=True)
     for output in (copied, tmp_path / "models"):
         with pytest.raises(PaleyError, match=r"holds the model|was not made by Paley"):
@@ -269,7 +270,7 @@ def _stop_in_the_middle(model_folder, text, output, monkeypatch, **flags):
 
 def test_an_interrupted_run_goes_on_without_repeating(done, model_folder, text, tmp_path, monkeypatch):
     _stop_in_the_middle(model_folder, text, tmp_path / "out", monkeypatch)
-    monkeypatch.setattr("paley.model.calibrate.BlockQuantizer.quantize", None)  # would fail if anything was redone
+    monkeypatch.setattr("paley.model.calibrate.ModelQuantizer._codes", None)  # would fail if anything was redone
     monkeypatch.setattr("paley.model.search.ClipSearch._loss", None)
     quantize(model_folder, recipe(text), output=tmp_path / "out", resume=True)
     assert contents(tmp_path / "out") == done[1]
@@ -306,7 +307,7 @@ def test_a_model_that_reads_back_differently_is_not_published(model_folder, text
     load = hf.load
     monkeypatch.setattr(hf, "load", tampered)
     with pytest.raises(PaleyError, match="differs from the one in memory"):
-        quantize(model_folder, recipe(text, "w4a4kv4"), output=tmp_path / "out")
+        quantize(model_folder, recipe(text, "w4a4kv4e16h16"), output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

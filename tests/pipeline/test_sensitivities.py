@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
-import os
 from types import SimpleNamespace
 
 import pytest
@@ -66,18 +63,18 @@ def test_what_comes_out(made, whole):
     assert (whole.metric, whole.baseline, whole.folded) == ("kl", 0.0, False)
     assert (whole.text.source, whole.text.tokens) == ("random", 48)
     assert whole.fingerprint == open_source(made.model).fingerprint
-    assert len(whole.slots) == 14
+    assert len(whole.slots) == 14 + 1  # a tied pair is one weight
     for slot in whole.slots.values():
         assert slot.alpha == pytest.approx(fit_slope(slot.levels).alpha)
         assert slot.kind == "weight"
     trials = sum(len(slot.levels) for slot in whole.slots.values())
     assert sum(total for _, total in monitor.stages) == len(monitor.steps) == trials + 1
-    assert monitor.stages[:2] == [("checking the checkpoint", 1), ("measuring sensitivities", 14 * 4)]
+    assert monitor.stages[:2] == [("checking the checkpoint", 1), ("measuring sensitivities", 15 * 4)]
 
 
 def test_activations_do_not_change_the_weights_slopes(made, whole):
     more = measure_sensitivity(made.model, **SMALL, kinds=("weight", "input", "keys", "values"))
-    assert len(more.slots) == 14 + 2 * (4 + 1 + 1)
+    assert len(more.slots) == 15 + 2 * (4 + 1 + 1)
     first = {name: dict(slot.levels) for name, slot in whole.slots.items()}
     for name, levels in first.items():
         both = levels.keys() & dict(more.slots[name].levels).keys()
@@ -88,9 +85,10 @@ def test_activations_do_not_change_the_weights_slopes(made, whole):
 def test_folding_matters_where_a_gain_is_folded_in(made, whole):
     folded = measure_sensitivity(open_source(made.model), **SMALL, fold=True)
     assert folded.folded
-    assert folded.slots[DOWN].alpha == pytest.approx(whole.slots[DOWN].alpha, rel=1e-2)
+    # Equal but for the rows that R1 mixes, and for how many draws either needed.
+    assert folded.slots[DOWN].alpha == pytest.approx(whole.slots[DOWN].alpha, abs=whole.slots[DOWN].stderr)
     up = "model.layers.1.mlp.up_proj"
-    assert folded.slots[up].alpha != pytest.approx(whole.slots[up].alpha, rel=1e-2)
+    assert folded.slots[up].alpha != pytest.approx(whole.slots[up].alpha, abs=2 * whole.slots[up].stderr)
 
 
 def test_perplexity_on_a_text(made):
@@ -156,25 +154,6 @@ def test_damaged_progress_is_refused(made, tmp_path):
         measure_sensitivity(made.model, **SMALL, progress_file=tmp_path)
 
 
-def test_two_runs_do_not_share_a_file(made, tmp_path):
-    file = tmp_path / "a.partial.jsonl"
-    with file.open("a") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(PaleyError, match="another run is at work on it"):
-            measure_sensitivity(made.model, **SMALL, progress_file=file)
-
-
-def test_a_file_system_without_locks_is_named(made, tmp_path, monkeypatch):
-    def flock(file, how):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    file = tmp_path / "a.partial.jsonl"
-    with pytest.raises(PaleyError, match=r"a\.partial\.jsonl: .*No locks available.*; choose another --output"):
-        measure_sensitivity(made.model, **SMALL, progress_file=file)
-    assert not file.exists()  # else it passes for an unfinished measurement
-
-
 def test_random_tokens(made):
     source = open_source(made.model)
     ids = random_ids(source.tokenizer(), source, 40, 50, 3)
@@ -191,7 +170,7 @@ def test_random_tokens(made):
         ({"metric": "perplexity", "source": "random"}, "perplexity of random tokens means nothing; use metric kl"),
         ({"source": "random", "seq_len": 1}, "seq_len >= 2"),
         ({"source": "no.txt", "seq_len": 8}, "no.txt: no such text file"),
-        ({"source": "random", "seq_len": 129}, "calibration.seq_len=129: this model reads sequences of at most 128"),
+        ({"source": "random", "seq_len": 129}, "^seq_len=129: this model reads sequences of at most 128"),
         ({"levels": 2}, "at least 3 noise levels"),
         ({"source": "random", "kinds": ["bias"], "seq_len": 8}, "unknown kind 'bias'"),
     ],

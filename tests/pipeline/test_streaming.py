@@ -18,18 +18,18 @@ from safetensors.torch import save_file
 from paley import hf
 from paley.core import grids
 from paley.core.errors import PaleyError
-from paley.core.schemes import LinearSlot
+from paley.core.plain_grids import to_plain
+from paley.core.schemes import LinearScheme
 from paley.format.checkpoint import Checkpoint, read_tensors
 from paley.format.files import write_json
 from paley.format.header import TensorInfo
 from paley.model.loading import Source, open_source
-from paley.pipeline import Monitor, quantize, streaming
-from paley.pipeline.stages import decide, execute
-from paley.pipeline.texts import Texts
+from paley.pipeline import Monitor, make_plan, quantize, streaming
+from paley.pipeline.execute import execute
+from paley.pipeline.resolve import under_plan
+from paley.plan import Plan
 from paley.recipe import apply_settings, preset
 from tiny_models import EMBEDDING, HEAD, higgs, save_tiny, store_tie_as
-
-NO_TEXTS = Texts(None, None, None)
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2 tied"])
@@ -48,7 +48,7 @@ def contents(path: Path) -> dict[str, bytes]:
         (),
         ("weights.grid=p3n64", "seed=5"),
         ("weights.grid=int4", "weights.scale_search=mse", "weights.group_size=8"),
-        ("weights.grid=uint3", "weights.scale_search=absmax", "hadamard=null"),
+        ("weights.grid=uint3", "weights.scale_search=absmax", "rotate=none"),
         ('overrides=[{pattern: "*.1.mlp.*", keep: true}]',),
         ("weights.grid=e8q4k4",),
     ],
@@ -56,13 +56,13 @@ def contents(path: Path) -> dict[str, bytes]:
 @torch.no_grad()
 def test_it_is_the_model_that_is_made_in_memory(folder, settings, tmp_path):
     wanted, source = higgs(*settings), open_source(folder)
-    plan = decide(source, wanted, NO_TEXTS, None, Monitor(), "cpu")
-    expected, reports = execute(source, plan, NO_TEXTS, None, Monitor(), "cpu")
+    plan = make_plan(folder, wanted)
+    expected, reports = execute(under_plan(source, plan), None, None, Monitor(), "cpu")
     outcome = quantize(folder, wanted, output=tmp_path / "out")
     ids = torch.arange(3, 40)[None]
-    assert torch.equal(hf.load(outcome.output, dense=True)(ids).logits, expected(ids).logits)
+    assert torch.equal(hf.load(outcome.output, product="dense")(ids).logits, expected(ids).logits)
     assert outcome.plan.linears == plan.linears
-    errors = {name: layer["rel_error"] for name, layer in outcome.results["layers"].items()}
+    errors = {name: layer.rel_error for name, layer in outcome.results.layers.items()}
     assert errors == pytest.approx({report.name: report.rel_error for report in reports}, rel=1e-5)
 
 
@@ -72,9 +72,10 @@ def test_biases_and_ties_are_kept_and_every_byte_counts(folder, tmp_path):
     for name in source.checkpoint.names:
         if name.endswith("bias"):
             assert torch.equal(stored[name], source.checkpoint[name].half())
-    assert ("lm_head.weight" in stored) == (source.config.tie_word_embeddings is False)
-    assert outcome.results["bytes"] == stored.nbytes
-    assert outcome.results["evaluation"] is None
+    assert ("lm_head.codes" in stored) == (source.config.tie_word_embeddings is False)
+    assert "model.embed_tokens.codes" in stored
+    assert outcome.results.bytes == stored.nbytes
+    assert outcome.results.evaluation is None
     assert "Nobody has measured this model" in (outcome.output / "README.md").read_text()
     # An MLP of 37 is padded to 48 = 3 * 16; its codes are read as they are, the zeros cost what they cost.
     assert outcome.plan.linears["model.layers.0.mlp.down_proj"].transform.out_dim == 48
@@ -82,10 +83,10 @@ def test_biases_and_ties_are_kept_and_every_byte_counts(folder, tmp_path):
 
 def test_gaussian_layers_have_the_error_of_the_grid(tmp_path, tiny_tokenizer):
     folder = save_tiny(tmp_path / "model", tiny_tokenizer, hidden_size=256, intermediate_size=512)
-    wanted = higgs("hadamard=1024", "weights.scale_search=rms")
+    wanted = higgs("hadamard=1024", "weights.scale_search=rms", name="higgs-3e16h16")
     results = quantize(folder, wanted, output=tmp_path / "out").results
     expected = grids.load("p2n64").mse
-    assert [layer["rel_error"] for layer in results["layers"].values()] == pytest.approx([expected] * 14, rel=0.03)
+    assert [layer.rel_error for layer in results.layers.values()] == pytest.approx([expected] * 14, rel=0.03)
 
 
 def test_processes_share_the_work_without_changing_it(folder, tmp_path):
@@ -151,14 +152,14 @@ def in_memory() -> int:
 def test_a_unit_carries_the_grid_it_needs(tmp_path, tiny_tokenizer, monkeypatch):
     folder = save_tiny(tmp_path / "model", tiny_tokenizer)
     grid = grids.custom(torch.randn(9, 2, generator=torch.Generator().manual_seed(5)))
-    outcome = quantize(folder, higgs(f"weights.grid={grid.name}"), output=tmp_path / "out")
-    name, slot = next(iter(outcome.plan.linears.items()))
+    outcome = quantize(folder, higgs(f"weights.grid={json.dumps(to_plain(grid))}"), output=tmp_path / "out")
+    name, scheme = next(iter(outcome.plan.linears.items()))
     info = Checkpoint.open(folder).info(f"{name}.weight")
-    job = pickle.dumps(streaming.TensorJob(name, info, slot, tmp_path / "unit.safetensors", outcome.plan.grids))
+    job = pickle.dumps(streaming.TensorJob(name, info, scheme, tmp_path / "unit.safetensors"))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         report = pool.submit(_unpickled, job).result()
-    assert report.rel_error == outcome.results["layers"][name]["rel_error"]
+    assert report.rel_error == outcome.results.layers[name].rel_error
     stored = Checkpoint.open(outcome.output)
     for tensor, value in read_tensors(tmp_path / "unit.safetensors").items():
         assert torch.equal(value, stored[tensor])
@@ -242,7 +243,7 @@ def test_a_config_of_another_model_is_refused(tmp_path, tiny_tokenizer, change, 
 
 
 def test_what_needs_data_cannot_go_without_a_test(folder, tmp_path):
-    wanted = higgs("hadamard=null", name="rtn-w4a4kv4").model_copy(update={"rotate": True, "expand_mlp": "auto"})
+    wanted = higgs("rotate=folded", "expand_mlp=auto", name="rtn-w4a4kv4")
     with pytest.raises(PaleyError, match="only data-free recipes can go without"):
         quantize(folder, wanted, output=tmp_path / "out")
 
@@ -251,40 +252,41 @@ def test_what_needs_data_cannot_go_without_a_test(folder, tmp_path):
 def test_a_kept_weight_is_turned_where_its_input_is(folder, tmp_path):
     wanted = apply_settings(preset("higgs-w3a8"), ["test=null", "hadamard=16"])
     source = open_source(folder)
-    plan = decide(source, wanted, NO_TEXTS, None, Monitor(), "cpu")
+    plan = make_plan(folder, wanted)
     name = "model.layers.0.mlp.down_proj"  # padded from 37 to 48
     plan = plan.model_copy(update={"linears": plan.linears | {name: replace(plan.linears[name], weight=None)}})
-    expected, _ = execute(source, plan, NO_TEXTS, None, Monitor(), "cpu")
+    expected, _ = execute(under_plan(source, plan), None, None, Monitor(), "cpu")
     outcome = quantize(folder, plan=plan, output=tmp_path / "out")
     ids = torch.arange(3, 40)[None]
-    assert torch.equal(hf.load(outcome.output, dense=True)(ids).logits, expected(ids).logits)
+    assert torch.equal(hf.load(outcome.output, product="dense")(ids).logits, expected(ids).logits)
 
 
 def test_processes_know_a_grid_of_ones_own(folder, tmp_path):
     grid = grids.custom(torch.randn(9, 2, generator=torch.Generator().manual_seed(3)))
-    wanted = higgs(f"weights.grid={grid.name}")
+    wanted = higgs(f"weights.grid={json.dumps(to_plain(grid))}")
     alone = quantize(folder, wanted, output=tmp_path / "one")
     shared = quantize(folder, wanted, output=tmp_path / "two", workers=2)
     assert contents(alone.output) == contents(shared.output)
-    assert list(alone.plan.grids) == [grid.name]
+    assert {s.weight.grid for path, s in alone.plan.linears.items() if ".layers." in path} == {grid}
 
 
 def test_a_grid_that_only_the_recipe_names_is_carried_too(folder, tmp_path):
     grid = grids.custom(torch.randn(9, 2, generator=torch.Generator().manual_seed(4)))
     keep = "overrides=[{pattern: '*', keep: true}]"
-    plan = quantize(folder, higgs(f"weights.grid={grid.name}", keep), output=tmp_path / "out").plan
-    assert list(plan.grids) == [grid.name]
+    plan = quantize(folder, higgs(f"weights.grid={json.dumps(to_plain(grid))}", keep), output=tmp_path / "out").plan
+    assert plan.recipe.weights.grid == grid
+    assert Plan.load(tmp_path / "out/plan.json") == plan
 
 
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (lambda linears: linears.pop("model.layers.0.mlp.down_proj"), "model.layers.0.mlp.down_proj has no slot"),
-        (lambda linears: linears.update({"../x": LinearSlot()}), r"'?\.\./x'? is no layer of this model"),
+        (lambda linears: linears.pop("model.layers.0.mlp.down_proj"), "model.layers.0.mlp.down_proj has no scheme"),
+        (lambda linears: linears.update({"../x": LinearScheme()}), r"'?\.\./x'? is no layer of this model"),
     ],
 )
 def test_an_edited_plan_must_fit(folder, tmp_path, change, complaint):
-    plan = decide(open_source(folder), higgs(), NO_TEXTS, None, Monitor(), "cpu")
+    plan = make_plan(folder, higgs())
     linears = dict(plan.linears)
     change(linears)
     with pytest.raises(PaleyError, match=complaint):
@@ -319,12 +321,15 @@ def weights(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("names", [(HEAD,), (HEAD, EMBEDDING)])
 @torch.no_grad()
 def test_a_tied_pair_may_be_stored_under_either_name_or_both(tmp_path, tiny_tokenizer, names):
-    usual = quantize(save_tiny(tmp_path / "usual", tiny_tokenizer, qwen=True), higgs(), output=tmp_path / "one")
-    folder = store_tie_as(save_tiny(tmp_path / "other", tiny_tokenizer, qwen=True), *names)
-    other = quantize(folder, higgs(), output=tmp_path / "two")
+    usual, other = save_tiny(tmp_path / "usual", tiny_tokenizer, qwen=True), tmp_path / "other"
+    folder = store_tie_as(save_tiny(other, tiny_tokenizer, qwen=True), *names)
+    coded = [quantize(model, higgs(), output=tmp_path / f"coded {model.name}").output for model in (usual, folder)]
+    assert weights(coded[0]) == weights(coded[1])
+    kept = higgs(name="higgs-3e16h16")
+    usual, other = (quantize(model, kept, output=tmp_path / f"kept {model.name}") for model in (usual, folder))
     assert weights(other.output) == weights(usual.output)
     for key in ("parameters", "bits_per_weight", "bits_per_quantized_weight", "original_bytes", "untouched"):
-        assert other.results[key] == usual.results[key]
+        assert getattr(other.results, key) == getattr(usual.results, key)
     model = hf.load(other.output)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.equal(model.lm_head.weight, Checkpoint.open(folder)[HEAD].half().float())

@@ -1,6 +1,9 @@
-"""The command line `paley`: argument parsing, progress and tables; what is computed is computed elsewhere."""
+"""The command line `paley`: argument parsing, progress and tables. A file per verb, named after it.
 
-from paley.cli import making, measuring, undoing, using  # the verbs, in the order of --help
+Files import what is heavy in the verbs' bodies alone, so that --help and a mistyped option take no seconds.
+"""
+
+from paley.cli import quantize, plan, sensitivity, eval, generate, inspect, dequantize, presets  # noqa: I001  as in --help
 from paley.cli.app import app
 
-__all__ = ["app", "making", "measuring", "undoing", "using"]
+__all__ = ["app", "dequantize", "eval", "generate", "inspect", "plan", "presets", "quantize", "sensitivity"]

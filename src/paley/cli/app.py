@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, TypeVar
 
 import typer
 
 import paley
-from paley.cli.display import line
-from paley.cli.process import Verbs, quiet
+from paley.cli.process import Verb, Verbs, line
 
-__all__ = ["app"]
+__all__ = ["app", "verb"]
+
+F = TypeVar("F", bound=Callable[..., None])
 
 app = typer.Typer(
     cls=Verbs,
@@ -19,6 +21,11 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
 )
+
+
+def verb(name: str) -> Callable[[F], F]:
+    """Makes a function a verb of the command line."""
+    return app.command(name, cls=Verb)
 
 
 def _version(wanted: bool) -> None:
@@ -37,4 +44,3 @@ def root(
 
     Start with: `paley quantize MODEL --preset w4a4kv4 --output OUT`
     """
-    quiet()

@@ -14,13 +14,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from paley.cli.process import line
 from paley.core.schemes import ActivationScheme, WeightScheme
 from paley.eval.figures import with_error
 from paley.pipeline import Outcome
 from paley.pipeline.curve import CurvePoint
 from paley.plan import Plan
 from paley.recipe import Recipe
-from paley.theory import PeakPoint
+from paley.results import EvalResult
 
 __all__ = [
     "Cost",
@@ -29,9 +30,7 @@ __all__ = [
     "curve_table",
     "emit",
     "eval_table",
-    "line",
     "outcome_table",
-    "peaks_table",
     "plan_table",
     "presets_table",
     "scheme",
@@ -72,30 +71,24 @@ def show(made: Table) -> None:
     console.print(made)
 
 
-def line(text: str = "") -> None:
-    """A line of stdout, never wrapped: paths and commands in it can be copied."""
-    print(text)
-
-
 def emit(found: dict[str, Any]) -> None:
     """One JSON object on stdout."""
     line(json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False))
 
 
-def scores(measured: dict[str, Any]) -> list[Row]:
-    """The fields of an EvalResult -> rows of (what, original, quantized); none where nothing was measured."""
-    m = measured
-    if not m:
+def scores(measured: EvalResult | None) -> list[Row]:
+    """Rows of (what, original, quantized); none if nothing was measured."""
+    if measured is None:
         return []
-    here = with_error(float(m["perplexity"]), m["perplexity_stderr"], ".4f")
-    if m["reference_nll"] is None:
+    m, original = measured, measured.reference_perplexity
+    here = with_error(m.perplexity, m.perplexity_stderr, ".4f")
+    if original is None or m.gap is None or m.kl is None or m.top1_agreement is None:
         return [("perplexity", "", here)]
-    original = math.exp(m["reference_nll"]) if m["reference_nll"] < 700 else math.inf
-    agreement = with_error(100 * m["top1_agreement"], _percent(m["top1_stderr"]), ".2f")
+    agreement = with_error(100 * m.top1_agreement, _percent(m.top1_stderr), ".2f")
     return [
         ("perplexity", f"{original:.4f}", here),
-        ("loss gained, nats per token", "", with_error(float(m["gap"]), m["gap_stderr"], "+.4f")),
-        ("KL divergence, nats per token", "", with_error(float(m["kl"]), m["kl_stderr"], ".4f")),
+        ("loss gained, nats per token", "", with_error(m.gap, m.gap_stderr, "+.4f")),
+        ("KL divergence, nats per token", "", with_error(m.kl, m.kl_stderr, ".4f")),
         ("same most likely token", "", f"{agreement} %"),
     ]
 
@@ -119,7 +112,7 @@ def scheme(made: WeightScheme | ActivationScheme | None, outliers: int = 0) -> s
         return "16 bits"
     method = f" {made.method}" if isinstance(made, WeightScheme) else " refit" if made.refit else ""
     groups, columns = made.group_size and f" /{made.group_size}", outliers and f" + {outliers}"
-    return f"{made.grid}{method}{groups or ''}{columns or ''}"
+    return f"{made.grid.name}{method}{groups or ''}{columns or ''}"
 
 
 def clip(made: ActivationScheme | None) -> str:
@@ -159,7 +152,7 @@ def plan_table(plan: Plan) -> Table:
 
 def _grids(plan: Plan) -> dict[str, int]:
     """How many linears have each grid, the most frequent first."""
-    found = Counter("16 bits" if slot.weight is None else slot.weight.grid for slot in plan.linears.values())
+    found = Counter("16 bits" if slot.weight is None else slot.weight.grid.name for slot in plan.linears.values())
     return dict(found.most_common())
 
 
@@ -189,24 +182,16 @@ def presets_table(recipes: dict[str, Recipe]) -> Table:
     return table(("preset", "weights", "inputs, clip", "KV cache, clip", "rotated", "search"), rows, left=6)
 
 
-def peaks_table(points: Sequence[PeakPoint]) -> Table:
-    """Figure 3 in numbers."""
-    header = ("dimension", "random, measured", "theory", "Hadamard, measured", "theory")
-    columns = ((p.random, p.random_predicted, p.hadamard, p.hadamard_predicted) for p in points)
-    rows = [(str(p.dim), *(f"{v:.2f}" for v in values)) for p, values in zip(points, columns, strict=True)]
-    return table(header, rows, left=0)
-
-
 def outcome_table(outcome: Outcome, cost: Cost) -> Table:
     """A run's original and quantized model side by side."""
     results = outcome.results
-    measured, bits = results["evaluation"], results["bits_per_weight"]
-    ratio, layers = results["original_bytes"] / results["bytes"], results["bits_per_quantized_weight"]
+    measured, bits = results.evaluation, results.bits_per_weight
+    ratio, layers = results.original_bytes / results.bytes, results.bits_per_quantized_weight
     rows = [
-        *scores(measured or {}),
+        *scores(measured),
         ("bits per weight, all tensors", f"{bits * ratio:.3f}", f"{bits:.3f}"),
         *([("bits per weight, quantized layers", "", f"{layers:.3f}")] if layers is not None else []),
-        ("bytes on disk", f"{results['original_bytes']:,}", f"{results['bytes']:,}"),
+        ("bytes on disk", f"{results.original_bytes:,}", f"{results.bytes:,}"),
         *([_cache_row(measured)] if measured else []),
         *cost.rows(),
     ]
@@ -229,27 +214,22 @@ def curve_table(curve: Sequence[CurvePoint]) -> Table:
     return made
 
 
-def eval_table(measured: dict[str, Any], cost: Cost) -> Table:
-    """The fields of an EvalResult, beside the original where it was measured."""
-    rows = [
-        *scores(measured),
-        _cache_row(measured),
-        *cost.rows(),
-    ]
-    if measured["reference_nll"] is None:
+def eval_table(measured: EvalResult, cost: Cost) -> Table:
+    """Scores, beside the original's if it was measured."""
+    rows = [*scores(measured), _cache_row(measured), *cost.rows()]
+    if measured.reference_nll is None:
         return table(("", ""), [(what, here) for what, _, here in rows])
     return table(("", "original", "this model"), rows)
 
 
-def _cache_row(measured: dict[str, Any]) -> Row:
+def _cache_row(measured: EvalResult) -> Row:
     """The original's cache has 16 bits a value."""
-    original, here = measured["kv_cache_bytes_per_token_at_16_bits"], measured["kv_cache_bytes_per_token"]
+    original, here = measured.kv_cache_bytes_per_token_at_16_bits, measured.kv_cache_bytes_per_token
     return "KV cache, bytes per token", f"{original:,.0f}", f"{here:,.0f}"
 
 
-def scored_on(measured: dict[str, Any] | None) -> str:
-    """The text behind the scores of an EvalResult's fields."""
+def scored_on(measured: EvalResult | None) -> str:
+    """The text behind the scores."""
     if measured is None:
         return "not scored: the recipe has no test text; `paley eval OUT --against MODEL` measures what was lost"
-    tokens, sequences = measured["tokens"], measured["sequences"]
-    return f"scored on {tokens:,} tokens in {sequences} sequences of {measured['source']}"
+    return f"scored on {measured.tokens:,} tokens in {measured.sequences} sequences of {measured.source}"

@@ -13,7 +13,6 @@ __all__ = [
     "Calibration",
     "Data",
     "Device",
-    "Draw",
     "DrawSeed",
     "Dtype",
     "Expand",
@@ -107,7 +106,6 @@ NoScore = Annotated[
 ]
 
 NewFolder = Annotated[Path, typer.Option("--output", help="The new folder.", show_default=False)]
-Draw = Annotated[Path | None, _option("--output", "Also draw it: .png, .svg or .pdf.", "FILE")]
 Device = Annotated[str, _option("--device", "cpu or cuda.")]
 Workers = Annotated[int, _option("--workers", "Processes that share the weights of a data-free recipe.", min=1)]
 Resume = Annotated[bool, _option("--resume", "Go on with a run that was stopped.")]

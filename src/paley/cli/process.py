@@ -8,26 +8,25 @@ import re
 import resource
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
 import typer
-from huggingface_hub.utils import disable_progress_bars
-from safetensors import SafetensorError
-from transformers.utils import logging
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from paley.core.errors import PaleyError
 
-__all__ = ["Verbs", "naming", "peak_memory", "quiet", "say", "shell", "spread_settings", "typed"]
+__all__ = [
+    "STOPPED", "Verb", "Verbs", "how_to_resume", "line", "peak_memory", "say", "shell", "spread_settings", "typed",
+]  # fmt: skip
 
 STOPPED = 130  # 128 + SIGINT, as shells have it
 _SETTING = re.compile(r"[a-z_][a-z_.]*=")
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE}
 _NO_SPACE = re.compile(r"os error (28|122)\b")  # the same two, as the errors of safetensors spell them
+_UsageError: Any = typer.BadParameter.__mro__[1]  # click's, wherever this typer keeps its click
 _ALLOCATION = re.compile(r"DefaultCPUAllocator|can't allocate memory")
 
 
@@ -39,23 +38,57 @@ class Verbs(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.meta[__name__] = list(args)
-        return super().parse_args(ctx, spread_settings(args))
+        try:
+            return super().parse_args(ctx, spread_settings(args))
+        except _UsageError as error:
+            if not args:  # which shows the help
+                raise
+            raise _misused(error) from None
+
+    def get_help_option(self, ctx: Any) -> Any:
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.default = False  # typer would import pydantic to find that None is no boolean
+        return option
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except PaleyError as error:
-            message = str(error)
+            from paley.cli.words import spell
+
+            message = error.render(lambda part: spell(part, ctx.invoked_subcommand))
+        except _UsageError as error:
+            raise _misused(error) from None
         except KeyboardInterrupt:
             say("stopped")
             raise typer.Exit(STOPPED) from None
-        except (MemoryError, OSError, RuntimeError, SafetensorError) as error:
+        except Exception as error:
             reason = _machine(error)
             if reason is None:
                 raise
             message = reason
         say(f"error: {message}")
         raise typer.Exit(2)
+
+
+class Verb(TyperCommand):
+    """Imports the libraries when the options were understood: until then nobody waits for them."""
+
+    def invoke(self, ctx: Any) -> Any:
+        import paley.pipeline  # noqa: F401
+
+        if ctx.obj is not None:  # the console script's: Ctrl-C interrupts from now on
+            ctx.obj()
+        _quiet()
+        return super().invoke(ctx)
+
+
+def _misused(error: Any) -> typer.Exit:
+    """Says in one line what is wrong with the arguments; typer would import much of rich to draw a box around it."""
+    verb = error.ctx.command_path.split()[1:] if error.ctx is not None else ()
+    say(f"error: {error.format_message().rstrip('.')}; see `{shell(*verb, '--help')}`")
+    return typer.Exit(2)
 
 
 def spread_settings(args: Sequence[str]) -> list[str]:
@@ -72,21 +105,23 @@ def spread_settings(args: Sequence[str]) -> list[str]:
     return spread
 
 
-@contextmanager
-def naming(options: Mapping[str, str]) -> Iterator[None]:
-    """Errors about settings speak of them as the options that the user typed: setting -> option."""
-    try:
-        yield
-    except PaleyError as error:
-        message = str(error)
-        for setting, option in options.items():
-            message = message.replace(setting, option)
-        raise PaleyError(message) from error
-
-
 def typed(ctx: Any) -> list[str]:
     """The arguments as the user typed them, the verb first."""
     return ctx.find_root().meta[__name__]
+
+
+def how_to_resume(ctx: Any, kept: Path) -> str:
+    """What to say when a verb is stopped: where its finished work is kept, and the command that goes on."""
+    if not kept.exists():
+        return "stopped; nothing was begun"
+    args = typed(ctx)
+    command = shell(*args, *([] if "--resume" in args else ["--resume"]))
+    return f"stopped; what is finished is kept in {kept}. Go on with:\n  {command}"
+
+
+def line(text: str = "") -> None:
+    """A line of stdout, never wrapped: paths and commands in it can be copied."""
+    print(text)
 
 
 def say(text: str) -> None:
@@ -99,8 +134,11 @@ def shell(*args: str) -> str:
     return shlex.join(["paley", *args])
 
 
-def quiet() -> None:
+def _quiet() -> None:
     """Keeps the bars and log lines of transformers, the Hub client and `datasets` off the terminal."""
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging
+
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     disable_progress_bars()
@@ -115,18 +153,24 @@ def peak_memory() -> int:
 
 def _machine(error: Exception) -> str | None:
     """What ran out on this machine or what it forbids, if that is what the error says."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or _ALLOCATION.search(str(error)):
-        device = "the GPU's memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
+    on_gpu = isinstance(error, _loaded("torch", "OutOfMemoryError"))
+    if on_gpu or isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _ALLOCATION.search(str(error))):
+        where = "the GPU's memory" if on_gpu else "memory"
         return (
-            f"{device} is full ({_first_line(error)}); use fewer or shorter sequences (--set "
-            "calibration.sequences=N calibration.seq_len=N, eval --sequences N), or a larger machine"
+            f"{where} is full ({_first_line(error)}); use fewer or shorter "
+            "sequences (--set calibration.sequences=N calibration.seq_len=N, eval --sequences N), or a larger machine"
         )
     full = isinstance(error, OSError) and error.errno in _DISK_FULL
-    if full or (isinstance(error, SafetensorError) and _NO_SPACE.search(str(error))):
+    if full or (isinstance(error, _loaded("safetensors", "SafetensorError")) and _NO_SPACE.search(str(error))):
         return f"the disk is full ({_first_line(error)}); make room, then repeat the command with --resume"
     if isinstance(error, OSError) and error.errno in _REFUSED:
         return f"{error.filename or 'this machine'}: {error.strerror}; change that, or choose another place"
     return None
+
+
+def _loaded(module: str, name: str) -> type | tuple[()]:
+    """An exception's class, or no class if its module was never imported: then nothing raised it."""
+    return getattr(sys.modules.get(module), name, ())
 
 
 def _first_line(error: Exception) -> str:

@@ -1,11 +1,11 @@
-"""The best choice of a grid for every slot under budgets: exactly, and in milliseconds.
+"""Allocation: the best grid for every site under budgets, exactly.
 
-By the linearity theorem (HIGGS, arXiv:2411.17525, section 5) the loss of a quantized model is a sum over its
-slots, so the best allocation is a multiple-choice knapsack: take one choice of every item, stay within each
-budget, pay the least loss. Lagrangian multipliers bound it from below. Dynamic programming then visits all
-that the bound cannot rule out: with `delta` guessed, it keeps each partial allocation whose bound is at most
-lower bound + delta, and drops one only where another costs no more and loses no more. If that finds a loss
-within delta of the bound, it is the least of all; if it finds none, the least lies above, and delta grows.
+By the linearity theorem (HIGGS, arXiv:2411.17525, section 5) the loss of a quantized model is a sum over its sites.
+The best allocation is then a multiple-choice knapsack: take one choice of every item, stay within each budget, and
+minimize the loss. Lagrangian multipliers give a lower bound. Dynamic programming then visits everything that the bound
+does not rule out. It guesses `delta`, keeps each partial allocation whose bound is at most lower bound + delta, and
+drops one only if another costs no more and loses no more. A loss found within delta of the bound is the least of all.
+If none is found, the least lies above, and delta grows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from paley.core.errors import PaleyError
 
 __all__ = ["Allocation", "Choice", "allocate"]
 
-_WIDTHS = (2**11, 2**15, 2**18)  # states kept at a step: a narrow search that loses some still finds a good delta
+_WIDTHS = (2**11, 2**15, 2**18)  # states kept at a step; a narrow search loses some, but still finds a good delta
 _QUANTILES = 8  # cuts in each direction: more prune better and cost more
 _ROUNDING = 1e-12  # of the sums in a bound: sums of thousands of float64 stay below it
 _LARGEST = 2**53  # integers are exact in float64 up to here
@@ -30,7 +30,7 @@ _LARGEST = 2**53  # integers are exact in float64 up to here
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to treat an item: its loss, and what it costs of each resource, as whole numbers."""
+    """One way to treat an item: its loss, and its cost in each resource, a whole number."""
 
     name: str
     loss: float
@@ -51,15 +51,11 @@ class Choice:
 
 @dataclass(frozen=True)
 class Allocation:
-    """choices {item: choice}, in the order of the items; loss and costs [resources] are their sums.
-
-    lower_bound: no allocation within the budgets has a smaller loss; it equals `loss` unless a tolerance was given.
-    """
+    """choices {item: choice}, in the order of the items; loss and costs [resources] are their sums."""
 
     choices: Mapping[str, Choice]
     loss: float
     costs: tuple[int, ...]
-    lower_bound: float
 
 
 def allocate(
@@ -67,16 +63,13 @@ def allocate(
     budgets: Sequence[int],
     *,
     resources: Sequence[str] | None = None,
-    tolerance: float = 0.0,
 ) -> Allocation:
     """The choice of each item with the least sum of losses whose costs are at most `budgets` [resources].
 
-    resources: their names, for messages. tolerance: the gap (loss - lower_bound) / loss that is good enough; at 0
-    the loss is the least to float64 rounding. Same input, same answer; of equal losses the one that costs
-    less of the first resource (then of the second, ...). PaleyError where no allocation is within the budgets.
+    resources: their names, for messages. The loss is the least possible, up to float64 rounding. The same input gives
+    the same answer. Of equal losses, the one that costs less of the first resource wins, then of the second, and so on.
+    Errors: PaleyError if no allocation is within the budgets.
     """
-    if not 0 <= tolerance < 1:
-        raise PaleyError(f"allocation: tolerance must be at least 0 and less than 1, got {tolerance}")
     names = tuple(resources) if resources is not None else tuple(f"resource {r}" for r in range(len(budgets)))
     if not len(budgets):
         raise PaleyError("allocation: no budgets; give one a resource")
@@ -85,19 +78,19 @@ def allocate(
     _check_items(items, names)
     _check_budgets(items, budgets, names)
     options = list(items.values())
-    picks, lower_bound = _Knapsack(options, budgets, names).solve(tolerance)
+    picks = _Knapsack(options, budgets, names).solve()
     choices = {item: options[i][j] for i, (item, j) in enumerate(zip(items, picks, strict=True))}
     loss = math.fsum(choice.loss for choice in choices.values())
     costs = tuple(map(sum, zip(*(choice.costs for choice in choices.values()), strict=True)))
-    return Allocation(choices, loss, costs, min(lower_bound, loss) if tolerance else loss)
+    return Allocation(choices, loss, costs)
 
 
 def _check_items(items: Mapping[str, Sequence[Choice]], resources: tuple[str, ...]) -> None:
     if not items:
-        raise PaleyError("allocation: no items; give at least one slot with its choices")
+        raise PaleyError("allocation: no items; give at least one site with its choices")
     for item, choices in items.items():
         if not choices:
-            raise PaleyError(f"{item}: no choices; give at least one, such as leaving the slot as it is")
+            raise PaleyError(f"{item}: no choices; give at least one, such as leaving the site as it is")
         twice = [name for name, times in Counter(choice.name for choice in choices).items() if times > 1]
         if twice:
             raise PaleyError(f"{item}: two choices are called {twice[0]!r}; give each its own name")
@@ -105,7 +98,7 @@ def _check_items(items: Mapping[str, Sequence[Choice]], resources: tuple[str, ..
             if len(choice.costs) != len(resources):
                 raise PaleyError(
                     f"{item}, choice {choice.name!r}: {len(choice.costs)} costs for {len(resources)} resources "
-                    f"({', '.join(resources)}); give one a budget, 0 where it uses nothing"
+                    f"({', '.join(resources)}); give one a budget, 0 if it uses nothing"
                 )
 
 
@@ -136,8 +129,8 @@ class _Dual:
 class _Knapsack:
     """The problem as tensors: loss [items, choices], costs [items, choices, resources], budget [resources].
 
-    Costs are counted above each item's least and in units of their gcd; loss is inf where a choice is missing
-    or another one is no worse in any respect.
+    Costs are counted from each item's least, in units of their gcd. loss is inf for a choice that is missing, or that
+    another choice matches or beats in every respect.
     """
 
     def __init__(self, options: Sequence[Sequence[Choice]], budgets: Sequence[int], resources: Sequence[str]) -> None:
@@ -161,44 +154,44 @@ class _Knapsack:
         self.real, self.room = self.costs.double(), self.budget.double()
         self.largest = float(self.loss.masked_fill(self.loss.isinf(), 0).amax(1).sum())
 
-    def solve(self, tolerance: float) -> tuple[list[int], float]:
-        """-> (the choice of each item, a lower bound on every allocation's loss)."""
+    def solve(self) -> list[int]:
+        """-> the choice of each item."""
         dual = self.ascend()
         delta, proven, width = self.first_delta(dual), 0.0, 0
         picks, best = None, math.inf
         while True:
-            found, complete = self.search(dual, delta, _WIDTHS[width])
-            if found is not None and self.loss_of(found) <= best:
-                picks, best = found, self.loss_of(found)
-            if complete:  # every allocation of a loss up to dual.value + delta was in sight
+            candidate, complete = self.search(dual, delta, _WIDTHS[width])
+            if candidate is not None and self.loss_of(candidate) <= best:
+                picks, best = candidate, self.loss_of(candidate)
+            if complete:  # the search covered every allocation of a loss up to dual.value + delta
                 proven = delta
-            gap = (1 - tolerance) * best - dual.value
+            gap = best - dual.value
             if picks is not None and gap <= proven:
-                return picks.tolist(), dual.value + proven
+                return picks.tolist()
             lost = not complete and len(self.budgets) > 1
             if picks is None and (lost or (complete and dual.value + delta >= self.largest)):
                 picks = self.witness()
                 best = self.loss_of(picks)
             if complete:
-                # What the search found is close enough to the least to aim at; a witness may be far from it.
-                delta, width = (gap if found is not None else min(2 * delta, gap)), 0
+                # The result of the search is close to the least; a witness may be far from it.
+                delta, width = (gap if candidate is not None else min(2 * delta, gap)), 0
                 continue
             width += 1
             if width == len(_WIDTHS):
                 raise PaleyError(
                     f"allocation: more than {_WIDTHS[-1]} states at a step; the least loss lies between "
-                    f"{dual.value + proven} and {best}; give a tolerance, or fewer or coarser choices"
+                    f"{dual.value + proven} and {best}; give fewer or coarser choices"
                 )
-            delta = min(delta, (1 - tolerance) * best - dual.value)
+            delta = min(delta, best - dual.value)
 
     def loss_of(self, picks: Tensor) -> float:
         return float(self.loss.gather(1, picks[:, None]).sum())
 
     def witness(self) -> Tensor:
-        """Choices [items] within all budgets, or a PaleyError that says which budgets exclude each other."""
+        """Choices [items] within all budgets, or a PaleyError that names the budgets that exclude each other."""
         first, *others = self.resources
         options = [[Choice(c.name, float(c.costs[0]), c.costs[1:]) for c in choices] for choices in self.options]
-        picks, _ = _Knapsack(options, self.budgets[1:], others).solve(0.0)
+        picks = _Knapsack(options, self.budgets[1:], others).solve()
         least = sum(choices[j].costs[0] for choices, j in zip(self.options, picks, strict=True))
         if least > self.budgets[0]:
             within = " and ".join(f"{name} within {b}" for name, b in zip(others, self.budgets[1:], strict=True))
@@ -209,7 +202,7 @@ class _Knapsack:
         return torch.tensor(picks)
 
     def first_delta(self, dual: _Dual) -> float:
-        """Room for some dozens of deviations from the choices that the multipliers prefer."""
+        """A delta that admits some dozens of deviations from the choices that the multipliers prefer."""
         priced = self.loss + self.real @ torch.tensor(dual.multipliers, dtype=torch.float64)
         reduced = priced - priced.amin(1, keepdim=True)
         reduced = reduced[(reduced > 0) & reduced.isfinite()]
@@ -219,8 +212,8 @@ class _Knapsack:
     def ascend(self, fixed: tuple[float, ...] = ()) -> _Dual:
         """The greatest lower bound, with the multipliers of the last resources `fixed`.
 
-        One resource after the other, each by cutting planes: the next multiplier is where the tangents of the two
-        nearest ones meet (Kelley, J. SIAM 8, 1960), which ends on the kink that is the maximum.
+        One resource after the other, each by cutting planes (Kelley, J. SIAM 8, 1960): the next multiplier is the one
+        at which the tangents of the two nearest ones meet. This ends on the kink that is the maximum.
         """
         r = len(self.budgets) - len(fixed) - 1
         if r < 0:
@@ -260,9 +253,9 @@ class _Knapsack:
         return _Dual(best.value, best.multipliers, tuple(slope))
 
     def cuts(self, dual: _Dual, delta: float) -> Tensor:
-        """Multipliers [cuts, resources]: the best ones first, then some about them, for the bounds of parts.
+        """Multipliers [cuts, resources] for the bounds of parts: the best ones first, then some near them.
 
-        Each resource's multiplier moves to where a choice within delta becomes the preferred one of its item.
+        Each resource's multiplier moves to a value at which a choice within delta becomes its item's preferred one.
         """
         best = torch.tensor(dual.multipliers, dtype=torch.float64)
         priced = self.loss + self.real @ best
@@ -283,7 +276,7 @@ class _Knapsack:
         return torch.stack(cuts)
 
     def search(self, dual: _Dual, delta: float, width: int) -> tuple[Tensor | None, bool]:
-        """-> (the best choices [items] of a loss up to dual.value + delta, whether all of them were in sight)."""
+        """-> (the best choices [items] of a loss up to dual.value + delta, whether all of them were visited)."""
         cuts = self.cuts(dual, delta)
         priced = self.loss[:, :, None] + self.real @ cuts.T
         low = priced.amin(1)
@@ -297,7 +290,7 @@ class _Knapsack:
         loss = torch.where(single, self.loss.gather(1, picks[:, None])[:, 0], 0).sum()[None]
         costs = (self.costs[torch.arange(len(picks)), picks] * single[:, None]).sum(0)[None]
 
-        # Large steps first: what is left then fills the budgets almost as smoothly as its bound assumes.
+        # Large steps first: the rest then fills the budgets almost as smoothly as its bound assumes.
         step = (self.real - self.real[torch.arange(len(picks)), picks][:, None]).abs() @ cuts[0]
         step = torch.where(is_open, step, 0).amax(1)
         order = [i for i in step.argsort(stable=True, descending=True).tolist() if not single[i]]
@@ -318,7 +311,7 @@ class _Knapsack:
                 filtered = max(32, len(kept))
             if len(kept) > width:
                 kept, complete = _lowest(kept, excess, width), False
-            if not complete:  # the proof is lost: go on for a good allocation only, at the least price
+            if not complete:  # the proof is lost: look for a good allocation only, as cheaply as possible
                 width = min(width, _WIDTHS[0])
             if not len(kept):
                 return None, complete
@@ -341,13 +334,13 @@ def _dominated_choices(loss: Tensor, costs: Tensor) -> Tensor:
 
 
 def _sums_after(x: Tensor) -> Tensor:
-    """x [n, ...] -> the sum of the rows behind each row."""
+    """x [n, ...] -> the sum of the rows after each row."""
     sums = x.flip(0).cumsum(0).flip(0)
     return torch.cat([sums[1:], torch.zeros_like(sums[:1])])
 
 
 def _excess(loss: Tensor, costs: Tensor, cuts: Tensor, limit: Tensor) -> Tensor:
-    """loss [n], costs [n, resources], cuts [cuts, resources], limit [cuts] -> [n], how far the worst cut is passed."""
+    """loss [n], costs [n, resources], cuts [cuts, resources], limit [cuts] -> the excess [n] over the worst cut."""
     pieces = zip(loss.split(2**14), costs.split(2**14), strict=True)  # small enough to stay in the cache
     return torch.cat([(part @ cuts.T - limit).amax(1) + own for own, part in ((a, b.double()) for a, b in pieces)])
 
@@ -360,7 +353,7 @@ def _lowest(kept: Tensor, excess: Tensor, n: int) -> Tensor:
 def _undominated(loss: Tensor, costs: Tensor) -> Tensor:
     """loss [n], costs [n, resources] -> the states that no other beats, in ascending order of costs.
 
-    Of states with equal costs the best stays. With three resources and more nothing else goes.
+    Of states with equal costs the best stays. With three or more resources nothing else is dropped.
     """
     order = loss.argsort(stable=True)
     for r in reversed(range(costs.shape[1])):
@@ -376,8 +369,8 @@ def _undominated(loss: Tensor, costs: Tensor) -> Tensor:
 def _beaten(loss: Tensor, cost: Tensor) -> Tensor:
     """loss and cost [n] -> bool [n]: some earlier state has no greater loss and no greater cost.
 
-    By halves (Kung, Luccio and Preparata, J. ACM 22, 1975): at each level, every block of states stands in the
-    order of cost, and its right half is compared with the least loss of its left half so far.
+    By halves (Kung, Luccio and Preparata, J. ACM 22, 1975): at each level, every block of states is in order
+    of cost. Its right half is compared with the least loss so far of its left half.
     """
     n = len(loss)
     size = 1 << (n - 1).bit_length()

@@ -21,7 +21,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 def write_atomic(path: str | Path, data: str | bytes) -> None:
-    """Writes the file whole or not at all; text as UTF-8. PaleyError where the disk refuses."""
+    """Writes the whole file or nothing; text as UTF-8. Errors: PaleyError if the file cannot be written."""
     chunk = data.encode() if isinstance(data, str) else data
     write_whole(Path(path), [chunk], len(chunk))
 
@@ -29,7 +29,7 @@ def write_atomic(path: str | Path, data: str | bytes) -> None:
 def write_whole(path: Path, chunks: Iterable[Chunk], needed: int) -> None:
     """Writes the chunks, `needed` bytes in all, under a temporary name, and renames that to `path`.
 
-    The name is this call's own: of two that write one file at a time, the last leaves it whole.
+    The temporary name is unique. If two calls write one file at the same time, the last one wins with a whole file.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     write_synced(temporary, chunks, needed, meant=path)
@@ -39,7 +39,7 @@ def write_whole(path: Path, chunks: Iterable[Chunk], needed: int) -> None:
 def write_synced(path: Path, chunks: Iterable[Chunk], needed: int, *, meant: Path | None = None) -> None:
     """Writes the chunks, `needed` bytes in all, through to the disk; a failure leaves no file behind.
 
-    meant: the file that errors speak of, where `path` is only its temporary name.
+    meant: the file that errors name, if `path` is only its temporary name.
     """
     try:
         with disk(meant or path, needed), path.open("wb") as file:
@@ -48,7 +48,7 @@ def write_synced(path: Path, chunks: Iterable[Chunk], needed: int, *, meant: Pat
             file.flush()
             os.fsync(file.fileno())
     except BaseException:
-        with suppress(OSError):  # what went wrong first is what to say
+        with suppress(OSError):  # the first error is the one to report
             path.unlink()
         raise
 
@@ -61,7 +61,7 @@ def publish(moves: Sequence[tuple[Path, Path]]) -> None:
                 os.replace(before, after)
     finally:
         for before, _ in moves:
-            with suppress(OSError):  # as a rule it is gone; else what went wrong first is what to say
+            with suppress(OSError):  # usually it is gone; otherwise the first error is the one to report
                 before.unlink()
     if moves and os.name == "posix":  # elsewhere a folder cannot be opened
         folder = moves[0][1].parent
@@ -79,7 +79,7 @@ def _write(file: BinaryIO, chunk: Chunk) -> None:
 
 @contextmanager
 def disk(path: Path, needed: int = 0) -> Iterator[None]:
-    """What the system says about writing `path`, as PaleyError."""
+    """Turns an error of the system while writing `path` into a PaleyError; needed: bytes, for the message."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Free grids: each group of a row has its own points, stored in place of its scale. For weights.
+"""Free grids: each group of a row has its own points, stored instead of its scale. For weights only.
 
 W(1+1) of arXiv:2504.05352 is `free2`: a sign bit and a grouping bit choose one of four centroids.
 """
@@ -12,18 +12,24 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from paley.core.errors import PaleyError
+
 __all__ = ["FreeGrid", "load", "names"]
 
 
 @dataclass(frozen=True)
 class FreeGrid:
-    """2^bits points for each group, ascending; mirrored: ±s of half as many scales s, which alone are stored."""
+    """2^bits points for each group, ascending. mirrored: the points are ±s, and only the scales s are stored."""
 
     name: str
     bits: int
     mirrored: bool
 
+    free: ClassVar[bool] = True
     affine: ClassVar[bool] = False
+    gaussian: ClassVar[bool] = False
+    packaged: ClassVar[bool] = True
+    code_dtype: ClassVar[torch.dtype] = torch.uint8
     p: ClassVar[int] = 1
 
     @property
@@ -31,26 +37,36 @@ class FreeGrid:
         return 2**self.bits
 
     @property
-    def stored(self) -> int:
-        """Numbers that are stored for each group."""
-        return self.size // 2 if self.mirrored else self.size
+    def scale_shape(self) -> tuple[int, ...]:
+        """(stored,): how many numbers are stored for each group."""
+        return (self.size // 2 if self.mirrored else self.size,)
 
-    def points(self, scales: Tensor) -> Tensor:
-        """scales [..., stored] ascending -> the points [..., size] that they stand for, ascending."""
+    def group_points(self, scales: Tensor) -> Tensor:
+        """scales [..., stored] ascending -> the points [..., size], ascending."""
         return torch.cat([-scales.flip(-1), scales], -1) if self.mirrored else scales
 
-    def nearest(self, groups: Tensor, scales: Tensor) -> Tensor:
-        """groups [..., k], scales [..., stored] -> uint8 codes [..., k] of the nearest points, the lower of two."""
-        points = self.points(scales)
+    def quantize(self, groups: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
+        """groups [..., g, k], scales [..., g, stored] -> uint8 codes [..., g * k] of the nearest points.
+
+        Ties go to the lower point. zeros is ignored.
+        """
+        points = self.group_points(scales)
         edges = (points[..., 1:] + points[..., :-1]) / 2
         codes = torch.zeros_like(groups, dtype=torch.uint8)
         for edge in edges.unbind(-1):
             codes += (groups > edge[..., None]).view(torch.uint8)
-        return codes
+        return codes.flatten(-2)
 
-    def decode(self, codes: Tensor, scales: Tensor) -> Tensor:
-        """codes [..., k], scales [..., stored] -> float32 [..., k]."""
-        return self.points(scales.float()).gather(-1, codes.long())
+    def dequantize(self, codes: Tensor, scales: Tensor, zeros: Tensor | None = None, n: int | None = None) -> Tensor:
+        """codes [..., n], scales [..., g, stored] -> float32 [..., n]."""
+        codes = codes.unflatten(-1, (scales.shape[-2], -1))
+        return self.group_points(scales.float()).gather(-1, codes.long()).flatten(-2)
+
+    def check_scales(self, scales: Tensor, where: str) -> None:
+        """Raises unless a file's scales [..., g, stored] can be those of a weight."""
+        points = self.group_points(scales.float())
+        if not bool(scales.isfinite().all()) or bool((points.diff(dim=-1) < 0).any()):
+            raise PaleyError(f"{where}: points must be finite and ascend, and do not; the file is damaged")
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Finite fields GF(p^k), as far as Paley's Hadamard matrices need them: differences and squares.
+"""Finite fields GF(p^k): what Paley's Hadamard matrices need of them, differences and squares.
 
 An element is an int in [0, q): its base-p digits are the coefficients of a polynomial in x, lowest first,
 taken modulo a primitive polynomial of degree k (so x generates the nonzero elements).
@@ -16,7 +16,7 @@ __all__ = ["GaloisField", "field", "prime_power"]
 
 
 def prime_power(q: int) -> tuple[int, int] | None:
-    """(p, k) with q = p**k, p prime and k >= 1; None where q is no prime power."""
+    """(p, k) with q = p**k, p prime and k >= 1; None if q is not a prime power."""
     if q < 2:
         return None
     p = next((d for d in range(2, int(q**0.5) + 1) if q % d == 0), q)
@@ -27,7 +27,7 @@ def prime_power(q: int) -> tuple[int, int] | None:
 
 
 class GaloisField:
-    """GF(q). `exp[i]` = x^i for i < q-1 and `log` is its inverse; ValueError where q is no prime power."""
+    """GF(q). `exp[i]` = x^i for i < q-1 and `log` is its inverse; ValueError if q is not a prime power."""
 
     def __init__(self, q: int) -> None:
         pk = prime_power(q)
@@ -51,17 +51,6 @@ class GaloisField:
             if len(powers) == self.order - 1:
                 return powers
         raise AssertionError(f"no primitive polynomial of degree {k} over GF({p})")
-
-    def sub(self, a: int, b: int) -> int:
-        """a - b, digit by digit modulo p."""
-        powers = [self.p**i for i in range(self.k)]
-        return sum((a // w - b // w) % self.p * w for w in powers)
-
-    def mul(self, a: int, b: int) -> int:
-        """a · b by logarithms."""
-        if a == 0 or b == 0:
-            return 0
-        return self.exp[(self.log[a] + self.log[b]) % (self.order - 1)]
 
     def character(self, a: int) -> int:
         """The quadratic character: 0 at 0, 1 at nonzero squares, -1 elsewhere (q odd)."""

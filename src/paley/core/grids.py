@@ -1,10 +1,12 @@
-"""Grids: the points that rounding may land on. A grid is data; no code asks which method it came from.
+"""Grids: the points that values are rounded to. A grid is data; no code depends on the method that made it.
 
 Families, with b bits: `int{b}` two's complement, `uint{b}` with a zero point, `odd{b}` the odd integers
-(mid-rise: no zero, no wasted level), `gauss{b}` the Lloyd-Max points of N(0, 1), `nf{b}` and `af{b}` those of
-bitsandbytes and its successor. `p{p}n{n}`: n points in p dimensions of least squared error for N(0, I)
-(HIGGS, arXiv:2411.17525). `e8q{q}k{k}`: a lattice too large for a table, which has the same interface.
+(mid-rise: no zero, no wasted level), `gauss{b}` the Lloyd-Max points of N(0, 1), `nf{b}` and `af{b}` the points of
+bitsandbytes and its successor. `p{p}n{n}`: n points in p dimensions with the least squared error for N(0, I)
+(HIGGS, arXiv:2411.17525). `e8q{q}k{k}`: a lattice too large for a table, with the same interface.
 `free{b}` and `mirror{b}` have no points of their own: see `paley.core.free`.
+
+All grids share one protocol: see `paley.core.fixed`.
 """
 
 from __future__ import annotations
@@ -14,38 +16,40 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from paley.core import free, lattice, tables
 from paley.core.errors import PaleyError, nearest_name
+from paley.core.fixed import Fixed
 from paley.core.free import FreeGrid
 from paley.core.lattice import E8Grid
 from paley.core.nearest import nearest_points
 
 __all__ = [
-    "FAMILIES", "AnyGrid", "FixedGrid", "FreeGrid", "Grid", "check_scaled", "code_dtype", "custom", "custom_points",
-    "family", "fixed", "know", "load", "names",
+    "FAMILIES", "AnyGrid", "FixedGrid", "FreeGrid", "Grid", "as_fixed", "as_grid", "custom", "custom_of", "family",
+    "load", "names",
 ]  # fmt: skip
 
 FAMILIES = ("int", "uint", "odd", "gauss")
 MIN_BITS, MAX_BITS = 2, 8
 MAX_POINTS, MAX_DIM = 4096, 8
-_PROBES = 2**12  # vectors that tell whether a grid is made for values of variance 1
+_PROBES = 2**12  # vectors that test whether a grid is made for values of variance 1
 _FEW = 16  # comparing with each edge beats a binary search up to about here
-_CUSTOM: dict[str, Grid] = {}  # grids that came from files, under names that are hashes of their points
+_PREFIX = "custom-"  # of the names of grids that came from files
 
 
-@dataclass(frozen=True, eq=False)
-class Grid:
+@dataclass(frozen=True, eq=False, repr=False)
+class Grid(Fixed):
     """points [n, p] float64, ascending for p = 1; affine: values are scale * (point - zero), zero a code.
 
-    known_mse: E |x - round(x)|^2 / p on N(0, I), where it was measured. unit: made for values of unit rms, so that
-    no other scale is looked for.
+    known_mse: E |x - round(x)|^2 / p on N(0, I), if it was measured. unit: made for values of unit rms, so that no
+    other scale is tried. gaussian: made for Gaussian values. packaged: `load` takes the name; other names are
+    hashes of the points. Grids of the same name are equal.
     """
 
     name: str
@@ -53,6 +57,26 @@ class Grid:
     affine: bool = False
     known_mse: float | None = None
     unit: bool = False
+    gaussian: bool = False
+    packaged: bool = True
+
+    def __repr__(self) -> str:
+        return f"Grid({self.name!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Grid) and self.name == other.name)
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, in this or another process, is made from the name or the points."""
+        return (load, (self.name,)) if self.packaged else (custom_of, (tuple(map(tuple, self.points.tolist())),))
+
+    @property
+    def best_scaled(self) -> bool:
+        """Whether `gaussian_scale` is the scale of least error on N(0, 1)."""
+        return self.packaged
 
     @property
     def size(self) -> int:
@@ -60,7 +84,7 @@ class Grid:
 
     @property
     def p(self) -> int:
-        """Values that one code stands for."""
+        """The number of values in one code."""
         return self.points.shape[1]
 
     @property
@@ -69,17 +93,17 @@ class Grid:
 
     @functools.cached_property
     def peak(self) -> float:
-        """The point that max|x| is scaled to: of two's complement the last, which the first one exceeds."""
+        """The point that max|x| is scaled to. For two's complement it is the last one, although the first is larger."""
         return float(self.points.abs().max() if self.unit else self.points.max())
 
     @functools.cached_property
     def step(self) -> float | None:
-        """The distance of neighbours where it is constant, else None."""
+        """The distance between neighbours if it is constant, else None."""
         if self.p != 1:
             return None
         points, n = self.points[:, 0], torch.arange(self.size)
         step = float(points[1] - points[0])
-        # In float32, in which rounding computes: the formula has to meet the very points of the table.
+        # In float32, as rounding computes: the formula must give exactly the points of the table.
         even = torch.equal(n.float() * step + float(points[0]), points.float())
         return step if even else None
 
@@ -91,7 +115,7 @@ class Grid:
     def nearest(self, vectors: Tensor) -> Tensor:
         """vectors [N, p] float32 -> codes [N] of the nearest points. May write to `vectors`."""
         index = self._index(vectors[:, 0]) if self.p == 1 else nearest_points(vectors, self.points.to(vectors))
-        return index.to(code_dtype(self))
+        return index.to(self.code_dtype)
 
     def decode(self, codes: Tensor) -> Tensor:
         """codes, integers [...] -> their points, float32 [..., p]."""
@@ -106,7 +130,7 @@ class Grid:
         return self._index(vectors).mul_(self.step).add_(float(self.points[0]))  # an even grid needs no table
 
     def _index(self, y: Tensor) -> Tensor:
-        """p = 1: y of any shape -> indices of the nearest points, as float where that is cheaper."""
+        """p = 1: y of any shape -> indices of the nearest points, as floats if that is cheaper."""
         if self.step is not None:
             return y.sub_(float(self.points[0])).div_(self.step).round_().clamp_(0, self.size - 1)
         edges = self.edges.to(y)
@@ -161,23 +185,30 @@ class Grid:
         error = float((points - x).square().sum() / x.square().sum())
         return error, along / length if length else math.inf
 
+    def check_scaled(self, where: str) -> None:
+        # `unbiased` scales go up to twice the rms. Shorter points cannot be stretched to unit variance.
+        if self.packaged or (self.fit[0] < 1 and self.fit[1] < 2):
+            return
+        size = float(self.points.square().mean().sqrt())
+        raise PaleyError(
+            f"{where}: its points do not fit values of variance 1, which scales by rms are for: their relative squared "
+            f"error on N(0, 1) is {self.fit[0]:.3g}, that of zeros 1, and the points have a root mean square of "
+            f"{size:.3g}; scale the points to unit variance"
+        )
+
 
 FixedGrid = Grid | E8Grid
 AnyGrid = FixedGrid | FreeGrid
 
 
-def code_dtype(grid: AnyGrid) -> torch.dtype:
-    """The smallest integers that hold the grid's codes; torch has few operations on uint16."""
-    if grid.size <= 2**8:
-        return torch.uint8
-    return torch.int16 if grid.size <= 2**15 else torch.int64
-
-
 @functools.cache
-def _load(name: str) -> AnyGrid:
+def load(name: str) -> AnyGrid:
+    """The packaged grid called `name`, such as 'int4', 'gauss2', 'nf4', 'p2n256' or 'e8q14k4'."""
+    if name.startswith(_PREFIX):
+        raise PaleyError(f"grid {name!r}: its points are not known here; give the grid's file with --grid")
     if name in tables.names():
         points, mse = tables.gaussian_grid(name)
-        return Grid(name, points.double(), known_mse=mse, unit=True)
+        return Grid(name, points.double(), known_mse=mse, unit=True, gaussian=True)
     if name in lattice.names():
         return lattice.load(name)
     if name in free.names():
@@ -202,32 +233,29 @@ def _load(name: str) -> AnyGrid:
         points = torch.arange(-n // 2, n // 2, dtype=torch.float64)
     else:
         points = torch.arange(n, dtype=torch.float64)
-    return Grid(name, points[:, None], affine=family == "uint")
+    return Grid(name, points[:, None], affine=family == "uint", gaussian=family == "gauss")
 
 
-def load(name: str) -> AnyGrid:
-    """The grid called `name`, such as 'int4', 'gauss2', 'nf4', 'p2n256' or 'e8q14k4', or one that `custom` made."""
-    if name.startswith("custom-"):
-        if name not in _CUSTOM:
-            raise PaleyError(f"grid {name!r}: its points are not known here; give the grid's file with --grid")
-        return _CUSTOM[name]
-    return _load(name)
+def as_grid(grid: AnyGrid | str) -> AnyGrid:
+    """A grid, or the packaged one of that name."""
+    return load(grid) if isinstance(grid, str) else grid
 
 
-def fixed(name: str) -> FixedGrid:
-    """As `load`; PaleyError for free grids, whose points are no function of a scale."""
-    if isinstance(grid := load(name), FreeGrid):
+def as_fixed(grid: AnyGrid | str) -> FixedGrid:
+    """As `as_grid`; PaleyError for free grids, whose points do not follow from a scale."""
+    if isinstance(loaded := as_grid(grid), FreeGrid):
         raise PaleyError(
-            f"grid {name!r} is for weights, which store its points; inputs, keys and values take others, such as uint4"
+            f"grid {loaded.name!r} is for weights, which store its points; inputs, keys and values take others, such "
+            "as uint4"
         )
-    return grid
+    return loaded
 
 
 def custom(points: Tensor, where: str = "grid") -> Grid:
     """points [n, p] of your own -> a grid whose name is a hash of them.
 
-    Scales by rms take them as points for values of unit rms (`check_scaled`); to "absmax" and "mse" any multiple is
-    the same.
+    Scales by rms treat them as points for values of unit rms (`Grid.check_scaled`). For "absmax" and "mse" a multiple
+    of the points is the same grid.
     """
     if points.ndim != 2 or not points.is_floating_point():
         raise PaleyError(f"{where}: points must be floats [n, p], got {points.dtype} {list(points.shape)}")
@@ -242,39 +270,15 @@ def custom(points: Tensor, where: str = "grid") -> Grid:
     if len(points.unique(dim=0)) < n:
         raise PaleyError(f"{where}: holds the same point twice")
     digest = hashlib.sha256(f"{n} {p} ".encode() + points.numpy().tobytes()).hexdigest()
-    name = f"custom-{digest[:16]}"
-    return _CUSTOM.setdefault(name, Grid(name, points.double(), unit=True))
+    return Grid(_PREFIX + digest[:16], points.double(), unit=True, gaussian=True, packaged=False)
 
 
-def check_scaled(grid: FixedGrid, where: str) -> None:
-    """Raises for a grid of one's own that scales by rms cannot use, as its points are not for values of variance 1."""
-    if grid.name not in _CUSTOM:
-        return
-    error, short = _CUSTOM[grid.name].fit
-    # So short that not even `unbiased` scales, which go up to twice the rms, would stretch them.
-    if error < 1 and short < 2:
-        return
-    size = float(_CUSTOM[grid.name].points.square().mean().sqrt())
-    raise PaleyError(
-        f"{where}: its points do not fit values of variance 1, which scales by rms are for: their relative squared "
-        f"error on N(0, 1) is {error:.3g}, that of zeros 1, and the points have a root mean square of {size:.3g}; "
-        "scale the points to unit variance"
-    )
-
-
-def custom_points(used: Iterable[str]) -> dict[str, list[list[float]]]:
-    """Name -> points of the custom grids among `used`: what a plan or a checkpoint must carry to be read elsewhere."""
-    return {name: _CUSTOM[name].points.tolist() for name in sorted({n for n in used if n.startswith("custom-")})}
-
-
-def know(points: dict[str, list[list[float]]]) -> dict[str, list[list[float]]]:
-    """Makes grids known that `custom_points` gave; raises where a name is not that of its points."""
-    for name, rows in points.items():
-        if len({len(row) for row in rows}) != 1:
-            raise PaleyError(f"grid {name!r}: its points must be lists of equal length")
-        if (found := custom(torch.tensor(rows, dtype=torch.float32), f"grid {name!r}").name) != name:
-            raise PaleyError(f"grid {name!r}: these points are {found!r}; the file was changed")
-    return points
+@functools.lru_cache(maxsize=64)
+def custom_of(rows: tuple[tuple[float, ...], ...]) -> Grid:
+    """As `custom`, from plain numbers."""
+    if len({len(row) for row in rows}) != 1:
+        raise PaleyError("points: must be lists of equal length")
+    return custom(torch.tensor(rows, dtype=torch.float64), "points")
 
 
 def names() -> list[str]:
@@ -283,13 +287,12 @@ def names() -> list[str]:
     return [*plain, *_absmax_points(), *tables.names(), *lattice.names(), *free.names()]
 
 
-def family(name: str) -> list[str]:
-    """The packaged grids of the kind of `name`, and itself: other bits, or other points in as many dimensions."""
-    p = load(name).p
-    if kind := re.fullmatch(r"([a-z]+)\d+", name):
-        return [other for other in names() if re.fullmatch(rf"{kind[1]}\d+", other)]
-    kin = [other for other in (*tables.names(), *lattice.names()) if load(other).p == p]
-    return kin if name in kin else [name, *kin]
+def family(grid: AnyGrid) -> list[AnyGrid]:
+    """The grid and the packaged ones of its kind: other bits, or other points in the same number of dimensions."""
+    if kind := re.fullmatch(r"([a-z]+)\d+", grid.name):
+        return [load(name) for name in names() if re.fullmatch(rf"{kind[1]}\d+", name)]
+    alike = [other for name in (*tables.names(), *lattice.names()) if (other := load(name)).p == grid.p]
+    return alike if grid in alike else [grid, *alike]
 
 
 @functools.cache

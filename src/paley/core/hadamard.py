@@ -1,8 +1,8 @@
-"""Hadamard matrices of every order Paley can build, and the fast transform they define.
+"""Hadamard matrices of every order that Paley can build, and their fast transform.
 
 Orders: Sylvester (2^k), Paley I (q+1, q ≡ 3 mod 4), Paley II (2(q+1), q ≡ 1 mod 4), Kronecker products of
-these (Paley, J. Math. Phys. 12, 1933), and Goethals-Seidel arrays of tabled sequences (J. Austral. Math.
-Soc. 11, 1970; made by benchmarks/find_williamson.py) where none of them reaches. One convention everywhere:
+these (Paley, J. Math. Phys. 12, 1933). For orders that none of them reaches: Goethals-Seidel arrays of tabled
+sequences (J. Austral. Math. Soc. 11, 1970; made by tools/find_williamson.py). One convention everywhere:
 H_n = Sylvester_(2^k) ⊗ H_m with (m, k) = factor(n).
 """
 
@@ -29,7 +29,7 @@ _WIDEST = 32  # the first matmul also takes Sylvester steps until its matrix is 
 
 
 def hadamard(n: int) -> Tensor:
-    """int8 [n, n] of ±1 with H·Hᵀ = n·I, yours to change; PaleyError where no construction reaches n."""
+    """int8 [n, n] of ±1 with H·Hᵀ = n·I, a copy that may be changed; PaleyError if no construction reaches n."""
     m, k = factor(n)
     return torch.kron(_sylvester(k), _dense(m))
 
@@ -38,8 +38,8 @@ def factor(n: int) -> tuple[int, int]:
     """(m, k): n = 2**k · m with the smallest constructible m, the dense part of the fast transform."""
     if n < 1:
         raise PaleyError(f"no Hadamard matrix of order {n}: an order is a positive whole number")
-    found = _factor(n)
-    if found is None:
+    factors = _factor(n)
+    if factors is None:
         below, above = nearest_orders(n)
         if n % 4:
             why = "Hadamard matrices above order 2 have orders divisible by 4"
@@ -49,7 +49,7 @@ def factor(n: int) -> tuple[int, int]:
             f"no Hadamard matrix of order {n}: {why}; the nearest reachable sizes are {below} and {above}; "
             f"expand the dimension, for instance to {_fast_above(n)}"
         )
-    return found
+    return factors
 
 
 def nearest_orders(n: int) -> tuple[int, int]:
@@ -126,7 +126,7 @@ def _factor(n: int) -> tuple[int, int] | None:
 
 @lru_cache(maxsize=4096)
 def _construction(m: int) -> str | None:
-    """Which construction gives a dense H_m, or None. Doublings are factor's business, not asked here."""
+    """The construction that gives a dense H_m, or None. `factor` handles doublings."""
     if m == 1:
         return "one"
     if m % 4 or m & (m - 1) == 0:
@@ -150,7 +150,7 @@ def _split(m: int) -> tuple[int, int] | None:
 
 @lru_cache(maxsize=1)
 def _tables() -> dict[int, list[str]]:
-    """order -> four ± strings of length order/4; provenance stays in the file."""
+    """order -> four ± strings of length order/4; the file also has their provenance."""
     text = resources.files("paley.core").joinpath("tables/hadamard.json").read_text(encoding="utf-8")
     return {int(order): entry["rows"] for order, entry in json.loads(text)["orders"].items()}
 
@@ -160,8 +160,8 @@ def _tables() -> dict[int, list[str]]:
 
 @lru_cache(maxsize=32)
 def _dense(m: int) -> Tensor:
-    """int8 [m, m] on the CPU, checked, shared: never hand it out without a copy."""
-    # What is cached must be a plain CPU tensor, whatever mode or default device the caller is in.
+    """int8 [m, m] on the CPU, checked and shared: callers get a copy."""
+    # The cache must hold a plain CPU tensor, whatever mode or default device the caller has set.
     with torch.inference_mode(False), torch.device("cpu"):
         h = _build(m)
         # float64 holds these integer sums exactly (they stay below 2^53), and multiplies far faster than int.

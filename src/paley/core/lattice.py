@@ -1,8 +1,8 @@
-"""Nested E8 lattices with several scales a vector, as in NestQuant (arXiv:2502.09720): grids with a rule, not a table.
+"""Nested E8 lattices with several scales, as in NestQuant (arXiv:2502.09720): grids with a rule instead of a table.
 
-E8 = D8 ∪ (D8 + ½), D8 the integer vectors of even sum. Of each coset of q·E8 in E8 the code keeps one point, the
-shortest: q^8 points that fill q times the Voronoi cell of E8. A vector that falls outside comes back wrong, so each of
-k scales is tried and the best kept. On points of E8 all arithmetic is exact: multiples of ½ in float64.
+E8 = D8 ∪ (D8 + ½), with D8 the integer vectors of even sum. The code keeps the shortest point of each coset of q·E8 in
+E8: q^8 points that fill q times the Voronoi cell of E8. A vector outside of it decodes to a wrong point. Therefore each
+of k scales is tried, and the best is kept. Arithmetic on points of E8 is exact: multiples of ½ in float64.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from paley.core.errors import PaleyError, nearest_name
+from paley.core.fixed import Fixed
 
 __all__ = ["E8Grid", "e8_residual", "load", "names", "nearest_e8", "record"]
 
@@ -34,7 +35,7 @@ def e8_residual(x: Tensor, q: int = 1) -> Tensor:
     """x [..., 8] float64 -> x minus its nearest point of q·E8; ties depend on x modulo q·E8 alone."""
     whole, whole_odd, a = _rounded(x, q)
     half, half_odd, b = _rounded(x - q / 2, q)
-    # They differ by q/2 modulo q in each coordinate, so the first one decides a tie, whichever coset came first.
+    # They differ by q/2 modulo q in each coordinate, so the first coordinate decides a tie, in either order.
     take = (a < b) | ((a == b) & (whole[..., :1] < half[..., :1]))
     r = torch.where(take, whole, half)
     worst = r.abs().argmax(-1, keepdim=True)  # the first of equals
@@ -44,7 +45,7 @@ def e8_residual(x: Tensor, q: int = 1) -> Tensor:
 
 
 def _rounded(x: Tensor, q: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x [..., 8] -> x minus its nearest point of q·Z^8, 1 where that is not of q·D8, squared distance to q·D8."""
+    """x [..., 8] -> x minus its nearest point of q·Z^8, 1 if that is not in q·D8, squared distance to q·D8."""
     steps = torch.floor((2 * x + q).div_(2 * q))  # a single rounding, so that points of E8 are exact: halves go up
     r = x - q * steps
     odd = steps.sum(-1, keepdim=True).remainder_(2)
@@ -56,12 +57,12 @@ def _rounded(x: Tensor, q: int) -> tuple[Tensor, Tensor, Tensor]:
 def nearest_e8(x: Tensor) -> Tensor:
     """x [..., 8] -> nearest point of E8, float64."""
     x = x.double()
-    return ((x - e8_residual(x)) * 2).round() / 2  # rids it of what x - (x - p) rounds away
+    return ((x - e8_residual(x)) * 2).round() / 2  # removes the rounding error of x - (x - p)
 
 
 @dataclass(frozen=True)
-class E8Grid:
-    """betas: the scales, ascending; mse: t2 = E|x - nearest|^2 / 8 on N(0, 1), nan where nobody has measured it.
+class E8Grid(Fixed):
+    """betas: the scales, ascending; mse: t2 = E|x - nearest|^2 / 8 on N(0, 1), nan if it was not measured.
 
     Code = scale · q^8 + Σ z_i q^i, z the coordinates modulo q in the basis above.
     """
@@ -70,9 +71,11 @@ class E8Grid:
     betas: tuple[float, ...]
     mse: float = math.nan
 
-    p: ClassVar[int] = DIM
     affine: ClassVar[bool] = False
     unit: ClassVar[bool] = True
+    gaussian: ClassVar[bool] = True
+    packaged: ClassVar[bool] = True
+    best_scaled: ClassVar[bool] = False
     step: ClassVar[float | None] = None
     gaussian_scale: ClassVar[float] = 1.0
 
@@ -90,6 +93,10 @@ class E8Grid:
         return f"e8q{self.q}k{len(self.betas)}"
 
     @property
+    def p(self) -> int:
+        return DIM
+
+    @property
     def size(self) -> int:
         return len(self.betas) * self.q**DIM
 
@@ -99,11 +106,11 @@ class E8Grid:
 
     @property
     def peak(self) -> float:
-        """No coordinate of a point is larger: E8's covering radius is 1."""
+        """An upper bound on the coordinates of points: E8's covering radius is 1."""
         return self.q * self.betas[-1]
 
     def nearest(self, x: Tensor) -> Tensor:
-        """x [N, 8] -> codes int64 [N]; among scales of equal error the smallest."""
+        """x [N, 8] -> codes int64 [N]; of scales with equal error, the smallest."""
         if x.dim() != 2 or x.shape[1] != DIM:
             raise PaleyError(f"{self.name}: vectors must be [N, {DIM}], got {tuple(x.shape)}")
         codes = torch.empty(len(x), dtype=torch.int64, device=x.device)
@@ -155,7 +162,7 @@ def names() -> list[str]:
 
 
 def record(name: str) -> dict:
-    """What is packaged of a grid: q, betas, bits, t2 on N(0, 1), its stderr and samples; PaleyError for other names."""
+    """The record of a packaged grid: q, betas, bits, t2 on N(0, 1), stderr, samples; PaleyError for other names."""
     if name not in _table():
         raise PaleyError(f"unknown lattice {name!r}: packaged are {', '.join(names())}{nearest_name(name, names())}")
     return _table()[name]
@@ -163,6 +170,6 @@ def record(name: str) -> dict:
 
 @functools.cache
 def load(name: str) -> E8Grid:
-    """'e8q14k4' -> nesting ratio 14 and 4 scales, which are of least error on N(0, 1)."""
-    found = record(name)
-    return E8Grid(found["q"], tuple(found["betas"]), found["t2"])
+    """'e8q14k4' -> nesting ratio 14 and the 4 scales of least error on N(0, 1)."""
+    entry = record(name)
+    return E8Grid(entry["q"], tuple(entry["betas"]), entry["t2"])

@@ -8,7 +8,7 @@ __all__ = ["kl_divergence", "rel_error"]
 
 
 def rel_error(x: Tensor, y: Tensor) -> float:
-    """||x - y||^2 / ||x||^2, and 0 where both are zero."""
+    """||x - y||^2 / ||x||^2; if x is zero, the largest |y|, which is 0 if both are zero."""
     norm = float(x.double().square().sum())
     return float((x.double() - y.double()).square().sum()) / norm if norm else float(y.abs().max())
 

@@ -1,9 +1,9 @@
-"""The nearest point of a grid, exactly: the op `paley::nearest_points` and what it means.
+"""The nearest point of a grid, exactly: the op `paley::nearest_points` and its reference.
 
 The code of a vector x is the index of the greatest score -|c|²/2 + x₀c₀ + x₁c₁ + …, summed in float64 in this order,
-and the lowest index of equal scores. A product of two float32 is exact in float64, so these few sums are all that
-rounds: every device and every kernel gives the same codes, hence the same checkpoint bytes. Infinities count as the
-largest float32, NaN as 0. Native kernels (`paley.kernels`) stand in for the code here and must agree with it.
+and the lowest index of equal scores. A product of two float32 is exact in float64, so only these few sums round. Every
+device and every kernel therefore gives the same codes and the same checkpoint bytes. Infinities count as the largest
+float32, NaN as 0. Native kernels (`paley.kernels`) can replace the code here and must agree with it.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def _codes(x: Tensor, squares: Tensor, coordinates: tuple[Tensor, ...]) -> Tenso
     """x [block, p], squares and each of the p coordinates [n] -> int32 [block]."""
     scores = (squares * -0.5).expand(len(x), -1).contiguous()
     for a, c in zip(x.double().unbind(1), coordinates, strict=True):
-        scores.addcmul_(a[:, None], c)  # no matmul: its order of summation is the library's own
-    return scores.max(1).indices.int()  # the first of equal ones
+        scores.addcmul_(a[:, None], c)  # no matmul: its order of summation depends on the library
+    return scores.max(1).indices.int()  # the first of equal scores
 
 
 def check(x: Tensor, points: Tensor) -> None:
@@ -75,7 +75,7 @@ def check(x: Tensor, points: Tensor) -> None:
         raise PaleyError(f"nearest_points: x is on {x.device} and the points on {points.device}; move one")
 
 
-# A fragment, as other files declare ops in the same namespace. It must live: with it the op would go.
+# A fragment, as other files declare ops in the same namespace. It must stay alive: the op is removed with it.
 _LIBRARY = torch.library.Library("paley", "FRAGMENT")
 _LIBRARY.define("nearest_points(Tensor x, Tensor points) -> Tensor")
 _LIBRARY.impl("nearest_points", reference, "CompositeExplicitAutograd")

@@ -1,11 +1,11 @@
 """Packing of codes: a dense little-endian bit stream per row.
 
-A code below n takes log2(n) bits where that is a whole number. Else k codes travel as one number in base n, k the
-one up to 8 that wastes least: two codes below 88 take 13 bits, five below 3 take 8 (`symbol`).
+A code below n takes log2(n) bits if that is a whole number. Otherwise k codes are stored as one number in base n, with
+the k up to 8 that wastes least: two codes below 88 take 13 bits, five below 3 take 8 (`symbol`).
 
 Symbol i of b bits occupies bits i·b to i·b + b - 1 of its row, least significant first. The last byte of a ragged
-row is filled with zeros. Up to 8 bits, eight travel in one int64 word: fields are spread or gathered in three halving
-steps, as `pdep` and `pext` would do, six times faster than shifting every code out of the word by itself.
+row is filled with zeros. Up to 8 bits, eight symbols share one int64 word. Its fields are spread or gathered in three
+halving steps, as `pdep` and `pext` do. This is six times faster than shifting each code out of the word.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from paley.core.grids import AnyGrid
 
 __all__ = ["pack", "pack_codes", "packed_bytes", "packed_width", "stored_bits", "symbol", "unpack", "unpack_codes"]
 
-# Words at a time, so that a CPU's second-level cache holds them; measured best for 2 to 7 bits.
+# Words at a time: they fit a CPU's second-level cache. Measured best for 2 to 7 bits.
 _CPU_WORDS = 2**15
 _WIDEST = 48  # bits of a symbol: with the 7 before it in its first byte it still fits an int64
 
 
 @functools.cache
 def symbol(size: int) -> tuple[int, int]:
-    """Codes below `size` -> (k, b): k of them travel as one number of b bits."""
+    """Codes below `size` -> (k, b): k of them are stored as one number of b bits."""
     if not 2 <= size <= 2**_WIDEST:
         raise PaleyError(f"packing: codes must have 2 to 2**{_WIDEST} values, got {size}")
     widths = [(k, (size**k - 1).bit_length()) for k in range(1, 9)]
@@ -36,7 +36,7 @@ def symbol(size: int) -> tuple[int, int]:
 
 
 def stored_bits(grid: AnyGrid) -> float:
-    """Bits that a code takes for each of the p values it stands for, without scales; log2(size) / p at best."""
+    """Stored bits for each of the p values of a code, without scales; log2(size) / p at best."""
     k, bits = symbol(grid.size)
     return bits / k / grid.p
 
@@ -64,13 +64,13 @@ def pack_codes(codes: Tensor, size: int) -> Tensor:
 def unpack_codes(packed: Tensor, size: int, n: int) -> Tensor:
     """packed uint8 [..., packed_bytes(n, size)] -> codes [..., n] below `size`: uint8 up to 256, else int64.
 
-    PaleyError for symbols that no codes make.
+    Errors: PaleyError for symbols that no codes can give.
     """
     k, bits = symbol(size)
     count = -(-n // k)
     symbols = unpack(packed, bits, count) if bits <= 8 else _unpack_wide(packed, bits, count)
     if size**k < 1 << bits and symbols.numel() and (largest := int(symbols.max())) >= size**k:
-        raise PaleyError(f"unpack: {largest} stands for no {k} codes below {size}; the file is damaged")
+        raise PaleyError(f"unpack: {largest} is not {k} codes below {size}; the file is damaged")
     if k == 1:
         return symbols
     powers = torch.tensor([size**i for i in range(k)], device=packed.device)
@@ -156,7 +156,7 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
 
 
 def _slices(rows: Tensor) -> list[slice]:
-    """rows [m, ...] -> slices of its first dimension; one for all where there is no cache to care for."""
+    """rows [m, ...] -> slices of its first dimension that fit a CPU's cache; a single slice on other devices."""
     step = _CPU_WORDS if rows.device.type == "cpu" else max(len(rows), 1)
     return [slice(start, start + step) for start in range(0, len(rows), step)]
 
@@ -166,7 +166,7 @@ def _spread_(words: Tensor, bits: int) -> Tensor:
     for count in (4, 2, 1):  # codes in the upper half of each field, which moves up by `shift`
         shift = count * (8 - bits)
         upper = words & _mask(16 * count, count * bits, 2 * count * bits)
-        words += upper.mul_((1 << shift) - 1)  # clears the upper half and adds it where it belongs
+        words += upper.mul_((1 << shift) - 1)  # clears the upper half and adds it at its place
     return words
 
 

@@ -1,4 +1,4 @@
-"""Products of two-bit weights and four-bit inputs, by bit planes: the op `paley::planes_matmul` and what it means.
+"""Products of two-bit weights and four-bit inputs by bit planes: the op `paley::planes_matmul` and its reference.
 
 A weight is one of four values for its row and group of columns, c[q + 2s]; an input is scale · (code - zero), its code
 in 0..15. With the bit maps Q and S of a row, the planes X_a of a token's codes, and P for popcount, a group's part of
@@ -6,9 +6,9 @@ the product is (W(1+1)A(1×4), arXiv:2504.05352)
 
     scale · { Σ_a 2^a · [ c₀·P(X_a) + (c₂-c₀)·P(X_a&S) + (c₁-c₀)·P(X_a&Q) + (c₃-c₂-c₁+c₀)·P(X_a&S&Q) ] - zero · Σw }
 
-`reference` is the meaning: the weight written out, and a matmul. `binary_arithmetic` is this formula, literally; native
-kernels (`paley.kernels`) compute the same integers. The paper's two-scale weights are mirrored centroids -b, -a, a, b:
-there the last coefficient is zero, and a kernel needs only two of the three sums.
+`reference` defines the result: it writes the weight out and multiplies. Native kernels (`paley.kernels`) compute this
+formula in integers, and the tests compare them with it. The paper's two-scale weights are mirrored centroids
+-b, -a, a, b. Their last coefficient is zero, so that a kernel needs only two of the three sums.
 """
 
 from __future__ import annotations
@@ -22,12 +22,9 @@ from paley.core.errors import PaleyError
 
 __all__ = [
     "PreparedWeight",
-    "binary_arithmetic",
-    "bit_planes",
     "check_inputs",
     "check_weight",
     "matmul",
-    "plane_sums",
     "prepare",
     "reference",
 ]
@@ -37,9 +34,9 @@ _BLOCK = 2**22  # weights that the reference writes out at a time
 
 @dataclass(frozen=True)
 class PreparedWeight:
-    """A weight as the backend wants it: made by `prepare`, taken by `matmul`.
+    """A weight in the backend's layout: `prepare` makes it, `matmul` takes it.
 
-    weight: codes uint8 [out, n] with centroids float16 [out, groups, 4]; or, of native kernels, one uint8 [bytes].
+    weight: codes uint8 [out, n] with centroids float16 [out, groups, 4]; for native kernels, uint8 [bytes].
     """
 
     weight: Tensor
@@ -50,8 +47,8 @@ class PreparedWeight:
 def prepare(codes: Tensor, centroids: Tensor) -> PreparedWeight:
     """codes uint8 [out, n] in 0..3, centroids float16 [out, groups, 4] -> the weight for `matmul`, on their device.
 
-    W[r, i] = centroids[r, i // group_size, codes[r, i]] with group_size = n / groups. To be done once. Errors:
-    PaleyError on other shapes and dtypes, on larger codes, and on centroids that are not finite.
+    W[r, i] = centroids[r, i // group_size, codes[r, i]] with group_size = n / groups. Call it once a weight.
+    Errors: PaleyError for other shapes and dtypes, larger codes, and centroids that are not finite.
     """
     check_weight(codes, centroids)
     if codes.numel() and (largest := int(codes.max())) > 3:
@@ -66,8 +63,8 @@ def matmul(x_codes: Tensor, x_scales: Tensor, x_zeros: Tensor, prepared: Prepare
     """x_codes uint8 [tokens, n], x_scales float32 and x_zeros [tokens, groups] -> float32 [tokens, out]: y = X Wᵀ.
 
     X[t, i] = x_scales[t, g] · (x_codes[t, i] - x_zeros[t, g]) with g = i // group_size. Zeros are uint8, or whole
-    numbers of any dtype. Codes and zeros are 0 to 15: looking at all of them would take as long as some products
-    do, so it is not done, and larger ones may give wrong numbers. Errors: PaleyError. Not differentiable.
+    numbers of any dtype. Codes and zeros must be 0 to 15. This is not checked, as the check would take as
+    long as some products; larger ones may give wrong numbers. Errors: PaleyError. Not differentiable.
     """
     if x_zeros.dtype != torch.uint8:
         x_zeros = x_zeros.to(torch.uint8)
@@ -77,7 +74,7 @@ def matmul(x_codes: Tensor, x_scales: Tensor, x_zeros: Tensor, prepared: Prepare
 def reference(
     x_codes: Tensor, x_scales: Tensor, x_zeros: Tensor, weight: Tensor, centroids: Tensor | None, out: int
 ) -> Tensor:
-    """As `matmul`, of codes and centroids, in plain torch on any device: both sides dequantized, in float32."""
+    """As `matmul`, from codes and centroids, in plain torch on any device: both sides dequantized to float32."""
     check_inputs(x_codes, x_scales, x_zeros)
     _check_devices(x_codes, weight)
     if centroids is None:
@@ -94,47 +91,6 @@ def reference(
         columns = weight[rows].unflatten(1, (groups, -1)).long()
         y[:, rows] = x.flatten(1) @ centroids[rows].float().gather(2, columns).flatten(1).T
     return y
-
-
-def bit_planes(codes: Tensor, bits: int = 4) -> Tensor:
-    """codes uint8 [...] -> bool [bits, ...]: bit a of each code, so that codes = Σ 2^a · planes[a]."""
-    return torch.stack([(codes >> a & 1).bool() for a in range(bits)])
-
-
-def plane_sums(x_codes: Tensor, codes: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x_codes uint8 [tokens, n], codes uint8 [out, n] -> int64 [tokens, out, groups] for the maps S, Q and S & Q.
-
-    Each is Σ_a 2^a · popcount(X_a & map) over a group's columns, the sum of the codes where the map has a bit.
-    """
-    planes = bit_planes(x_codes).unflatten(2, (groups, -1))
-    q, s = bit_planes(codes, 2).unflatten(2, (groups, -1))
-    S, Q, both = (
-        sum((((x[:, None] & m).sum(-1)) << a for a, x in enumerate(planes)), torch.tensor(0)) for m in (s, q, s & q)
-    )
-    return S, Q, both
-
-
-def binary_arithmetic(
-    x_codes: Tensor,
-    x_scales: Tensor,
-    x_zeros: Tensor,
-    codes: Tensor,
-    centroids: Tensor,
-    *,
-    dtype: torch.dtype = torch.float64,
-) -> Tensor:
-    """As `matmul`, by the formula above: integer sums, then `dtype` -> dtype [tokens, out]. Slow; it documents."""
-    check_inputs(x_codes, x_scales, x_zeros)
-    check_weight(codes, centroids)
-    _check_pair(x_codes, x_scales, codes, centroids, len(codes))
-    groups = x_scales.shape[1]
-    S, Q, both = (x.to(dtype) for x in plane_sums(x_codes, codes, groups))
-    every = x_codes.unflatten(1, (groups, -1)).sum(-1)[:, None].to(dtype)  # Σ_a 2^a P(X_a), one for all rows
-    c = centroids.to(dtype)
-    c0, c1, c2, c3 = c.unbind(-1)
-    total = c.gather(2, codes.unflatten(1, (groups, -1)).long()).sum(-1)  # Σ w, [out, groups]
-    part = c0 * every + (c2 - c0) * S + (c1 - c0) * Q + (c3 - c2 - c1 + c0) * both
-    return ((part - x_zeros[:, None].to(dtype) * total) * x_scales[:, None].to(dtype)).sum(-1)
 
 
 def check_weight(codes: Tensor, centroids: Tensor) -> None:
@@ -186,12 +142,12 @@ def _check_pair(x_codes: Tensor, x_scales: Tensor, codes: Tensor, centroids: Ten
 
 
 def _as_they_are(codes: Tensor, centroids: Tensor) -> Tensor:
-    """The reference packs nothing; an op may not return what it was given."""
+    """The reference packs nothing. It returns a copy, as an op may not return its own argument."""
     check_weight(codes, centroids)
     return codes.clone()
 
 
-# A fragment, as other files declare ops in the same namespace. It must live: with it the ops would go.
+# A fragment, as other files declare ops in the same namespace. It must stay alive: the ops are removed with it.
 _LIBRARY = torch.library.Library("paley", "FRAGMENT")
 _LIBRARY.define("planes_pack(Tensor codes, Tensor centroids) -> Tensor")
 _LIBRARY.define(

@@ -1,7 +1,7 @@
-"""Schemes: how each place where a tensor is quantized (a slot) is to be treated.
+"""Schemes: what is done at each site, a place of a model where a tensor can be quantized.
 
-Plain frozen dataclasses, checked once where they are made. Pydantic validates the same classes strictly when
-they come from a file (a plan, a recipe, a checkpoint's configuration).
+Plain frozen dataclasses, checked once when they are made. Pydantic validates the same classes strictly when
+they are read from a file (a plan, a recipe, a checkpoint's configuration).
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from typing import ClassVar, Literal
 
 from paley.core import grids
 from paley.core.errors import PaleyError
-from paley.core.grids import FixedGrid, FreeGrid
+from paley.core.grids import AnyGrid, FixedGrid
+from paley.core.plain_grids import AnyGridField, FixedGridField
 from paley.core.transforms import Transform
 
-__all__ = ["ActivationScheme", "AttentionSlot", "LinearSlot", "WeightScheme"]
+__all__ = ["ActivationScheme", "AttentionScheme", "LinearScheme", "Rotation", "Schemes", "WeightScheme"]
 
 _STRICT = {"extra": "forbid"}
 _BY_EM = ("em", "em_diagonal", "em_inverse")
@@ -35,59 +36,61 @@ def _check_scale(where: str, key: str, grid: FixedGrid, scale: str) -> None:
             f"{where}: grid {name!r} is made for Gaussian vectors of {grid.p} values and needs {key} 'rms'"
         )
     if by_rms:
-        grids.check_scaled(grid, f"{where}: grid {name!r}")
+        grid.check_scaled(f"{where}: grid {name!r}")
 
 
 @dataclass(frozen=True)
 class WeightScheme:
-    """grid: a name of `paley.core.grids`; group_size: input columns that share a scale (None: the whole row).
+    """grid: a grid, or the name of a packaged one; group_size: input columns that share a scale (None: the whole row).
 
-    scale_search "absmax" lets the grid's end meet the largest weight; "mse" tries smaller scales and keeps
+    scale_search "absmax" scales the grid's end to the largest weight; "mse" tries smaller scales and keeps
     the one of least error; "rms" takes the best scale for Gaussian values of the group's rms, as HIGGS does; "unbiased"
-    finds the codes so, and then stretches each group to the length of its weight (gptq refits its scales itself).
-    The points of free grids come of expectation maximization (arXiv:2504.05352): "em" weighs all errors alike,
+    finds the codes like "rms" and then stretches each group to the length of its weight (gptq refits its own scales).
+    The points of free grids come from expectation maximization (arXiv:2504.05352): "em" weighs all errors alike,
     "em_diagonal" by the diagonal of the Hessian H = X^T X, "em_inverse" by 1 / [H^-1]_ii^2.
     sweeps: rounds of scale refit and coordinate descent after GPTQ.
     """
 
     __pydantic_config__: ClassVar = _STRICT
 
-    grid: str
+    grid: AnyGridField
     group_size: int | None = None
     method: Literal["nearest", "gptq"] = "gptq"
     scale_search: Literal["absmax", "mse", "rms", "unbiased", "em", "em_diagonal", "em_inverse"] = "mse"
     sweeps: int = 4
 
     def __post_init__(self) -> None:
-        grid = grids.load(self.grid)
-        if isinstance(grid, FreeGrid) != (self.scale_search in _BY_EM):
-            other = ("absmax", "mse", "rms", "unbiased")
-            need = " or ".join(map(repr, _BY_EM if isinstance(grid, FreeGrid) else other))
-            raise PaleyError(f"weight scheme: grid {self.grid!r} needs scale_search {need}, got {self.scale_search!r}")
-        if not isinstance(grid, FreeGrid):
-            _check_scale("weight scheme", "scale_search", grid, self.scale_search)
+        object.__setattr__(self, "grid", grid := grids.as_grid(self.grid))
+        if grid.free != self.by_em:
+            need = " or ".join(map(repr, _BY_EM if grid.free else ("absmax", "mse", "rms", "unbiased")))
+            raise PaleyError(f"weight scheme: grid {grid.name!r} needs scale_search {need}, got {self.scale_search!r}")
+        if not self.by_em:
+            _check_scale("weight scheme", "scale_search", grids.as_fixed(grid), self.scale_search)
         _check_group_size("weight scheme", self.group_size)
         if not 0 <= self.sweeps <= 100:
             raise PaleyError(f"weight scheme: sweeps must be between 0 and 100, got {self.sweeps}")
+
+    @property
+    def by_em(self) -> bool:
+        """Whether the points are fitted to each group, as free grids need."""
+        return self.scale_search in _BY_EM
 
     @property
     def needs_data(self) -> bool:
         """Whether codes depend on the layer's inputs."""
         return self.method == "gptq" or self.scale_search in ("em_diagonal", "em_inverse")
 
-    def on_grid(self, name: str) -> WeightScheme:
-        """The same on another grid; scales by rms where that has vectors, or was made for values of unit rms."""
-        grid, scale_search = grids.load(name), self.scale_search
-        if isinstance(grid, FreeGrid) != (scale_search in _BY_EM):
-            scale_search = "em" if isinstance(grid, FreeGrid) else "mse"
-        if isinstance(grid, FreeGrid):
-            return replace(self, grid=name, scale_search=scale_search)
+    def on_grid(self, grid: AnyGrid | str) -> WeightScheme:
+        """The same on another grid; scales by rms if it has vectors, or was made for values of unit rms."""
+        grid, scale_search = grids.as_grid(grid), self.scale_search
+        if grid.free != self.by_em:
+            scale_search = "em" if grid.free else "mse"
         by_rms = scale_search in ("rms", "unbiased")
-        if not by_rms and (grid.p > 1 or name.startswith("custom-")):
+        if not grid.free and not by_rms and (grid.p > 1 or not grid.packaged):
             scale_search = "rms"
         elif by_rms and grid.affine:
             scale_search = "absmax"
-        return replace(self, grid=name, scale_search=scale_search)
+        return replace(self, grid=grid, scale_search=scale_search)
 
 
 @dataclass(frozen=True)
@@ -96,29 +99,34 @@ class ActivationScheme:
 
     scale "absmax": scale = clip_ratio * max|x| / grid.peak (both ends * clip_ratio on an affine grid).
     scale "rms": scale = clip_ratio * rms(x) * grid.gaussian_scale, so 1.0 is optimal for Gaussian entries.
-    refit: scale and offset are fitted to each group's codes afterwards, by least squares; for linear inputs alone.
+    refit: fit scale and offset to each group's codes afterwards, by least squares; for inputs of linears only.
     """
 
     __pydantic_config__: ClassVar = _STRICT
 
-    grid: str
+    grid: FixedGridField
     scale: Literal["absmax", "rms"] = "absmax"
     clip_ratio: float = 1.0
     group_size: int | None = None
     refit: bool = False
 
     def __post_init__(self) -> None:
-        _check_scale("activation scheme", "scale", grids.fixed(self.grid), self.scale)
+        object.__setattr__(self, "grid", grids.as_fixed(self.grid))
+        _check_scale("activation scheme", "scale", self.grid, self.scale)
         _check_group_size("activation scheme", self.group_size)
         if not 0.0 < self.clip_ratio <= 4.0:
             raise PaleyError(f"activation scheme: clip_ratio must be in (0, 4], got {self.clip_ratio}")
 
 
 @dataclass(frozen=True)
-class LinearSlot:
+class LinearScheme:
     """One linear layer: its weight, its input, and the rotation its input gets at run time before rounding.
 
-    outliers: input channels whose weights stay in int8, and whose values too where the input is rounded (Atom,
+    diagonal: the layer stores a number for each value that it reads. Before the rotation the input is divided by it,
+    and the weight's columns are multiplied by it: T = H D⁻¹. It needs a transform.
+    An embedding has one too: its rows are stored rotated, and rotated back when they are looked up.
+
+    outliers: input channels whose weights stay in int8, and so do their values if the input is rounded (Atom,
     arXiv:2310.19102).
     """
 
@@ -128,39 +136,42 @@ class LinearSlot:
     input: ActivationScheme | None = None
     transform: Transform | None = None
     outliers: int = 0
+    diagonal: bool = False
 
     @property
     def needs_data(self) -> bool:
-        """Whether the weight's codes, or which columns are outliers, depend on the layer's inputs."""
-        return self.weight is not None and (self.weight.needs_data or self.outliers > 0)
+        """Whether the diagonal, the weight's codes, or which columns are outliers, depend on the layer's inputs."""
+        return self.diagonal or (self.weight is not None and (self.weight.needs_data or self.outliers > 0))
 
     def __post_init__(self) -> None:
+        if self.diagonal and self.transform is None:
+            raise PaleyError("linear scheme: a diagonal stands before a transform, but transform is null")
         if self.outliers < 0:
-            raise PaleyError(f"linear slot: outliers must be at least 0, got {self.outliers}")
+            raise PaleyError(f"linear scheme: outliers must be at least 0, got {self.outliers}")
         if self.outliers and self.weight is None:
-            raise PaleyError("linear slot: outliers are columns of a quantized weight, but weight is null")
-        if self.outliers and self.weight is not None and (p := grids.load(self.weight.grid).p) > 1:
+            raise PaleyError("linear scheme: outliers are columns of a quantized weight, but weight is null")
+        if self.outliers and self.weight is not None and (p := self.weight.grid.p) > 1:
             raise PaleyError(
-                f"linear slot: a code of grid {self.weight.grid!r} stands for {p} columns, none of which can be an "
-                "outlier alone; set outliers=0, or a grid of single values"
+                f"linear scheme: a code of grid {self.weight.grid.name!r} stands for {p} columns, none of which can be "
+                "an outlier alone; set outliers=0, or a grid of single values"
             )
         if self.outliers and self.weight is not None and self.weight.scale_search == "unbiased":
             raise PaleyError(
-                "linear slot: outliers and scale_search 'unbiased' exclude each other; set outliers=0 or "
+                "linear scheme: outliers and scale_search 'unbiased' exclude each other; set outliers=0 or "
                 "scale_search=rms"
             )
 
     def stored_width(self, in_features: int) -> int:
-        """Columns of the stored weight of a layer that reads `in_features` values: more where its input is expanded."""
+        """Columns of the stored weight of a layer that reads `in_features` values: more if its input is expanded."""
         return in_features if self.transform is None else self.transform.out_dim
 
 
 @dataclass(frozen=True)
-class AttentionSlot:
+class AttentionScheme:
     """One attention layer's cache: keys (after RoPE and `transform`, which queries get too) and values.
 
-    center_keys: the layer stores a mean key of each head, which is taken off every key first. Softmax does not
-    notice (it adds the same q . mean to all scores of a query), and what is left is smaller to round.
+    center_keys: the layer stores a mean key of each head and subtracts it from every key before rounding. This changes
+    all scores of a query by the same q . mean, so softmax gives the same result. The rest has a smaller range.
     """
 
     __pydantic_config__: ClassVar = _STRICT
@@ -173,5 +184,26 @@ class AttentionSlot:
     def __post_init__(self) -> None:
         if any(scheme is not None and scheme.refit for scheme in (self.keys, self.values)):
             raise PaleyError(
-                "attention slot: a cache stores no fitted offsets; refit is for linear inputs, set it to false here"
+                "attention scheme: a cache stores no fitted offsets; refit is for linear inputs, set it to false here"
             )
+
+
+@dataclass(frozen=True)
+class Schemes:
+    """What is done to each weight (with its input) and to the cache of each attention, by module name."""
+
+    linears: dict[str, LinearScheme]
+    attentions: dict[str, AttentionScheme]
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """What is folded into a model's weights: R1 of the residual stream, and R2 of each value head if there is R1.
+
+    heads also rotates queries and keys at run time (R3). None: not applied.
+    """
+
+    __pydantic_config__: ClassVar = _STRICT
+
+    stream: Transform | None = None
+    heads: Transform | None = None

@@ -1,4 +1,4 @@
-"""Reads the packaged grids of least error for N(0, I_p); benchmarks/make_gaussian_grids.py makes them.
+"""Reads the packaged grids of least error for N(0, I_p); tools/make_gaussian_grids.py makes them.
 
 A safetensors file is 8 bytes of length, that much JSON, and raw bytes: no reader is needed.
 """
@@ -22,7 +22,7 @@ MAX_POINTS, MAX_DIM = 4096, 4  # of the grids that the script makes
 
 @functools.cache
 def _file() -> tuple[dict, dict, bytearray]:
-    """Where each tensor lies, what is recorded of it, and the raw bytes."""
+    """The place of each tensor, the record of each grid, and the raw bytes."""
     raw = bytearray(resources.files("paley.core").joinpath("tables/gaussian_grids.safetensors").read_bytes())
     start = 8 + int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8:start])
@@ -37,7 +37,7 @@ def names() -> list[str]:
 
 @functools.cache
 def gaussian_grid(name: str) -> tuple[Tensor, float]:
-    """'p2n256' -> points [256, 2] float32, not to be written to, in lexicographic order; t2 = E|x - nearest|^2 / p."""
+    """'p2n256' -> points [256, 2] float32 (shared: read only), in lexicographic order; t2 = E|x - nearest|^2 / p."""
     t2 = record(name)["t2"]
     header, _, data = _file()
     n, p = header[name]["shape"]
@@ -46,7 +46,7 @@ def gaussian_grid(name: str) -> tuple[Tensor, float]:
 
 
 def record(name: str) -> dict:
-    """What was measured of a grid: t2, its stderr, on how many samples, and the seed; PaleyError for other names."""
+    """The measurement of a grid: t2, its stderr, the number of samples, the seed; PaleyError for other names."""
     header, records, _ = _file()
     if name not in header:
         near = nearest_name(name, names())
@@ -55,7 +55,7 @@ def record(name: str) -> dict:
 
 
 def size_of(name: str) -> tuple[int, int] | None:
-    """'p2n100' -> (2, 100), packaged or not; None where the script cannot make a grid of that name."""
+    """'p2n100' -> (2, 100), packaged or not; None if the script makes no grid of that name."""
     match = re.fullmatch(r"p([1-9]\d*)n([1-9]\d*)", name)
     if match is None or int(match[1]) > MAX_DIM or not 2 <= int(match[2]) <= MAX_POINTS:
         return None
@@ -67,4 +67,4 @@ def how_to_make(name: str) -> str:
     if size_of(name) is None:
         return ""
     file = f"{name}.safetensors"
-    return f"; or make it: python benchmarks/make_gaussian_grids.py {name} --output {file}, then --grid {file}"
+    return f"; or make it: python tools/make_gaussian_grids.py {name} --output {file}, then --grid {file}"

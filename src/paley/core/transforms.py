@@ -23,7 +23,7 @@ _MASK = (1 << 64) - 1
 
 @functools.lru_cache(maxsize=64)
 def random_signs(n: int, seed: int) -> Tensor:
-    """n signs +-1, float64 [n], from the bits of SplitMix64: the same everywhere. Shared: do not write to it."""
+    """n signs +-1, float64 [n], from the bits of SplitMix64: the same on every machine. Shared: do not write to it."""
     signs, state = [], seed & _MASK
     while len(signs) < n:
         state = (state + 0x9E3779B97F4A7C15) & _MASK

@@ -1,4 +1,4 @@
-"""Text: where it comes from, and the blocks of token ids made of it, each set with one role."""
+"""Text: its sources, and blocks of token ids made from it. Each set of blocks has one role."""
 
 from paley.data.blocks import (
     Role,

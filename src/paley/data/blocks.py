@@ -1,4 +1,4 @@
-"""Blocks of token ids, each set with one role, so that no score is reported on text that was tuned on."""
+"""Blocks of token ids. Each set has one role, so that no score is measured on text used for tuning."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, cast, get_args
 import torch
 from torch import Tensor
 
-from paley.core.errors import PaleyError
+from paley.core.errors import PaleyError, Setting, renaming
 from paley.data.texts import documents
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def blocks_from_ids(ids: Tensor, role: Role, source: str) -> TokenBlocks:
 
 
 def require(blocks: TokenBlocks, role: Role) -> TokenBlocks:
-    """-> blocks; raises where they were made for another role (a reported score needs role test)."""
+    """Returns the blocks; raises if they have another role (a reported score needs role test)."""
     _check_role(role)
     if blocks.role != role:
         raise PaleyError(
@@ -74,7 +74,7 @@ def require(blocks: TokenBlocks, role: Role) -> TokenBlocks:
 
 
 def check_disjoint(*blocks: TokenBlocks) -> None:
-    """Raises where two sets of different roles share a block (after cutting both to the shorter length)."""
+    """Raises if two sets of different roles share a block (after cutting both to the shorter length)."""
     for i, first in enumerate(blocks):
         for second in blocks[i + 1 :]:
             if first.role == second.role:
@@ -91,7 +91,7 @@ def check_disjoint(*blocks: TokenBlocks) -> None:
 
 
 def role_part(texts: list[str], role: Role) -> list[str]:
-    """The documents of `role`: contiguous parts of 70, 15 and 15% by characters; a document is never cut."""
+    """The documents of `role`: contiguous parts with 70, 15 and 15% of the characters; no document is cut."""
     _check_role(role)
     low = sum(SHARES[r] for r in ROLES[: ROLES.index(role)])
     high = low + SHARES[role] if role != ROLES[-1] else 1.0
@@ -106,12 +106,12 @@ def role_part(texts: list[str], role: Role) -> list[str]:
 
 
 def fill_blocks(texts: Iterable[list[int]], seq_len: int, bos: int | None) -> Iterator[list[int]]:
-    """Documents' ids -> blocks of seq_len ids, the last may be shorter; bos opens each document and block."""
+    """Ids of documents -> blocks of seq_len ids; the last may be shorter. Each document and block begins with bos."""
     block: list[int] = []
     for ids in texts:
         at = 0
         while at < len(ids):
-            if bos is not None:  # a document's first piece opens it, each further one opens a block
+            if bos is not None:  # a piece begins a document or a block
                 block.append(bos)
             piece = ids[at : at + seq_len - len(block)]
             block += piece
@@ -133,20 +133,21 @@ def token_blocks(
     seed: int | None = 0,
     whole: bool = False,
 ) -> TokenBlocks:
-    """`count` blocks of `seq_len` tokens of the part of `source` that is `role`'s (whole: of all of it).
+    """`count` blocks of `seq_len` tokens from the part of `source` for this role (whole: from all of it).
 
-    seed shuffles the documents within the part (None: order of the source); role test keeps the order always.
-    Documents are tokenized until the blocks are full. Raises where the text is too short.
+    seed shuffles the documents within the part (None: order of the source); role test always keeps the order.
+    Documents are tokenized until the blocks are full. Errors: PaleyError if the text is too short.
     """
     if count < 1 or seq_len < 2:
         raise PaleyError(f"{source}: needs count >= 1 and seq_len >= 2, got count={count}, seq_len={seq_len}")
     _check_role(role)
-    texts = documents(source)
+    with renaming({"source": f"{role}.source"}):
+        texts = documents(source)
     part = texts if whole else role_part(texts, role)
     if seed is not None and role != "test":
         part = random.Random(seed).sample(part, len(part))
     bos = cast("int | None", tokenizer.bos_token_id)
-    # Without BOS a blank line is all that tells one document from the next.
+    # Without BOS, a blank line separates documents.
     end = "\n\n" if bos is None else ""
     encoded = (tokenizer(text + end, add_special_tokens=False, verbose=False)["input_ids"] for text in part)
     blocks, tokens = [], 0
@@ -158,7 +159,9 @@ def token_blocks(
             return blocks_from_ids(torch.tensor(blocks), role, source)
     share = "" if whole else f"'s {role} part ({SHARES[role]:.0%} of its {len(texts)} documents)"
     raise PaleyError(
-        f"{source}{share} has {tokens} tokens; {count} blocks of {seq_len} need {count * seq_len}; use fewer "
-        f"or shorter sequences ({role}.sequences, {role}.seq_len), a longer text, or one for this role alone "
-        f"({role}.source)"
-    )
+        f"{source}{share} has {tokens} tokens; {count} blocks of {seq_len} need {count * seq_len}",
+        remedy=(
+            "use fewer or shorter sequences (", Setting(f"{role}.sequences"), ", ", Setting(f"{role}.seq_len"),
+            "), a longer text, or one for this role alone (", Setting(f"{role}.source"), ")",
+        ),
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Documents from a source: a local file, Python's own documentation, or a data set of the hub."""
+"""Documents from a source: a local file, Python's documentation, or a data set of the hub."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
-from paley.core.errors import PaleyError, nearest_name
+from paley.core.errors import PaleyError, Setting, nearest_name
 
 __all__ = ["documents"]
 
 PASSAGE_CHARACTERS = 2000
-# Enough for any calibration here; a hub data set such as C4 would be read for days.
+# Enough for any calibration here. Reading a whole hub data set such as C4 would take days.
 HUB_CHARACTERS = 20_000_000
 SEPARATOR = re.compile(r"^<\|endoftext\|>[ \t]*$", re.MULTILINE)
 BLANK_LINES = re.compile(r"\n\s*\n")
 HUB_GRAMMAR = "hub:DATASET[:CONFIG][:SPLIT] (hub:DATASET::SPLIT where there is no CONFIG)"
-WAY_OUT = "use a text file (--calibration FILE) or the source `pydoc`"
+WAY_OUT = ("use a text file (", Setting("source", "FILE"), ") or the source `pydoc`")
 
 
 def documents(source: str) -> list[str]:
@@ -33,16 +33,16 @@ def documents(source: str) -> list[str]:
     if source == "self":
         raise PaleyError("source 'self' is text that the model samples: hand its ids to blocks_from_ids")
     if source == "pydoc":
-        found: Iterable[str] = python_documentation()
+        texts: Iterable[str] = python_documentation()
     elif source.startswith("hub:"):
-        found = _hub_documents(source)
+        texts = _hub_documents(source)
     elif source.endswith(".jsonl"):
-        found = _jsonl_documents(source)
+        texts = _jsonl_documents(source)
     else:
-        found = split_documents(_read(source))
-    kept = [text for text in found if text.strip()]
+        texts = split_documents(_read(source))
+    kept = [text for text in texts if text.strip()]
     if not kept:
-        raise PaleyError(f"{source}: holds no text; {WAY_OUT}")
+        raise PaleyError("holds no text", where=source, remedy=WAY_OUT)
     return kept
 
 
@@ -63,7 +63,7 @@ def _read(source: str) -> str:
 
 
 def split_documents(text: str) -> list[str]:
-    """Documents between <|endoftext|> lines; without any, passages of at least PASSAGE_CHARACTERS."""
+    """Documents between <|endoftext|> lines; without such lines, passages of at least PASSAGE_CHARACTERS."""
     if SEPARATOR.search(text):
         return [document.strip("\n") for document in SEPARATOR.split(text)]
     blank_lines = BLANK_LINES.search(text.strip()) is not None
@@ -72,7 +72,7 @@ def split_documents(text: str) -> list[str]:
 
 
 def join_passages(paragraphs: Iterable[str], separator: str) -> list[str]:
-    """Whole paragraphs joined to passages of at least PASSAGE_CHARACTERS; a short rest joins the last one."""
+    """Joins whole paragraphs to passages of at least PASSAGE_CHARACTERS; a short rest is added to the last one."""
     passages: list[str] = []
     current: list[str] = []
     length = 0
@@ -117,35 +117,37 @@ def _row_text(row: object, where: str) -> str:
 
 
 def _hub_documents(source: str) -> list[str]:
-    """Rows of a hub data set; where rows are the lines of one text (some are blank), passages of it."""
+    """Rows of a hub data set. If some are blank, the rows are lines of one text: then passages of that text."""
     name, config, split = _hub_parts(source)
     try:
         library = importlib.import_module("datasets")
     except ImportError:
         raise PaleyError(
-            f"{source}: hub data sets need the `datasets` package; pip install 'paley[data]', or {WAY_OUT}"
+            "hub data sets need the `datasets` package",
+            where=source,
+            remedy=("pip install 'paley[data]', or ", *WAY_OUT),
         ) from None
     offline = constants.HF_HUB_OFFLINE
     rows, characters = [], 0
     try:
-        # Streaming reads no more than it needs; offline, only a complete cached copy can serve.
+        # Streaming reads only what is needed; offline, only a complete cached copy works.
         for row in library.load_dataset(name, config, split=split, streaming=not offline):
             rows.append(_row_text(row, source))
             characters += len(rows[-1])
             if characters >= HUB_CHARACTERS:
                 break
-    except PaleyError:  # a ValueError too, with a message of its own
+    except PaleyError:  # it is a ValueError too, but has a good message already
         raise
     except (OSError, ValueError) as error:
         state = "HF_HUB_OFFLINE is set and no cached copy serves" if offline else "the hub gave no such text"
-        raise PaleyError(f"{source}: {state} ({error}); {WAY_OUT}") from error
+        raise PaleyError(f"{state} ({error})", where=source, remedy=WAY_OUT) from error
     if any(not row.strip() for row in rows):
         return split_documents("\n".join(rows))
     return rows
 
 
 def _hub_parts(source: str) -> tuple[str, str | None, str]:
-    """-> data set, config or None, split (train where none is given)."""
+    """-> data set, config or None, split (default: train)."""
     parts = source.removeprefix("hub:").split(":")
     if not parts[0] or len(parts) > 3:
         raise PaleyError(f"{source}: expected {HUB_GRAMMAR}")
@@ -157,8 +159,8 @@ def _hub_parts(source: str) -> tuple[str, str | None, str]:
 def python_documentation() -> tuple[str, ...]:
     """The language reference's topics and the standard library's docstrings, in the order of their names.
 
-    Topics quote one another at length, so a paragraph is kept only where it comes first: roles stay disjoint.
-    The text is that of the running Python: another version gives another text.
+    Topics quote one another at length. Only the first copy of a paragraph is kept, so that roles stay disjoint.
+    The text depends on the version of Python.
     """
     named = {f"{name} module": text for name, text in _library_docstrings()}
     try:

@@ -8,9 +8,9 @@ __all__ = ["with_error"]
 
 
 def with_error(value: float, stderr: float | None, form: str) -> str:
-    """'0.1234 ± 0.0056': to two digits of the standard error; without one, or where it is 0, in `form`.
+    """'0.1234 ± 0.0056', to two digits of the standard error; in `form` if there is none, or it is 0.
 
-    So is a value with an error below 1e-7, unless it is small itself and has four digits, '3.212e-12 ± 4.2e-14'.
+    A value with an error below 1e-7 is also in `form`, unless it is small itself: '3.212e-12 ± 4.2e-14'.
     """
     if stderr is None:
         return f"{value:{form}}"

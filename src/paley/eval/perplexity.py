@@ -1,15 +1,13 @@
 """Perplexity on test blocks and, against the original model, the KL divergence and agreement of predictions.
 
-A quantized KV cache is really used: the text goes through it in chunks, so that keys and values are read back
-from their codes. One long forward through transformers' QuantizedCache reads none, and reports no loss.
+A quantized KV cache takes part: the text passes through it in chunks, so that keys and values are read back from their
+codes. One long forward with transformers' QuantizedCache reads no codes, and so measures no loss.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,43 +20,9 @@ from paley.eval.reference import Reference
 from paley.eval.scoring import CHUNK, check, check_finite, token_nll
 from paley.model.adapter import Adapter
 from paley.model.kv_cache import PackedKVCache, cache_argument
+from paley.results import EvalResult
 
 __all__ = ["EvalResult", "evaluate"]
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """nll, gap and kl in nats a token; tokens counts predictions.
-
-    Each stderr is over the sequences' means, of one run and paired for gap; None where there is one sequence.
-    kl is KL(original || quantized). What compares with the original is None without a reference. In
-    kv_cache_bytes_per_token an unquantized side (keys or values of a layer) counts as 16 bits a value, whatever
-    was computed with; in kv_cache_bytes_per_token_at_16_bits every side does.
-    """
-
-    source: str
-    sha256: str
-    sequences: int
-    tokens: int
-    nll: float
-    nll_stderr: float | None
-    perplexity: float
-    perplexity_stderr: float | None
-    kv_cache_bytes_per_token: float
-    kv_cache_bytes_per_token_at_16_bits: float
-    reference_nll: float | None = None
-    gap: float | None = None
-    gap_stderr: float | None = None
-    kl: float | None = None
-    kl_stderr: float | None = None
-    top1_agreement: float | None = None
-    top1_stderr: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON; what is infinite becomes 'inf', as in plans."""
-        values = asdict(self)
-        infinite = {k: str(v) for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)}
-        return values | infinite
 
 
 @torch.no_grad()
@@ -74,8 +38,8 @@ def evaluate(
     """Position t predicts token t + 1 of each block; blocks must have role test.
 
     With quantized keys or values, `chunk` tokens at a time pass through a fresh PackedKVCache per batch; else
-    there is one forward per batch. Logits are made for batch * chunk tokens at a time. progress gets
-    (sequences done, of how many).
+    there is one forward per batch. Logits exist for batch * chunk tokens at a time. progress is called with
+    (sequences done, all sequences).
     """
     require(blocks, "test")
     check(model, blocks, batch, chunk)
@@ -83,7 +47,7 @@ def evaluate(
         reference = _fitting(reference, model, blocks)
     cached = _has_quantized_cache(model)
     columns: list[Tensor] = []
-    kv_bytes = at_16_bits = 2.0 * len(Adapter(model).blocks) * _side_bytes(model)
+    kv_bytes = at_16_bits = 2.0 * Adapter(model).sites.blocks * _side_bytes(model)
     for at in range(0, len(blocks.ids), batch):
         sequences = slice(at, min(at + batch, len(blocks.ids)))
         ids = blocks.ids[sequences].to(model.device)
@@ -92,7 +56,7 @@ def evaluate(
         check_finite(scores[0], at, blocks.source)
         columns.append(scores.double().mean(-1).cpu())
         if cache is not None:
-            kv_bytes = _kv_bytes_per_token(model, cache, ids[:, :-1].numel())
+            kv_bytes = _kv_bytes_per_token(model, cache, len(ids))
         if progress is not None:
             progress(sequences.stop, len(blocks.ids))
     return _summary(blocks, torch.cat(columns, 1), reference, kv_bytes, at_16_bits)
@@ -107,7 +71,7 @@ def _score(
     sequences: slice,
 ) -> Tensor:
     """ids [batch, seq_len] -> [1 or 3, batch, seq_len - 1]: nll and, with a reference, KL and agreement."""
-    head = Adapter(model).part("head")
+    head = Adapter(model).head
     columns, start = [], 0
     for hidden, targets in zip(_hidden(model, ids, cache, chunk), ids[:, 1:].split(chunk, 1), strict=True):
         logits = head(hidden)
@@ -130,29 +94,30 @@ def _hidden(model: PreTrainedModel, ids: Tensor, cache: PackedKVCache | None, ch
 
 
 def _has_quantized_cache(model: PreTrainedModel) -> bool:
-    slots = [slot for m in model.modules() if (slot := getattr(m, "kv_slot", None)) is not None]
-    return any(slot.keys is not None or slot.values is not None for slot in slots)
+    schemes = [scheme for m in model.modules() if (scheme := getattr(m, "kv_scheme", None)) is not None]
+    return any(scheme.keys is not None or scheme.values is not None for scheme in schemes)
 
 
 def _side_bytes(model: PreTrainedModel, bytes_per_value: int = 2) -> int:
-    """What one token's keys (or values) take in one layer that does not quantize them."""
-    adapter = Adapter(model)
-    return adapter.num_kv_heads * adapter.head_dim * bytes_per_value
+    """Bytes of one token's keys (or values) in one layer that does not quantize them."""
+    return Adapter(model).sites.of("keys")[0].numel * bytes_per_value
 
 
-def _kv_bytes_per_token(model: PreTrainedModel, cache: PackedKVCache, tokens: int) -> float:
-    """What a token takes in `cache`, which holds `tokens` of them, unquantized sides at 16 bits."""
-    total = cache.nbytes / tokens
+def _kv_bytes_per_token(model: PreTrainedModel, cache: PackedKVCache, sequences: int) -> float:
+    """Bytes of a token in `cache` while each layer holds it; unquantized sides count 16 bits a value."""
+    total = 0.0
     for layer in cache.layers:
-        unquantized = (layer.slot.keys is None) + (layer.slot.values is None)
+        held = layer.get_mask_sizes(0)[0]  # fewer than the tokens read if the layer's attention has a window
+        unquantized = (layer.scheme.keys is None) + (layer.scheme.values is None)
+        total += layer.nbytes / (sequences * held)
         total -= unquantized * (_side_bytes(model, layer.dtype.itemsize) - _side_bytes(model))
     return total
 
 
 def _fitting(reference: Reference, model: PreTrainedModel, blocks: TokenBlocks) -> Reference:
-    """reference with its head on the model's device; raises where its ids or vocabulary are others."""
+    """reference with its head on the model's device; raises if its ids or vocabulary do not fit."""
     reference.check(blocks)
-    vocabulary = cast(int, Adapter(model).part("head").out_features)
+    vocabulary = Adapter(model).sites.head.shape[0]
     if reference.head.shape[0] != vocabulary:
         raise PaleyError(
             f"reference for {reference.source}: its model's vocabulary has {reference.head.shape[0]} tokens, "

@@ -1,4 +1,4 @@
-"""What evaluating needs of the original model, which so need not stay in memory beside the quantized one."""
+"""What evaluation needs of the original model. With it, the original can leave memory."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ MADE_AGAIN = "make it again with Reference.of"
 class Reference:
     """hidden float32 [sequences, seq_len, hidden] after the last norm, nll float32 [sequences, seq_len - 1].
 
-    head [vocab, hidden] is lm_head's weight in the model's own dtype, so that `logits` are the very ones that
-    the model computed; sha256 is that of the token ids. All on the CPU, but for head after `to`.
+    head [vocab, hidden] is lm_head's weight in the model's own dtype, so that `logits` are exactly those of the model.
+    sha256: of the token ids. All tensors are on the CPU, except head after `to`.
     """
 
     hidden: Tensor
@@ -54,7 +54,7 @@ class Reference:
     def of(cls, model: PreTrainedModel, blocks: TokenBlocks, batch: int = 8) -> Reference:
         """Runs the unquantized `model` over `blocks` of any role, `batch` sequences at a time."""
         check(model, blocks, batch, CHUNK)
-        head = Adapter(model).part("head")
+        head = Adapter(model).head
         if not isinstance(head, nn.Linear) or head.bias is not None:
             raise PaleyError(
                 f"reference: the model's lm_head is a {head}, expected a Linear without bias; "
@@ -78,11 +78,11 @@ class Reference:
         return nn.functional.linear(self.hidden[sequences, positions].to(self.head), self.head)
 
     def to(self, device: torch.device | str) -> Reference:
-        """With head on `device`, where `logits` will then be; hidden states stay and come in slices."""
+        """A copy with head on `device`, where `logits` are then computed; hidden states are moved in slices."""
         return replace(self, head=self.head.to(device))
 
     def check(self, blocks: TokenBlocks, where: str = "reference") -> None:
-        """Raises where this is the reference for other token ids."""
+        """Raises if this reference was made for other token ids."""
         if self.sha256 != blocks.sha256 or self.hidden.shape[:2] != blocks.ids.shape:
             raise PaleyError(
                 f"{where}: made for token ids {list(self.hidden.shape[:2])} of {self.source} (sha256 "
@@ -91,13 +91,13 @@ class Reference:
             )
 
     def save(self, path: str | Path) -> None:
-        """Writes a safetensors file, whole or not at all; PaleyError where the disk refuses."""
+        """Writes a whole safetensors file or nothing; PaleyError if it cannot be written."""
         tensors = {"hidden": self.hidden, "head": self.head, "nll": self.nll}
         write_tensors(path, tensors, FORMAT | {"source": self.source, "sha256": self.sha256})
 
     @classmethod
     def load(cls, path: str | Path, blocks: TokenBlocks | None = None) -> Reference:
-        """Reads what `save` wrote. Errors: a foreign or damaged file, one for other token ids."""
+        """Reads what `save` wrote. Errors: PaleyError for a foreign or damaged file, or one for other token ids."""
         try:
             with safe_open(path, framework="pt") as opened:
                 metadata = opened.metadata() or {}

@@ -25,14 +25,14 @@ def sample_documents(
 ) -> Tensor:
     """-> ids int64 [count, tokens] on the CPU: `count` texts sampled at temperature 1, each from BOS.
 
-    After EOS the text goes on with BOS, as a new document. BOS is the tokenizer's, else the model config's.
-    Each text has a generator of its own, drawn from `seed`: `batch` changes nothing but speed.
+    After EOS the text continues with BOS, as a new document. BOS is the tokenizer's, else the model config's.
+    Each text has its own generator, drawn from `seed`, so that `batch` changes only the speed.
     """
     if count < 1 or tokens < 2 or batch < 1:
         raise PaleyError(f"sampling: needs count >= 1, tokens >= 2 and batch >= 1, got {count=}, {tokens=}, {batch=}")
     check_mode(model)
     bos, eos = _ends(model, tokenizer)
-    # Drawn, not seed + i: neighbouring seeds would share all texts but one.
+    # Drawn, not seed + i: neighbouring seeds would have all texts but one in common.
     seeds = torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
     generators = [torch.Generator().manual_seed(s) for s in seeds]
     parts = [_sample_batch(model, generators[at : at + batch], tokens, bos, eos) for at in range(0, count, batch)]
@@ -42,13 +42,13 @@ def sample_documents(
 def _sample_batch(
     model: PreTrainedModel, generators: list[torch.Generator], tokens: int, bos: int, eos: int | None
 ) -> Tensor:
-    """-> ids [len(generators), tokens], all rows a token at a time."""
+    """-> ids [len(generators), tokens], sampled token by token for all rows."""
     cache = DynamicCache(config=model.config)
     ids = torch.full((len(generators), tokens), bos)
     for t in range(1, tokens):
         step = ids[:, t - 1 : t].to(model.device)
         logits = model(step, use_cache=True, logits_to_keep=1, **cache_argument(model, cache)).logits[:, -1]
-        # On the CPU, whose generators give the same numbers for every device of the model.
+        # On the CPU: its generators give the same numbers whatever the model's device.
         probabilities = logits.float().softmax(-1).cpu()
         if not probabilities.isfinite().all():
             raise PaleyError(
@@ -62,7 +62,7 @@ def _sample_batch(
 
 
 def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int | None]:
-    """-> BOS, and EOS unless one token is both (then it opens the next document itself)."""
+    """-> BOS, and EOS unless one token is both (that token then begins the next document)."""
     bos = tokenizer.bos_token_id
     if bos is None:
         bos = getattr(model.config, "bos_token_id", None)

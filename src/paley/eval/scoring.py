@@ -1,8 +1,6 @@
-"""The negative log-likelihood of tokens, and what must hold before and after it is computed."""
+"""The negative log-likelihood of tokens, and checks before and after computing it."""
 
 from __future__ import annotations
-
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +18,7 @@ CHUNK = 128  # tokens whose logits exist at a time
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
     """logits [batch, n, vocab], targets [batch, n] -> nats, float32 [batch, n].
 
-    NaN where any of a position's logits is NaN or infinite, for `check_finite` to find.
+    NaN at positions with a logit that is NaN or infinite; `check_finite` finds these.
     """
     logits = logits.float()
     nll = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
@@ -28,9 +26,9 @@ def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def check_finite(nll: Tensor, first: int, source: str) -> None:
-    """Raises where nll [batch, n] has a NaN; `first` is the number of the batch's first sequence."""
+    """Raises if nll [batch, n] has a NaN; `first` is the index of the batch's first sequence."""
     bad = nll.isnan().any(1)
-    if bad.any():  # no position: attention spreads a NaN to earlier tokens too, as 0 * NaN
+    if bad.any():  # names no position: attention spreads a NaN to earlier tokens too, as 0 * NaN
         sequence = first + int(bad.nonzero()[0])
         raise PaleyError(
             f"{source}: the model's logits are NaN or infinite, first in sequence {sequence} "
@@ -39,19 +37,19 @@ def check_finite(nll: Tensor, first: int, source: str) -> None:
 
 
 def check_mode(model: PreTrainedModel) -> None:
-    """Raises on a model in training mode, where dropout would be part of the result."""
+    """Raises if the model is in training mode, as dropout would change the result."""
     if model.training:
         raise PaleyError(f"{type(model).__name__} is in training mode; call model.eval() first")
 
 
 def check(model: PreTrainedModel, blocks: TokenBlocks, batch: int, chunk: int) -> None:
-    """Raises on sizes that leave nothing to do, ids without an embedding, and a model in training mode."""
+    """Raises for sizes that leave nothing to do, ids without an embedding, and a model in training mode."""
     check_mode(model)
     if batch < 1 or chunk < 1:
         raise PaleyError(f"evaluation: needs batch >= 1 and chunk >= 1, got batch={batch}, chunk={chunk}")
     if blocks.ids.shape[1] < 2:
         raise PaleyError(f"{blocks.source}: blocks of one token predict nothing; use seq_len >= 2")
-    vocabulary = len(cast(Tensor, Adapter(model).part("embedding").weight))
+    vocabulary = Adapter(model).sites.embedding.shape[0]
     low, high = int(blocks.ids.min()), int(blocks.ids.max())
     if low < 0 or high >= vocabulary:
         raise PaleyError(

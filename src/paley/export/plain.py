@@ -1,16 +1,16 @@
 """Undoes the format: a quantized folder becomes an ordinary checkpoint that transformers loads without Paley.
 
 Each weight is decoded, and what its layer does to its input at run time goes into it: Q(T x) without rounding is T x,
-and W T x = (W T) x. The weights keep the values they were rounded to, and take 16 bits each again.
+and W T x = (W T) x. The weights keep the values they were rounded to, and take 16 bits each again. A tied pair stays
+tied, unless the residual stream turns between its two sides: embedding and head get a matrix each then.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,24 +18,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paley.core.errors import PaleyError, nearest_name
-from paley.core.files import disk, write_atomic
+from paley.arch import Architecture, family
+from paley.core.errors import PaleyError, Setting, nearest_name
+from paley.core.files import write_atomic
 from paley.core.rounding import Quantized
-from paley.core.schemes import LinearSlot
+from paley.core.schemes import LinearScheme
+from paley.core.transforms import Transform
 from paley.format import spec
 from paley.format.checkpoint import Checkpoint
 from paley.format.dtypes import FLOATS, cast_to_store
 from paley.format.files import copy_companions, write_json
-from paley.format.folders import LOCK, RESULTS, check_free, exchange, locked, restore
+from paley.format.publish import RESULTS, Work
 from paley.format.writer import ShardWriter
-from paley.model.loading import check_fit, empty_model, read_config
+from paley.model.loading import check_fit, empty_model, join_tie, read_config
 
 __all__ = ["Plain", "dequantize"]
 
 _CHUNK = 2**22  # values decoded together
 _SHARD = 2**28  # bytes; a shard is in memory while it fills
-# What the work folder holds: the output as it is made; the older one, until the new one is in its place; what goes.
-_NEW, _REPLACED, _DISCARDED = "new", "replaced", "discarded-"
+_RUN = "dequantize"
 
 _CARD = """\
 ---
@@ -70,16 +71,36 @@ class Plain:
 
 
 @dataclass(frozen=True)
-class _Linear:
-    """A linear of the quantized folder: its slot, and the width of its input in the model."""
+class _Weight:
+    """A weight of the quantized folder, and its width in the model before the residual stream is turned."""
 
     name: str
-    slot: LinearSlot
-    in_features: int
+    scheme: LinearScheme
+    width: int
 
     @property
     def stored_width(self) -> int:
-        return self.slot.stored_width(self.in_features)
+        return self.scheme.stored_width(self.width)
+
+    @property
+    def parts(self) -> list[str]:
+        """Names of the tensors that may store it."""
+        return [self.name + part for part in ((spec.WEIGHT,) if self.scheme.weight is None else spec.PARTS)]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Which tensors are decoded, which stay as they are, and how the residual stream of a tied pair turns."""
+
+    row: Architecture
+    weights: dict[str, _Weight]
+    kept: list[str]
+    stream: Transform | None
+
+    @property
+    def tensors(self) -> int:
+        """How many the ordinary checkpoint has."""
+        return len(self.weights) + len(self.kept) + (0 if self.stream is None else 2)  # the head and the final norm
 
 
 def dequantize(
@@ -93,189 +114,178 @@ def dequantize(
 ) -> Plain:
     """Writes the quantized folder `path` as an ordinary checkpoint to the new folder `output`, tensor by tensor.
 
-    weights_only: leave out the rounding of linear inputs, keys and values, which an ordinary checkpoint cannot do.
+    weights_only: leave out what an ordinary checkpoint cannot do: the rounding of linear inputs, keys and values, and
+    the final norm's projection of a stream that a tied model has widened.
     dtype: float16, bfloat16 or float32; None: that of the folder's config.json. on_tensor hears of each tensor written,
     and how many there are. Errors: PaleyError, with nothing in `output`.
     """
     folder, output = Path(path), Path(output)
-    with disk(output):
-        _check_place(folder, output)
-        check_free(output, overwrite=overwrite)
-    checkpoint = Checkpoint.open(folder)
-    section = spec.quantization_of(checkpoint)
-    dropped = _rounded_at_run_time(section)
-    if dropped and not weights_only:
+    place = Work(output)
+    place.check_apart(folder)
+    if place.output.is_relative_to(folder.resolve()):
+        raise PaleyError(f"{output}: lies in the model's own folder; choose another --output")
+    place.check_free(overwrite=overwrite)
+    stored = Checkpoint.open(folder)
+    section = spec.quantization_of(stored)
+    dropped, left_out = _rounded_at_run_time(section), _left_out(section)
+    if (dropped or left_out) and not weights_only:
+        cannot = "round what this model rounds" if dropped else "leave out what this model leaves out"
         raise PaleyError(
-            f"{folder}: an ordinary checkpoint cannot round what this model rounds as it runs: {'; '.join(dropped)}; "
-            "--weights-only leaves that out, and keeps the weights"
+            f"an ordinary checkpoint cannot {cannot} as it runs: {'; '.join([*dropped, *left_out])}",
+            where=folder,
+            remedy=(Setting("weights_only", True), " leaves that out, and keeps the weights"),
         )
-    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    config = {key: value for key, value in stored.config.items() if key != "quantization_config"}
     config["dtype"] = _dtype_name(folder, dtype, config)
     config.pop("torch_dtype", None)  # its older name
+    if section.stream is not None:
+        config["tie_word_embeddings"] = False
     # Softmax does not notice what all scores of a query have in common, so keys need no mean taken off.
     means = {f"{name}.key_mean" for name, slot in section.attentions.items() if slot.keys and slot.center_keys}
-    linears = _linears(checkpoint, section, means)
-    kept = _kept(checkpoint, linears, means)
+    model_config = read_config(folder)
+    checkpoint = join_tie(folder, stored, model_config)
+    layout = _layout(checkpoint, section, model_config, means)
     try:
-        with _workplace(output, overwrite=overwrite) as work:
-            new = work / _NEW
+        with place.open(_RUN, overwrite=overwrite) as work:
+            new = work.new
             with ShardWriter(new, max_shard_bytes=_SHARD) as writer:
-                tensors = _tensors(checkpoint, linears, kept, FLOATS[config["dtype"]], cast=dtype is not None)
-                for name, tensor in tensors:
+                for name, tensor in _tensors(checkpoint, layout, FLOATS[config["dtype"]], cast=dtype is not None):
                     writer.add(name, tensor, own=True)
-                    on_tensor(len(linears) + len(kept), name)
+                    on_tensor(layout.tensors, name)
             write_json(new / "config.json", config)
             copy_companions(folder, new)
-            made = Plain(output, tuple(dropped), checkpoint.nbytes, Checkpoint.open(new).nbytes)
+            made = Plain(output, (*dropped, *left_out), stored.nbytes, Checkpoint.open(new).nbytes)
             _describe(new, folder, section, config, made)
-            check_free(output, overwrite=overwrite)  # of what has come there meanwhile
-            exchange(new, output.resolve(), work / _REPLACED)
-            return replace(made, leftover=_clear(work))
+            return replace(made, leftover=work.publish())
     except OSError as error:
         raise PaleyError(f"{output}: cannot be written: {error.strerror or error}") from error
 
 
-@contextmanager
-def _workplace(output: Path, *, overwrite: bool) -> Iterator[Path]:
-    """The locked folder beside `output` in which it is made; what a killed run left is put back, or removed."""
-    place = output.resolve()
-    work = _work_folder(place)
-    new, aside = work / _NEW, work / _REPLACED
-    with locked(work, output):
-        restore(new, place, aside)
-        check_free(output, overwrite=overwrite)
-        _clear(work)
-        try:
-            yield work
-        finally:
-            restore(new, place, aside)
-            _clear(work)
-
-
-def _work_folder(place: Path) -> Path:
-    return place.with_name(f".{place.name}.tmp")
-
-
-def _clear(work: Path) -> tuple[Path, ...]:
-    """Deletes what a run made in `work`, after `restore`; -> what the system keeps, under names in nobody's way."""
-    for name in (_NEW, _REPLACED):
-        with suppress(OSError):  # whoever needs the name says so
-            if (work / name).exists():
-                (work / name).rename(tempfile.mkdtemp(prefix=_DISCARDED, dir=work))
-    for entry in work.glob(_DISCARDED + "*"):
-        shutil.rmtree(entry, ignore_errors=True)
-    return tuple(sorted(entry for entry in work.iterdir() if entry.name != LOCK))
-
-
-def _check_place(folder: Path, output: Path) -> None:
-    """Raises where the output, or the making of it, would take the source, a stranger's files or the user's ground."""
-    place = output.resolve()
-    if not place.name:
-        raise PaleyError(f"{output}: is no name for a new folder; choose another --output")
-    work = _work_folder(place)
-    for what, path in (("the model", folder), ("the current folder", Path.cwd())):
-        if path.resolve().is_relative_to(place):
-            raise PaleyError(f"{output}: holds {what} {path.resolve()}; choose another --output")
-        if path.resolve().is_relative_to(work):
-            raise PaleyError(f"{output}: is made in {work}, which holds {what}; choose another --output")
-    if place.is_relative_to(folder.resolve()):
-        raise PaleyError(f"{output}: lies in the model's own folder; choose another --output")
-    if not _is_work_folder(work):
-        raise PaleyError(f"{work}: is no work folder of Paley; move it away, or choose another --output")
-
-
-def _is_work_folder(path: Path) -> bool:
-    """Whether a run of ours may take it: absent, empty, or with a lock and nothing that we do not make."""
-    try:
-        names = {entry.name for entry in path.iterdir()}
-    except FileNotFoundError:
-        return True
-    except NotADirectoryError:
-        return False
-    known = {name for name in names if name in (LOCK, _NEW, _REPLACED) or name.startswith(_DISCARDED)}
-    return not names or (LOCK in names and names == known)
-
-
 def _rounded_at_run_time(section: spec.QuantizationConfig) -> list[str]:
     """What is rounded while the model runs, summed up: '14 linear inputs to int4'."""
-    found = Counter(f"linear inputs to {slot.input.grid}" for slot in section.linears.values() if slot.input)
+    found = Counter(f"linear inputs to {slot.input.grid.name}" for slot in section.linears.values() if slot.input)
     for what in ("keys", "values"):
         schemes = (getattr(slot, what) for slot in section.attentions.values())
-        found.update(f"layers' cached {what} to {scheme.grid}" for scheme in schemes if scheme)
+        found.update(f"layers' cached {what} to {scheme.grid.name}" for scheme in schemes if scheme)
     return [f"{count} {what}" for what, count in found.items()]
+
+
+def _left_out(section: spec.QuantizationConfig) -> list[str]:
+    """What the final norm of a tied pair does not see of a widened stream: an untied one's sees all of it."""
+    stream = section.stream
+    if stream is None or stream.out_dim == stream.in_dim:
+        return []
+    return [f"errors outside of {stream.in_dim} of the stream's {stream.out_dim} directions, in the final norm"]
 
 
 def _dtype_name(folder: Path, asked: str | None, config: dict[str, Any]) -> str:
     name = asked or config.get("dtype") or config.get("torch_dtype")
     if name not in FLOATS:
         where = "dtype" if asked else f"{folder}/config.json: dtype"
-        raise PaleyError(f"{where}: must be {', '.join(FLOATS)}, got {name!r}; --dtype says which to write")
+        raise PaleyError(
+            f"must be {', '.join(FLOATS)}",
+            where=where,
+            got=repr(name),
+            remedy=(Setting("dtype"), " says which to write"),
+        )
     return name
 
 
-def _linears(checkpoint: Checkpoint, section: spec.QuantizationConfig, means: set[str]) -> dict[str, _Linear]:
-    """The linears to decode, by name; raises where they and the other tensors do not fill the model."""
-    model = empty_model(read_config(checkpoint.folder))
+def _layout(checkpoint: Checkpoint, section: spec.QuantizationConfig, config: Any, dropped: set[str]) -> _Layout:
+    """What the ordinary checkpoint is made of; raises where the folder's tensors do not fill the model."""
+    row, stream, shapes = family(config.model_type), section.stream, {n: i.shape for n, i in checkpoint.infos.items()}
+    if stream is not None:
+        config.tie_word_embeddings = False
+    model, schemes = empty_model(config), section.linears
     widths = {name: m.in_features for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    found, shapes = {}, {name: info.shape for name, info in checkpoint.infos.items()}
-    for name, slot in section.linears.items():
+    widths[row.embedding] = model.get_submodule(row.embedding).embedding_dim  # type: ignore[assignment]
+    if stream is not None:
+        _check_stream(checkpoint, row, stream, widths[row.embedding])
+        schemes = {row.embedding: LinearScheme()} | schemes
+        widths[row.embedding] = stream.in_dim
+    weights: dict[str, _Weight] = {}
+    for name, scheme in schemes.items():
         where = f"{checkpoint.folder}/config.json: {name!r}"
         if name not in widths:
             raise PaleyError(f"{where} is no linear layer of this model{nearest_name(name, widths)}")
-        if slot.transform is not None and slot.transform.in_dim != widths[name]:
-            raise PaleyError(f"{where}: transform.in_dim={slot.transform.in_dim}, but the layer reads {widths[name]}")
-        found[name] = _Linear(name, slot, widths[name])
-        taken = [shapes.pop(part) for part in _parts(found[name]) if part in shapes]
+        if scheme.transform is not None and scheme.transform.in_dim != widths[name]:
+            raise PaleyError(f"{where}: transform.in_dim={scheme.transform.in_dim}, but the layer reads {widths[name]}")
+        weights[name] = _Weight(name, scheme, widths[name])
+        shapes.pop(name + spec.DIAGONAL, None)
+        taken = [shapes.pop(part) for part in weights[name].parts if part in shapes]
         if taken:  # else `check_fit` misses the weight
             shapes[name + spec.WEIGHT] = (*taken[0][:1], widths[name])
-    for mean in means:
+    for mean in dropped:
         shapes.pop(mean, None)
+    taken = {part for weight in weights.values() for part in (*weight.parts, weight.name + spec.DIAGONAL)} | dropped
+    if stream is not None and (rows := shapes.get(row.embedding + spec.WEIGHT)) is not None:
+        shapes |= {name + spec.WEIGHT: (rows[0], stream.out_dim) for name in (row.embedding, row.head)}
+        shapes[row.norm + spec.WEIGHT] = (stream.out_dim,)
+        taken.add(row.norm + spec.WEIGHT)
     check_fit(checkpoint.folder, shapes, model)
-    return found
+    return _Layout(row, weights, [name for name in checkpoint if name not in taken], stream)
 
 
-def _parts(linear: _Linear) -> list[str]:
-    """Names of the tensors that may store a linear's weight."""
-    parts = (spec.WEIGHT,) if linear.slot.weight is None else spec.PARTS
-    return [linear.name + part for part in parts]
-
-
-def _kept(checkpoint: Checkpoint, linears: dict[str, _Linear], dropped: set[str]) -> list[str]:
-    """Names of the tensors that stay as they are."""
-    taken = {part for linear in linears.values() for part in _parts(linear)} | dropped
-    return [name for name in checkpoint if name not in taken]
+def _check_stream(checkpoint: Checkpoint, row: Architecture, stream: Transform, hidden: int) -> None:
+    """Raises unless the turned stream is as wide as the model's, and the final norm as wide as the embedding's rows."""
+    where, norm = f"{checkpoint.folder}/config.json: stream", row.norm + spec.WEIGHT
+    if stream.out_dim != hidden:
+        raise PaleyError(f"{where} ends at {stream.out_dim} values, but hidden_size is {hidden}")
+    if norm in checkpoint and checkpoint.shape(norm) != (stream.in_dim,):
+        raise PaleyError(f"{norm}: must have {stream.in_dim} values, got {list(checkpoint.shape(norm))}")
 
 
 def _tensors(
-    checkpoint: Checkpoint, linears: dict[str, _Linear], kept: list[str], dtype: torch.dtype, *, cast: bool
+    checkpoint: Checkpoint, layout: _Layout, dtype: torch.dtype, *, cast: bool
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of the ordinary checkpoint, one in memory at a time; cast: also what stays as it is."""
-    for linear in linears.values():
-        yield linear.name + spec.WEIGHT, _weight(checkpoint, linear, dtype)
-    for name in kept:
+    for name, weight in layout.weights.items():
+        if layout.stream is not None and name == layout.row.embedding:
+            yield from _untied(checkpoint, layout.row, weight, layout.stream, dtype)
+        else:
+            yield name + spec.WEIGHT, _decode(checkpoint, weight, weight.width, dtype)
+    for name in layout.kept:
         tensor = checkpoint.tensor(name)
         yield name, cast_to_store(name, tensor, dtype) if cast else tensor
 
 
-def _weight(checkpoint: Checkpoint, linear: _Linear, dtype: torch.dtype) -> Tensor:
-    """-> [out, in_features]: the stored weight times the transform, in float64, cast once."""
-    name, transform = linear.name, linear.slot.transform
-    if linear.slot.weight is None:
+def _untied(
+    checkpoint: Checkpoint, row: Architecture, embedding: _Weight, stream: Transform, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """Embedding, head and final norm of a pair between which the stream turns: the head's side takes gain and turn."""
+    gain = checkpoint.tensor(row.norm + spec.WEIGHT).double() + row.gain_offset
+    shrink = math.sqrt(stream.in_dim / stream.out_dim)  # see `fold.rotate_stream_`
+    sides = {row.embedding: stream.apply, row.head: lambda rows: stream.apply(rows * gain) * shrink}
+    for name, change in sides.items():
+        yield name + spec.WEIGHT, _decode(checkpoint, embedding, stream.out_dim, dtype, change)
+    yield row.norm + spec.WEIGHT, torch.full((stream.out_dim,), 1 - row.gain_offset, dtype=dtype)
+
+
+def _decode(
+    checkpoint: Checkpoint, weight: _Weight, width: int, dtype: torch.dtype,
+    change: Callable[[Tensor], Tensor] = lambda rows: rows,
+) -> Tensor:  # fmt: skip
+    """-> [rows, width]: the stored weight times its transform, then changed, in float64, cast once."""
+    name, transform = weight.name, weight.scheme.transform
+    diagonal = checkpoint.tensor(name + spec.DIAGONAL).double() if weight.scheme.diagonal else None
+    if weight.scheme.weight is None:
         stored: Tensor | Quantized = checkpoint.tensor(name + spec.WEIGHT)
-        rows = stored.shape[0]
-        if stored.shape[1] != linear.stored_width:
-            raise PaleyError(f"{name + spec.WEIGHT}: must be {linear.stored_width} wide, got {stored.shape[1]}")
+        count = stored.shape[0]
+        if stored.shape[1] != weight.stored_width:
+            raise PaleyError(f"{name + spec.WEIGHT}: must be {weight.stored_width} wide, got {stored.shape[1]}")
     else:
-        stored = spec.decode_linear(name, checkpoint, linear.slot, linear.stored_width)
-        rows = stored.codes.shape[0]
-    plain = torch.empty(rows, linear.in_features, dtype=dtype)
-    step = max(1, _CHUNK // linear.stored_width)
-    for start in range(0, rows, step):
+        stored = spec.decode_linear(name, checkpoint, weight.scheme, weight.stored_width)
+        count = stored.codes.shape[0]
+    plain = torch.empty(count, width, dtype=dtype)
+    step = max(1, _CHUNK // weight.stored_width)
+    for start in range(0, count, step):
         part = slice(start, start + step)
-        weight = stored[part] if isinstance(stored, Tensor) else _rows(stored, part).dequantize()
+        rows = (stored[part] if isinstance(stored, Tensor) else _rows(stored, part).dequantize()).double()
         if transform is not None:
-            weight = transform.adjoint(weight.double())
-        plain[part] = cast_to_store(name + spec.WEIGHT, weight, dtype)
+            rows = transform.adjoint(rows)
+        if diagonal is not None:
+            rows = rows / diagonal
+        plain[part] = cast_to_store(name + spec.WEIGHT, change(rows), dtype)
     return plain
 
 
@@ -288,9 +298,9 @@ def _rows(q: Quantized, part: slice) -> Quantized:
 
 def _describe(work: Path, folder: Path, section: spec.QuantizationConfig, config: dict[str, Any], made: Plain) -> None:
     """results.json and the card: where this checkpoint came from. plan.json says which texts the model was tuned on."""
-    grids = Counter("16 bits" if slot.weight is None else slot.weight.grid for slot in section.linears.values())
+    grids = Counter("16 bits" if slot.weight is None else slot.weight.grid.name for slot in section.linears.values())
     about = {"quantized_bytes": made.quantized_bytes, "bytes": made.bytes, "dropped": list(made.dropped)}
-    write_json(work / RESULTS, {"run": "dequantize", "from": folder.resolve().name, **about})
+    write_json(work / RESULTS, {"run": _RUN, "from": folder.resolve().name, **about})
     card = _CARD.format(
         model_type=config.get("model_type"), folder=folder.resolve().name, dtype=config["dtype"], size=made.bytes,
         grids=", ".join(f"{grid} × {count}" for grid, count in grids.items()), quantized_size=made.quantized_bytes,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from paley.core.errors import PaleyError, nearest_name
-from paley.format.files import read_json, write_json
+from paley.core.reading import read_json
 from paley.format.header import TensorInfo, as_bytes, read_header
-from paley.format.writer import INDEX, SINGLE, ShardWriter, write_tensors
+from paley.format.writer import INDEX, SINGLE
 
-__all__ = ["Checkpoint", "ShardWriter", "read_tensors", "write_json", "write_tensors"]
+__all__ = ["Checkpoint", "read_tensors"]
 
-# Keys of config.json that change nothing: tensors say themselves what dtype they have.
+# Keys of config.json that do not change the model: tensors have their own dtype.
 VOLATILE = {"transformers_version", "_name_or_path", "torch_dtype", "dtype"}
-_CHUNK = 2**24  # elements looked at together
+_CHUNK = 2**24  # elements checked at a time
 _SHARD = re.compile(r"[^/\\:\0]+\.safetensors")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -42,7 +42,7 @@ class Checkpoint:
             raise PaleyError(f"{folder}: {what}; give the folder of a Hugging Face checkpoint")
         if not (folder / "config.json").is_file():
             raise PaleyError(f"{folder}: no config.json here; give the folder of a Hugging Face checkpoint")
-        return cls(folder, read_json(folder / "config.json"), _find_tensors(folder))
+        return cls(folder, _read(folder / "config.json"), _find_tensors(folder))
 
     @property
     def names(self) -> list[str]:
@@ -67,7 +67,7 @@ class Checkpoint:
         return self.info(name).dtype
 
     def tensor(self, name: str) -> Tensor:
-        """Reads a tensor into memory of its own."""
+        """Reads a tensor into its own memory."""
         return self.info(name).read()
 
     __getitem__ = tensor
@@ -86,31 +86,26 @@ class Checkpoint:
         for name in self.infos:
             yield name, self.tensor(name)
 
-    def check_finite(self, progress: Callable[[str], None] = lambda name: None) -> None:
-        """PaleyError names the first tensor with a NaN or infinity; `progress` hears of each in its turn."""
-        for name, info in self.infos.items():
-            progress(name)
-            if not info.dtype.is_floating_point:
-                continue
-            bad = first_not_finite(info.read())
-            if bad is not None:
-                index, value = bad
-                raise PaleyError(
-                    f"{info.file}: {name} holds {value} at {list(index)}; the checkpoint is damaged, "
-                    "get a sound copy of it"
-                )
+    def fingerprint(self, *, check_finite: bool = False) -> str:
+        """sha256, in hex, of tensors and config, independent of how they are split into files.
 
-    def fingerprint(self) -> str:
-        """sha256 in hex of what the model computes: tensors and config, however they are cut into files."""
+        check_finite: PaleyError names the first tensor with a NaN or infinity, found in the same pass.
+        """
         digest = hashlib.sha256(_canonical(_lasting(self.config)))
         for name, tensor in self.items():
+            if check_finite and tensor.is_floating_point() and (bad := first_not_finite(tensor)) is not None:
+                index, value = bad
+                raise PaleyError(
+                    f"{self.info(name).file}: {name} holds {value} at {list(index)}; the checkpoint is damaged, "
+                    "get a sound copy of it"
+                )
             digest.update(_canonical([name, str(tensor.dtype), list(tensor.shape)]))
             digest.update(as_bytes(tensor))
         return digest.hexdigest()
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of one safetensors file, checked before use; PaleyError where it is damaged."""
+    """All tensors of one safetensors file, checked before use; PaleyError if it is damaged."""
     return {name: info.read() for name, info in read_header(Path(path)).items()}
 
 
@@ -121,7 +116,7 @@ def first_not_finite(tensor: Tensor) -> tuple[tuple[int, ...], float] | None:
     start = 0
     for part in tensor.reshape(-1).split(_CHUNK):
         part = part.float() if part.dtype.itemsize == 1 else part  # float8 has no arithmetic
-        # The extremes are NaN where anything is; finding them is ten times faster than asking every element.
+        # If any element is NaN, the extremes are NaN. Finding them is ten times faster than testing every element.
         if not torch.stack(part.aminmax()).isfinite().all():
             offset = int(part.isfinite().logical_not().int().argmax())
             index = torch.unravel_index(torch.tensor(start + offset), tensor.shape)
@@ -142,7 +137,7 @@ def _canonical(obj: Any) -> bytes:
 
 
 def _find_tensors(folder: Path) -> dict[str, TensorInfo]:
-    """Every tensor of the folder, from model.safetensors or from the shards that the index names."""
+    """All tensors of the folder, from model.safetensors or from the shards in the index."""
     single, index = folder / SINGLE, folder / INDEX
     if single.is_file() and index.is_file():
         raise PaleyError(f"{folder}: holds both {SINGLE} and {INDEX}; remove the one that is out of date")
@@ -176,16 +171,23 @@ def _read_shard(file: Path, promised: set[str]) -> dict[str, TensorInfo]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Tensor name -> file name right in the folder."""
-    found = read_json(index).get("weight_map")
-    if not isinstance(found, dict) or not found:
+    """Tensor name -> name of a file in the folder."""
+    files = _read(index).get("weight_map")
+    if not isinstance(files, dict) or not files:
         raise PaleyError(f"{index}: must have a 'weight_map' of tensors to files; copy or download it again")
-    for name, file in found.items():
+    for name, file in files.items():
         if not isinstance(file, str) or not _SHARD.fullmatch(file):
             raise PaleyError(
                 f"{index}: {name!r} is said to be in {file!r}; only safetensors files of the same folder are opened"
             )
-    return found
+    return files
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return read_json(file)
+    except PaleyError as error:
+        raise PaleyError(f"{error}; copy or download it again") from None
 
 
 def _why_no_weights(folder: Path) -> str:

@@ -4,35 +4,36 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from paley.core.errors import PaleyError, nearest_name
-from paley.core.grids import know
-from paley.core.schemes import ActivationScheme, AttentionSlot, LinearSlot, WeightScheme
+from paley.core.plain_grids import with_points, without_points
+from paley.core.schemes import ActivationScheme, AttentionScheme, LinearScheme, WeightScheme
 from paley.core.transforms import Transform
 
 __all__ = ["FORMAT_VERSION", "QUANT_METHOD", "QuantizationConfig"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no embedding and no stream, and named the grids of users' files
+_READ = (1, 2)
 QUANT_METHOD = "paley"
 
 
 class QuantizationConfig(BaseModel):
     """Keys of the two maps are module names, as in the transformers model; from a file by `from_dict`.
 
-    grids: the points of grids that came from a user's file, which the schemes then call by name.
+    stream: the rotation of the residual stream at run time, for a model whose head is tied to its embedding.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     quant_method: Literal["paley"] = QUANT_METHOD
-    format_version: Literal[1] = FORMAT_VERSION
-    grids: Annotated[dict[str, list[list[float]]], AfterValidator(know)] = {}
-    linears: dict[str, LinearSlot]
-    attentions: dict[str, AttentionSlot]
+    format_version: Literal[2] = FORMAT_VERSION
+    linears: dict[str, LinearScheme]
+    attentions: dict[str, AttentionScheme]
+    stream: Transform | None = None
 
     @classmethod
     def from_dict(cls, data: object, where: str = "quantization_config") -> Self:
@@ -42,11 +43,12 @@ class QuantizationConfig(BaseModel):
         method, version = data.get("quant_method"), data.get("format_version")
         if method != QUANT_METHOD:
             raise PaleyError(f"{where}: quant_method must be {QUANT_METHOD!r}, got {method!r}")
-        if type(version) is not int or version != FORMAT_VERSION:
+        if type(version) is not int or version not in _READ:
             raise PaleyError(
                 f"{where}: format_version must be {FORMAT_VERSION}, got {version!r}; install the paley that "
                 "wrote this checkpoint, or quantize the model again"
             )
+        data = with_points(data, where) | {"format_version": FORMAT_VERSION}
         try:
             return cls.model_validate_json(json.dumps(data), strict=True)
         except ValidationError as error:
@@ -58,20 +60,20 @@ class QuantizationConfig(BaseModel):
     def to_dict(self) -> dict[str, Any]:
         """Plain data for config.json."""
         data = self.model_dump(mode="json")
-        if not data["grids"]:
-            del data["grids"]
-        return data
+        if data["stream"] is None:
+            del data["stream"]
+        return without_points(data)
 
 
-# What stands under (map, module), and under (map, module, place).
+# The classes under (map, module), and under (map, module, place).
 _CLASSES: dict[str | int, type] = {
-    "linears": LinearSlot, "attentions": AttentionSlot, "transform": Transform,
+    "linears": LinearScheme, "attentions": AttentionScheme, "transform": Transform, "stream": Transform,
     "weight": WeightScheme, "input": ActivationScheme, "keys": ActivationScheme, "values": ActivationScheme,
 }  # fmt: skip
 
 
 def _reason(detail: ErrorDetails) -> str:
-    """linears['model.layers.0.mlp.up_proj'].weight.grid: what is wrong there."""
+    """A sentence: linears['model.layers.0.mlp.up_proj'].weight.grid: the problem."""
     loc, kind = list(detail["loc"]), detail["type"]
     path = "".join(f"[{part!r}]" if depth == 1 else f".{part}" for depth, part in enumerate(loc))[1:]
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):

@@ -1,24 +1,21 @@
-"""What stands beside a model's weights: JSON files, and the tokenizer's."""
+"""The files beside a model's weights: JSON files, and those of the tokenizer."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 from paley.core.errors import PaleyError
 from paley.core.files import disk, write_atomic
 
-__all__ = ["copy_companions", "read_json", "write_json"]
+__all__ = ["copy_companions", "write_json"]
 
-# Carried over as they are; everything else in a model's folder is weights, or not the model's.
+# Copied unchanged. Everything else in a model's folder is weights, or no part of the model.
 _COMPANIONS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-
-_AGAIN = "copy or download it again"
 
 
 def write_json(path: str | Path, obj: object) -> None:
@@ -30,21 +27,8 @@ def write_json(path: str | Path, obj: object) -> None:
     write_atomic(path, text + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in the file; PaleyError says why there is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PaleyError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:  # bad JSON or UTF-8, nesting without end
-        raise PaleyError(f"{path}: is not JSON ({error}); {_AGAIN}") from None
-    if not isinstance(found, dict):
-        raise PaleyError(f"{path}: must be a JSON object, got {type(found).__name__}; {_AGAIN}")
-    return found
-
-
 def copy_companions(source: Path, folder: Path) -> None:
-    """Copies what stands beside a model's weights into `folder`: tokenizer, generation config, chat template."""
+    """Copies tokenizer, generation config and chat template from the folder `source` into `folder`."""
     for name in _COMPANIONS:
         if (source / name).is_file():
             with disk(folder / name, (source / name).stat().st_size):

@@ -1,8 +1,8 @@
-"""The header of a safetensors file, read and written to the byte.
+"""Reads and writes the header of a safetensors file.
 
 Layout: u64 little-endian length of the header; the header, a JSON object name -> {"dtype", "shape",
-"data_offsets": [begin, end]}; the tensors' bytes without gaps. Parsed here and not by the library for errors
-that name the tensor, and for tensors that own their memory: the library's share one private mapping.
+"data_offsets": [begin, end]}; the tensors' bytes without gaps. Paley parses it without the library for two reasons:
+errors name the tensor, and tensors own their memory, while the library's share one private mapping.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _AGAIN = "copy or download the file again"
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: its bytes begin at `start` of `file`, row-major, little-endian."""
+    """The place of a tensor: its bytes begin at `start` of `file`, row-major, little-endian."""
 
     file: Path
     dtype: torch.dtype
@@ -48,8 +48,8 @@ class TensorInfo:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> Tensor:
-        """The tensor, in memory of its own."""
-        buffer = torch.empty(self.nbytes, dtype=torch.uint8, device="cpu")  # a model may be in the making on `meta`
+        """The tensor, in its own memory."""
+        buffer = torch.empty(self.nbytes, dtype=torch.uint8, device="cpu")  # the default device may be `meta`
         try:
             with self.file.open("rb") as file:
                 file.seek(self.start)
@@ -68,7 +68,7 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 def header_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
     """Length and header of the file that holds the tensors in this order, padded to a multiple of 8 bytes."""
-    about = {"format": "pt"} | dict(metadata or {})  # transformers asks for a format
+    about = {"format": "pt"} | dict(metadata or {})  # transformers requires a format
     entries: dict[str, Any] = {"__metadata__": dict(sorted(about.items()))}
     end = 0
     for name, tensor in tensors.items():
@@ -99,7 +99,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 
 
 def read_metadata(file: Path) -> dict[str, str]:
-    """The texts that the header holds beside the tensors."""
+    """The metadata in the header: texts by name."""
     return _take_metadata(file, _read_json(file)[0])
 
 
@@ -111,7 +111,7 @@ def _take_metadata(file: Path, entries: dict[str, Any]) -> dict[str, str]:
 
 
 def _read_json(file: Path) -> tuple[dict[str, Any], int, int]:
-    """-> (the header's entries, where the data starts, the file's size)."""
+    """-> (the header's entries, the offset of the data, the file's size)."""
     try:
         with file.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
@@ -133,9 +133,9 @@ def _read_json(file: Path) -> tuple[dict[str, Any], int, int]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(found := dict(pairs)) != len(pairs):
+    if len(entries := dict(pairs)) != len(pairs):
         raise ValueError("a name occurs twice")
-    return found
+    return entries
 
 
 def _place(file: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
@@ -159,5 +159,5 @@ def _naturals(numbers: Any) -> bool:
 
 
 def _countable(shape: list[int]) -> bool:
-    """Whether torch can make such a tensor: strides and sizes fit in 63 bits, also where a dimension is 0."""
+    """Whether torch can make such a tensor: strides and sizes fit in 63 bits, even if a dimension is 0."""
     return len(shape) <= 64 and math.prod(n or 1 for n in shape) < 2**60

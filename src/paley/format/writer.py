@@ -1,4 +1,4 @@
-"""Streamed writing of safetensors files: one shard in memory, whole files or none, the same bytes always."""
+"""Writes safetensors files as a stream: one shard in memory, whole files or none, always the same bytes."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """One safetensors file, whole or not at all; the same tensors give the same bytes, in whatever order.
+    """Writes one whole safetensors file or nothing. The same tensors, in any order, give the same bytes.
 
-    metadata: texts that the header holds beside the tensors. PaleyError where the disk refuses.
+    metadata: texts for the header. Errors: PaleyError if the file cannot be written.
     """
     for name, tensor in tensors.items():
         _check(str(path), name, tensor)
@@ -32,10 +32,10 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
 
 
 class ShardWriter:
-    """Writes a model's tensors, as they come, into a folder that holds no model yet.
+    """Writes a model's tensors, one after the other, into a folder that holds no model yet.
 
     Tensors are copied and kept until a shard of max_shard_bytes is full. Readers see nothing until `close`.
-    Leaving a `with` block by an error, a failed write, and `abort` remove what was written.
+    An error inside the `with` block, a failed write, and `abort` remove what was written.
     """
 
     def __init__(self, folder: str | Path, *, max_shard_bytes: int = 2**30):
@@ -50,9 +50,9 @@ class ShardWriter:
         self._claim()
 
     def add(self, name: str, tensor: Tensor, *, own: bool = False) -> None:
-        """Takes a copy, or with `own` the tensor itself, which nobody then writes to.
+        """Takes a copy, or with `own` the tensor itself, which must then not be written to.
 
-        PaleyError for a name taken, a dtype that safetensors lacks, or a full disk.
+        Errors: PaleyError for a name that is taken, a dtype that safetensors lacks, or a full disk.
         """
         if self._closed:
             raise PaleyError(f"{self.folder}: the checkpoint is closed; {name!r} comes too late")
@@ -63,13 +63,13 @@ class ShardWriter:
             self._flush()
         if own:
             self._pending[name] = tensor.detach().to("cpu").contiguous()
-        else:  # a copy, as the caller may go on working in place; contiguous whatever the strides were
+        else:  # a copy, as the caller may change the tensor later; contiguous
             self._pending[name] = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
         self._pending_bytes += tensor.nbytes
         self._sizes[name] = tensor.nbytes
 
     def close(self) -> None:
-        """Writes the last shard, gives the shards their names, and writes the index; idle when repeated."""
+        """Writes the last shard, gives the shards their names, and writes the index. A second call does nothing."""
         if self._closed:
             return
         if self._pending:
@@ -109,11 +109,11 @@ class ShardWriter:
             self.abort()
 
     def _claim(self) -> None:
-        """The folder is made, what a killed writer left is removed, and a model in it is refused."""
+        """Makes the folder and removes what a killed writer left; raises if a model is in it."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if found := sorted(path.name for path in self.folder.glob("model*.safetensors*")):
-                raise PaleyError(f"{self.folder}: holds {found[0]} already; remove it, or write to an empty folder")
+            if taken := sorted(path.name for path in self.folder.glob("model*.safetensors*")):
+                raise PaleyError(f"{self.folder}: holds {taken[0]} already; remove it, or write to an empty folder")
             for left in self.folder.glob(".model*.tmp"):
                 left.unlink()
         except OSError as error:
@@ -132,7 +132,7 @@ class ShardWriter:
         self._pending_bytes = 0
 
     def _part(self, i: int) -> Path:
-        """Where shard i lies until their number is known."""
+        """The file of shard i while the number of shards is unknown."""
         return self.folder / f".model-{i + 1:05d}.safetensors.tmp"
 
     def _write_index(self, finals: list[Path]) -> None:

@@ -1,6 +1,6 @@
-"""Native kernels for the ops that core/ declares. The torch reference in core/ is the meaning of each of them.
+"""Native kernels for the ops that core/ declares. The torch reference in core/ defines what each of them computes.
 
-PALEY_BACKEND picks: `auto` (native where it was built, else the reference), `native`, or `reference`.
+PALEY_BACKEND selects `auto` (native if the library was built, else the reference), `native`, or `reference`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from paley.core import nearest, planes
 from paley.core.errors import PaleyError, nearest_name
 from paley.kernels import native
 
-__all__ = ["BACKENDS", "available", "backend", "planes_fit", "register", "why_unavailable"]
+__all__ = ["BACKENDS", "available", "backend", "planes_fit", "register"]
 
 BACKENDS = ("auto", "native", "reference")
 _LOG = logging.getLogger(__name__)
@@ -27,15 +27,10 @@ def available() -> bool:
     return native.why_missing() is None
 
 
-def why_unavailable() -> str | None:
-    """Why they are not available, with the way out; None where they are."""
-    return native.why_missing()
-
-
 def backend(name: str | None = None) -> str:
-    """What `name` (by default $PALEY_BACKEND, or else "auto") takes here: "native" or "reference".
+    """The backend that `name` (by default $PALEY_BACKEND, else "auto") selects here: "native" or "reference".
 
-    Errors: PaleyError where native kernels are asked for by name and missing, or the name is unknown.
+    Errors: PaleyError if native kernels are asked for by name and missing, or the name is unknown.
     """
     return _resolve(name or _asked())
 
@@ -62,9 +57,9 @@ def _resolve(name: str) -> str:
 
 
 def planes_fit(group_size: int) -> bool:
-    """Whether native kernels multiply planes in groups of so many columns; where not, it is said once.
+    """Whether native kernels multiply planes in groups of this many columns. If not, logs one warning.
 
-    Errors: PaleyError where native kernels are asked for by name and do not.
+    Errors: PaleyError if PALEY_BACKEND=native and they do not.
     """
     if backend() != "native":
         return False
@@ -81,12 +76,12 @@ def planes_fit(group_size: int) -> bool:
 
 @functools.cache
 def register() -> torch.library.Library:
-    """Puts the kernels behind core's ops on the CPU, once; the backend is chosen when one first runs."""
+    """Registers the kernels for core's ops on the CPU, once. The backend is chosen when an op first runs."""
     library = torch.library.Library("paley", "FRAGMENT")
     library.impl("nearest_points", _nearest_points, "CPU")
     library.impl("planes_pack", _planes_pack, "CPU")
     library.impl("planes_matmul", _planes_matmul, "CPU")
-    # Not in core, which cannot know how large a packed weight is.
+    # Not in core: the size of a packed weight depends on the kernels.
     torch.library.register_fake("paley::planes_pack", _planes_pack_fake, lib=library)
     return library
 
@@ -111,7 +106,7 @@ def _planes_pack_fake(codes: Tensor, centroids: Tensor) -> Tensor:
 
 
 def _packs(codes: Tensor, centroids: Tensor) -> bool:
-    """Whether native kernels take this weight."""
+    """Whether native kernels accept this weight."""
     planes.check_weight(codes, centroids)
     return planes_fit(codes.shape[1] // centroids.shape[1])
 
@@ -130,3 +125,6 @@ def _planes_matmul(
     if backend() == "native" and centroids is None:
         return native.planes_matmul(x_codes, x_scales, x_zeros, weight, out)
     return planes.reference(x_codes, x_scales, x_zeros, weight, centroids, out)
+
+
+register()

@@ -1,4 +1,4 @@
-"""The shared library of csrc/, by ctypes: found, checked, called. Its calls release the GIL."""
+"""The shared library of csrc/: finds, checks and calls it through ctypes. Calls release the GIL."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ ABI_VERSION = 2  # PALEY_ABI_VERSION in csrc/paley.h
 LEVELS = ("portable", "avx2", "avx512")  # paley_level there
 PATHS = ("auto", "popcount", "dots", "tables")  # paley_path there
 _STATUS = ("ok", "bad argument", "out of memory", "internal error")
-_SHARE = 2**18  # scores that a thread should have to itself at least: starting one takes some 30 microseconds
-_PLANES_SHARE = 2**27  # likewise products, some 1 ms: for less the threads that torch keeps spinning are in the way
+_SHARE = 2**18  # least number of scores for a thread: starting one takes some 30 microseconds
+_PLANES_SHARE = 2**27  # likewise of products, some 1 ms: for less, torch's spinning threads are in the way
 
 LIBRARY = Path(__file__).with_name("libpaley" + {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so"))
 _BUILD = "install a C++ compiler and run `make setup` (or `pip install -e .`) again"
@@ -78,7 +78,7 @@ def _open(path: Path) -> ctypes.CDLL | str:
 
 
 def load() -> ctypes.CDLL:
-    """The library; PaleyError says why there is none."""
+    """The library, or a PaleyError with the reason why there is none."""
     library = _open(LIBRARY)
     if isinstance(library, str):
         raise PaleyError(f"native kernels: {library}")
@@ -86,25 +86,25 @@ def load() -> ctypes.CDLL:
 
 
 def why_missing() -> str | None:
-    """Why `load` would fail, or None."""
+    """The reason why `load` fails, or None."""
     library = _open(LIBRARY)
     return library if isinstance(library, str) else None
 
 
 def best_level() -> str:
-    """The best of LEVELS that this machine has for `nearest_points`."""
+    """The best of LEVELS on this machine for `nearest_points`."""
     return LEVELS[load().paley_best_level()]
 
 
 def best_planes_level() -> str:
-    """Likewise for `planes_matmul`, which needs more of each level: see csrc/paley.h."""
+    """Likewise for `planes_matmul`, which needs more instructions of each level: see csrc/paley.h."""
     return LEVELS[load().paley_best_planes_level()]
 
 
 def nearest_points(x: Tensor, points: Tensor, *, level: str | None = None, threads: int | None = None) -> Tensor:
     """`core.nearest.reference` for CPU tensors, the same codes; level: of LEVELS, the best by default.
 
-    threads: torch's number by default, fewer where there is little to do.
+    threads: torch's number by default, fewer if there is little to do.
     """
     library = load()
     nearest.check(x, points)
@@ -123,19 +123,20 @@ def nearest_points(x: Tensor, points: Tensor, *, level: str | None = None, threa
 
 
 def fits(group_size: int) -> bool:
-    """Whether the planes kernels take groups of so many columns: whole words of 32, and sums that stay exact."""
+    """Whether the planes kernels take groups of this size: whole words of 32, and sums that stay exact."""
     return group_size % 32 == 0 and 32 <= group_size <= 512
 
 
 def blob_bytes(out: int, groups: int, group_size: int) -> int:
-    """What `pack_planes` takes: a header, then a record for each 16 rows and group; csrc/planes.h has the layout."""
+    """Bytes that `pack_planes` makes: a header, then a record for each 16 rows and group; layout: csrc/planes.h."""
     return 64 + -(-out // 16) * groups * (4 * group_size + 128)
 
 
 def pack_planes(codes: Tensor, centroids: Tensor) -> Tensor:
     """codes [out, n], centroids [out, groups, 4] as in `core.planes` -> uint8 [bytes], what `planes_matmul` reads.
 
-    No more than codes and centroids take: 2 + 64 / group_size bits a weight, rows rounded up to 16. For any level.
+    It is no larger than codes and centroids: 2 + 64 / group_size bits a weight, rows rounded up to 16. All levels read
+    this layout.
     """
     library = load()
     planes.check_weight(codes, centroids)
@@ -169,8 +170,8 @@ def planes_matmul(
 ) -> Tensor:
     """`core.planes.reference` for a blob of `pack_planes`, on the CPU -> float32 [tokens, out].
 
-    path: of PATHS; level: of LEVELS, the best by default; threads: torch's number by default, fewer where there is
-    little to do. None of them changes a bit of the result.
+    path: of PATHS; level: of LEVELS, the best by default; threads: torch's number by default, fewer if there is
+    little to do. The result is the same, to the bit, for all of them.
     """
     library = load()
     if path not in PATHS:
@@ -198,7 +199,7 @@ def planes_matmul(
 
 
 def _level(what: str, level: str | None, best: str) -> int:
-    """The number of `level`, or of the best where none is named: a level asked for by name is taken or refused."""
+    """The number of `level`, or of the best one if none is given. A level that is given is used or refused."""
     level = best if level is None else level
     if level not in LEVELS:
         raise PaleyError(f"{what}: level {level!r} is none of {', '.join(LEVELS)}{nearest_name(level, LEVELS)}")

@@ -1,7 +1,7 @@
 """A few centroids per group of a row, by expectation-maximisation: the weights of W(1+1)A(1x4).
 
-A reconstruction, as the abstract of arXiv:2504.05352 is all that we hold of the paper: a sign bit and a group bit
-choose one of four centroids of the group, each the mean of its weights under the Hessian's importance.
+This is a reconstruction from the abstract of arXiv:2504.05352; the full paper was not available. A sign bit and a group
+bit choose one of four centroids of the group. Each centroid is the mean of its weights, weighted by the Hessian.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from paley.core.errors import PaleyError
 __all__ = ["fit_centroids"]
 
 _MIN_SIZE, _MAX_SIZE = 2, 16
-_BLOCK = 2**18  # values at a time: about ten float64 copies of them are held, and the cache likes it
+_BLOCK = 2**18  # values at a time: about ten float64 copies of them exist, and should fit the cache
 _SPREAD = 1.4  # Lloyd-Max points of N(0, 1) over its even quantiles: 1.2 for 2 points, 1.3-1.4 for 4, √3 for many
-_MAGNITUDE = 0x7FFFFFFF  # flipped where the sign is set, the bits of a float32 are in its order
+_MAGNITUDE = 0x7FFFFFFF  # flipped if the sign is set, the bits of a float32 are in its order
 
 
 class _Sorted(NamedTuple):
-    """n groups of k values, float64: with sums up to each place, a cell of neighbours costs two look-ups.
+    """n groups of k values, float64, with sums up to each place: the sum of a run of neighbours takes two look-ups.
 
-    Values of importance 0 have taken the group's largest other value, where they weigh nothing.
+    Values of importance 0 are replaced by the group's largest other value, with weight 0.
     """
 
     values: Tensor  # [n, k] ascending
@@ -50,8 +50,8 @@ def fit_centroids(
     """values [rows, groups, k] -> float32 [rows, groups, size]: ascending points of small sum h (w - nearest)^2.
 
     importance: h >= 0, broadcastable to values; None is 1. mirrored: the points are -s and s, and the scales
-    s [rows, groups, size / 2] are returned. All are finite values of float16, rounded once at the end; before that no
-    round raises the error. Exact for at most `size` different values of positive importance; 0 where there are none.
+    s [rows, groups, size / 2] are returned. All are finite float16 values, rounded once at the end; no earlier round
+    raises the error. Exact for at most `size` different values of positive importance; 0 if there are none.
     """
     _check(values, importance, size, mirrored, rounds, where)
     count = size // 2 if mirrored else size
@@ -64,7 +64,7 @@ def fit_centroids(
 
 
 def _fit(values: Tensor, importance: Tensor, count: int, mirrored: bool, rounds: int) -> Tensor:
-    """values, importance [rows, groups, k] -> points [rows, groups, count], of ±s the s."""
+    """values, importance [rows, groups, k] -> points [rows, groups, count]; if mirrored, the s of ±s."""
     values = values.float().abs() if mirrored else values.float()  # the nearest of ±s is sign(w) times that of |w|
     groups = _sort(values.flatten(0, 1), importance.flatten(0, 1))
     first, second = (_last(_rounds(groups, start, rounds)) for start in _starts(groups, count, mirrored))
@@ -82,7 +82,7 @@ def _sort(values: Tensor, importance: Tensor) -> _Sorted:
     """values, importance [n, k] -> the groups that EM works on."""
     counts = importance > 0
     last = values.masked_fill(~counts, -torch.inf).amax(-1, keepdim=True)
-    last = torch.where(last.isfinite(), last, 0)  # nothing counts: a group of zeros
+    last = torch.where(last.isfinite(), last, 0)  # no value has importance: a group of zeros
     bits = torch.where(counts, values, torch.inf).view(torch.int32)
     bits, order = (bits ^ (bits >> 31 & _MAGNITUDE)).sort(dim=-1, stable=True)  # integers are sorted faster
     ordered = (bits ^ (bits >> 31 & _MAGNITUDE)).view(torch.float32).minimum(last).double()
@@ -93,12 +93,12 @@ def _sort(values: Tensor, importance: Tensor) -> _Sorted:
 
 
 def _starts(groups: _Sorted, count: int, mirrored: bool) -> tuple[Tensor, Tensor]:
-    """-> two sets of points [n, count] for EM to start from; which one ends better differs from group to group.
+    """-> two sets of points [n, count] from which EM starts; which one ends better differs between groups.
 
-    Weighted quantiles at about the Lloyd-Max points of a Gaussian, and places as dense as good points are. Above the
-    least error possible of 4 points for 128 values: Gaussian 1.8%, 1.5%, the better of both 1.0%; with log-normal
-    importance (sigma 1) 4.2%, 3.6%, 2.1%; Student's t of 4 degrees of freedom 6.8%, 3.0%, 2.3%. Unweighted
-    or even quantiles do about as well for 4 points; even ones are far worse for 8.
+    First: weighted quantiles near the Lloyd-Max points of a Gaussian. Second: places as dense as optimal points.
+    Error above the least possible for 4 points and 128 values (first, second, better of both): Gaussian 1.8%,
+    1.5%, 1.0%; with log-normal importance (sigma 1) 4.2%, 3.6%, 2.1%; Student's t with 4 degrees of freedom 6.8%, 3.0%,
+    2.3%. Unweighted or even quantiles are about as good for 4 points; even ones are far worse for 8.
     """
     even = (torch.arange(count, dtype=torch.float64, device=groups.mass.device) + 0.5) / count
     upper = torch.special.ndtr(_SPREAD * torch.special.ndtri((1 + even) / 2 if mirrored else even))
@@ -111,13 +111,13 @@ def _starts(groups: _Sorted, count: int, mirrored: bool) -> tuple[Tensor, Tensor
 
 
 def _quantiles(values: Tensor, sums: Tensor, at: Tensor) -> Tensor:
-    """values, sums [n, k] ascending -> the values [n, count] where the sums reach so much of their last."""
+    """values, sums [n, k] ascending -> the values [n, count] at which the sums reach the fraction `at` of the total."""
     index = torch.searchsorted(sums.contiguous(), sums[:, -1:] * at)
     return values.gather(-1, index.clamp_(max=values.shape[-1] - 1))
 
 
 def _rounds(groups: _Sorted, points: Tensor, rounds: int) -> Iterator[Tensor]:
-    """points [n, size] ascending -> the points after each round, until nothing changes."""
+    """points [n, size] ascending -> the points after each round, until they no longer change."""
     moving = torch.arange(len(points), device=points.device)
     for _ in range(rounds):
         old = points[moving]
@@ -128,7 +128,7 @@ def _rounds(groups: _Sorted, points: Tensor, rounds: int) -> Iterator[Tensor]:
         left = int(changed.sum())
         if not left:
             return
-        if 2 * left < len(moving):  # a copy is worth it
+        if 2 * left < len(moving):  # few groups are left: copying them is worth it
             groups, moving = groups.take(changed), moving[changed]
 
 
@@ -146,17 +146,17 @@ def _gain(groups: _Sorted, points: Tensor) -> Tensor:
 
 
 def _means(groups: _Sorted, points: Tensor, bounds: Tensor) -> Tensor:
-    """The weighted mean of each cell; an empty one keeps its point."""
+    """The weighted mean of each cell; an empty cell keeps its point."""
     mass, moment = groups.mass.gather(-1, bounds).diff(), groups.moment.gather(-1, bounds).diff()
     first = groups.values.gather(-1, bounds[:, :-1].clamp(max=groups.values.shape[-1] - 1))
     final = groups.values.gather(-1, (bounds[:, 1:] - 1).clamp(min=0))
-    # Differences of long sums are off by some ulps of these: a mean must not leave its cell for that.
+    # Differences of long sums have rounding errors; a mean must not leave its cell because of them.
     means = torch.where(mass > 0, moment / mass, first).clamp(first, final)
     return torch.where(bounds.diff() > 0, means, points)
 
 
 def _reseed(groups: _Sorted, points: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
-    """Puts the points of empty cells, one after another, on the value of largest error in their group."""
+    """Moves the points of empty cells, one after another, to the value of largest error in their group."""
     for _ in range(points.shape[-1]):
         rows = (bounds.diff() == 0).any(-1).nonzero().squeeze(-1)
         if not len(rows):

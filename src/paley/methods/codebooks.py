@@ -1,7 +1,7 @@
-"""What GPTQ rounds columns to: codebooks find nearest codes, say what codes mean, and refit their scales to codes.
+"""Codebooks, to which GPTQ rounds columns: they find the nearest codes, decode them, and refit their scales.
 
-Columns are counted in the order in which GPTQ takes them; a group is a slice of them, empty or shorter than others
-where some of its columns are outliers, which come last.
+Columns are counted in the order in which GPTQ takes them; outliers come last. A group is a slice of them. It is shorter
+than others, or empty, if some of its columns are outliers.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from paley.core.grids import FixedGrid, FreeGrid
-from paley.core.rounding import look_up, nearest_codes, storable
+from paley.core.grids import AnyGrid, FixedGrid
+from paley.core.rounding import storable
 from paley.methods.binary import fit_centroids
 
 __all__ = ["Codebook", "Free", "Scaled", "Split", "blocks"]
@@ -29,7 +29,7 @@ class Codebook(Protocol):
     groups: Sequence[slice]
 
     def begin_(self, work: Tensor, column: int) -> None:
-        """Told before `column` is rounded; work [out, in]: the weights as compensated so far."""
+        """Called before `column` is rounded; work [out, in]: the weights as compensated so far."""
         ...
 
     def nearest(self, x: Tensor, cols: slice) -> tuple[Tensor, Tensor]:
@@ -37,19 +37,19 @@ class Codebook(Protocol):
         ...
 
     def values(self, codes: Tensor) -> Tensor:
-        """codes of all columns -> the weights [out, in] that they stand for, float32."""
+        """codes of all columns -> the decoded weights [out, in], float32."""
         ...
 
     def refit_(self, rest: Tensor, gram: Tensor, codes: Tensor) -> None:
         """The scales of least error in the metric `gram`, one group after the other, in closed form.
 
-        rest [out, all columns]: target less values, kept so while the values change.
+        rest [out, all columns]: target minus values; it is updated as the values change.
         """
         ...
 
 
 def blocks(book: Codebook, block: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of runs of whole codes, about `block` columns each, that vectors alone may take across groups."""
+    """(start, stop) of runs of whole codes, about `block` columns each. Only runs of vectors may cross groups."""
     columns = book.groups[-1].stop
     wide = max(1, block // book.p) * book.p
     runs = [slice(0, columns)] if book.p > 1 else book.groups
@@ -58,7 +58,7 @@ def blocks(book: Codebook, block: int) -> Iterator[tuple[int, int]]:
 
 
 class Scaled:
-    """A fixed grid under scales, and zeros on affine grids, [out, groups, 1]."""
+    """A fixed grid with scales and, on affine grids, zeros, [out, groups, 1]."""
 
     def __init__(self, scales: Tensor, zeros: Tensor | None, grid: FixedGrid, groups: Sequence[slice]):
         self.scales, self.zeros, self.grid, self.groups, self.p = scales, zeros, grid, groups, grid.p
@@ -68,7 +68,7 @@ class Scaled:
         self._group = self._group_of.tolist()
 
     def begin_(self, work: Tensor, column: int) -> None:
-        """Nothing: the scales are known beforehand."""
+        """Does nothing: the scales are fixed beforehand."""
 
     def nearest(self, x: Tensor, cols: slice) -> tuple[Tensor, Tensor]:
         start, stop = cols.start - self._start, cols.stop - self._start
@@ -76,15 +76,15 @@ class Scaled:
         of_each = slice(first, first + 1) if first == last else self._group_of[start:stop]
         scales, zeros = self.scales[:, of_each, 0], None if self.zeros is None else self.zeros[:, of_each, 0]
         groups = x[:, None] if first == last else x[..., None]
-        codes = nearest_codes(groups, scales[..., None], None if zeros is None else zeros[..., None], self.grid)
-        points = look_up(self.grid, codes, x.shape[1])
+        codes = self.grid.quantize(groups, scales[..., None], None if zeros is None else zeros[..., None])
+        points = self.grid.look_up(codes, x.shape[1])
         return codes[:, 0], (points if zeros is None else points - zeros) * scales
 
     def values(self, codes: Tensor) -> Tensor:
         return self._points(codes) * self.scales[:, self._group_of, 0]
 
     def _points(self, codes: Tensor) -> Tensor:
-        points = look_up(self.grid, codes, len(self._group))
+        points = self.grid.look_up(codes, len(self._group))
         return points if self.zeros is None else points - self.zeros[:, self._group_of, 0]
 
     def refit_(self, rest: Tensor, gram: Tensor, codes: Tensor) -> None:
@@ -95,26 +95,26 @@ class Scaled:
             slope = (pull * p).sum(-1, keepdim=True)
             curve = (p @ metric * p).sum(-1, keepdim=True)
             fitted = storable(slope / curve.clamp(min=1e-30))
-            found = torch.where((curve > 0) & (slope > 0), fitted, scales[:, index])
-            rest[:, cols] -= p * (found - scales[:, index])
-            scales[:, index] = found
+            refitted = torch.where((curve > 0) & (slope > 0), fitted, scales[:, index])
+            rest[:, cols] -= p * (refitted - scales[:, index])
+            scales[:, index] = refitted
         self.scales = scales
 
 
 class Free:
-    """Points of each group's own, fitted to its weights when GPTQ comes to them.
+    """Each group has its own points, fitted to its weights when GPTQ reaches them.
 
-    importance [in]: weights of the squared errors, None where all count alike.
+    importance [in]: weights of the squared errors; None: all are equal.
     """
 
     p = 1
     zeros = None
 
     def __init__(
-        self, rows: int, grid: FreeGrid, groups: Sequence[slice], importance: Tensor | None, where: str = "weight"
+        self, rows: int, grid: AnyGrid, groups: Sequence[slice], importance: Tensor | None, where: str = "weight"
     ):
         self.grid, self.groups, self.importance, self.where = grid, groups, importance, where
-        self.scales = torch.zeros(rows, len(groups), grid.stored)
+        self.scales = torch.zeros(rows, len(groups), *grid.scale_shape)
         self._group = [index for index, g in enumerate(groups) for _ in range(g.start, g.stop)]
         self._starts = {g.start: index for index, g in enumerate(groups) if g.stop > g.start}
 
@@ -129,12 +129,14 @@ class Free:
         )[:, 0]
 
     def nearest(self, x: Tensor, cols: slice) -> tuple[Tensor, Tensor]:
-        scales = self.scales[:, self._group[cols.start]]
-        codes = self.grid.nearest(x, scales)
-        return codes[:, 0], self.grid.decode(codes, scales)
+        index = self._group[cols.start]
+        scales = self.scales[:, index : index + 1]
+        codes = self.grid.quantize(x[:, None], scales)
+        return codes[:, 0], self.grid.dequantize(codes, scales)
 
     def values(self, codes: Tensor) -> Tensor:
-        parts = [self.grid.decode(codes[:, cols], self.scales[:, index]) for index, cols in enumerate(self.groups)]
+        scales = self.scales.split(1, 1)
+        parts = [self.grid.dequantize(codes[:, cols], own) for cols, own in zip(self.groups, scales, strict=True)]
         return torch.cat(parts, -1)
 
     def refit_(self, rest: Tensor, gram: Tensor, codes: Tensor) -> None:
@@ -142,29 +144,29 @@ class Free:
             if cols.stop == cols.start:
                 continue
             scales, metric = self.scales[:, index], gram[cols, cols]
-            # values = members @ scales: which of the stored numbers a column has, and with which sign
+            # values = members @ scales: the stored number that each column uses, with its sign
             members = self._members(codes[:, cols])
             pull = rest @ gram[:, cols] + (members @ scales[..., None])[..., 0] @ metric
             slope = (pull[:, None] @ members)[:, 0]
             curve = members.mT @ (metric @ members)
-            free = members.abs().amax(1) == 0  # nobody has this number: it stays
+            free = members.abs().amax(1) == 0  # no column uses this number: it stays
             unit = torch.diag_embed(free.float() + 1e-7 * curve.diagonal(dim1=-2, dim2=-1))
-            found = torch.linalg.solve(curve + unit, slope + free * scales)
-            found = found.clamp(-_LARGEST, _LARGEST).half().float()
-            ascends = (self.grid.points(found).diff(dim=-1) >= 0).all(-1, keepdim=True)
-            found = torch.where(ascends, found, scales)
-            rest[:, cols] -= (members @ (found - scales)[..., None])[..., 0]
-            self.scales[:, index] = found
+            refitted = torch.linalg.solve(curve + unit, slope + free * scales)
+            refitted = refitted.clamp(-_LARGEST, _LARGEST).half().float()
+            ascends = (self.grid.group_points(refitted).diff(dim=-1) >= 0).all(-1, keepdim=True)
+            refitted = torch.where(ascends, refitted, scales)
+            rest[:, cols] -= (members @ (refitted - scales)[..., None])[..., 0]
+            self.scales[:, index] = refitted
 
     def _members(self, codes: Tensor) -> Tensor:
         """codes [out, k] -> float32 [out, k, stored]."""
-        unit = torch.eye(self.grid.stored, device=codes.device)
+        unit = torch.eye(*self.grid.scale_shape, device=codes.device)
         rows = torch.cat([-unit.flip(0), unit]) if self.grid.mirrored else unit
         return rows[codes.long()]
 
 
 class Split:
-    """One codebook for the columns that come first, another for the outliers after them; codes of a column each."""
+    """One codebook for the first columns, another for the outliers after them; one code for each column."""
 
     p = 1
 

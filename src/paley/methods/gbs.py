@@ -1,6 +1,6 @@
-"""Gradual binary search: one clip ratio after the other, each judged by the whole model's loss.
+"""Gradual binary search: finds one clip ratio after the other, by the loss of the whole model.
 
-arXiv:2504.13989, algorithm 1. The model is behind two callables, so a test of the search takes milliseconds.
+arXiv:2504.13989, algorithm 1. The model is behind two callables, so that a test of the search takes milliseconds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Score = Callable[[float], float]
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where a slot's search ended: the clip ratio and the loss there (lower is better)."""
+    """The result of a site's search: the clip ratio and its loss (lower is better)."""
 
     clip_ratio: float
     loss: float
@@ -51,8 +51,8 @@ def local_search(
 ) -> Outcome:
     """Ours: the best of the given starts, then its neighbours at a step that halves when both are worse.
 
-    A ratio replaces the best so far only where the loss falls by min_gain of itself: less is as likely the search
-    text's noise. So the result is never worse than the first start. `iterations` counts trials after the starts.
+    A ratio replaces the best so far only if the loss falls by a share of min_gain; a smaller gain may be noise of the
+    search text. The result is never worse than the first start. `iterations` counts trials after the starts.
     """
     losses: dict[float, float] = {}
     best = starts[0]
@@ -79,24 +79,24 @@ def local_search(
 
 
 def gradual_search(
-    slots: Sequence[str],
+    sites: Sequence[str],
     evaluate: Callable[[str, float], float],
     settle: Callable[[str, Outcome], None],
     search: Callable[[str, Score], Outcome],
 ) -> dict[str, Outcome]:
-    """Visits `slots` in order: searches each with those before it settled, then settles it.
+    """Visits `sites` in order: searches each one, with those before it settled, and then settles it.
 
-    evaluate(slot, clip_ratio) is the model's loss with that slot at its target bits and clip ratio.
+    evaluate(site, clip_ratio) is the model's loss with that site at its target bits and clip ratio.
     """
     outcomes: dict[str, Outcome] = {}
-    for slot in slots:
+    for site in sites:
 
-        def score(clip_ratio: float, slot: str = slot) -> float:
-            loss = evaluate(slot, clip_ratio)
+        def score(clip_ratio: float, site: str = site) -> float:
+            loss = evaluate(site, clip_ratio)
             if math.isnan(loss):
-                raise PaleyError(f"{slot}: the loss at clip_ratio={clip_ratio} is NaN; check the model's weights")
+                raise PaleyError(f"{site}: the loss at clip_ratio={clip_ratio} is NaN; check the model's weights")
             return loss
 
-        outcomes[slot] = search(slot, score)
-        settle(slot, outcomes[slot])
+        outcomes[site] = search(site, score)
+        settle(site, outcomes[site])
     return outcomes

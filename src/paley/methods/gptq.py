@@ -1,8 +1,8 @@
-"""GPTQ on any grid: rounds the columns of a code and lets later columns make up for the error.
+"""GPTQ on any grid: rounds the columns of a code and changes later columns to make up for the error.
 
-GPTQ: arXiv:2210.17323. Targets that know the inputs are quantized: GPTAQ, arXiv:2504.02692; ours also know what the
-residual stream lacks. Afterwards, per row, the scale is refitted and the codes are improved by coordinate descent,
-both in the same objective.
+GPTQ: arXiv:2210.17323. Targets for quantized inputs: GPTAQ, arXiv:2504.02692. Our targets also correct the error of the
+residual stream. Afterwards each row's scales are refitted, and coordinate descent improves the codes, both for the same
+objective.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from paley.core import grids
-from paley.core.grids import FreeGrid, code_dtype
+from paley.core.grids import as_fixed
 from paley.core.rounding import OUTLIER_GRID, Outliers, Quantized, check_groups, quantized
 from paley.core.schemes import WeightScheme
 from paley.methods.codebooks import Codebook, Free, Scaled, Split, blocks
@@ -24,10 +23,10 @@ __all__ = ["InputStatistics", "quantize_gptq"]
 
 
 class InputStatistics:
-    """Second moments of a linear's inputs X [tokens, in], as quantized, with what its output should make up for.
+    """Second moments of a linear's quantized inputs X [tokens, in], and of the errors that it should make up for.
 
-    gram = sum X^T X and cross = sum X_ref^T X [in, in], X_ref the original model's inputs; lag = sum D^T X
-    [out, in], D [tokens, out] what the stream that the output is added to lacks already; all float32.
+    gram = sum X^T X and cross = sum X_ref^T X [in, in], with X_ref the original model's inputs. lag = sum D^T X
+    [out, in], with D [tokens, out] the original minus the quantized stream that the output is added to. All float32.
     """
 
     def __init__(self) -> None:
@@ -52,13 +51,13 @@ def quantize_gptq(
     damp: float = 0.01,
     where: str = "weight",
 ) -> Quantized:
-    """weight [out, in] -> the codes that keep the layer's outputs, sum |W x_ref + lag - Ŵ x|^2, small.
+    """weight [out, in] -> codes for which sum |W x_ref + lag - Ŵ x|^2 is small.
 
-    outlier_columns: ascending int32 [k], those that get codes of OUTLIER_GRID, after all others. compensate: aim at the
-    original outputs given the quantized inputs; else at W x on those same inputs. damp: the share of gram's mean
-    diagonal added to it. A scheme of method "nearest" uses the statistics for its scales alone.
+    outlier_columns: ascending int32 [k]; they get codes of OUTLIER_GRID, after all others. compensate: aim at the
+    original outputs given the quantized inputs; else at W x on those same inputs. damp: added to gram's diagonal, as a
+    share of its mean. A scheme of method "nearest" uses the statistics only for its scales.
     """
-    grid = grids.load(scheme.grid)
+    grid = scheme.grid
     gram, target = _target(weight, statistics, damp, compensate and scheme.method == "gptq")
     importance = _importance(gram, scheme.scale_search)
     order = torch.arange(weight.shape[1], device=weight.device)
@@ -79,39 +78,40 @@ def quantize_gptq(
         return quantized(codes, book.scales, book.zeros, grid, weight.shape[1])
     assert outlier_columns is not None
     ordinary, kept = codes.split([len(order) - len(outlier_columns), len(outlier_columns)], -1)
-    placed = torch.zeros_like(codes, dtype=code_dtype(grid)).index_copy(-1, order[: ordinary.shape[1]], ordinary)
-    found = quantized(placed, book.ordinary.scales, book.ordinary.zeros, grid, weight.shape[1])
+    placed = torch.zeros_like(codes, dtype=grid.code_dtype).index_copy(-1, order[: ordinary.shape[1]], ordinary)
+    rest = quantized(placed, book.ordinary.scales, book.ordinary.zeros, grid, weight.shape[1])
     own = Outliers(outlier_columns.int(), kept.to(torch.uint8), book.outliers.scales[..., 0].half())
-    return replace(found, outliers=own)
+    return replace(rest, outliers=own)
 
 
 def _codebook(
     target: Tensor, scheme: WeightScheme, order: Tensor, outliers: int, importance: Tensor | None, where: str
 ) -> Scaled | Free | Split:
-    """For weights [out, in] whose columns are in `order`, the last `outliers` of them; importance [in] likewise."""
-    grid, columns = grids.load(scheme.grid), target.shape[1]
+    """For weights [out, in] with columns in `order`; the last `outliers` are outliers. importance [in]: same order."""
+    columns = target.shape[1]
     check_groups(columns, scheme.group_size, where)
     size, count = scheme.group_size or columns, columns - outliers
     ends = [int((order[:count] < end).sum()) for end in range(size, columns + 1, size)]
     groups = [slice(start, stop) for start, stop in zip([0, *ends], ends, strict=False)]
     book: Scaled | Free
-    if isinstance(grid, FreeGrid):
-        book = Free(len(target), grid, groups, importance, where)
+    if scheme.by_em:
+        book = Free(len(target), scheme.grid, groups, importance, where)
     elif not outliers:
-        book = Scaled(*weight_scales(target, scheme, where), grid, groups)
+        book = Scaled(*weight_scales(target, scheme, where), as_fixed(scheme.grid), groups)
     else:
-        book = Scaled(*_scales_of(target, groups, scheme, where), grid, groups)
+        book = Scaled(*_scales_of(target, groups, scheme, where), as_fixed(scheme.grid), groups)
     if not outliers:
         return book
     last = slice(count, columns)
-    own = WeightScheme(OUTLIER_GRID, scale_search="absmax")
-    return Split(book, Scaled(*weight_scales(target[:, last], own, where), grids.fixed(OUTLIER_GRID), [last]))
+    grid = as_fixed(OUTLIER_GRID)
+    own = WeightScheme(grid, scale_search="absmax")
+    return Split(book, Scaled(*weight_scales(target[:, last], own, where), grid, [last]))
 
 
 def _scales_of(
     target: Tensor, groups: Sequence[slice], scheme: WeightScheme, where: str
 ) -> tuple[Tensor, Tensor | None]:
-    """As `weight_scales`, of groups that may be ragged or, of outliers alone, empty."""
+    """As `weight_scales`, for groups that may be ragged, or empty if all their columns are outliers."""
     alone = replace(scheme, group_size=None)
     filled = [target[:, cols] if cols.stop > cols.start else target.new_zeros(len(target), 1) for cols in groups]
     scales, zeros = zip(*(weight_scales(part, alone, where) for part in filled), strict=True)
@@ -119,7 +119,7 @@ def _scales_of(
 
 
 def _importance(gram: Tensor, scale_search: str) -> Tensor | None:
-    """Weights [in] of the squared errors that points of free grids are fitted by; gram: damped."""
+    """Weights [in] of the squared errors for fitting the points of free grids; gram: damped."""
     if scale_search == "em_diagonal":
         return gram.diagonal()
     if scale_search == "em_inverse":
@@ -130,7 +130,7 @@ def _importance(gram: Tensor, scale_search: str) -> Tensor | None:
 def _target(weight: Tensor, statistics: InputStatistics, damp: float, compensate: bool) -> tuple[Tensor, Tensor]:
     """The damped gram matrix G, and the weights of least error before rounding: (W C + L) G^-1, C damped as G.
 
-    With no lag L this is GPTAQ's target; with it, the residual stream as a whole is brought back to the original.
+    Without the lag L this is GPTAQ's target. With it, the whole residual stream is corrected towards the original.
     """
     gram = statistics.gram.double()
     ridge = damp * gram.diagonal().mean().clamp(min=1e-12) * torch.eye(len(gram)).to(gram)
@@ -143,7 +143,7 @@ def _target(weight: Tensor, statistics: InputStatistics, damp: float, compensate
 
 def _feedback(target: Tensor, gram: Tensor, book: Codebook, block: int = 128) -> Tensor:
     """GPTQ proper, the columns of one code at a time -> codes [out, ceil(in / p)]."""
-    # Upper Cholesky factor of the inverse: its row i spreads column i's error over the columns after it.
+    # Upper Cholesky factor of the inverse: row i distributes column i's error over the columns after it.
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram.double()))
     spread = torch.linalg.cholesky(inverse, upper=True).float()
     work, codes = target.clone(), []
@@ -156,7 +156,7 @@ def _feedback(target: Tensor, gram: Tensor, book: Codebook, block: int = 128) ->
             error = work[:, cols] - values
             if book.p == 1:
                 error = error / spread[cols, cols]
-            else:  # the columns of one code are rounded together: their errors, freed of each other's feedback
+            else:  # the columns of one code are rounded together: remove the feedback between their errors
                 error = torch.linalg.solve_triangular(spread[cols, cols], error, upper=True, left=False)
             work[:, cols.start : stop] -= error @ spread[cols, cols.start : stop]
             errors[:, cols.start - start : cols.stop - start] = error
@@ -165,7 +165,7 @@ def _feedback(target: Tensor, gram: Tensor, book: Codebook, block: int = 128) ->
 
 
 def _one_by_one(target: Tensor, book: Codebook) -> Tensor:
-    """Each code the nearest; no column makes up for another."""
+    """The nearest codes, without error feedback."""
     codes = []
     for start, stop in blocks(book, 1):
         book.begin_(target, start)

@@ -1,4 +1,4 @@
-"""Scales for weights, and rounding to nearest, what every other weight method starts from; and what Gaussians lose."""
+"""Weight scales and round-to-nearest (used by every method), and the expected error on Gaussian weights."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from paley.core import grids
-from paley.core.grids import FixedGrid, FreeGrid, Grid
+from paley.core.grids import FixedGrid, as_fixed
 from paley.core.metrics import rel_error
-from paley.core.rounding import Quantized, dynamic_scales, look_up, nearest_codes, quantized, split_groups, storable
+from paley.core.rounding import Quantized, dynamic_scales, quantized, split_groups, storable
 from paley.core.schemes import WeightScheme
 from paley.methods.binary import fit_centroids
 
@@ -21,18 +20,18 @@ _SHRINK_STEPS = 80  # clip ratios 1.00, 0.99, ... 0.21, as in GPTQ's reference r
 _ERROR_POWER = 2.4
 _SAMPLES = 2**17
 _VECTORS = 2**16
-_FEW = 48  # values of a group; below, what is of the order of 1 / group^2 counts
+_FEW = 48  # values of a group; below it, terms of the order of 1 / group^2 matter
 
 
 def weight_scales(weight: Tensor, scheme: WeightScheme, where: str = "weight") -> tuple[Tensor, Tensor | None]:
-    """weight [out, in] -> scales [out, groups, 1] as float16 can hold them, and zeros where the grid has them.
+    """weight [out, in] -> scales [out, groups, 1], float16 values, and zeros on affine grids.
 
-    "mse" keeps, of 80 clip ratios, the one of least sum |error|^2.4 in each group. Free grids: [out, groups, stored].
+    "mse" tries 80 clip ratios; in each group the one of least sum |error|^2.4 stays. Free grids: [out, groups, stored].
     """
-    grid = grids.load(scheme.grid)
     groups = split_groups(weight.float(), scheme.group_size, where)
-    if isinstance(grid, FreeGrid):
-        return fit_centroids(groups, None, grid.size, mirrored=grid.mirrored, where=where), None
+    if scheme.by_em:
+        return fit_centroids(groups, None, scheme.grid.size, mirrored=scheme.grid.mirrored, where=where), None
+    grid = as_fixed(scheme.grid)
     if scheme.scale_search != "mse":
         rule = "absmax" if scheme.scale_search == "absmax" else "rms"
         return dynamic_scales(groups, grid, rule, 1.0, torch.float16)
@@ -41,13 +40,13 @@ def weight_scales(weight: Tensor, scheme: WeightScheme, where: str = "weight") -
 
 
 def _least_error(groups: Tensor, grid: FixedGrid) -> tuple[Tensor, Tensor]:
-    """groups [rows, groups, size] -> the scales and zeros of least error; zeros are 0 on grids without any."""
+    """groups [rows, groups, size] -> the scales and zeros of least error; zeros are 0 on grids that have none."""
     best_error = groups.new_full((*groups.shape[:2], 1), torch.inf)
     best_scales, best_zeros = torch.zeros_like(best_error), torch.zeros_like(best_error)
     for step in range(_SHRINK_STEPS):
         scales, zeros = dynamic_scales(groups, grid, "absmax", 1 - step / 100, torch.float16)
-        codes = nearest_codes(groups, scales, zeros, grid)
-        points = look_up(grid, codes).view_as(groups)
+        codes = grid.quantize(groups, scales, zeros)
+        points = grid.look_up(codes).view_as(groups)
         values = (points if zeros is None else points - zeros) * scales
         error = (values - groups).abs().pow(_ERROR_POWER).sum(-1, keepdim=True)
         better = error < best_error
@@ -60,16 +59,17 @@ def _least_error(groups: Tensor, grid: FixedGrid) -> tuple[Tensor, Tensor]:
 
 @functools.lru_cache(maxsize=1024)
 def gaussian_error(scheme: WeightScheme, width: int) -> float:
-    """t^2 of the scheme on Gaussian rows of so many columns: ||W - Ŵ||^2 / ||W||^2, the same for every such layer.
+    """t^2 of the scheme on Gaussian rows of `width` columns: ||W - Ŵ||^2 / ||W||^2.
 
-    With scales by rms it tends to the grid's own t^2 as groups grow, and is less in small ones, whose values lie on a
-    sphere: no group is as long as some are among independent values.
+    With scales by rms it tends to the grid's own t^2 as groups grow. It is less in small groups: after scaling, their
+    values lie on a sphere, so that none is as long as some groups of independent values are.
     """
-    grid, group, samples = grids.load(scheme.grid), scheme.group_size or width, _SAMPLES
-    if scheme.scale_search in ("rms", "unbiased") and not isinstance(grid, FreeGrid):
-        if scheme.method == "gptq":  # refits its scales for least error
+    group, samples = scheme.group_size or width, _SAMPLES
+    if scheme.scale_search in ("rms", "unbiased"):
+        grid = as_fixed(scheme.grid)
+        if scheme.method == "gptq":  # gptq refits its scales for least error
             scheme = replace(scheme, scale_search="rms")
-        # Where p does not divide the group, vectors across two of them are on no sphere.
+        # If p does not divide the group, a vector across two groups lies on no sphere.
         if group >= (4 * _FEW if group % grid.p else _FEW):
             return _error_on_sphere(grid, group, stretched=scheme.scale_search == "unbiased")
         samples = 8 * _SAMPLES
@@ -78,19 +78,18 @@ def gaussian_error(scheme: WeightScheme, width: int) -> float:
 
 
 @functools.lru_cache(maxsize=1024)
-def gaussian_spread(grid: str) -> float:
+def gaussian_spread(grid: FixedGrid) -> float:
     """Standard error of rel_error / `gaussian_error` of a Gaussian weight, times the root of its number of values."""
-    loaded = grids.fixed(grid)
-    length, error, _ = _moments(loaded)
-    weights = _weights(length, loaded.p, None)
-    return float((weights @ error.square() / (weights @ error).square() - 1).sqrt()) * loaded.p**0.5
+    length, error, _ = _moments(grid)
+    weights = _weights(length, grid.p, None)
+    return float((weights @ error.square() / (weights @ error).square() - 1).sqrt()) * grid.p**0.5
 
 
 @functools.lru_cache(maxsize=32)  # of 1.5 MB each
 def _moments(grid: FixedGrid) -> tuple[Tensor, Tensor, Tensor]:
     """|x|^2, |x - q|^2 and x·(x - q) [vectors], float64, of vectors x and their nearest points q at the best scale.
 
-    x ~ N(0, (p + 2) / p), so that far vectors, of most error, are not few.
+    x ~ N(0, (p + 2) / p), so that enough vectors are far out, where errors are largest.
     """
     x = torch.randn(_VECTORS, grid.p, generator=torch.Generator().manual_seed(0)) * ((grid.p + 2) / grid.p) ** 0.5
     off = x - grid.round(x / grid.gaussian_scale) * grid.gaussian_scale
@@ -99,7 +98,7 @@ def _moments(grid: FixedGrid) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _weights(length: Tensor, p: int, group: int | None) -> Tensor:
-    """Weights [vectors], of sum 1, that make `_moments` those of N(0, I_p), or of the sphere's points of rms 1.
+    """Weights [vectors], with sum 1, that turn `_moments` into those of N(0, I_p), or of points of rms 1 on a sphere.
 
     p of the coordinates of a point on the sphere of `group` dimensions have the density
     (1 - |x|^2 / group)^((group - p - 2) / 2).
@@ -113,18 +112,17 @@ def _weights(length: Tensor, p: int, group: int | None) -> Tensor:
 
 
 def _error_on_sphere(grid: FixedGrid, group: int, *, stretched: bool) -> float:
-    """Mean |w - ŵ|^2 / |w|^2 of w uniform on a sphere of `group` dimensions and of rms 1, as scaled groups are."""
+    """Mean |w - ŵ|^2 / |w|^2 for w uniform on a sphere of `group` dimensions with rms 1, as scaled groups are."""
     length, error, short = _moments(grid)
     gaussian, sphere = _weights(length, grid.p, None), _weights(length, grid.p, group)
-    # The grid's own t^2 is known better than from these few vectors, which only tell how it changes.
+    # The grid's own t^2 was measured on more vectors than these, which only give the change.
     mse = grid.mse * float(sphere @ error / (gaussian @ error))
     if not stretched:
         return mse
-    # With e = |w - q|² and d = w·(w - q), means over the group, `_stretched` leaves (e - d²) / (1 - d)²: here of the
-    # means of e and d over all groups, and what their fluctuations add, which are of the order of 1 / group.
-    along = short - error  # q·(w - q): 0 on average where the points are at their best scale
-    best = isinstance(grid, Grid) and not grid.name.startswith("custom-")
-    lost = mse + float(sphere @ along - (gaussian @ along if best else 0)) / grid.p
+    # With e = |w - q|² and d = w·(w - q), means over the group, the error after `_stretched` is (e - d²) / (1 - d)².
+    # Here: its value at the means of e and d over all groups, plus terms of the order of 1 / group for fluctuations.
+    along = short - error  # q·(w - q): 0 on average if the points have their best scale
+    lost = mse + float(sphere @ along - (gaussian @ along if grid.best_scaled else 0)) / grid.p
     both = torch.stack([short, error, length]) / grid.p
     both = both - (both @ sphere)[:, None]
     covariance = both * sphere @ both.T * (grid.p / group)
@@ -137,21 +135,21 @@ def _error_on_sphere(grid: FixedGrid, group: int, *, stretched: bool) -> float:
 
 def quantize_nearest(weight: Tensor, scheme: WeightScheme, where: str = "weight") -> Quantized:
     """weight [out, in] -> codes [out, in / p], each the nearest point under its group's scale."""
-    grid = grids.load(scheme.grid)
     scales, zeros = weight_scales(weight, scheme, where)
     groups = split_groups(weight.float(), scheme.group_size, where)
-    codes = nearest_codes(groups, scales, zeros, grid)
-    if scheme.scale_search == "unbiased" and not isinstance(grid, FreeGrid):
-        scales = _stretched(groups, look_up(grid, codes, weight.shape[1]).view_as(groups), scales)
-    return quantized(codes, scales, zeros, grid, weight.shape[1])
+    codes = scheme.grid.quantize(groups, scales, zeros)
+    if scheme.scale_search == "unbiased":
+        points = as_fixed(scheme.grid).look_up(codes, weight.shape[1])
+        scales = _stretched(groups, points.view_as(groups), scales)
+    return quantized(codes, scales, zeros, scheme.grid, weight.shape[1])
 
 
 def _stretched(groups: Tensor, points: Tensor, scales: Tensor) -> Tensor:
-    """groups, points [rows, groups, size] -> the scales [rows, groups, 1] that give each group its length along itself.
+    """groups, points [rows, groups, size] -> scales [rows, groups, 1] with (group · scale points) = |group|^2.
 
-    Points of least error are means of their cells, so what is rounded to them is shorter: on average (1 - t^2) W. That
-    error is the same in all rows, and costs more than noise of its size.
+    Points of least error are means of their cells, so that rounded values are shorter: on average (1 - t^2) W. This
+    shrinking is the same in all rows, and raises the loss more than noise of the same size.
     """
     along = (groups * points).sum(-1, keepdim=True)
-    found = groups.square().sum(-1, keepdim=True) / along.clamp(min=1e-30)
-    return torch.where((along > 0) & (found < 2 * scales), storable(found), scales)
+    stretched = groups.square().sum(-1, keepdim=True) / along.clamp(min=1e-30)
+    return torch.where((along > 0) & (stretched < 2 * scales), storable(stretched), scales)

@@ -10,14 +10,15 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from paley.core.rounding import round_trip
-from paley.core.schemes import ActivationScheme, AttentionSlot, LinearSlot
+from paley.core.schemes import ActivationScheme, AttentionScheme, LinearScheme, Schemes
 from paley.model.adapter import Adapter
 from paley.model.capture import capture_inputs
-from paley.model.kv_cache import SCALE_DTYPE, cache_argument, centered
+from paley.model.kv_cache import cache_argument
+from paley.ops.attention import SCALE_DTYPE, centered
 
 __all__ = ["MeasuredErrors", "Place", "measure_errors"]
 
-Place = tuple[str, str]  # a module's path, and its slot's field: keys, values or input
+Place = tuple[str, str]  # a module's path, and its scheme's field: keys, values or input
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,12 @@ class MeasuredErrors:
 def measure_errors(
     adapter: Adapter,
     ids: Tensor,
-    linears: Mapping[str, LinearSlot],
-    attentions: Mapping[str, AttentionSlot],
-    schemes: Mapping[Place, Sequence[ActivationScheme]],
+    schemes: Schemes,
+    options: Mapping[Place, Sequence[ActivationScheme]],
 ) -> MeasuredErrors:
-    """One forward of ids [sequences, seq_len], unrounded: adapter is rotated and wrapped, but no slot is active.
+    """One forward of ids [sequences, seq_len], unrounded: adapter is rotated and wrapped, but no scheme is active.
+
+    options: the schemes whose errors are measured, of each place.
 
     Keys are those behind RoPE. Errors are relative to what a slope's noise was relative to: the key with its mean.
     """
@@ -47,37 +49,37 @@ def measure_errors(
 
     def add(path: str, x: Tensor) -> None:
         place = path, "input"
-        rounded, columns = _turned_input(x, linears[path])
-        table.update({(place, s): _error(x, rounded, s, torch.float32, columns) for s in schemes[place]})
+        rounded, columns = _turned_input(x, schemes.linears[path])
+        table.update({(place, s): _error(x, rounded, s, torch.float32, columns) for s in options[place]})
 
     cache = DynamicCache()
-    watched = {path: model.get_submodule(path) for path, field in schemes if field == "input"}
+    watched = {path: model.get_submodule(path) for path, field in options if field == "input"}
     with capture_inputs(watched, add):
         model(ids, use_cache=True, logits_to_keep=1, **cache_argument(model, cache))
     for block in adapter.blocks:
-        path = block.path("attention")
-        layer = cache.layers[block.part("attention").layer_idx]
+        path = block.attention
+        layer = cache.layers[adapter.module(path).layer_idx]
         for field, x in (("keys", layer.keys), ("values", layer.values)):
             place = path, field
-            if place not in schemes:
+            if place not in options:
                 continue
             assert x is not None
-            rounded = _turned_keys(x, attentions[path]) if field == "keys" else x
-            table.update({(place, s): _error(x, rounded, s, SCALE_DTYPE) for s in schemes[place]})
+            rounded = _turned_keys(x, schemes.attentions[path]) if field == "keys" else x
+            table.update({(place, s): _error(x, rounded, s, SCALE_DTYPE) for s in options[place]})
     return MeasuredErrors(table)
 
 
-def _turned_input(x: Tensor, slot: LinearSlot) -> tuple[Tensor, Tensor]:
-    """x [tokens, in] -> what the slot rounds, and its columns of most energy: outliers, which have a finer grid."""
-    x = x if slot.transform is None else slot.transform.apply(x)
-    columns = x.double().square().sum(0).topk(slot.outliers).indices
+def _turned_input(x: Tensor, scheme: LinearScheme) -> tuple[Tensor, Tensor]:
+    """x [tokens, in] -> what the scheme rounds, and its columns of most energy: outliers, which have a finer grid."""
+    x = x if scheme.transform is None else scheme.transform.apply(x)
+    columns = x.double().square().sum(0).topk(scheme.outliers).indices
     return x.index_fill(-1, columns, 0.0), columns
 
 
-def _turned_keys(keys: Tensor, slot: AttentionSlot) -> Tensor:
-    """keys [batch, kv_heads, tokens, head_dim] -> less their mean, and rotated, where the slot says so."""
-    keys = centered(keys, slot, keys.double().mean((0, 2)).half())
-    return keys if slot.transform is None else slot.transform.apply(keys)
+def _turned_keys(keys: Tensor, scheme: AttentionScheme) -> Tensor:
+    """keys [batch, kv_heads, tokens, head_dim] -> less their mean, and rotated, where the scheme says so."""
+    keys = centered(keys, scheme, keys.double().mean((0, 2)).half())
+    return keys if scheme.transform is None else scheme.transform.apply(keys)
 
 
 def _error(

@@ -1,4 +1,4 @@
-"""Quantizes a model's weights block by block, each block calibrated on what the quantized ones before it give.
+"""Quantizes a model's weights step by step: the embedding, block by block, the head; each sees what came before it.
 
 Beside the block at work a copy of the original runs, on the original's inputs, so that GPTQ can aim at the
 original outputs. Memory beside the model: that copy, the hidden states of the calibration tokens twice, and the packed
@@ -8,31 +8,39 @@ codes of the blocks that are done.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from paley.arch import Site
 from paley.core.errors import PaleyError
 from paley.core.metrics import rel_error
 from paley.core.rounding import Quantized
-from paley.core.schemes import AttentionSlot, LinearSlot
-from paley.format.spec import check_outliers
+from paley.core.schemes import AttentionScheme, LinearScheme, Schemes
+from paley.format.spec import DIAGONAL, check_outliers
+from paley.methods.diagonal import balance
 from paley.methods.gptq import InputStatistics, quantize_gptq
 from paley.methods.nearest import quantize_nearest
-from paley.model.adapter import RESIDUAL_WRITERS, SHARED_INPUTS, Adapter, Block
-from paley.model.attention import attach_slots
+from paley.model.adapter import Adapter, Block
+from paley.model.attention import attach_schemes
 from paley.model.capture import BlockRunner, capture_inputs
-from paley.model.inputs import SharedInput
+from paley.model.coded import Coded
+from paley.model.embedding import QuantEmbedding
 from paley.model.linear import QuantLinear
+from paley.ops.inputs import SharedInput
+from paley.ops.matmul import EXACT
 
-__all__ = ["BlockQuantizer", "LayerReport", "set_attention_", "set_input_", "wrap_"]
+__all__ = ["LayerReport", "ModelQuantizer", "set_attention_", "set_input_", "share_inputs_", "wrap_"]
+
+OnLayer = Callable[["LayerReport"], None]
+_NOTHING: Mapping[str, Tensor] = {}
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One quantized linear: ||W - Ŵ||² / ||W||² against the rotated weight, and its codes.
+    """One quantized weight: ||W - Ŵ||² / ||W||² against the rotated weight, and its codes.
 
     quantized is None once the codes are packed into the layer and written away.
     """
@@ -42,132 +50,223 @@ class LayerReport:
     quantized: Quantized | None
 
 
-def wrap_(adapter: Adapter, linears: dict[str, LinearSlot], attentions: dict[str, AttentionSlot]) -> None:
+def wrap_(adapter: Adapter, schemes: Schemes) -> None:
     """Puts a QuantLinear with its run-time transform in place of every linear; nothing is rounded yet."""
-    attach_slots(adapter.model, attentions)
+    attach_schemes(adapter.model, schemes.attentions)
     for block in adapter.blocks:
-        set_attention_(block, None)
-        for _, roles in SHARED_INPUTS:
-            shared = SharedInput()
-            for role in roles:
-                path = block.path(role)
-                linear, slot = block.part(role), linears[path]
-                if not isinstance(linear, nn.Linear):
-                    raise PaleyError(f"{path}: is a {type(linear).__name__}, expected a linear layer")
-                made = QuantLinear.from_linear(linear, LinearSlot(transform=slot.transform), None, name=path)
-                made.shared_input = shared if len(roles) > 1 else None
-                adapter.model.set_submodule(path, made)
+        set_attention_(adapter, block, None)
+    for site in adapter.sites.of("linear", "head"):
+        if site.stored_as != site.name:
+            continue
+        linear, transform = adapter.module(site.module), schemes.linears[site.name].transform
+        if not isinstance(linear, nn.Linear):
+            raise PaleyError(f"{site.name}: is a {type(linear).__name__}, expected a linear layer")
+        if site.kind == "linear" or transform is not None:
+            bare = LinearScheme(transform=transform, diagonal=schemes.linears[site.name].diagonal)
+            made = QuantLinear.from_linear(linear, bare, None, name=site.name)
+            adapter.model.set_submodule(site.module, made)
+    share_inputs_(adapter)
 
 
-def set_input_(linear: nn.Module, slot: LinearSlot | None) -> None:
-    """Makes a linear round its input as `slot` says, or not at all; its weight and transform stay."""
+def share_inputs_(adapter: Adapter) -> None:
+    """Linears that read one input transform and round it once."""
+    for site in adapter.sites.of("input"):
+        readers = [adapter.module(path) for path in site.readers]
+        if len(readers) > 1 and all(isinstance(reader, QuantLinear) for reader in readers):
+            shared = SharedInput(len(readers))
+            for reader in readers:
+                reader.shared_input = shared
+                if reader.diagonal is not None and torch.equal(reader.diagonal, readers[0].diagonal):
+                    reader.diagonal = readers[0].diagonal
+
+
+def set_input_(linear: nn.Module, scheme: LinearScheme | None) -> None:
+    """Makes a linear round its input as `scheme` says, or not at all; its weight and transform stay."""
     assert isinstance(linear, QuantLinear)
-    linear.slot = replace(linear.slot, input=None if slot is None else slot.input)
+    linear.set_input_(None if scheme is None else scheme.input)
 
 
-def set_attention_(block: Block, slot: AttentionSlot | None) -> None:
-    block.part("attention").kv_slot = slot  # type: ignore[assignment]
+def set_attention_(adapter: Adapter, block: Block, scheme: AttentionScheme | None) -> None:
+    adapter.module(block.attention).kv_scheme = scheme
 
 
-class BlockQuantizer:
-    """Walks the blocks in order; `quantize(i)` or, where a block's codes exist already, `restore(i, ...)`.
+class ModelQuantizer:
+    """Walks a wrapped model: `embedding`, each `block` in order, `head`; or takes their codes, if they exist already.
 
-    ids [sequences, seq_len]: the calibration tokens; None where no weight needs any. compensate: as in Recipe.
+    ids [sequences, seq_len]: the calibration tokens; None if no weight needs any. compensate: as in Recipe.
     """
 
-    def __init__(
-        self,
-        runner: BlockRunner,
-        ids: Tensor | None,
-        linears: dict[str, LinearSlot],
-        attentions: dict[str, AttentionSlot],
-        *,
-        compensate: str,
-    ):
-        self.runner, self.linears, self.attentions, self.compensate = runner, linears, attentions, compensate
-        self.hidden = runner.embed(ids) if ids is not None else None
-        self.original = self.hidden.clone() if self.hidden is not None else None
+    def __init__(self, runner: BlockRunner, ids: Tensor | None, schemes: Schemes, *, compensate: str):
+        self.runner, self.adapter, self.ids = runner, runner.adapter, ids
+        self.linears, self.attentions, self.compensate = schemes.linears, schemes.attentions, compensate
+        self.hidden: Tensor | None = None
+        self.original: Tensor | None = None
 
     @torch.no_grad()
-    def quantize(self, index: int, on_layer: Callable[[LayerReport], None] = lambda _: None) -> list[LayerReport]:
-        """Quantizes block `index` in place -> a report for each of its quantized linears."""
-        block = self.runner.adapter.blocks[index]
+    def embedding(self, known: Mapping[str, Quantized], on_layer: OnLayer = lambda _: None) -> list[LayerReport]:
+        """Rounds the embedding, and of a tied pair the head with it, and looks the calibration tokens up."""
+        site = self.adapter.sites.embedding
+        if self.ids is not None:
+            self.original = self.runner.embed(self.ids)
+        reports: list[LayerReport] = []
+        if self.linears[site.name].weight is not None:
+            reports.append(self._quantize_embedding(site, known.get(site.name)))
+            on_layer(reports[0])
+        if self.original is not None and self.ids is not None:
+            self.hidden = self.runner.embed(self.ids) if reports else self.original.clone()
+        return reports
+
+    @torch.no_grad()
+    def block(
+        self, index: int, known: Mapping[str, Quantized], beside: Mapping[str, Tensor] = _NOTHING,
+        on_layer: OnLayer = lambda _: None,
+    ) -> list[LayerReport]:  # fmt: skip
+        """Quantizes block `index` in place -> a report for each of its quantized linears.
+
+        known: codes of all of them, by name, or none; beside: with codes, what `beside` gave of the block then.
+        """
+        block = self.adapter.blocks[index]
+        self._balance(block, beside)
         reference = copy.deepcopy(block.module)
-        self._center_keys(block)
-        self._choose_outliers(block, reference)
+        if not known:
+            self._center_keys(block)
+            self._choose_outliers(block, reference)
+        elif (mean := beside.get(f"{block.attention}.key_mean")) is not None:
+            self.adapter.module(block.attention).key_mean.copy_(mean)
         self._activate(block)
         reports = []
-        for roles in self._same_inputs(block):
-            calibrated = any(self.linears[block.path(role)].needs_data for role in roles) and self.hidden is not None
-            statistics = self._statistics(block, reference, roles[0]) if calibrated else None
-            for role in roles:
-                report = self._quantize_linear(block.path(role), statistics)
-                on_layer(report)
-                reports.append(report)
+        for alike in self._same_inputs(block):
+            calibrated = not known and self.hidden is not None and any(self.linears[s.name].needs_data for s in alike)
+            statistics = self._statistics(block, reference, alike[0]) if calibrated else None
+            for site in alike:
+                q = known[site.name] if known else self._codes(site, statistics)
+                reports.append(self._replace_linear(site, q))
+                on_layer(reports[-1])
         self._advance(index, reference)
         return reports
 
     @torch.no_grad()
-    def restore(
-        self,
-        index: int,
-        quantized: dict[str, Quantized],
-        key_mean: Tensor | None = None,
-        on_layer: Callable[[LayerReport], None] = lambda _: None,
-    ) -> list[LayerReport]:
-        """Puts known codes into block `index` and moves on to the next: the same outcome as `quantize`."""
-        block = self.runner.adapter.blocks[index]
-        reference = copy.deepcopy(block.module)
-        if key_mean is not None:
-            block.part("attention").key_mean.copy_(key_mean)
-        self._activate(block)
-        reports = [self._replace(path, q) for path, q in quantized.items()]
-        for report in reports:
-            on_layer(report)
-        self._advance(index, reference)
-        return reports
+    def head(self, known: Mapping[str, Quantized], on_layer: OnLayer = lambda _: None) -> list[LayerReport]:
+        """Quantizes an untied head, calibrated on what the final norm makes of the last hidden states."""
+        site = self.adapter.sites.head
+        if site.stored_as != site.name or self.linears[site.name].weight is None:
+            return []
+        linear = self.adapter.head
+        if not isinstance(linear, QuantLinear):
+            linear = QuantLinear.from_linear(linear, LinearScheme(), None, name=site.name)
+            self.adapter.model.set_submodule(site.module, linear)
+        statistics = None
+        if site.name not in known and self.linears[site.name].needs_data and self.hidden is not None:
+            assert self.original is not None
+            statistics = InputStatistics()
+            for pair in zip(*(h.split(self.runner.batch) for h in (self.hidden, self.original)), strict=True):
+                statistics.add(*(linear.round_input(self.adapter.norm(h)).flatten(0, -2) for h in pair))
+        q = known[site.name] if site.name in known else self._codes(site, statistics)
+        report = self._replace_linear(site, q)
+        on_layer(report)
+        return [report]
 
-    def _same_inputs(self, block: Block) -> Iterator[tuple[str, ...]]:
-        """Roles whose weights are quantized, grouped by what they read: the same tensor, rounded alike."""
-        for _, roles in SHARED_INPUTS:
-            slots = {role: self.linears[block.path(role)] for role in roles}
-            rounded = {role: (slot.input, slot.outliers) for role, slot in slots.items() if slot.weight is not None}
+    def beside(self, index: int) -> dict[str, Tensor]:
+        """What block `index` stores beside its codes: mean keys and diagonals, by the name of the tensor."""
+        block = self.adapter.blocks[index]
+        found = {f"{block.attention}.key_mean": self.adapter.module(block.attention).key_mean}
+        found |= {site.name + DIAGONAL: self.adapter.module(site.module).diagonal for site in block.linears()}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def _balance(self, block: Block, known: Mapping[str, Tensor]) -> None:
+        """Gives the linears of each input the diagonal that balances what weights and inputs lose."""
+        for site in block.inputs():
+            linears = {name: self.adapter.module(name) for name in site.readers if self.linears[name].diagonal}
+            if not linears:
+                continue
+            if (diagonal := known.get(next(iter(linears)) + DIAGONAL)) is None:
+                diagonal = self._diagonal(block, list(linears.values()))
+            for linear in linears.values():
+                linear.scale_columns_(diagonal)
+
+    def _diagonal(self, block: Block, linears: list[QuantLinear]) -> Tensor:
+        """-> float16 [in]: sqrt(x / w), x the size of each channel of the input, w that of each column."""
+        if self.original is None:
+            raise PaleyError(f"{linears[0].name}: a diagonal needs calibration text; set diagonal=false")
+        energy = torch.zeros(linears[0].plain_width, dtype=torch.float64, device=self.original.device)
+
+        def add(_: str, x: Tensor) -> None:
+            energy.add_(x.double().square().sum(0))
+
+        with capture_inputs({"input": linears[0]}, add):
+            for hidden in self.original[: 4 * self.runner.batch].split(self.runner.batch):
+                self.runner.until(linears[0], block.module, block.index, hidden)
+        return balance(energy.sqrt(), torch.cat([linear.plain_weight() for linear in linears]))
+
+    def _quantize_embedding(self, site: Site, q: Quantized | None) -> LayerReport:
+        """Rows are rounded to nearest: what looks them up has no inputs to calibrate on."""
+        embedding, scheme = self.adapter.embedding, self.linears[site.name]
+        assert scheme.weight is not None
+        rows = embedding.weight.float()
+        if scheme.transform is not None:
+            rows = torch.cat([scheme.transform.apply(part.double()).float() for part in rows.split(2**12)])
+        if q is None:
+            q = quantize_nearest(rows, scheme.weight, where=site.name)
+        stream = embedding.stream if isinstance(embedding, QuantEmbedding) else None
+        made = QuantEmbedding.around(embedding, stream, scheme, q, name=site.name)
+        self.adapter.model.set_submodule(site.module, made)
+        if self.adapter.sites.tied:
+            self._tie_head(made)
+        return LayerReport(site.name, rel_error(rows, made.dequantize()), q)
+
+    def _tie_head(self, embedding: QuantEmbedding) -> None:
+        site, head = self.adapter.sites.head, self.adapter.head
+        made = QuantLinear(
+            embedding.width, embedding.rows, bias=head.bias is not None, scheme=embedding.scheme,
+            dtype=embedding.dtype, device="meta", name=site.name,
+        )  # fmt: skip
+        made.bias = head.bias
+        made.share_(embedding).prepare_(EXACT)
+        self.adapter.model.set_submodule(site.module, made)
+
+    def _same_inputs(self, block: Block) -> Iterator[tuple[Site, ...]]:
+        """Linears whose weights are quantized, grouped by what they read: the same tensor, rounded alike."""
+        for site in block.inputs():
+            readers = [self.adapter.sites[name] for name in site.readers]
+            schemes = {reader: self.linears[reader.name] for reader in readers}
+            rounded = {s: (scheme.input, scheme.outliers) for s, scheme in schemes.items() if scheme.weight is not None}
             for alike in dict.fromkeys(rounded.values()):
-                yield tuple(role for role, how in rounded.items() if how == alike)
+                yield tuple(reader for reader, how in rounded.items() if how == alike)
 
     def _activate(self, block: Block) -> None:
-        set_attention_(block, self.attentions.get(block.path("attention")))
-        for role, path in block.linears():
-            set_input_(block.part(role), self.linears[path])
+        set_attention_(self.adapter, block, self.attentions.get(block.attention))
+        for site in block.linears():
+            set_input_(self.adapter.module(site.module), self.linears[site.name])
 
     def _center_keys(self, block: Block) -> None:
         """Sets the block's mean keys, from the original's: the part that every query sees alike."""
-        attention, slot = block.part("attention"), self.attentions.get(block.path("attention"))
-        if slot is None or slot.keys is None or not slot.center_keys:
+        attention, scheme = self.adapter.module(block.attention), self.attentions.get(block.attention)
+        if scheme is None or scheme.keys is None or not scheme.center_keys:
             return
         if self.original is None:
-            raise PaleyError(f"{block.path('attention')}: center_keys needs calibration text; set center_keys=false")
+            raise PaleyError(f"{block.attention}: center_keys needs calibration text; set center_keys=false")
         sums: list[Tensor] = []
         attention.key_observer = lambda keys: sums.append(keys.double().sum((0, 2)))
+        behind = block.behind_attention()
         try:
             sample = self.original[: 4 * self.runner.batch]  # a mean needs few tokens
             for hidden in sample.split(self.runner.batch):
-                self.runner.until(block.part("o"), block.module, block.index, hidden)
+                self.runner.until(self.adapter.module(behind.module), block.module, block.index, hidden)
         finally:
             attention.key_observer = None
         mean = torch.stack(sums).sum(0) / (sample.shape[0] * sample.shape[1])
         attention.key_mean.copy_(mean.half())  # as it is stored
 
     def _choose_outliers(self, block: Block, reference: nn.Module) -> None:
-        """Gives each linear the columns of most energy of its slot's number, by what it reads in the original."""
-        for role, path in block.linears():
-            slot, linear = self.linears[path], reference.get_submodule(getattr(block.architecture, role))
-            if not slot.outliers:
+        """Gives each linear the columns of most energy of its scheme's number, by what it reads in the original."""
+        for site in block.linears():
+            scheme, linear = self.linears[site.name], reference.get_submodule(block.local(site.module))
+            if not scheme.outliers:
                 continue
             assert isinstance(linear, QuantLinear)
-            check_outliers(path, slot.outliers, linear.in_features)
+            check_outliers(site.name, scheme.outliers, linear.in_features)
             if self.original is None:
-                raise PaleyError(f"{path}: outliers need calibration text; set outliers=0")
+                raise PaleyError(f"{site.name}: outliers need calibration text; set outliers=0")
             energy = torch.zeros(linear.in_features, dtype=torch.float64, device=self.original.device)
 
             def add(_: str, x: Tensor, linear: QuantLinear = linear, energy: Tensor = energy) -> None:
@@ -176,27 +275,28 @@ class BlockQuantizer:
             with capture_inputs({"input": linear}, add):
                 for hidden in self.original[: 4 * self.runner.batch].split(self.runner.batch):
                     self.runner.until(linear, reference, block.index, hidden)
-            columns = energy.topk(slot.outliers).indices.sort().values
-            block.part(role).outlier_columns = columns.int()  # type: ignore[assignment]
+            columns = energy.topk(scheme.outliers).indices.sort().values
+            self.adapter.module(site.module).outlier_columns = columns.int()
 
     def _advance(self, index: int, reference: nn.Module) -> None:
         if self.hidden is not None and self.original is not None:
             self.original = self.runner.run(reference, index, self.original, out=self.original)
             self.hidden = self.runner.block(index, self.hidden, out=self.hidden)
 
-    def _statistics(self, block: Block, reference: nn.Module, role: str) -> InputStatistics:
-        """Second moments of what the linear `role` of the block reads, against the same place of the original."""
+    def _statistics(self, block: Block, reference: nn.Module, site: Site) -> InputStatistics:
+        """Second moments of what a linear of the block reads, against the same place of the original."""
         assert self.hidden is not None
         assert self.original is not None
-        norm = RESIDUAL_WRITERS.get(role) if self.compensate == "residual_stream" else None
+        # What does not add to the stream by itself, as before a norm of Gemma, aims at its own outputs.
+        norm = site.norm if self.compensate == "residual_stream" and site.adds_to_stream else None
         statistics = InputStatistics()
 
         def run(module: nn.Module, hidden: Tensor) -> tuple[QuantLinear, Tensor, Tensor | None]:
-            linear, seen = module.get_submodule(getattr(block.architecture, role)), {}
+            linear, seen = module.get_submodule(block.local(site.module)), {}
             assert isinstance(linear, QuantLinear)
             watched: dict[str, nn.Module] = {"input": linear}
             if norm is not None:
-                watched["stream"] = module.get_submodule(getattr(block.architecture, norm))
+                watched["stream"] = module.get_submodule(block.local(norm))
             with capture_inputs(watched, seen.__setitem__):
                 self.runner.until(linear, module, block.index, hidden)
             return linear, linear.round_input(seen["input"]), seen.get("stream")
@@ -215,30 +315,28 @@ class BlockQuantizer:
             statistics.add(x * weight, x_original * weight, (stream_original - stream) * weight)
         return statistics
 
-    def _quantize_linear(self, path: str, statistics: InputStatistics | None) -> LayerReport:
-        linear, scheme = self.runner.adapter.model.get_submodule(path), self.linears[path].weight
-        assert isinstance(linear, QuantLinear)
-        assert scheme is not None
+    def _codes(self, site: Site, statistics: InputStatistics | None) -> Quantized:
+        linear, scheme = self.adapter.module(site.module), self.linears[site.name]
+        assert isinstance(linear, Coded)
+        assert scheme.weight is not None
         weight = linear.dequantize()
-        if not self.linears[path].needs_data:
-            q = quantize_nearest(weight, scheme, where=path)
-        else:
-            if statistics is None:
-                raise PaleyError(
-                    f"{path}: its scheme needs calibration text, and none of the recipe's own does; set the recipe's "
-                    "weights.method=gptq, or this one's to nearest without outliers"
-                )
-            q = quantize_gptq(
-                weight, statistics, scheme,
-                outlier_columns=linear.outlier_columns, compensate=self.compensate != "plain", where=path,
-            )  # fmt: skip
-        return self._replace(path, q)
+        if not scheme.needs_data:
+            return quantize_nearest(weight, scheme.weight, where=site.name)
+        if statistics is None:
+            raise PaleyError(
+                f"{site.name}: its scheme needs calibration text, and none of the recipe's own does; set the recipe's "
+                "weights.method=gptq, or this one's to nearest without outliers"
+            )
+        return quantize_gptq(
+            weight, statistics, scheme.weight, outlier_columns=linear.outlier_columns,
+            compensate=self.compensate != "plain", where=site.name,
+        )  # fmt: skip
 
-    def _replace(self, path: str, q: Quantized) -> LayerReport:
-        linear = self.runner.adapter.model.get_submodule(path)
+    def _replace_linear(self, site: Site, q: Quantized) -> LayerReport:
+        linear = self.adapter.module(site.module)
         assert isinstance(linear, QuantLinear)
-        made = QuantLinear.from_linear(linear, self.linears[path], q, name=path)
+        made = QuantLinear.from_linear(linear, self.linears[site.name], q, name=site.name)
         made.shared_input = linear.shared_input
-        made.materialize_()
-        self.runner.adapter.model.set_submodule(path, made)
-        return LayerReport(path, rel_error(linear.dequantize(), made.dequantize()), q)
+        made.prepare_(EXACT)
+        self.adapter.model.set_submodule(site.module, made)
+        return LayerReport(site.name, rel_error(linear.dequantize(), made.dequantize()), q)

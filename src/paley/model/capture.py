@@ -33,7 +33,7 @@ class BlockRunner:
     def embed(self, ids: Tensor) -> Tensor:
         """ids [sequences, seq_len] -> what the first block reads."""
         self._prepare(ids.shape[1])
-        return self.adapter.part("embedding")(ids)
+        return self.adapter.embedding(ids)
 
     @torch.no_grad()
     def block(self, index: int, hidden: Tensor, out: Tensor | None = None) -> Tensor:
@@ -74,9 +74,9 @@ class BlockRunner:
         return hidden
 
     @torch.no_grad()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Outputs of the last block [..., hidden] -> logits [..., vocab]."""
-        return self.adapter.part("head")(self.adapter.part("norm")(hidden))
+    def logits(self, hidden: Tensor, head: nn.Module | None = None) -> Tensor:
+        """Outputs of the last block [..., hidden] -> logits [..., vocab], by the model's head or another."""
+        return (self.adapter.head if head is None else head)(self.adapter.norm(hidden))
 
     def _prepare(self, seq_len: int) -> None:
         """Learns each block's arguments (masks, rotary tables) from one forward of the whole model."""

@@ -7,16 +7,18 @@ All products are taken in float64 and cast once, for folding in 16 bits drifts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from paley.arch import Site
 from paley.core.transforms import Transform
-from paley.model.adapter import Adapter, Block
+from paley.model.adapter import Adapter
+from paley.model.embedding import QuantEmbedding
 
-__all__ = ["fold_norms_", "rotate_input_", "rotate_residual_", "rotate_values_", "untie_"]
+__all__ = ["StreamBack", "fold_norms_", "rotate_input_", "rotate_stream_", "rotate_values_"]
 
 
 def _set(linear: Any, name: str, value: Tensor) -> None:
@@ -27,7 +29,9 @@ def _set(linear: Any, name: str, value: Tensor) -> None:
 def _map_inputs_(linear: Any, f: Callable[[Tensor], Tensor]) -> None:
     """weight [out, in] <- f along its rows."""
     _set(linear, "weight", f(linear.weight.double()))
-    if isinstance(linear, nn.Linear):
+    if isinstance(linear, nn.Embedding):
+        linear.embedding_dim = linear.weight.shape[1]
+    else:
         linear.in_features = linear.weight.shape[1]
 
 
@@ -39,69 +43,92 @@ def _map_outputs_(linear: Any, f: Callable[[Tensor], Tensor]) -> None:
     linear.out_features = linear.weight.shape[0]
 
 
-def untie_(adapter: Adapter) -> None:
-    """Gives lm_head a weight of its own where it shares the embedding's: the final norm folds into one only."""
-    head, embedding = adapter.part("head"), adapter.part("embedding")
-    if head.weight is embedding.weight:
-        head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
-    adapter.model.config.tie_word_embeddings = False
-
-
-def _fold_norm_(norm: Any, linears: list[Any]) -> None:
-    gain = norm.weight.double()
-    for linear in linears:
-        _map_inputs_(linear, lambda w: w * gain)
-    _set(norm, "weight", torch.ones_like(norm.weight))
+def _inputs_from_stream(adapter: Adapter) -> Iterator[Site]:
+    """The inputs that a norm makes of the residual stream; that of a tied head is left out, as it is never folded."""
+    for site in adapter.sites.of("input"):
+        if site.norm is not None and not (adapter.sites.tied and site.readers == (adapter.architecture.head,)):
+            yield site
 
 
 def fold_norms_(adapter: Adapter) -> None:
-    """Moves every RMSNorm's gain into the linears that read it. Untie first."""
-    for block in adapter.blocks:
-        _fold_norm_(block.part("attention_norm"), [block.part(r) for r in ("q", "k", "v")])
-        _fold_norm_(block.part("mlp_norm"), [block.part(r) for r in ("gate", "up")])
-    _fold_norm_(adapter.part("norm"), [adapter.part("head")])
+    """Moves every gain of a norm that linears read into them. The final norm of a tied head keeps its gain."""
+    offset = adapter.architecture.gain_offset
+    for site in _inputs_from_stream(adapter):
+        assert site.norm is not None
+        norm = adapter.module(site.norm)
+        gain = norm.weight.double() + offset
+        for path in site.readers:
+            _map_inputs_(adapter.module(path), lambda w, gain=gain: w * gain)
+        _set(norm, "weight", torch.ones_like(norm.weight) - offset)
 
 
-def rotate_residual_(adapter: Adapter, transform: Transform) -> None:
-    """R1, and dimension expansion where it widens. Fold the norms first.
+class StreamBack:
+    """Turns the residual stream back before the final norm, if the embedding has turned it (`QuantEmbedding.stream`).
+
+    So a tied pair stays in coordinates of its own. The stream's width may have grown; as all norms' epsilons have then
+    shrunk (see `rotate_stream_`), so does what this one reads. Used as a hook of the norm.
+    """
+
+    def __init__(self, transform: Transform):
+        self.transform, self.shrink = transform, math.sqrt(transform.in_dim / transform.out_dim)
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        return (self.transform.adjoint(args[0]) * self.shrink,)
+
+
+def rotate_stream_(adapter: Adapter, transform: Transform) -> None:
+    """R1, and dimension expansion if it widens. Fold the norms first.
 
     RMSNorm over n' > n columns sees a mean square smaller by n/n': sqrt(n/n') goes into the linears behind it,
-    and eps shrinks by n/n'.
+    and eps shrinks by n/n'. A tied pair is not touched: rows are turned when they are looked up, and the stream is
+    turned back before the final norm.
     """
+    row, sites, model = adapter.architecture, adapter.sites, adapter.model
     n, wide = transform.in_dim, transform.out_dim
     shrink = math.sqrt(n / wide)
-    embedding = adapter.part("embedding")
-    _map_inputs_(embedding, transform.apply)
-    embedding.embedding_dim = wide
-    norms = [adapter.part("norm")]
+    if sites.tied:
+        model.set_submodule(row.embedding, QuantEmbedding.around(adapter.embedding, transform))
+        adapter.norm.register_forward_pre_hook(StreamBack(transform))
+        _shrink_epsilon_(adapter.norm, row.epsilon, n / wide)
+    else:
+        _map_inputs_(adapter.embedding, transform.apply)
+    for site in _inputs_from_stream(adapter):
+        assert site.norm is not None
+        norm = adapter.module(site.norm)
+        for path in site.readers:
+            _map_inputs_(adapter.module(path), lambda w: transform.apply(w) * shrink)
+        norm.weight = nn.Parameter(norm.weight.new_ones(wide) - row.gain_offset, requires_grad=False)
+        _shrink_epsilon_(norm, row.epsilon, n / wide)
+    for site in sites.of("linear"):
+        if site.adds_to_stream:
+            _map_outputs_(adapter.module(site.module), transform.apply)
     for block in adapter.blocks:
-        for role in ("q", "k", "v", "gate", "up"):
-            _map_inputs_(block.part(role), lambda w: transform.apply(w) * shrink)
-        for role in ("o", "down"):
-            _map_outputs_(block.part(role), transform.apply)
-        norms += [block.part("attention_norm"), block.part("mlp_norm")]
-        for role, norm in block.head_norms():
-            # The config holds one eps for all norms: shrinking what this one reads as well keeps it exact.
-            _map_outputs_(block.part(role), lambda w: w * shrink)
-            norm.variance_epsilon *= n / wide
-    _map_inputs_(adapter.part("head"), lambda w: transform.apply(w) * shrink)
-    for norm in norms:
-        norm.weight = nn.Parameter(norm.weight.new_ones(wide), requires_grad=False)
-        norm.variance_epsilon *= n / wide
-    config = adapter.model.config
+        for norm in row.norms():
+            if norm.over_heads:  # the config holds one eps for all norms: shrinking what this one reads keeps it exact
+                _map_outputs_(block.module.get_submodule(row.writer(norm.reads).path), lambda w: w * shrink)
+                _shrink_epsilon_(block.module.get_submodule(norm.path), row.epsilon, n / wide)
+    config = model.config
     if getattr(config, "head_dim", None) is None:
-        config.head_dim = adapter.head_dim
+        config.head_dim = row.head_dim(config)
     config.hidden_size = wide
     config.rms_norm_eps *= n / wide
 
 
-def rotate_values_(block: Block, transform: Transform) -> None:
-    """R2: each head's values rotated in v_proj's outputs (and bias), undone in o_proj's inputs."""
+def _shrink_epsilon_(norm: Any, name: str, factor: float) -> None:
+    setattr(norm, name, getattr(norm, name) * factor)
+
+
+def rotate_values_(adapter: Adapter, transform: Transform) -> None:
+    """R2: each head's values rotated where they are made (and in the bias), undone where attention's output is read."""
+    row = adapter.architecture
     per_head = lambda w: transform.apply(w.unflatten(-1, (-1, transform.in_dim))).flatten(-2)  # noqa: E731
-    _map_outputs_(block.part("v"), per_head)
-    _map_inputs_(block.part("o"), per_head)
+    for block in adapter.blocks:
+        _map_outputs_(block.module.get_submodule(row.writer(row.values).path), per_head)
+        for linear in row.linears():
+            if linear.reads == row.attended:
+                _map_inputs_(block.module.get_submodule(linear.path), per_head)
 
 
 def rotate_input_(linear: Any, transform: Transform) -> None:
-    """R4 and its like: a linear's input columns rotated; its input must get the same transform at run time."""
+    """A linear's input columns rotated; its input must get the same transform at run time."""
     _map_inputs_(linear, transform.apply)

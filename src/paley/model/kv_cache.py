@@ -8,59 +8,22 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from paley.core import grids, packing, rounding
+from paley.arch import window
 from paley.core.errors import PaleyError
-from paley.core.schemes import ActivationScheme, AttentionSlot
+from paley.core.schemes import ActivationScheme, AttentionScheme
 from paley.core.transforms import Transform
+from paley.ops.attention import PackedKV, centered, pack_kv
 
-__all__ = ["PackedKV", "PackedKVCache", "PackedKVLayer", "cache_argument", "pack_kv"]
+__all__ = ["PackedKVCache", "PackedKVLayer", "cache_argument"]
 
-SCALE_DTYPE = torch.float16
 _STEP = 64  # tokens; a store grows by an eighth, rounded up to whole steps
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
-
-
-@dataclass(frozen=True)
-class PackedKV:
-    """Keys or values [batch, kv_heads, tokens, width] as stored, after `transform`.
-
-    codes uint8 [batch, kv_heads, tokens, bytes]; scales float16 [batch, kv_heads, tokens,
-    groups]; zeros uint8, shaped as scales, on affine grids only.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor | None
-    width: int
-    scheme: ActivationScheme
-    transform: Transform | None = None
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size((*self.codes.shape[:-1], self.width))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of these tokens' codes, scales and zeros."""
-        return sum(t.nbytes for t in self.parts())
-
-    def parts(self) -> list[Tensor]:
-        """codes, scales, and zeros where there are any."""
-        return [t for t in (self.codes, self.scales, self.zeros) if t is not None]
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """-> [batch, kv_heads, tokens, width] in `dtype`, still in transform's coordinates."""
-        grid = grids.load(self.scheme.grid)
-        codes = packing.unpack_codes(self.codes, grid.size, rounding.codes_per_row(self.width, grid.p))
-        return rounding.dequantize(codes, self.scales, self.zeros, grid, self.width).to(dtype)
 
 
 def cache_argument(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
@@ -69,43 +32,34 @@ def cache_argument(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
     return {"cache" if "cache" in known else "past_key_values": cache}
 
 
-def pack_kv(x: Tensor, scheme: ActivationScheme, transform: Transform | None = None) -> PackedKV:
-    """x [batch, kv_heads, tokens, head_dim] -> codes and scales per token and head (and group), detached."""
-    x = x.detach()
-    if transform is not None:
-        x = transform.apply(x)
-    q = rounding.quantize_dynamic(x.contiguous(), scheme, SCALE_DTYPE)  # uneven grids are searched in contiguous rows
-    codes = packing.pack_codes(q.codes, grids.load(scheme.grid).size)
-    return PackedKV(codes, q.scales, q.zeros, x.shape[-1], scheme, transform)
-
-
-def centered(keys: Tensor, slot: AttentionSlot, mean: Tensor | None) -> Tensor:
-    """keys [batch, kv_heads, tokens, head_dim] less mean [kv_heads, head_dim], where the slot asks for it."""
-    if slot.keys is None or not slot.center_keys or mean is None:
-        return keys
-    return keys - mean.to(keys.dtype)[:, None]
-
-
 class _Store:
-    """A tensor [batch, heads, tokens, n] that grows along tokens; the room behind `length` is unwritten."""
+    """A tensor [batch, heads, tokens, n] that grows along tokens; the room behind `end` is unwritten.
+
+    What lies before `start` has left the window, and is overwritten when the store next needs room.
+    """
 
     def __init__(self, like: Tensor):
-        self.data, self.length = like.new_empty(*like.shape[:2], 0, like.shape[3]), 0
+        self.data, self.start, self.end = like.new_empty(*like.shape[:2], 0, like.shape[3]), 0, 0
 
     def append(self, x: Tensor) -> None:
-        end = self.length + x.shape[2]
-        if end > self.data.shape[2]:
-            capacity = -(-(end + end // 8) // _STEP) * _STEP
+        if self.end + x.shape[2] > self.data.shape[2]:
+            held = self.end - self.start
+            needed = held + x.shape[2]
+            capacity = -(-(needed + needed // 8) // _STEP) * _STEP
             grown = self.data.new_empty(*self.data.shape[:2], capacity, self.data.shape[3])
-            grown[:, :, : self.length] = self.filled
-            self.data = grown
-        self.data[:, :, self.length : end] = x
-        self.length = end
+            grown[:, :, :held] = self.filled
+            self.data, self.start, self.end = grown, 0, held
+        self.data[:, :, self.end : self.end + x.shape[2]] = x
+        self.end += x.shape[2]
+
+    def keep_last(self, tokens: int) -> None:
+        """Forgets all but the last tokens."""
+        self.start = max(self.start, self.end - tokens)
 
     @property
     def filled(self) -> Tensor:
-        """A view of the written tokens [batch, heads, length, n]."""
-        return self.data[:, :, : self.length]
+        """A view of the tokens held [batch, heads, tokens, n]."""
+        return self.data[:, :, self.start : self.end]
 
 
 class _Side:
@@ -138,20 +92,26 @@ class _Side:
 
 
 class PackedKVLayer(CacheLayerMixin):
-    """One attention layer's cache; keys are stored in slot.transform's coordinates, where queries must go.
+    """One attention layer's cache; keys are stored in scheme.transform's coordinates, where queries must go.
 
-    A sliding-window layer keeps all its tokens as well: the mask, sized by `get_mask_sizes`, hides those
-    outside the window. Keys and values are detached: no gradient flows through the cache.
+    window: tokens that the layer's attention looks back, itself included; only those are kept, as of transformers' own
+    sliding layers. None: all. Keys and values are detached: no gradient flows through the cache.
     """
 
-    is_sliding = False
     is_compileable = False
-    is_croppable = True
 
-    def __init__(self, slot: AttentionSlot | None = None, key_mean: Tensor | None = None):
+    def __init__(
+        self, scheme: AttentionScheme | None = None, key_mean: Tensor | None = None, window: int | None = None
+    ):  # fmt: skip
         super().__init__()
-        self.slot, self.key_mean = slot or AttentionSlot(), key_mean
+        self.scheme, self.key_mean, self.window = scheme or AttentionScheme(), key_mean, window
+        self.is_sliding = window is not None
         self.reset()
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` can go back; a window that has moved on cannot."""
+        return self.window is None or self._seen < self.window
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -159,34 +119,48 @@ class PackedKVLayer(CacheLayerMixin):
 
     # transformers annotates the result as two tensors; our attention function reads PackedKV too.
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """key_states, value_states [batch, kv_heads, new tokens, head_dim] -> all tokens' keys, values."""
+        """key_states, value_states [batch, kv_heads, new tokens, head_dim] -> all keys and values these may see."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._keys.append(centered(key_states, self.slot, self.key_mean))
+        self._seen += key_states.shape[2]
+        self._keys.append(centered(key_states, self.scheme, self.key_mean))
         self._values.append(value_states)
-        return self._keys.read(), self._values.read()
+        visible = self._keys.read(), self._values.read()
+        if self.window is not None:
+            for store in self._stores():
+                store.keep_last(self.window - 1)
+        return visible
 
     def get_seq_length(self) -> int:
-        return self._stores()[0].length if self._stores() else 0
+        return self._seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """-> (length of what `update` will return, position of its first token)."""
-        return self.get_seq_length() + query_length, 0
+        held = self._seen if self.window is None else min(self._seen, self.window - 1)
+        return held + query_length, self._seen - held
 
     def get_max_length(self) -> int:
-        return -1
+        return -1 if self.window is None else self.window
 
     def reset(self) -> None:
-        self._keys = _Side(self.slot.keys, self.slot.transform)
-        self._values = _Side(self.slot.values)
+        self._keys = _Side(self.scheme.keys, self.scheme.transform)
+        self._values = _Side(self.scheme.values)
+        self._seen = 0
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
         """-n forgets the last n tokens; a positive n keeps the first n, as older transformers meant it."""
-        length = self.get_seq_length()
-        kept = min(tokens_to_remove, length) if tokens_to_remove > 0 else max(length + tokens_to_remove, 0)
+        kept = min(tokens_to_remove, self._seen) if tokens_to_remove > 0 else max(self._seen + tokens_to_remove, 0)
+        if kept == self._seen:
+            return
+        if not self.is_croppable:
+            raise PaleyError(
+                f"PackedKVCache: a layer keeps the last {self.window} of {self._seen} tokens and cannot go back to "
+                f"{kept}; begin a new cache"
+            )
         for store in self._stores():
-            store.length = kept
+            store.end -= self._seen - kept
+        self._seen = kept
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._map_data(lambda data: data.index_select(0, beam_idx.to(data.device)))
@@ -202,11 +176,6 @@ class PackedKVLayer(CacheLayerMixin):
         """Bytes of the tokens held: codes, scales, zeros, or the plain tensors of an unquantized side."""
         return sum(store.filled.nbytes for store in self._stores())
 
-    @property
-    def allocated_nbytes(self) -> int:
-        """`nbytes` and the room kept for coming tokens."""
-        return sum(store.data.nbytes for store in self._stores())
-
     def _stores(self) -> list[_Store]:
         return self._keys.stores + self._values.stores
 
@@ -216,9 +185,9 @@ class PackedKVLayer(CacheLayerMixin):
 
 
 class PackedKVCache(Cache):
-    """A cache for one `generate`, or one run of forwards, of `model`; each layer as its slot says.
+    """A cache for one `generate`, or one run of forwards, of `model`; each layer as its scheme says.
 
-    Layers without a slot (see `attention.attach_slots`) are kept unquantized. Grows without a maximum.
+    Layers without a scheme (see `attention.attach_schemes`) are kept unquantized. Grows without a maximum.
     """
 
     layers: list[PackedKVLayer]
@@ -231,22 +200,26 @@ class PackedKVCache(Cache):
             raise PaleyError(
                 f"PackedKVCache: {config.model_type} has {what}; only causal attention layers are supported"
             )
-        slots: dict[int, tuple[AttentionSlot, Tensor | None]] = {}
+        schemes: dict[int, tuple[AttentionScheme, Tensor | None]] = {}
         for name, module in model.named_modules():
-            if (slot := getattr(module, "kv_slot", None)) is None:
+            if (scheme := getattr(module, "kv_scheme", None)) is None:
                 continue
             index = int(module.layer_idx)  # type: ignore[arg-type]
-            if not 0 <= index < config.num_hidden_layers or index in slots:
+            if not 0 <= index < config.num_hidden_layers or index in schemes:
                 raise PaleyError(f"PackedKVCache: {name} claims cache layer {index}, which is taken or does not exist")
-            slots[index] = slot, getattr(module, "key_mean", None)
-        layers: list[Any] = [PackedKVLayer(*slots.get(i, (None, None))) for i in range(config.num_hidden_layers)]
+            schemes[index] = scheme, getattr(module, "key_mean", None)
+        layers: list[Any] = [
+            PackedKVLayer(*schemes.get(i, (None, None)), window=window(config, i))
+            for i in range(config.num_hidden_layers)
+        ]
         super().__init__(layers=layers)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As `PackedKVLayer.crop`; if a layer cannot go back, none does."""
+        for layer in sorted(self.layers, key=lambda layer: layer.is_croppable):
+            layer.crop(tokens_to_remove)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tokens held, over all layers; `allocated_nbytes` adds the room for coming ones."""
+        """Bytes of the tokens held, over all layers; the room for coming ones is not counted."""
         return sum(layer.nbytes for layer in self.layers)
-
-    @property
-    def allocated_nbytes(self) -> int:
-        return sum(layer.allocated_nbytes for layer in self.layers)

@@ -20,13 +20,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from paley.core.errors import PaleyError, nearest_name
+from paley.arch import Sites, family, sites
+from paley.core.errors import PaleyError, Setting, nearest_name
 from paley.format.checkpoint import Checkpoint
-from paley.model.adapter import architecture
 
 __all__ = [
-    "Source", "check_fit", "check_seq_len", "empty_model", "is_ignored", "load_tokenizer", "open_source", "read_config",
-    "resolve", "tied_partners",
+    "Source", "check_fit", "check_seq_len", "empty_model", "is_ignored", "join_tie", "load_tokenizer", "open_source",
+    "read_config", "resolve", "tied_partners",
 ]  # fmt: skip
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -35,15 +35,18 @@ _FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
 @dataclass(frozen=True)
 class Source:
-    """A checked checkpoint folder of a supported architecture; `fingerprint` names its contents.
+    """A checked checkpoint folder of a supported family; `fingerprint` names its contents.
 
     In `checkpoint` a tied pair stands once, as the embedding, under whichever names the files hold it.
+    skeleton: the model without its weights. sites: its places where a tensor can be quantized.
     """
 
     path: Path
     checkpoint: Checkpoint
     fingerprint: str
     config: Any
+    skeleton: PreTrainedModel
+    sites: Sites
 
     def load(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
         """The model in eval mode; raises where the files and the config disagree."""
@@ -66,23 +69,17 @@ class Source:
         model.requires_grad_(False)
         return model.eval().to(device)
 
-    def skeleton(self) -> PreTrainedModel:
-        """The model without its weights; raises where the files and the config disagree."""
-        model = empty_model(self.config)
-        check_fit(self.path, {name: info.shape for name, info in self.checkpoint.infos.items()}, model)
-        return model
-
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that came with the weights."""
         return load_tokenizer(self.path)
 
 
-def _join_tie(path: Path, checkpoint: Checkpoint, config: Any) -> Checkpoint:
+def join_tie(path: Path, checkpoint: Checkpoint, config: Any) -> Checkpoint:
     """The checkpoint with the embedding alone where the config ties lm_head to it; raises where the two differ.
 
     transformers writes the embedding and reads either name; there are files with lm_head.weight alone.
     """
-    row = architecture(config.model_type)
+    row = family(config.model_type)
     head, embedding = f"{row.head}.weight", f"{row.embedding}.weight"
     if not config.tie_word_embeddings or head not in checkpoint:
         return checkpoint
@@ -150,10 +147,12 @@ def check_seq_len(config: Any, lengths: Mapping[str, int]) -> None:
     if limit is None:
         return
     if long := {name: length for name, length in lengths.items() if length > limit}:
-        found = ", ".join(f"{name}={length}" for name, length in long.items())
+        found = [part for name, length in long.items() for part in (", ", Setting(name, length))]
+        less = [part for name in long for part in (" ", Setting(name, limit))]
         raise PaleyError(
-            f"{found}: this model reads sequences of at most {limit} tokens (max_position_embeddings); "
-            f"set {' '.join(f'{name}={limit}' for name in long)}, or less"
+            *found[1:],
+            f": this model reads sequences of at most {limit} tokens (max_position_embeddings)",
+            remedy=("set", *less, ", or less"),
         )
 
 
@@ -170,11 +169,13 @@ def open_source(model: str | Path) -> Source:
     path = resolve(model)
     checkpoint = Checkpoint.open(path)
     config = read_config(path)
-    architecture(config.model_type)
+    row = family(config.model_type)
     if getattr(config, "quantization_config", None) is not None:
         raise PaleyError(f"{path}: is quantized already; give the original, full-precision checkpoint")
-    checkpoint.check_finite()
-    return Source(path, _join_tie(path, checkpoint, config), checkpoint.fingerprint(), config)
+    fingerprint = checkpoint.fingerprint(check_finite=True)
+    checkpoint, skeleton = join_tie(path, checkpoint, config), empty_model(config)
+    check_fit(path, {name: info.shape for name, info in checkpoint.infos.items()}, skeleton)
+    return Source(path, checkpoint, fingerprint, config, skeleton, sites(row, config))
 
 
 def resolve(model: str | Path) -> Path:

@@ -1,61 +1,115 @@
-"""Which rotations a recipe asks of a model (R1 to R4 and expansion), and their application to its weights."""
+"""Which rotations a model gets: folded into its weights (R1, R2), or at run time before each linear's input."""
 
 from __future__ import annotations
 
-from paley.core import grids, hadamard
-from paley.core.errors import PaleyError
-from paley.core.transforms import Transform
-from paley.model import fold
-from paley.model.adapter import Adapter
-from paley.plan import Rotation
-from paley.recipe import Recipe
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
-__all__ = ["decide_rotation", "input_blocks", "rotate_"]
+from paley.arch import Site, Sites
+from paley.core import hadamard
+from paley.core.errors import PaleyError, Setting
+from paley.core.schemes import Rotation
+from paley.core.transforms import Transform
+from paley.model.adapter import Adapter
+from paley.model.fold import fold_norms_, rotate_input_, rotate_stream_, rotate_values_
+
+__all__ = ["Turning", "decide_turning", "input_blocks", "rotate_"]
 
 _SMALLEST_BLOCK = 32  # smaller ones would cost more in scales and mix too few values to be Gaussian
 _GRANULARITIES = (64, 32, 16, 8, 4)
+Expansion = int | Literal["auto"]
 
 
-def decide_rotation(recipe: Recipe, adapter: Adapter) -> Rotation | None:
-    """The transforms for this model; None where the recipe does not rotate. Errors name the way out."""
-    if not recipe.rotate:
-        return None
-    hidden, seed = adapter.hidden_size, recipe.seed
-    wide = hidden + (_auto_expansion(recipe, hidden) if recipe.expand == "auto" else recipe.expand)
-    _check_order("hidden size", wide, "expand")
-    mlp = adapter.intermediate_size
-    # What rotates at run time only serves rounding: where none is asked for, the model stays an ordinary one.
-    overridden = any(o.weight or o.input for o in recipe.overrides)
-    online = recipe.weights is not None or recipe.inputs is not None or overridden
-    wide_mlp = _reachable(mlp) if recipe.expand_mlp == "auto" else mlp + recipe.expand_mlp
-    if online:
-        _check_order("MLP width", wide_mlp, "expand_mlp")
-    width = adapter.num_heads * adapter.head_dim
-    return Rotation(
-        residual=Transform(hidden, wide, wide, seed),
-        head=_in_blocks(adapter.head_dim, seed + 1),
-        output=_in_blocks(width, seed + 3) if online and recipe.rotate_output else None,
-        mlp=Transform(mlp, wide_mlp, wide_mlp, seed + 2) if online else None,
-    )
-
-
-def rotate_(adapter: Adapter, rotation: Rotation | None) -> None:
-    """Unties, folds the norms and applies R1, R2 and the weights' side of what rotates at run time.
-
-    Without a rotation the model stays as it is.
+@dataclass(frozen=True)
+class Turning:
+    """rotation: what is folded. inputs: transforms of inputs at run time by wire. block, outer_block: all other inputs
+    of linears, and embedding and head, turn in Hadamard blocks of at most so many values; None: they do not.
+    seed: draws the signs.
     """
-    if rotation is None:
-        return
-    fold.untie_(adapter)
-    fold.fold_norms_(adapter)
-    if rotation.residual is not None:
-        fold.rotate_residual_(adapter, rotation.residual)
-    for block in adapter.blocks:
-        if rotation.head is not None:
-            fold.rotate_values_(block, rotation.head)
-        for role, transform in (("o", rotation.output), ("down", rotation.mlp)):
-            if transform is not None:
-                fold.rotate_input_(block.part(role), transform)
+
+    rotation: Rotation | None
+    inputs: Mapping[str, Transform] = field(default_factory=dict)
+    block: int | None = None
+    outer_block: int | None = None
+    seed: int = 0
+
+    def of(self, site: Site, width: int) -> Transform | None:
+        """The transform of what a linear or the head reads, `width` values; of an embedding's or tied head's rows."""
+        if self.is_whole(site):
+            return self.inputs[_wire(site)]
+        block = self.block if site.kind == "linear" else self.outer_block
+        return None if block is None else input_blocks(width, block, self.seed)
+
+    def is_whole(self, site: Site) -> bool:
+        """Whether the input turns as a part of the folded rotation, whatever is done to the weight that reads it."""
+        return _wire(site) in self.inputs
+
+
+def _wire(site: Site) -> str:
+    return (site.reads or "").rpartition(".")[2]
+
+
+def decide_turning(
+    sites: Sites,
+    mode: Literal["folded", "online", "none"],
+    *,
+    block: int,
+    seed: int,
+    expand: Expansion = 0,
+    expand_mlp: Expansion = 0,
+    rotate_output: bool = True,
+    rounds: bool = True,
+    bits: Sequence[float] = (),
+) -> Turning:
+    """The transforms for a model. mode `folded`: R1 and R2 are folded, the inputs of o and down turn at run time;
+    `online`: every input turns at run time, in Hadamard blocks of at most `block` values.
+
+    expand, expand_mlp: dimensions that the stream and down's input gain; auto: see `_auto_expansion`, which goes by
+    the bits of weights and inputs. rounds: whether any weight or input is rounded: else nothing turns at run time.
+    Errors: PaleyError for a family that forbids folding, and for widths that no Hadamard order reaches.
+    """
+    if mode == "none":
+        return Turning(None)
+    row, heads = sites.architecture, sites.of("keys")[0].shape[1]
+    in_heads = _in_blocks(heads, seed + 1)
+    if mode == "online":
+        return Turning(Rotation(heads=in_heads), block=block, outer_block=block, seed=seed)
+    if (why := row.why_stream_is_fixed()) is not None:
+        raise PaleyError(f"rotate=folded: this family's residual stream cannot be rotated: {why}; set rotate=online")
+    sizes = {wire: sites.of("input", block=0)[i].shape[0] for i, wire in enumerate(_wires(sites))}
+    hidden, mlp, width = sites.embedding.shape[1], sizes[row.gated], sizes[row.attended]
+    wide = hidden + (_auto_expansion(bits, hidden) if expand == "auto" else expand)
+    _check_order("hidden size", wide, "expand")
+    inputs: dict[str, Transform] = {}
+    if rounds:
+        wide_mlp = _reachable(mlp) if expand_mlp == "auto" else mlp + expand_mlp
+        _check_order("MLP width", wide_mlp, "expand_mlp")
+        inputs[row.gated] = Transform(mlp, wide_mlp, wide_mlp, seed + 2)
+        if rotate_output:
+            inputs[row.attended] = _in_blocks(width, seed + 3)
+    # A tied pair stays in the coordinates of the checkpoint: R1 cannot go into one of the two alone.
+    outer = block if sites.tied else None
+    return Turning(Rotation(Transform(hidden, wide, wide, seed), in_heads), inputs, outer_block=outer, seed=seed)
+
+
+def _wires(sites: Sites) -> list[str]:
+    return [site.name.rpartition(".")[2] for site in sites.of("input", block=0)]
+
+
+def rotate_(adapter: Adapter, rotation: Rotation | None, inputs: Mapping[str, Transform]) -> None:
+    """Folds the norms, applies R1 and R2, and the weights' side of what turns at run time.
+
+    inputs: path of a linear or an untied head -> the transform of what it reads. Without any the model stays as it is.
+    """
+    if rotation is not None and rotation.stream is not None:
+        fold_norms_(adapter)
+        rotate_stream_(adapter, rotation.stream)
+        if rotation.heads is not None:
+            rotate_values_(adapter, rotation.heads)
+    for site in adapter.sites.of("linear", "head"):
+        if site.stored_as == site.name and site.name in inputs:
+            rotate_input_(adapter.module(site.module), inputs[site.name])
 
 
 def input_blocks(width: int, limit: int, seed: int) -> Transform:
@@ -71,21 +125,20 @@ def input_blocks(width: int, limit: int, seed: int) -> Transform:
     return Transform(width, wide, order, seed)
 
 
-def _auto_expansion(recipe: Recipe, hidden: int) -> int:
+def _auto_expansion(bits: Sequence[float], hidden: int) -> int:
     """Extra columns: the cheapest Hadamard order that still takes fewer bits than one more bit per value.
 
     Lemma 4.1 of arXiv:2504.13989 with b = b' + 1: (n + d) b' <= n (b' + 1). Widths are multiples of 64 where
     one fits, and among them the smallest dense factor wins, then the smallest width.
     """
-    bits = [grids.load(s.grid).bits for s in (recipe.weights, recipe.inputs) if s is not None]
     limit = hidden + int(hidden / max(bits)) if bits else hidden
     for step in _GRANULARITIES:
         widths = [n for n in range(hidden // step * step + step, limit + 1, step) if _exists(n)]
         if widths:
             return min(widths, key=lambda n: (hadamard.factor(n)[0], n)) - hidden
     raise PaleyError(
-        f"expand=auto: no Hadamard order between hidden size {hidden} and the limit of {limit}; "
-        "give a number with --expand"
+        f"expand=auto: no Hadamard order between hidden size {hidden} and the limit of {limit}",
+        remedy=("give a number with ", Setting("expand")),
     )
 
 

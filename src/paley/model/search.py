@@ -1,4 +1,4 @@
-"""Searches the clip ratios of a model's activation and KV slots, each trial re-running only what it can change.
+"""Searches the clip ratios of a model's inputs and caches, each trial re-running only what it can change.
 
 The hidden states before the block at work are cached, for everything before it is settled; a trial runs from
 there to the end (arXiv:2504.13989 evaluates the whole model each time).
@@ -6,29 +6,29 @@ there to the end (arXiv:2504.13989 evaluates the whole model each time).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from paley.core.schemes import ActivationScheme, AttentionSlot, LinearSlot
+from paley.arch import Site, Sites
+from paley.core.schemes import ActivationScheme, AttentionScheme, LinearScheme, Schemes
 from paley.methods.gbs import Outcome, Score, bracket_search, gradual_search, local_search
-from paley.model.adapter import SHARED_INPUTS, Adapter
 from paley.model.calibrate import set_attention_, set_input_
 from paley.model.capture import BlockRunner
 from paley.model.trials import Objective, Prefix
 from paley.plan import Trial
 from paley.recipe.models import Search
 
-__all__ = ["ClipSearch", "SearchSlot", "search_slots"]
+__all__ = ["ClipSearch", "Knob", "knobs"]
 
-S = TypeVar("S", LinearSlot, AttentionSlot)
+S = TypeVar("S", LinearScheme, AttentionScheme)
 
 
 @dataclass(frozen=True)
-class SearchSlot:
+class Knob:
     """One number to search: the clip ratio shared by some linears' inputs and some of an attention's caches."""
 
     name: str
@@ -38,50 +38,44 @@ class SearchSlot:
     caches: tuple[str, ...] = ()  # of "keys", "values"
 
 
-# The paper's eight slots a layer: the V cache shares v_proj's number. Ours: what one kernel rounds once.
-_LAYOUTS = {
-    "per_projection": (
-        ("q", ("q",), ()),
-        ("k", ("k",), ()),
-        ("v", ("v",), ("values",)),
-        ("keys", (), ("keys",)),
-        ("o", ("o",), ()),
-        ("gate", ("gate",), ()),
-        ("up", ("up",), ()),
-        ("down", ("down",), ()),
-    ),
-    "shared": (
-        ("attn_input", SHARED_INPUTS[0][1], ()),
-        ("keys", (), ("keys",)),
-        ("values", (), ("values",)),
-        ("o_input", SHARED_INPUTS[1][1], ()),
-        ("mlp_input", SHARED_INPUTS[2][1], ()),
-        ("down_input", SHARED_INPUTS[3][1], ()),
-    ),
-}
+def _layout(sites: Sites, block: int, layout: str) -> Iterator[tuple[str, tuple[str, ...], tuple[str, ...]]]:
+    """(kind, linears, caches) of each number of a block. Ours: what one kernel rounds once. The paper's: one for each
+    projection, and the cached values share the number of the linear that makes them.
+    """
+    for site in sites.of("input", "linear", "keys", "values", block=block):
+        if site.kind == "keys" or (site.kind == "values" and layout == "shared"):
+            yield site.kind, (), (site.kind,)
+        elif site.kind == "input" and layout == "shared":
+            yield site.name.rpartition(".")[2], site.readers, ()
+        elif site.kind == "linear" and layout == "per_projection":
+            held = ("values",) if site.writes == sites.architecture.values else ()
+            yield _short(site), (site.name,), held
 
 
-def search_slots(
-    adapter: Adapter, layout: str, linears: dict[str, LinearSlot], attentions: dict[str, AttentionSlot]
-) -> list[SearchSlot]:
-    """The slots of `layout` that have anything to quantize, in the order they are visited."""
-    slots = []
-    for block in adapter.blocks:
-        attention = attentions[block.path("attention")]
-        for kind, roles, caches in _LAYOUTS[layout]:
+def _short(site: Site) -> str:
+    return site.name.rpartition(".")[2].removesuffix("_proj")
+
+
+def knobs(sites: Sites, layout: str, schemes: Schemes) -> list[Knob]:
+    """The numbers of `layout` that have anything to quantize, in the order they are visited."""
+    found = []
+    for block in range(sites.blocks):
+        attention = schemes.attentions[sites.attention(block)]
+        for kind, paths, caches in _layout(sites, block, layout):
             # One number serves only what is rounded by one scheme; overrides may set members apart.
-            schemes: dict[ActivationScheme, tuple[list[str], list[str]]] = {}
-            for path in map(block.path, roles):
-                if (scheme := linears[path].input) is not None:
-                    schemes.setdefault(scheme, ([], []))[0].append(path)
+            alike: dict[ActivationScheme, tuple[list[str], list[str]]] = {}
+            for path in paths:
+                if (scheme := schemes.linears[path].input) is not None:
+                    alike.setdefault(scheme, ([], []))[0].append(path)
             for cache in caches:
                 if (scheme := getattr(attention, cache)) is not None:
-                    key = next(iter(schemes), scheme) if layout == "per_projection" else scheme
-                    schemes.setdefault(key, ([], []))[1].append(cache)
-            for n, (paths, held) in enumerate(schemes.values()):
+                    key = next(iter(alike), scheme) if layout == "per_projection" else scheme
+                    alike.setdefault(key, ([], []))[1].append(cache)
+            for n, (members, held) in enumerate(alike.values()):
                 suffix = f"{kind}-{n}" if n else kind
-                slots.append(SearchSlot(f"{block.name}.{suffix}", block.index, suffix, tuple(paths), tuple(held)))
-    return slots
+                name = f"{sites.architecture.blocks}.{block}.{suffix}"
+                found.append(Knob(name, block, suffix, tuple(members), tuple(held)))
+    return found
 
 
 class ClipSearch:
@@ -95,13 +89,12 @@ class ClipSearch:
         runner: BlockRunner,
         ids: Tensor,
         reference: Tensor,
-        linears: dict[str, LinearSlot],
-        attentions: dict[str, AttentionSlot],
+        schemes: Schemes,
         settings: Search,
     ):
         self.runner, self.ids, self.settings = runner, ids, settings
-        self.linears, self.attentions = dict(linears), dict(attentions)
-        self.slots = {s.name: s for s in search_slots(runner.adapter, settings.slots, linears, attentions)}
+        self.linears, self.attentions = dict(schemes.linears), dict(schemes.attentions)
+        self.knobs = {knob.name: knob for knob in knobs(runner.adapter.sites, settings.slots, schemes)}
         self._prefix = Prefix(runner, ids)
         self._objective = Objective(runner, ids, reference, settings.objective)
         self._last: dict[str, float] = {}
@@ -110,85 +103,85 @@ class ClipSearch:
         self,
         known: Iterable[Trial] = (),
         on_trial: Callable[[Trial], None] = lambda _: None,
-        on_slot: Callable[[str, Outcome], None] = lambda name, outcome: None,
+        on_knob: Callable[[str, Outcome], None] = lambda name, outcome: None,
     ) -> dict[str, Outcome]:
-        """-> each slot's outcome. Trials already `known` (of a stopped run) are taken, not repeated."""
+        """-> each knob's outcome. Trials already `known` (of a stopped run) are taken, not repeated."""
         memo = {(t.slot, t.clip_ratio): t.objective for t in known}
         from_fp = self.settings.start == "from_fp"
-        for slot in self.slots.values():
-            self._set(slot, None if from_fp else self._start(slot))
+        for knob in self.knobs.values():
+            self._set(knob, None if from_fp else self._start(knob))
 
-        settled: list[float] = []  # the loss of the model as it stands, once a slot is settled
+        settled: list[float] = []  # the loss of the model as it stands, once a knob is settled
 
         def evaluate(name: str, clip_ratio: float) -> float:
-            if settled and not from_fp and clip_ratio == self._start(self.slots[name]):
-                return settled[-1]  # from low bits this slot is there already
+            if settled and not from_fp and clip_ratio == self._start(self.knobs[name]):
+                return settled[-1]  # from low bits this knob is there already
             if (name, clip_ratio) not in memo:
-                memo[name, clip_ratio] = self._loss(self.slots[name], clip_ratio)
+                memo[name, clip_ratio] = self._loss(self.knobs[name], clip_ratio)
                 on_trial(Trial(slot=name, clip_ratio=clip_ratio, objective=memo[name, clip_ratio]))
             return memo[name, clip_ratio]
 
         def settle(name: str, outcome: Outcome) -> None:
-            slot = self.slots[name]
-            self._set(slot, outcome.clip_ratio)
-            self._keep(slot, outcome.clip_ratio)
-            self._last[slot.kind] = outcome.clip_ratio
+            knob = self.knobs[name]
+            self._set(knob, outcome.clip_ratio)
+            self._keep(knob, outcome.clip_ratio)
+            self._last[knob.kind] = outcome.clip_ratio
             settled.append(outcome.loss)
-            on_slot(name, outcome)
+            on_knob(name, outcome)
 
-        return gradual_search(list(self.slots), evaluate, settle, self._search)
+        return gradual_search(list(self.knobs), evaluate, settle, self._search)
 
     def _search(self, name: str, score: Score) -> Outcome:
-        slot, iterations = self.slots[name], self.settings.trials
-        start = self._start(slot)
+        knob, iterations = self.knobs[name], self.settings.trials
+        start = self._start(knob)
         if self.settings.schedule == "paper":
             found = bracket_search(score, iterations)
             if self.settings.start == "from_low_bit" and found.loss >= (loss := score(start)):
                 return Outcome(start, loss)
             return found
-        starts = [start, self._last.get(slot.kind, start), 1.0]
+        starts = [start, self._last.get(knob.kind, start), 1.0]
         return local_search(score, starts, iterations)
 
-    def _start(self, slot: SearchSlot) -> float:
+    def _start(self, knob: Knob) -> float:
         """The recipe's clip ratio; the paper's low-bit start is unclipped."""
         if self.settings.schedule == "paper":
             return 1.0
-        return self._schemes(slot)[0].clip_ratio
+        return self._schemes(knob)[0].clip_ratio
 
-    def _schemes(self, slot: SearchSlot) -> list[ActivationScheme]:
-        attention = self.attentions[self.runner.adapter.blocks[slot.block].path("attention")]
-        found = [self.linears[p].input for p in slot.linears] + [getattr(attention, c) for c in slot.caches]
+    def _schemes(self, knob: Knob) -> list[ActivationScheme]:
+        attention = self.attentions[self.runner.adapter.blocks[knob.block].attention]
+        found = [self.linears[p].input for p in knob.linears] + [getattr(attention, c) for c in knob.caches]
         return [scheme for scheme in found if scheme is not None]
 
-    def _set(self, slot: SearchSlot, clip_ratio: float | None) -> None:
-        """Makes the model round at `slot` with that clip ratio; None: leaves it at full precision."""
-        block = self.runner.adapter.blocks[slot.block]
-        for path in slot.linears:
+    def _set(self, knob: Knob, clip_ratio: float | None) -> None:
+        """Makes the model round at `knob` with that clip ratio; None: leaves it at full precision."""
+        adapter = self.runner.adapter
+        block = adapter.blocks[knob.block]
+        for path in knob.linears:
             wanted = None if clip_ratio is None else _clipped(self.linears[path], ("input",), clip_ratio)
-            set_input_(self.runner.adapter.model.get_submodule(path), wanted)
-        if slot.caches:
-            path = block.path("attention")
-            fresh = self.attentions[path]
-            now = block.part("attention").kv_slot or replace(fresh, keys=None, values=None)
-            for cache in slot.caches:
+            set_input_(adapter.module(path), wanted)
+        if knob.caches:
+            fresh = self.attentions[block.attention]
+            now = adapter.module(block.attention).kv_scheme or replace(fresh, keys=None, values=None)
+            for cache in knob.caches:
                 scheme = None if clip_ratio is None else replace(getattr(fresh, cache), clip_ratio=clip_ratio)
                 now = replace(now, **{cache: scheme})
-            set_attention_(block, now)
+            set_attention_(adapter, block, now)
 
-    def _keep(self, slot: SearchSlot, clip_ratio: float) -> None:
-        for path in slot.linears:
+    def _keep(self, knob: Knob, clip_ratio: float) -> None:
+        for path in knob.linears:
             self.linears[path] = _clipped(self.linears[path], ("input",), clip_ratio)
-        if slot.caches:
-            path = self.runner.adapter.blocks[slot.block].path("attention")
-            self.attentions[path] = _clipped(self.attentions[path], slot.caches, clip_ratio)
+        if knob.caches:
+            path = self.runner.adapter.blocks[knob.block].attention
+            self.attentions[path] = _clipped(self.attentions[path], knob.caches, clip_ratio)
 
     @torch.no_grad()
-    def _loss(self, slot: SearchSlot, clip_ratio: float) -> float:
-        self._set(slot, clip_ratio)
+    def _loss(self, knob: Knob, clip_ratio: float) -> float:
+        self._set(knob, clip_ratio)
         if self.settings.schedule == "paper":  # as published: the whole model, every time
             hidden = self.runner.suffix(0, self.runner.embed(self.ids))
         else:
-            hidden = self.runner.suffix(slot.block, self._prefix.before(slot.block))
+            hidden = self.runner.suffix(knob.block, self._prefix.before(knob.block))
         return self._objective(hidden)
 
 

@@ -1,4 +1,4 @@
-"""What Gaussian noise in one slot of a model adds to its loss, re-running only what the noise can change.
+"""What Gaussian noise at one site of a model adds to its loss, re-running only what the noise can change.
 
 A weight is rounded by scales of its own for each row, so the noise is as large as the row that it goes into. It is
 isotropic within a row, so that what rotates a row (R1, R4, HIGGS) leaves its effect as it is. What rotates a column
@@ -9,68 +9,54 @@ model that is going to be rotated is to be measured with them folded.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from paley.arch import Site, Sites
 from paley.core.errors import PaleyError, nearest_name
-from paley.model.adapter import SHARED_INPUTS, Adapter, Block
+from paley.model.adapter import Adapter
 from paley.model.capture import BlockRunner
 from paley.model.trials import Metric, Objective, Prefix
 
-__all__ = ["KINDS", "Kind", "NoiseProbe", "NoiseSlot", "noise_slots"]
+__all__ = ["KINDS", "NoiseProbe", "mixed_rows", "noise_kind", "noise_sites"]
 
-Kind = Literal["weight", "input", "keys", "values"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
-
-
-@dataclass(frozen=True)
-class NoiseSlot:
-    """A tensor that noise goes into; numel: entries of a weight, or values a token; roles: the linears concerned.
-
-    rows: so many consecutive rows of a weight get noise of one size.
-    """
-
-    name: str
-    kind: Kind
-    block: int
-    numel: int
-    roles: tuple[str, ...]
-    rows: int = 1
+KINDS = ("weight", "input", "keys", "values")
 
 
-def noise_slots(adapter: Adapter, kinds: Collection[str], *, rotated: bool = False) -> list[NoiseSlot]:
-    """The slots of these kinds in the order the blocks compute them; named as in plans and searches.
-
-    rotated: R1 and R2 are going to mix the rows of some weights before these are rounded.
-    """
-    mixed = {"o": adapter.hidden_size, "down": adapter.hidden_size, "v": adapter.head_dim} if rotated else {}
+def noise_sites(sites: Sites, kinds: Collection[str]) -> dict[str, Site]:
+    """The sites of these kinds in the order of computation; a tied pair is one weight."""
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise PaleyError(
-            f"sensitivity: unknown kind {unknown[0]!r} of slots{nearest_name(unknown[0], KINDS)}; "
+            f"sensitivity: unknown kind {unknown[0]!r} of sites{nearest_name(unknown[0], KINDS)}; "
             f"known are {', '.join(KINDS)}"
         )
     if not kinds:
-        raise PaleyError(f"sensitivity: no kind of slots is given; known are {', '.join(KINDS)}")
-    found: list[NoiseSlot] = []
-    for block in adapter.blocks:
-        for role, path in block.linears():
-            if not isinstance(linear := block.part(role), nn.Linear):
-                raise PaleyError(f"{path}: is a {type(linear).__name__}; measure the original, unquantized model")
-            found.append(NoiseSlot(path, "weight", block.index, linear.weight.numel(), (role,), mixed.get(role, 1)))
-        for name, roles in SHARED_INPUTS:
-            width = block.part(roles[0]).in_features
-            found.append(NoiseSlot(f"{block.name}.{name}_input", "input", block.index, width, roles))
-        width = adapter.num_kv_heads * adapter.head_dim
-        found.append(NoiseSlot(f"{block.name}.keys", "keys", block.index, width, ("k",)))
-        found.append(NoiseSlot(f"{block.name}.values", "values", block.index, width, ("v",)))
-    return [slot for slot in found if slot.kind in kinds]
+        raise PaleyError(f"sensitivity: no kind of sites is given; known are {', '.join(KINDS)}")
+    stored = {site.name for site in sites.weights}
+    wanted = {name: site for name, site in sites.items() if noise_kind(site) in kinds}
+    # What the head reads is never rounded.
+    return {n: s for n, s in wanted.items() if (n in stored if s.is_weight else s.block is not None)}
+
+
+def noise_kind(site: Site) -> Literal["weight", "input", "keys", "values"]:
+    """What a sensitivity file calls the kind of a site."""
+    if site.kind == "input" or site.kind == "keys" or site.kind == "values":
+        return site.kind
+    return "weight"
+
+
+def mixed_rows(site: Site, sites: Sites) -> int:
+    """Rows of a weight that R1 and R2 mix before they are rounded, which then get noise of one size."""
+    if site.adds_to_stream:
+        return site.shape[0]
+    return sites.of("values")[0].shape[1] if site.writes == sites.architecture.values else 1
 
 
 def add_noise(x: Tensor, t: float, generator: torch.Generator) -> Tensor:
@@ -82,10 +68,10 @@ def add_noise(x: Tensor, t: float, generator: torch.Generator) -> Tensor:
 
 
 class NoiseProbe:
-    """`delta(slot, t, draw)` for the slots of an unquantized model in eval mode, on ids [sequences, seq_len].
+    """`delta(site, t, draw)` for the sites of an unquantized model in eval mode, on ids [sequences, seq_len].
 
-    rotated: see `noise_slots`.
-    Each (slot, draw) has noise of its own, drawn from `seed`, whatever else is measured, and in whatever order.
+    rotated: R1 and R2 are going to mix rows of some weights (see `mixed_rows`).
+    Each (site, draw) has noise of its own, drawn from `seed`, whatever else is measured, and in whatever order.
 
     Perplexity is not at its minimum, so noise first moves it up or down in proportion to t, which says nothing of the
     slope and drowns it. The mean of noise and its mirror image has no such part, for twice the work. KL is at its
@@ -96,13 +82,19 @@ class NoiseProbe:
         self, runner: BlockRunner, ids: Tensor, *,
         metric: Metric, kinds: Collection[str], rotated: bool = False, seed: int = 0,
     ):  # fmt: skip
-        self.runner, self.seed = runner, seed
+        self.runner, self.ids, self.seed, self.rotated = runner, ids, seed, rotated
         self._signs = (1, -1) if metric == "perplexity" else (1,)
-        self.slots = {slot.name: slot for slot in noise_slots(runner.adapter, kinds, rotated=rotated)}
+        adapter = runner.adapter
+        self.sites = noise_sites(adapter.sites, kinds)
+        for site in self.sites.values():
+            if site.is_weight and not isinstance(module := adapter.module(site.module), nn.Linear | nn.Embedding):
+                raise PaleyError(f"{site.name}: is a {type(module).__name__}; measure the original, unquantized model")
         self._prefix = Prefix(runner, ids)
-        reference = runner.suffix(0, runner.embed(ids))
-        self._objective = Objective(runner, ids, reference, metric)
-        self.baseline = self._objective(reference)
+        self._last = runner.suffix(0, runner.embed(ids))
+        # Noise in the head must not reach the logits that it is compared with.
+        head = copy.deepcopy(adapter.head) if "weight" in kinds and metric == "kl" else None
+        self._objective = Objective(runner, ids, self._last, metric, head)
+        self.baseline = self._objective(self._last)
         if not math.isfinite(self.baseline):
             raise PaleyError(
                 f"sensitivity: the {metric} of the model as it is comes out as {self.baseline}; look for NaN in its "
@@ -110,23 +102,34 @@ class NoiseProbe:
             )
 
     @torch.no_grad()
-    def delta(self, slot: str, t: float, draw: int) -> float:
-        """What noise of relative size t in `slot` adds to the loss; the model is then as before, bit for bit."""
-        block = self.slots[slot].block
-        before = self._prefix.before(block)
-        losses = []
+    def delta(self, name: str, t: float, draw: int) -> float:
+        """What noise of relative size t at a site adds to the loss; the model is then as before, bit for bit."""
+        site, losses = self.sites[name], []
+        before = None if site.block is None else self._prefix.before(site.block)
         for sign in self._signs:
-            with self.noise(slot, sign * t, draw):
-                losses.append(self._objective(self.runner.suffix(block, before)))
+            with self.noise(name, sign * t, draw):
+                losses.append(self._objective(self._hidden(site, before)))
         return sum(losses) / len(losses) - self.baseline
 
+    def _hidden(self, site: Site, before: Tensor | None) -> Tensor:
+        """The last hidden states, computed from the first place on that noise at the site changes."""
+        if before is not None:
+            assert site.block is not None
+            return self.runner.suffix(site.block, before)
+        return self._last if site.kind == "head" else self.runner.suffix(0, self.runner.embed(self.ids))
+
     @contextmanager
-    def noise(self, slot: str, t: float, draw: int) -> Iterator[None]:
+    def noise(self, name: str, t: float, draw: int) -> Iterator[None]:
         """While open, the model computes with that noise."""
-        wanted = self.slots[slot]
-        block = self.runner.adapter.blocks[wanted.block]
-        generator = torch.Generator().manual_seed(_seed(self.seed, slot, draw))
-        with _NOISE[wanted.kind](self.runner.adapter, block, wanted, lambda x: add_noise(x, t, generator)):
+        site, adapter = self.sites[name], self.runner.adapter
+        generator = torch.Generator().manual_seed(_seed(self.seed, name, draw))
+        noisy = lambda x: add_noise(x, t, generator)  # noqa: E731
+        if site.is_weight:
+            rows = mixed_rows(site, adapter.sites) if self.rotated else 1
+            opened = _in_weight(adapter, site, rows, noisy)
+        else:
+            opened = (_in_input if site.kind == "input" else _in_heads)(adapter, site, noisy)
+        with opened:
             yield
 
 
@@ -134,10 +137,11 @@ Noisy = Callable[[Tensor], Tensor]
 
 
 @contextmanager
-def _in_weight(adapter: Adapter, block: Block, slot: NoiseSlot, noisy: Noisy) -> Iterator[None]:
-    weight = block.part(slot.roles[0]).weight.data
+def _in_weight(adapter: Adapter, site: Site, rows: int, noisy: Noisy) -> Iterator[None]:
+    """rows: so many consecutive rows of the weight get noise of one size."""
+    weight = adapter.module(site.module).weight.data
     kept = weight.clone()
-    weight.copy_(noisy(kept.view(-1, slot.rows * kept.shape[1])).view_as(kept))
+    weight.copy_(noisy(kept.view(-1, rows * kept.shape[1])).view_as(kept))
     try:
         yield
     finally:
@@ -145,7 +149,7 @@ def _in_weight(adapter: Adapter, block: Block, slot: NoiseSlot, noisy: Noisy) ->
 
 
 @contextmanager
-def _in_input(adapter: Adapter, block: Block, slot: NoiseSlot, noisy: Noisy) -> Iterator[None]:
+def _in_input(adapter: Adapter, site: Site, noisy: Noisy) -> Iterator[None]:
     """Linears that share an input see one and the same noise."""
     seen: list[Tensor] = []  # the last input, and what became of it
 
@@ -155,29 +159,25 @@ def _in_input(adapter: Adapter, block: Block, slot: NoiseSlot, noisy: Noisy) -> 
         return (seen[1],)
 
     with ExitStack() as stack:
-        for role in slot.roles:
-            stack.callback(block.part(role).register_forward_pre_hook(hook).remove)
+        for path in site.readers:
+            stack.callback(adapter.module(path).register_forward_pre_hook(hook).remove)
         yield
 
 
 @contextmanager
-def _in_heads(adapter: Adapter, block: Block, slot: NoiseSlot, noisy: Noisy) -> Iterator[None]:
+def _in_heads(adapter: Adapter, site: Site, noisy: Noisy) -> Iterator[None]:
     """Keys and values where they are made: RoPE turns each head, so isotropic noise before it is the same after it."""
-    (role,) = slot.roles
-    maker = dict(block.head_norms()).get(role, block.part(role))
+    assert site.made_by is not None
 
     def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return noisy(output.unflatten(-1, (-1, adapter.head_dim))).view_as(output)
+        return noisy(output.unflatten(-1, (-1, site.shape[1]))).view_as(output)
 
     with ExitStack() as stack:
-        stack.callback(maker.register_forward_hook(hook).remove)
+        stack.callback(adapter.module(site.made_by).register_forward_hook(hook).remove)
         yield
 
 
-_NOISE = {"weight": _in_weight, "input": _in_input, "keys": _in_heads, "values": _in_heads}
-
-
-def _seed(seed: int, slot: str, draw: int) -> int:
-    """Far apart for neighbouring slots and draws."""
-    digest = hashlib.sha256(f"{seed} {draw} {slot}".encode()).digest()
+def _seed(seed: int, name: str, draw: int) -> int:
+    """Far apart for neighbouring sites and draws."""
+    digest = hashlib.sha256(f"{seed} {draw} {name}".encode()).digest()
     return int.from_bytes(digest[:7], "big")

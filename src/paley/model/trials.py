@@ -9,7 +9,7 @@ import math
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from paley.core.metrics import kl_divergence
@@ -43,11 +43,14 @@ class Objective:
     """The loss of a model's last hidden states on `ids`: KL to the original in nats a token, or perplexity.
 
     reference: the original's last hidden states [sequences, seq_len, hidden] for the same ids, in the coordinates
-    of the runner's norm and head; needed for "kl" only.
+    of the runner's norm and head; needed for "kl" only. head: the original's, if the runner's own is changed.
     """
 
-    def __init__(self, runner: BlockRunner, ids: Tensor, reference: Tensor | None, metric: Metric):
+    def __init__(
+        self, runner: BlockRunner, ids: Tensor, reference: Tensor | None, metric: Metric, head: nn.Module | None = None
+    ):  # fmt: skip
         assert reference is not None or metric == "perplexity"
+        self._head = head
         self.runner, self.ids, self.reference, self.metric = runner, ids, reference, metric
         self._kept: dict[int, Tensor] = {}
 
@@ -73,7 +76,7 @@ class Objective:
         if batch in self._kept:
             return self._kept[batch]
         assert self.reference is not None
-        logits = self.runner.logits(self.reference.split(self.runner.batch)[batch])[:, :-1]
+        logits = self.runner.logits(self.reference.split(self.runner.batch)[batch], self._head)[:, :-1]
         if sum(kept.nbytes for kept in self._kept.values()) + logits.nbytes <= _KEEP_BYTES:
             self._kept[batch] = logits
         return logits

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
 
 from paley.core.schemes import ActivationScheme, WeightScheme
 from paley.eval.figures import with_error
 from paley.plan import Plan
+from paley.results import EvalResult, Results
 
 __all__ = ["model_card"]
 
@@ -33,11 +32,13 @@ tags: [paley, quantized]
 `results.json` has every figure, `plan.json` every decision.
 
 ```python
-import paley                                   # registers the format with transformers
-model = paley.load("THIS FOLDER")              # or AutoModelForCausalLM.from_pretrained("THIS FOLDER")
+import paley
+
+model = paley.load("THIS FOLDER")
+# or with transformers alone: paley.register(), then AutoModelForCausalLM.from_pretrained("THIS FOLDER")
 ```
 
-Without `import paley` transformers does not know this format: it only warns, and returns random weights.
+Without `paley.register()` transformers does not know this format: it only warns, and returns random weights.
 """
 
 _SCORES = """\
@@ -54,10 +55,10 @@ Nobody has measured this model: it was quantized without a test text. `paley eva
 """
 
 
-def model_card(results: dict[str, Any], plan: Plan) -> str:
-    """results: as in results.json."""
+def model_card(results: Results, plan: Plan) -> str:
+    """The text of the folder's README.md."""
     recipe = plan.recipe
-    residual = plan.rotation.residual if plan.rotation else None
+    residual = plan.rotation.stream if plan.rotation else None
     rotation = (
         "none" if recipe.hadamard is None else f"inputs in Hadamard blocks of up to {recipe.hadamard}, at run time"
     )
@@ -66,16 +67,16 @@ def model_card(results: dict[str, Any], plan: Plan) -> str:
         if residual.out_dim > residual.in_dim:
             rotation += f", residual stream widened from {residual.in_dim}"
     return _CARD.format(
-        model_type=results["model_type"],
+        model_type=results.model_type,
         weights=_schemes(slot.weight for slot in plan.linears.values()) + _outliers(plan),
         inputs=_schemes(slot.input for slot in plan.linears.values()),
         keys=_schemes(slot.keys for slot in plan.attentions.values()),
         values=_schemes(slot.values for slot in plan.attentions.values()),
         rotation=rotation,
-        bits=results["bits_per_weight"],
-        size=results["bytes"],
-        original_size=results["original_bytes"],
-        scores=_scores(results["evaluation"]),
+        bits=results.bits_per_weight,
+        size=results.bytes,
+        original_size=results.original_bytes,
+        scores=_scores(results.evaluation),
     )
 
 
@@ -84,20 +85,21 @@ def _outliers(plan: Plan) -> str:
     return f"; {' or '.join(map(str, counts))} input columns of a layer in int8" if counts else ""
 
 
-def _scores(measured: dict[str, Any] | None) -> str:
+def _scores(measured: EvalResult | None) -> str:
     if measured is None:
         return _NO_SCORES
+    assert measured.kl is not None  # a run compares with the original
     return _SCORES.format(
-        perplexity=with_error(float(measured["perplexity"]), measured["perplexity_stderr"], ".4f"),
-        reference=math.exp(measured["reference_nll"]),
-        kl=with_error(float(measured["kl"]), measured["kl_stderr"], ".4f"),
-        top1=measured["top1_agreement"],
-        tokens=measured["tokens"],
-        source=measured["source"],
+        perplexity=with_error(measured.perplexity, measured.perplexity_stderr, ".4f"),
+        reference=measured.reference_perplexity,
+        kl=with_error(measured.kl, measured.kl_stderr, ".4f"),
+        top1=measured.top1_agreement,
+        tokens=measured.tokens,
+        source=measured.source,
     )
 
 
 def _schemes(schemes: Iterable[WeightScheme | ActivationScheme | None]) -> str:
     """'p2n64 × 12, p2n256 × 2': what is really in the slots, the most frequent first."""
-    found = Counter("16 bits" if scheme is None else scheme.grid for scheme in schemes)
+    found = Counter("16 bits" if scheme is None else scheme.grid.name for scheme in schemes)
     return ", ".join(f"{grid} × {count}" if len(found) > 1 else grid for grid, count in found.most_common())

@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from paley.core.errors import PaleyError
-from paley.model.loading import Source, check_seq_len, open_source
+from paley.core.errors import PaleyError, Setting
+from paley.model.budget import check_budget
+from paley.model.loading import check_seq_len, open_source
+from paley.model.problem import Problem
 from paley.pipeline.accounting import quantized_bits
+from paley.pipeline.decide import Decision, decide_under_budget, measure_errors_for
 from paley.pipeline.monitor import Monitor
+from paley.pipeline.resolve import resolve
 from paley.pipeline.sensitivities import measure_for
-from paley.pipeline.slots import check_settings
-from paley.pipeline.stages import decide, measure_errors_for
-from paley.pipeline.texts import Texts
-from paley.plan import Plan
 from paley.recipe import Recipe
 from paley.sensitivity import Sensitivity
 
@@ -44,30 +44,33 @@ def accuracy_size_curve(
 ) -> list[CurvePoint]:
     """The optimum under each of the budgets, in stored bits per weight, everything else as the recipe says."""
     if recipe.budget is None:
-        raise PaleyError("curve: the recipe has no budget to vary; give it budget.weights")
+        raise PaleyError("curve: the recipe has no budget to vary", remedy=("give it ", Setting("budget.weights")))
     if odd := [bits for bits in budgets if not math.isfinite(bits)]:
-        raise PaleyError(f"budget.weights: must be a finite number, got {odd[0]}")
+        raise PaleyError(Setting("budget.weights"), ": must be a finite number", got=odd[0])
     monitor, source = monitor or Monitor(), open_source(model)
-    unsearched = recipe.model_copy(update={"search": recipe.search.model_copy(update={"method": "none"})})
-    wanted = {
-        bits: unsearched.model_copy(update={"budget": recipe.budget.model_copy(update={"weights": bits})})
-        for bits in budgets
-    }
-    for each in wanted.values():
-        check_settings(source, each)
+    problem = resolve(source, recipe)
+    problems = {bits: _under(problem, bits) for bits in budgets}
+    for each in problems.values():
+        check_budget(each)
     if sensitivity is None:
         check_seq_len(source.config, {"budget.seq_len": recipe.budget.seq_len})
-        sensitivity = measure_for(recipe, source, None, monitor, device)
+        sensitivity = measure_for(problem, None, monitor, device)
     sensitivity.check_fingerprint(source.fingerprint)
-    errors = measure_errors_for(next(iter(wanted.values())), source, sensitivity, monitor, device) if wanted else None
+    errors = measure_errors_for(problem, sensitivity, monitor, device) if problems else None
+    for note in problem.notes:
+        monitor.note(note)
     points, notes = [], _Notes()
-    for bits, each in wanted.items():
+    for bits, each in problems.items():
         notes.bits = bits
-        plan = decide(source, each, Texts(None, None, None), None, notes, device, sensitivity, errors)
-        points.append(_point(bits, plan, source))
+        points.append(_point(bits, each, decide_under_budget(each, sensitivity, errors, notes)))
     for text, of in notes.heard.items():
         monitor.note(text if len(of) == len(points) else f"{text} ({', '.join(f'{bits:g}' for bits in of)})")
     return points
+
+
+def _under(problem: Problem, bits: float) -> Problem:
+    assert problem.budget is not None
+    return replace(problem, budget=problem.budget.model_copy(update={"weights": bits}))
 
 
 class _Notes(Monitor):
@@ -81,9 +84,10 @@ class _Notes(Monitor):
         self.heard.setdefault(text, []).append(self.bits)
 
 
-def _point(budget: float, plan: Plan, source: Source) -> CurvePoint:
-    bits = quantized_bits(plan, source)
+def _point(budget: float, problem: Problem, decision: Decision) -> CurvePoint:
+    bits = quantized_bits(problem.with_schemes(decision.schemes))
     assert bits is not None
-    assert plan.predicted_loss is not None
-    used = Counter("keep" if slot.weight is None else slot.weight.grid for slot in plan.linears.values())
-    return CurvePoint(budget, bits, plan.predicted_loss, dict(used.most_common()))
+    assert decision.predicted_loss is not None
+    linears = decision.schemes.linears.values()
+    used = Counter("keep" if scheme.weight is None else scheme.weight.grid.name for scheme in linears)
+    return CurvePoint(budget, bits, decision.predicted_loss, dict(used.most_common()))

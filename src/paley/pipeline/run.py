@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel
 
-from paley.core.errors import PaleyError
+from paley.core.errors import PaleyError, Setting
 from paley.core.files import write_atomic
+from paley.core.schemes import Schemes
 from paley.data import TokenBlocks
 from paley.eval.perplexity import evaluate
 from paley.eval.reference import Reference
 from paley.format.checkpoint import Checkpoint
-from paley.format.files import write_json
+from paley.format.publish import RESULTS
 from paley.model.loading import Source, open_source
+from paley.model.problem import Problem
 from paley.pipeline.accounting import parameter_count, quantized_bits, untouched
 from paley.pipeline.card import model_card
+from paley.pipeline.decide import Decision, decide
+from paley.pipeline.execute import execute
 from paley.pipeline.monitor import Monitor
-from paley.pipeline.run_directory import RESULTS, RunDirectory, check_output, open_run
+from paley.pipeline.resolve import resolve, under_plan
+from paley.pipeline.run_directory import RunDirectory
 from paley.pipeline.saving import first_logits, load_stored, save_checkpoint, verify
-from paley.pipeline.slots import check_settings
-from paley.pipeline.stages import decide, execute, storage_dtype
-from paley.pipeline.streaming import is_data_free, stream_checkpoint
+from paley.pipeline.streaming import stream_checkpoint
 from paley.pipeline.texts import Texts, check_lengths, gather, needs_data
 from paley.plan import Plan
-from paley.recipe import Recipe
+from paley.recipe import Recipe, as_recipe
+from paley.results import EvalResult, LayerResult, Results
 from paley.sensitivity import Sensitivity
 
 __all__ = ["Outcome", "make_plan", "quantize"]
@@ -42,12 +44,12 @@ class Outcome:
 
     output: Path
     plan: Plan
-    results: dict[str, Any]
+    results: Results
 
 
 def quantize(
     model: str | Path,
-    recipe: Recipe | None = None,
+    recipe: Recipe | str | Path | None = None,
     *,
     output: str | Path,
     plan: Plan | None = None,
@@ -60,54 +62,72 @@ def quantize(
 ) -> Outcome:
     """Quantizes the checkpoint folder or Hub name `model` into the new folder `output`.
 
-    Give a recipe, or a plan made for this model. sensitivity: what a recipe with a budget goes by; without it, it is
-    measured. workers: processes that share the weights of a data-free recipe; others use one. A run that was stopped
-    goes on with resume=True. Errors: PaleyError, with nothing written to `output`. overwrite=True makes everything
-    anew, also where the folder there came of the same settings.
+    recipe: a Recipe, a preset's name such as "w4a4kv4", or a .yaml or .json file; or give a plan that was made for
+    this model. sensitivity: what a recipe with a budget goes by; without it, it is measured. workers: processes that
+    share the weights of a data-free recipe; others use one. A run that was stopped goes on with resume=True. Errors:
+    PaleyError, with nothing written to `output`. overwrite=True makes everything anew, also where the folder there came
+    of the same settings.
     """
     monitor, output = monitor or Monitor(), Path(output)
     if (recipe is None) == (plan is None):
         raise PaleyError("quantize: give either a recipe or a plan")
     wanted = plan.recipe if plan is not None else recipe
     assert wanted is not None
-    wanted = _as_measured(wanted, sensitivity)
-    check_output(output, resume=resume, overwrite=overwrite)
-    if wanted.test is None and not (is_data_free(plan) if plan is not None else not needs_data(wanted)):
-        raise PaleyError(
-            "test: null (--no-score) leaves nothing to verify this model on; only data-free recipes can go without, "
-            "such as the preset higgs-4"
-        )
+    wanted = _as_measured(as_recipe(wanted), sensitivity)
+    run = RunDirectory(output)
+    run.check_free(resume=resume, overwrite=overwrite)
+    if wanted.test is None and plan is None and needs_data(wanted):
+        raise _unverified()
     monitor.stage("checking the checkpoint", 1)
     source = open_source(model)
-    _check_not_inside(output, source.path)
+    run.check_apart(source.path)
     check_lengths(wanted, source, measures=_measures(wanted, plan, sensitivity))
-    if plan is not None:
-        plan.check_fingerprint(source.fingerprint)
+    problem = resolve(source, wanted) if plan is None else under_plan(source, plan)
+    if wanted.test is None and not problem.is_data_free:
+        raise _unverified()
     if sensitivity is not None:
         sensitivity.check_fingerprint(source.fingerprint)
-    check_settings(source, wanted, plan)
-    key = _key(source, wanted, plan.to_json() if plan is not None else wanted.hash() + _digest(sensitivity))
-    with open_run(output, key, resume=resume, overwrite=overwrite) as run:
+    key = _key(problem, plan.to_json() if plan is not None else wanted.hash() + _digest(sensitivity))
+    with run.open(key, resume=resume, overwrite=overwrite):
         if not (resume and run.finished) and not (run.checkpoint / RESULTS).exists():
-            _make(source, wanted, plan, sensitivity, run, monitor, device, workers)
-        run.publish()
-    return Outcome(output, Plan.load(output / "plan.json"), json.loads((output / RESULTS).read_text()))
+            _make(problem, wanted, plan, sensitivity, run, monitor, device, workers)
+        for path in run.publish():
+            monitor.note(f"{path}: cannot be deleted; delete it yourself")
+    return Outcome(output, Plan.load(output / "plan.json"), Results.load(output / RESULTS))
+
+
+def _unverified() -> PaleyError:
+    return PaleyError(
+        Setting("test", "null"),
+        " leaves nothing to verify this model on",
+        remedy="only data-free recipes can go without, such as the preset higgs-4",
+    )
 
 
 def make_plan(
     model: str | Path,
-    recipe: Recipe,
+    recipe: Recipe | str | Path,
     *,
     sensitivity: Sensitivity | None = None,
     device: str = "cpu",
     monitor: Monitor | None = None,
 ) -> Plan:
-    """Decides only: the plan that `quantize` with this recipe would execute."""
-    source, recipe = open_source(model), _as_measured(recipe, sensitivity)
+    """Decides only: the plan that `quantize` with this recipe (as there) would execute."""
+    recipe = _as_measured(as_recipe(recipe), sensitivity)
+    source = open_source(model)
     check_lengths(recipe, source, measures=_measures(recipe, None, sensitivity))
-    check_settings(source, recipe)
+    problem = resolve(source, recipe)
     texts = gather(recipe, source, device)
-    return decide(source, recipe, texts, None, monitor or Monitor(), device, sensitivity)
+    return _as_plan(problem, recipe, decide(problem, texts, None, monitor or Monitor(), device, sensitivity))
+
+
+def _as_plan(problem: Problem, recipe: Recipe, decision: Decision) -> Plan:
+    source = problem.source
+    return Plan(
+        fingerprint=source.fingerprint, model_type=source.config.model_type, recipe=recipe, rotation=problem.rotation,
+        linears=decision.schemes.linears, attentions=decision.schemes.attentions,
+        predicted_loss=decision.predicted_loss, trace=decision.trace,
+    )  # fmt: skip
 
 
 def _as_measured(recipe: Recipe, sensitivity: Sensitivity | None) -> Recipe:
@@ -124,7 +144,7 @@ def _measures(recipe: Recipe, plan: Plan | None, sensitivity: Sensitivity | None
 
 
 def _make(
-    source: Source,
+    problem: Problem,
     recipe: Recipe,
     plan: Plan | None,
     sensitivity: Sensitivity | None,
@@ -133,26 +153,27 @@ def _make(
     device: str,
     workers: int,
 ) -> None:
+    source = problem.source
     texts = gather(recipe, source, device)
     run.check_texts({b.role: b.sha256 for b in texts.all()})
     reference = _reference(source, texts.test, run, monitor, device) if texts.test is not None else None
-    plan = plan or _plan(source, recipe, texts, sensitivity, run, monitor, device)
-    dtype = storage_dtype(recipe, source)
-    if is_data_free(plan):
+    plan = plan or _plan(problem, recipe, texts, sensitivity, run, monitor, device)
+    problem = problem.with_schemes(Schemes(plan.linears, plan.attentions))
+    if problem.is_data_free:
         if device != "cpu":
-            monitor.note("weights are quantized on the CPU, one after the other; --workers shares them among processes")
-        reports = stream_checkpoint(source, plan, run, monitor, dtype, workers)
-        model = load_stored(run.checkpoint, plan, device) if texts.test is not None else None
+            monitor.note("weights are quantized on the CPU, one after the other; more workers share them")
+        reports = stream_checkpoint(problem, run, monitor, workers)
+        model = load_stored(run.checkpoint, problem, device) if texts.test is not None else None
     else:
         assert texts.test is not None  # refused in `quantize`
         if workers > 1:
             monitor.note("this recipe quantizes blocks one after the other: one process is at work, not more")
-        model, reports = execute(source, plan, texts, run, monitor, device)
+        model, reports = execute(problem, texts.calibration, run, monitor, device)
         monitor.stage("saving and reading back", 1)
-        save_checkpoint(run.fresh_checkpoint(), model, plan, source, dtype)
+        save_checkpoint(run.fresh_checkpoint(), model, problem)
         expected = first_logits(model, texts.test)
         del model  # never two copies
-        model = verify(run.checkpoint, plan, expected, texts.test, device)
+        model = verify(run.checkpoint, problem, expected, texts.test, device)
         monitor.step()
     measured = None
     if model is not None and texts.test is not None:
@@ -162,34 +183,26 @@ def _make(
     bits = stored.nbytes * 8 / weights
     plan = plan.model_copy(update={"bits_per_weight": bits})
     plan.save(run.checkpoint / "plan.json")
-    results = {
-        "run": run.key,
-        "model_type": source.config.model_type,
-        "fingerprint": source.fingerprint,
-        "parameters": weights,
-        "bits_per_weight": bits,
-        "bits_per_quantized_weight": quantized_bits(plan, source),
-        "bytes": stored.nbytes,
-        "original_bytes": source.checkpoint.nbytes,
-        "untouched": untouched(stored, plan),
-        "evaluation": measured,
-        "layers": {r.name: {"rel_error": r.rel_error} for r in reports},
-    }
+    results = Results(
+        run=run.key,
+        model_type=source.config.model_type,
+        fingerprint=source.fingerprint,
+        parameters=weights,
+        bits_per_weight=bits,
+        bits_per_quantized_weight=quantized_bits(problem),
+        bytes=stored.nbytes,
+        original_bytes=source.checkpoint.nbytes,
+        untouched=untouched(stored, problem),
+        evaluation=measured,
+        layers={r.name: LayerResult(r.rel_error) for r in reports},
+    )
     write_atomic(run.checkpoint / "README.md", model_card(results, plan))
-    write_json(run.checkpoint / RESULTS, results)
+    results.save(run.checkpoint / RESULTS)
 
 
-def _evaluate(model: PreTrainedModel, test: TokenBlocks, reference: Reference | None, monitor: Monitor) -> dict:
+def _evaluate(model: PreTrainedModel, test: TokenBlocks, reference: Reference | None, monitor: Monitor) -> EvalResult:
     monitor.stage("evaluating through the quantized cache", -(-len(test.ids) // EVAL_BATCH))
-    return evaluate(model, test, reference, batch=EVAL_BATCH, progress=lambda done, total: monitor.step()).to_dict()
-
-
-def _check_not_inside(output: Path, model: Path) -> None:
-    """Raises where replacing `output` would take the model, or the ground that the user stands on, away."""
-    for what, path in (("the model", model), ("the current folder", Path.cwd())):
-        for taken in (output, RunDirectory(output, "").path):
-            if path.resolve().is_relative_to(taken.resolve()):
-                raise PaleyError(f"{taken}: holds {what} {path.resolve()}; choose another --output")
+    return evaluate(model, test, reference, batch=EVAL_BATCH, progress=lambda done, total: monitor.step())
 
 
 def _reference(source: Source, test: TokenBlocks, run: RunDirectory, monitor: Monitor, device: str) -> Reference:
@@ -202,7 +215,7 @@ def _reference(source: Source, test: TokenBlocks, run: RunDirectory, monitor: Mo
 
 
 def _plan(
-    source: Source,
+    problem: Problem,
     recipe: Recipe,
     texts: Texts,
     sensitivity: Sensitivity | None,
@@ -212,10 +225,11 @@ def _plan(
 ) -> Plan:
     file = run.path / "plan.json"
     if not file.exists():
-        plan = decide(source, recipe, texts, run, monitor, device, sensitivity)
+        plan = _as_plan(problem, recipe, decide(problem, texts, run, monitor, device, sensitivity))
         if recipe.budget is not None and not plan.trace:
             monitor.note(f"budget: predicted loss {plan.predicted_loss:.4f}")
         plan.save(file)
+        return plan
     return Plan.load(file)
 
 
@@ -223,7 +237,6 @@ def _digest(sensitivity: Sensitivity | None) -> str:
     return "" if sensitivity is None else hashlib.sha256(sensitivity.to_json().encode()).hexdigest()
 
 
-def _key(source: Source, recipe: Recipe, wanted: str) -> str:
+def _key(problem: Problem, wanted: str) -> str:
     # The fingerprint says what the model computes, not the type that its config asks for.
-    text = f"{source.fingerprint} {storage_dtype(recipe, source)} {wanted}"
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(f"{problem.source.fingerprint} {problem.dtype} {wanted}".encode()).hexdigest()

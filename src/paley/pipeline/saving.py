@@ -11,70 +11,65 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from paley import hf
-from paley.core.errors import PaleyError
+from paley.core.errors import PaleyError, Setting
 from paley.core.metrics import kl_divergence
 from paley.data import TokenBlocks
 from paley.format import spec
 from paley.format.files import copy_companions, write_json
 from paley.format.writer import ShardWriter
-from paley.model.linear import QuantLinear
-from paley.model.loading import Source
-from paley.plan import Plan
+from paley.model.coded import Coded
+from paley.model.problem import Problem
+from paley.ops.matmul import EXACT
 
 __all__ = ["finish_checkpoint", "first_logits", "load_stored", "save_checkpoint", "verify"]
 
 
-def save_checkpoint(folder: Path, model: PreTrainedModel, plan: Plan, source: Source, dtype: torch.dtype) -> None:
-    """Weights, config.json, tokenizer files and plan.json into an empty folder; unquantized floats as `dtype`."""
+def save_checkpoint(folder: Path, model: PreTrainedModel, problem: Problem) -> None:
+    """Weights, config.json and tokenizer files into an empty folder; unquantized floats in their type."""
     writer = ShardWriter(folder)
     packed = {
         f"{name}.{buffer}"
         for name, module in model.named_modules()
-        if isinstance(module, QuantLinear)
+        if isinstance(module, Coded)
         for buffer, _ in module.named_buffers()
     }
-    tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
+    head = problem.sites.head
+    tied = f"{head.name}." if head.stored_as != head.name else None
     for name, tensor in model.state_dict().items():
-        if name in tied:
+        if tied is not None and name.startswith(tied) and name != f"{head.name}.bias":
             continue
         if name.endswith(".key_mean"):
             writer.add(name, tensor.half())
         else:
-            writer.add(name, tensor if name in packed else tensor.to(dtype))
+            writer.add(name, tensor if name in packed else tensor.to(problem.dtype))
     writer.close()
-    finish_checkpoint(folder, model, plan, source, dtype)
+    finish_checkpoint(folder, model, problem)
 
 
-def finish_checkpoint(folder: Path, model: PreTrainedModel, plan: Plan, source: Source, dtype: torch.dtype) -> None:
-    """Puts config.json, plan.json, and the source's tokenizer files beside the weights; model may be a skeleton."""
-    write_json(folder / "config.json", _config(model, plan, dtype))
-    copy_companions(source.path, folder)
-    plan.save(folder / "plan.json")
+def finish_checkpoint(folder: Path, model: PreTrainedModel, problem: Problem) -> None:
+    """Puts config.json and the source's tokenizer files beside the weights; model may be a skeleton."""
+    write_json(folder / "config.json", _config(model, problem))
+    copy_companions(problem.source.path, folder)
 
 
-def _config(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
-    """The config.json of the quantized model; an ordinary one where nothing is quantized."""
+def _config(model: PreTrainedModel, problem: Problem) -> dict[str, Any]:
+    """The config.json of the quantized model; an ordinary one if nothing is quantized."""
     config = json.loads(model.config.to_json_string(use_diff=False))
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    if _is_quantized(plan):
+    config["dtype"] = str(problem.dtype).removeprefix("torch.")
+    if problem.quantizes:
         config["quantization_config"] = spec.QuantizationConfig(
-            grids=plan.grids, linears=plan.linears, attentions=plan.attentions
+            linears=problem.schemes.linears, attentions=problem.schemes.attentions, stream=problem.stream
         ).to_dict()
-    if config["model_type"] == "llama" and config["hidden_size"] % config["num_attention_heads"]:
-        # transformers' LlamaConfig insists on hidden_size being a multiple of the heads, even where head_dim is
-        # explicit. Mistral without a window is the same decoder, and has no such rule; nor has it biases.
-        if config.get("attention_bias") or config.get("mlp_bias"):
+    row = problem.sites.architecture
+    if row.ragged and config["hidden_size"] % config["num_attention_heads"]:
+        if biased := [name for name in row.ragged_excludes if config.get(name)]:
             raise PaleyError(
-                f"expand: hidden size {config['hidden_size']} is not a multiple of "
-                f"{config['num_attention_heads']} heads, which a Llama with biases cannot be; choose another --expand"
+                f"expand: hidden size {config['hidden_size']} is not a multiple of {config['num_attention_heads']} "
+                f"heads, which a {config['model_type']} with {biased[0]} cannot be",
+                remedy=("choose another ", Setting("expand")),
             )
-        config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+        config |= row.ragged
     return config
-
-
-def _is_quantized(plan: Plan) -> bool:
-    linears = any(s.weight or s.input or s.transform for s in plan.linears.values())
-    return linears or any(s.keys or s.values for s in plan.attentions.values())
 
 
 @torch.no_grad()
@@ -84,9 +79,9 @@ def first_logits(model: PreTrainedModel, blocks: TokenBlocks, count: int = 2) ->
     return torch.cat([model(row[None], use_cache=False).logits.float().cpu() for row in ids])
 
 
-def verify(folder: Path, plan: Plan, expected: Tensor, blocks: TokenBlocks, device: str) -> PreTrainedModel:
+def verify(folder: Path, problem: Problem, expected: Tensor, blocks: TokenBlocks, device: str) -> PreTrainedModel:
     """Loads the folder -> the model; raises unless its KL divergence to `expected` logits is exactly 0."""
-    model = load_stored(folder, plan, device)
+    model = load_stored(folder, problem, device)
     divergence = float(kl_divergence(expected, first_logits(model, blocks, len(expected))).abs().max())
     if divergence != 0.0:
         raise PaleyError(
@@ -96,9 +91,9 @@ def verify(folder: Path, plan: Plan, expected: Tensor, blocks: TokenBlocks, devi
     return model
 
 
-def load_stored(folder: Path, plan: Plan, device: str) -> PreTrainedModel:
+def load_stored(folder: Path, problem: Problem, device: str) -> PreTrainedModel:
     """The model that was written to the folder, its weights unpacked for speed."""
-    if _is_quantized(plan):
-        return hf.load(folder, device=device, dense=True)
+    if problem.quantizes:
+        return hf.load(folder, device=device, product=EXACT)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     return model.to(device)  # type: ignore[arg-type]

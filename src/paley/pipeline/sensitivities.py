@@ -1,34 +1,40 @@
-"""`paley.measure_sensitivity`: from a checkpoint and a text to the slope of each of its slots, resumable."""
+"""`paley.measure_sensitivity`: from a checkpoint and a text to the slope of each of its sites, resumable."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from paley.core.errors import PaleyError
+from paley.core.errors import PaleyError, renaming
 from paley.data import TokenBlocks, blocks_from_ids, token_blocks
 from paley.eval.sampling import sample_documents
-from paley.methods.sensitivity import AGREEMENT, LEVELS, measure_slopes, noise_levels
+from paley.format.journal import open_journal
+from paley.methods.sensitivity import AGREEMENT, LEVELS, Delta, measure_slopes, noise_levels
 from paley.model.adapter import Adapter
 from paley.model.capture import BlockRunner
-from paley.model.fold import fold_norms_, untie_
+from paley.model.fold import fold_norms_
 from paley.model.loading import Source, check_seq_len, open_source
-from paley.model.sensitivity import KINDS, NoiseProbe
+from paley.model.problem import Problem
+from paley.model.sensitivity import KINDS, NoiseProbe, noise_kind
 from paley.model.trials import Metric
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.run_directory import RunDirectory
 from paley.pipeline.texts import SELF
-from paley.pipeline.trial_log import remembering
-from paley.recipe import Recipe
 from paley.sensitivity import MeasuredSlot, MeasuredText, Sensitivity
 
 __all__ = ["RANDOM", "measure_for", "measure_on", "measure_sensitivity", "random_ids", "some_blocks"]
 
 RANDOM = "random"
+_PARTS = ("source", "sequences", "seq_len")
+# A calibration's settings, as `measure_sensitivity` and as a budget call them.
+_ARGUMENTS = {f"calibration.{part}": part for part in _PARTS}
+_OF_BUDGET = {f"calibration.{part}": f"budget.{part}" for part in _PARTS}
 _SOME = 4  # sequences that show what activations look like
 
 
@@ -60,8 +66,9 @@ def measure_sensitivity(
     noise_levels(levels)  # refused before anything is read
     monitor.stage("checking the checkpoint", 1)
     opened = model if isinstance(model, Source) else open_source(model)
-    check_seq_len(opened.config, {"calibration.seq_len": seq_len})
-    blocks = _blocks(opened, source, sequences, seq_len, seed, device)
+    with renaming(_ARGUMENTS):
+        check_seq_len(opened.config, {"calibration.seq_len": seq_len})
+        blocks = _blocks(opened, source, sequences, seq_len, seed, device)
     monitor.step()
     return measure_on(
         opened, blocks, metric=metric, kinds=kinds, fold=fold, levels=levels, seed=seed, device=device,
@@ -87,7 +94,6 @@ def measure_on(
     monitor = monitor or Monitor()
     adapter = Adapter(source.load(device=device))
     if fold:
-        untie_(adapter)
         fold_norms_(adapter)
     runner, ids = BlockRunner(adapter), blocks.ids.to(device)
     probe = NoiseProbe(runner, ids, metric=metric, kinds=kinds, rotated=fold, seed=seed)
@@ -101,14 +107,14 @@ def measure_on(
         rounds.append(trials)
         monitor.stage("measuring sensitivities" if len(rounds) == 1 else f"measuring close ones, {len(rounds)}", trials)
 
-    with remembering(probe.delta, progress_file, settings) as remembered:
+    with _remembering(probe.delta, progress_file, settings) as remembered:
 
         def delta(slot: str, t: float, draw: int) -> float:
             value = remembered(slot, t, draw)
             monitor.step(f"{slot}  t² {t * t:.4f}  {metric} {value:+.5f}")
             return value
 
-        slopes = measure_slopes(list(probe.slots), delta, levels=levels, agreement=agreement, on_round=on_round)
+        slopes = measure_slopes(list(probe.sites), delta, levels=levels, agreement=agreement, on_round=on_round)
     return Sensitivity(
         fingerprint=source.fingerprint,
         model_type=source.config.model_type,
@@ -119,7 +125,8 @@ def measure_on(
         baseline=probe.baseline,
         slots={
             name: MeasuredSlot(
-                kind=probe.slots[name].kind, numel=probe.slots[name].numel, alpha=slope.alpha, stderr=slope.stderr,
+                kind=noise_kind(probe.sites[name]), numel=probe.sites[name].numel, alpha=slope.alpha,
+                stderr=slope.stderr,
                 clamped=slope.clamped, levels=slope.levels,
             )
             for name, slope in slopes.items()
@@ -127,36 +134,60 @@ def measure_on(
     )  # fmt: skip
 
 
-def measure_for(recipe: Recipe, source: Source, run: RunDirectory | None, monitor: Monitor, device: str) -> Sensitivity:
-    """The slopes that the recipe's budget needs, measured as it says; finished trials are kept in the run directory."""
-    budget = recipe.budget
+@contextmanager
+def _remembering(delta: Delta, file: str | Path | None, settings: dict[str, Any]) -> Iterator[Delta]:
+    """delta that takes known trials from the journal `file`, and appends new ones; a kill loses the trial at work."""
+    if file is None:
+        yield delta
+        return
+    with open_journal(file, settings, _trial, what="measurement") as journal:
+        known = dict(journal.entries)
+
+        def remembered(slot: str, t: float, draw: int) -> float:
+            if (slot, draw) not in known:
+                known[slot, draw] = value = delta(slot, t, draw)
+                if math.isfinite(value):
+                    journal.append({"slot": slot, "level": draw, "delta": value})
+            return known[slot, draw]
+
+        yield remembered
+
+
+def _trial(entry: dict[str, Any]) -> tuple[tuple[str, int], float]:
+    return (str(entry["slot"]), int(entry["level"])), float(entry["delta"])
+
+
+def measure_for(problem: Problem, run: RunDirectory | None, monitor: Monitor, device: str) -> Sensitivity:
+    """The slopes that the problem's budget needs, measured as it says; the run directory keeps finished trials."""
+    budget = problem.budget
     assert budget is not None
     activations = (budget.kv, budget.inputs, budget.read)
     kinds = KINDS if any(limit is not None for limit in activations) else ("weight",)
+    with renaming(_OF_BUDGET):
+        blocks = _blocks(problem.source, budget.source, budget.sequences, budget.seq_len, problem.seed, device)
     return measure_on(
-        source, _blocks(source, budget.source, budget.sequences, budget.seq_len, recipe.seed, device),
-        metric=budget.metric, kinds=kinds, fold=recipe.rotate, levels=budget.levels, seed=recipe.seed, device=device,
-        monitor=monitor, progress_file=run.path / "slopes.jsonl" if run else None,
+        problem.source, blocks, metric=budget.metric, kinds=kinds, fold=problem.folded, levels=budget.levels,
+        seed=problem.seed, device=device, monitor=monitor, progress_file=run.path / "slopes.jsonl" if run else None,
     )  # fmt: skip
 
 
-def some_blocks(recipe: Recipe, source: Source, sensitivity: Sensitivity, monitor: Monitor, device: str) -> TokenBlocks:
+def some_blocks(problem: Problem, sensitivity: Sensitivity, monitor: Monitor, device: str) -> TokenBlocks:
     """A few sequences of the text that the slopes were measured on, no more of it than they took.
 
-    Where a file's slopes are of a text that is not here, the model samples one, and a note says so.
+    If a file's slopes are of a text that is not here, the model samples one, and a note says so.
     """
-    budget, text = recipe.budget, sensitivity.text
+    budget, source, text = problem.budget, problem.source, sensitivity.text
     assert budget is not None
     limit = getattr(source.config, "max_position_embeddings", None) or budget.seq_len
     seq_len = max(2, min(budget.seq_len, limit, text.tokens))
     sequences = max(1, min(_SOME, text.tokens // seq_len))
     try:
-        return _blocks(source, text.source, sequences, seq_len, recipe.seed, device)
+        return _blocks(source, text.source, sequences, seq_len, problem.seed, device)
     except PaleyError as error:
         if text.source in (SELF, RANDOM):
             raise
         monitor.note(f"budget: keys, values and inputs are measured on text that the model samples instead ({error})")
-        return _blocks(source, SELF, sequences, seq_len, recipe.seed, device)
+        return _blocks(source, SELF, sequences, seq_len, problem.seed, device)
 
 
 def _blocks(source: Source, text: str, sequences: int, seq_len: int, seed: int, device: str) -> TokenBlocks:

@@ -18,11 +18,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from paley.core.errors import PaleyError
-from paley.core.grids import know
-from paley.core.schemes import LinearSlot
+from paley.core.errors import PaleyError, Setting
+from paley.core.schemes import LinearScheme
 from paley.core.transforms import Transform
 from paley.format import spec
 from paley.format.checkpoint import Checkpoint, read_tensors
@@ -30,25 +28,17 @@ from paley.format.dtypes import cast_to_store
 from paley.format.header import TensorInfo, read_metadata
 from paley.format.writer import ShardWriter, write_tensors
 from paley.methods.nearest import quantize_nearest
-from paley.model.adapter import Adapter
 from paley.model.calibrate import LayerReport
-from paley.model.loading import Source, is_ignored
+from paley.model.loading import is_ignored
+from paley.model.problem import Problem
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.run_directory import RunDirectory
 from paley.pipeline.saving import finish_checkpoint
-from paley.pipeline.slots import check_plan
-from paley.plan import Plan
 
-__all__ = ["TensorJob", "is_data_free", "quantize_tensor", "stream_checkpoint"]
+__all__ = ["TensorJob", "quantize_tensor", "stream_checkpoint"]
 
 _CHUNK = 2**20  # values rounded together: a CPU cache holds them, which halves the time
 _SHARD = 2**28  # bytes; a shard is in memory while it fills
-
-
-def is_data_free(plan: Plan) -> bool:
-    """Whether each weight is quantized by itself: nothing is calibrated, folded or averaged over a text."""
-    centered = any(slot.center_keys and slot.keys for slot in plan.attentions.values())
-    return plan.rotation is None and not centered and not any(slot.needs_data for slot in plan.linears.values())
 
 
 @dataclass(frozen=True)
@@ -57,16 +47,14 @@ class TensorJob:
 
     name: str
     weight: TensorInfo
-    slot: LinearSlot
+    scheme: LinearScheme
     file: Path
-    grids: dict[str, list[list[float]]]  # the points of a grid that came from a file
 
 
 def quantize_tensor(job: TensorJob) -> LayerReport:
     """Reads, rotates, rounds and writes one weight; the file appears whole or not at all."""
-    scheme, transform = job.slot.weight, job.slot.transform
+    scheme, transform = job.scheme.weight, job.scheme.transform
     assert scheme is not None
-    know(job.grids)
     weight = job.weight.read()
     parts: dict[str, list[Tensor]] = {}
     error = norm = 0.0
@@ -84,22 +72,15 @@ def quantize_tensor(job: TensorJob) -> LayerReport:
     return LayerReport(job.name, rel_error, None)
 
 
-def stream_checkpoint(
-    source: Source, plan: Plan, run: RunDirectory, monitor: Monitor, dtype: torch.dtype, workers: int = 1
-) -> list[LayerReport]:
-    """Quantizes every weight of the plan and writes the checkpoint folder of the run -> a report for each weight."""
-    skeleton = source.skeleton()
-    check_plan(plan, Adapter(skeleton))
+def stream_checkpoint(problem: Problem, run: RunDirectory, monitor: Monitor, workers: int = 1) -> list[LayerReport]:
+    """Quantizes every weight of the problem, writes the run's checkpoint folder -> a report for each weight."""
+    source = problem.source
     jobs = [
         TensorJob(
-            name,
-            source.checkpoint.info(name + spec.WEIGHT),
-            slot,
-            run.tensor_file(name),
-            {grid: points for grid, points in plan.grids.items() if grid == slot.weight.grid},
+            site.name, source.checkpoint.info(site.name + spec.WEIGHT), scheme, run.stage_file("final", site.name)
         )
-        for name, slot in plan.linears.items()
-        if slot.weight is not None
+        for site, scheme in problem.weights()
+        if scheme.weight is not None
     ]
     monitor.stage("quantizing weights", len(jobs))
     reports = {}
@@ -109,11 +90,11 @@ def stream_checkpoint(
     files = {job.name: job.file for job in jobs}
     monitor.stage("writing the checkpoint", len(source.checkpoint))
     with ShardWriter(run.fresh_checkpoint(), max_shard_bytes=_SHARD) as writer:
-        for name, tensor in _tensors(source, plan, files, skeleton, dtype):
+        for name, tensor in _tensors(problem, files):
             writer.add(name, tensor, own=True)
             monitor.step(name)
-    finish_checkpoint(run.checkpoint, skeleton, plan, source, dtype)
-    _check_stored(run.checkpoint, source, plan, files)
+    finish_checkpoint(run.checkpoint, source.skeleton, problem)
+    _check_stored(run.checkpoint, problem, files)
     return [reports[job.name] for job in jobs]
 
 
@@ -139,8 +120,8 @@ def _run(jobs: list[TensorJob], workers: int) -> Iterator[LayerReport]:
             yield done.result()
     except BrokenProcessPool:
         raise PaleyError(
-            f"one of the {workers} processes was ended from outside, as a system does that runs out of memory; go on "
-            "with --resume and fewer --workers"
+            f"one of the {workers} processes was ended from outside, as a system does that runs out of memory",
+            remedy=("go on with ", Setting("resume", True), " and fewer ", Setting("workers")),
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -179,19 +160,18 @@ def _finished(job: TensorJob) -> LayerReport:
     return LayerReport(job.name, float(read_metadata(job.file)["rel_error"]), None)
 
 
-def _tensors(
-    source: Source, plan: Plan, files: dict[str, Path], skeleton: PreTrainedModel, dtype: torch.dtype
-) -> Iterator[tuple[str, Tensor]]:
+def _tensors(problem: Problem, files: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of the new checkpoint, one in memory at a time: codes from their files, the rest as it was."""
+    source, linears = problem.source, problem.schemes.linears
     for name in source.checkpoint.names:
         layer = name.removesuffix(spec.WEIGHT)
         if name.endswith(spec.WEIGHT) and layer in files:
             yield from read_tensors(files[layer]).items()
-        elif not is_ignored(name, skeleton):
+        elif not is_ignored(name, source.skeleton):
             tensor = source.checkpoint.tensor(name)
-            if name.endswith(spec.WEIGHT) and layer in plan.linears:
-                tensor = _rotated(tensor, plan.linears[layer].transform)
-            yield name, cast_to_store(name, tensor, dtype)
+            if name.endswith(spec.WEIGHT) and layer in linears:
+                tensor = _rotated(tensor, linears[layer].transform)
+            yield name, cast_to_store(name, tensor, problem.dtype)
 
 
 def _rotated(weight: Tensor, transform: Transform | None) -> Tensor:
@@ -202,13 +182,13 @@ def _rotated(weight: Tensor, transform: Transform | None) -> Tensor:
     return torch.cat([transform.apply(part.double()).float() for part in rows])
 
 
-def _check_stored(folder: Path, source: Source, plan: Plan, files: dict[str, Path]) -> None:
-    """Reads the folder back; raises unless it holds, of every linear, just what its slot asks for and was made."""
+def _check_stored(folder: Path, problem: Problem, files: dict[str, Path]) -> None:
+    """Reads the folder back; raises unless it holds, of every weight, just what its scheme asks for and was made."""
     stored = Checkpoint.open(folder)
-    for layer, slot in plan.linears.items():
-        out_features, in_features = source.checkpoint.shape(layer + spec.WEIGHT)
-        expected = spec.expected_tensors(layer, slot, slot.stored_width(in_features), out_features)
-        made = read_tensors(files[layer]) if layer in files else {}
+    for site, scheme in problem.weights():
+        rows, columns = problem.shape(site)
+        expected = spec.expected_tensors(site.name, scheme, scheme.stored_width(columns), rows)
+        made = read_tensors(files[site.name]) if site.name in files else {}
         for name, (dtype, shape) in expected.items():
             info = stored.info(name)
             good = info.shape == shape and dtype in (None, info.dtype)

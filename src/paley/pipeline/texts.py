@@ -8,15 +8,14 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from paley.core.errors import PaleyError
+from paley.core.defaults import SELF
+from paley.core.errors import PaleyError, Setting
 from paley.data import Role, TokenBlocks, blocks_from_ids, check_disjoint, token_blocks
 from paley.eval.sampling import sample_documents
 from paley.model.loading import Source, check_seq_len
 from paley.recipe import Recipe
 
 __all__ = ["SELF", "Texts", "calibrates", "check_lengths", "gather", "is_tuned_on", "needs_data", "test_blocks"]
-
-SELF = "self"
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def check_lengths(recipe: Recipe, source: Source, *, measures: bool) -> None:
 
 def needs_data(recipe: Recipe) -> bool:
     """Whether a weight's codes depend on more than that weight: on a text, or on what is folded into it."""
-    return recipe.rotate or bool(_tuning_sources(recipe))
+    return recipe.rotate == "folded" or bool(_tuning_sources(recipe))
 
 
 def test_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> TokenBlocks:
@@ -80,10 +79,15 @@ def test_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> TokenBloc
     """
     test = recipe.test
     if test is None:
-        raise PaleyError("this recipe has no test text (test: null); give a text to score on, as paley eval --data")
+        raise PaleyError(
+            "this recipe has no test text (test: null)", remedy=("give a text to score on: ", Setting("test.source"))
+        )
     source = test.source or recipe.calibration.source
     if source == SELF:
-        raise PaleyError("a score on text that the model wrote itself says little: set test.source to a file or pydoc")
+        raise PaleyError(
+            "a score on text that the model wrote itself says little",
+            remedy=("set ", Setting("test.source"), " to a file or pydoc"),
+        )
     return token_blocks(
         source, tokenizer, role="test", count=test.sequences, seq_len=test.seq_len, seed=None,
         whole=_identity(source) not in map(_identity, filter(None, _named_sources(recipe))),
@@ -104,11 +108,11 @@ def _named_sources(recipe: Recipe) -> list[str | None]:
 
 def calibrates(recipe: Recipe) -> bool:
     """Whether the recipe gathers calibration text: for weights, for mean keys, or for a search's draft."""
-    weights = [recipe.weights, *(o.weight for o in recipe.overrides)]
+    weights = [recipe.weights, recipe.head, *(o.weight for o in recipe.overrides)]
     outliers = max(recipe.outliers, *(o.outliers for o in recipe.overrides), 0)
     wanting = any(scheme is not None and (scheme.needs_data or outliers > 0) for scheme in weights)
     centers = recipe.center_keys and any([recipe.keys, *(o.keys for o in recipe.overrides)])
-    return recipe.search.method != "none" or wanting or centers
+    return recipe.search.method != "none" or wanting or centers or recipe.diagonal
 
 
 def _tuning_sources(recipe: Recipe) -> dict[Role, str]:

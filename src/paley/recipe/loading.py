@@ -1,8 +1,7 @@
-"""Recipes from YAML or JSON files, and the settings that a command line adds to them."""
+"""Reads recipes from YAML or JSON files, and applies settings to them."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,15 @@ from typing import Any
 import yaml
 
 from paley.core.errors import PaleyError, nearest_name
+from paley.core.reading import read_json, read_text
 from paley.recipe.models import Recipe
-from paley.recipe.validation import key_path, known_keys, read_text, validate
+from paley.recipe.validation import key_path, known_keys, validate
 
-__all__ = ["apply_settings", "load_recipe", "unique_keys", "yaml_value"]
+__all__ = ["apply_settings", "load_recipe", "setting_text", "yaml_value"]
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice, where PyYAML would quietly take the last."""
+    """Safe YAML that refuses a key given twice; PyYAML would silently take the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = []
@@ -40,69 +40,62 @@ def yaml_value(text: str, where: str) -> Any:
         raise PaleyError(f"{where}: is not valid YAML ({reason})") from None
 
 
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """json.loads's object_pairs_hook that refuses a key given twice."""
-    data = dict(pairs)
-    if len(data) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise PaleyError(f"the key {next(n for n in names if names.count(n) > 1)!r} is given twice")
-    return data
-
-
-def load_json(path: Path, what: str) -> Any:
-    """The plain data that a JSON file holds."""
-    text = read_text(path, what)
-    try:
-        return json.loads(text, object_pairs_hook=unique_keys)
-    except json.JSONDecodeError as error:
-        raise PaleyError(
-            f"{path}: is not valid JSON (line {error.lineno}, column {error.colno}: {error.msg})"
-        ) from None
-    except (PaleyError, RecursionError) as error:
-        raise PaleyError(f"{path}: {error}") from None
-
-
 def load_recipe(path: str | Path) -> Recipe:
     """A .yaml, .yml or .json file -> the recipe; errors name the file, the key, the value and its type."""
     path = Path(path)
     if path.suffix == ".json":
-        data = load_json(path, "recipe")
+        data = read_json(path, "recipe")
     else:
         data = yaml_value(read_text(path, "recipe"), str(path))
     return validate(Recipe, data, str(path))
 
 
-def apply_settings(recipe: Recipe, settings: Iterable[str]) -> Recipe:
-    """recipe with settings such as 'search.sequences=8', 'inputs.clip_ratio=0.85' or 'weights=null' put in.
+def apply_settings(recipe: Recipe, settings: Iterable[str | tuple[str, Any]]) -> Recipe:
+    """recipe with these settings: pairs such as ("search.sequences", 8), or texts such as 'inputs.clip_ratio=0.85'.
 
-    Values are YAML. All settings are put in before the result is checked, so their order does not matter
-    unless one holds another. A group_size of weights or inputs is taken, or refused: it sets fit_groups to false,
-    unless that is set as well.
+    A text's value is YAML. All settings are applied before the result is checked, so that their order matters only if
+    one contains another. A group_size of weights or inputs sets fit_groups to false, so that it is used or refused;
+    a setting of fit_groups itself takes precedence.
     """
-    settings = list(settings)
     data = recipe.model_dump(mode="json")
     by_hand: dict[str, Any] = {}
+    texts: list[str] = []
     for setting in settings:
-        where = f"setting {setting!r}"
-        key, equals, text = setting.partition("=")
-        if not key.strip() or not equals:
-            raise PaleyError(f"{where}: expected KEY=VALUE, for example search.sequences=8")
-        by_hand[key.strip()] = yaml_value(text, where)
-        _put(data, key.strip().split("."), by_hand[key.strip()], where)
+        texts.append(setting_text(setting))
+        where = f"setting {texts[-1]!r}"
+        key, value = _parsed(setting, where) if isinstance(setting, str) else setting
+        by_hand[key] = value
+        _put(data, key.split("."), value, where)
     if "fit_groups" not in by_hand and any(_gives_groups(key, value) for key, value in by_hand.items()):
         data["fit_groups"] = False
-    return validate(Recipe, data, f"settings {' '.join(settings)}") if settings else recipe
+    return validate(Recipe, data, f"settings {' '.join(texts)}") if texts else recipe
+
+
+def setting_text(setting: str | tuple[str, Any]) -> str:
+    """The setting as text for messages: 'seed=3', 'test=null'."""
+    if isinstance(setting, str):
+        return setting
+    key, value = setting
+    return f"{key}={'null' if value is None else value}"
+
+
+def _parsed(setting: str, where: str) -> tuple[str, Any]:
+    """'KEY=VALUE' -> key, and the value read as YAML."""
+    key, equals, text = setting.partition("=")
+    if not key.strip() or not equals:
+        raise PaleyError(f"{where}: expected KEY=VALUE, for example search.sequences=8")
+    return key.strip(), yaml_value(text, where)
 
 
 def _gives_groups(key: str, value: Any) -> bool:
-    """Whether a setting says how many columns of a linear's weight or input share a scale."""
+    """Whether a setting gives a group_size of weights or inputs."""
     part, _, field = key.partition(".")
     size = value if field == "group_size" else value.get("group_size") if isinstance(value, dict) else None
     return part in ("weights", "inputs") and size is not None
 
 
 def _put(data: dict[str, Any], keys: list[str], value: Any, where: str) -> None:
-    """data[k0][k1]... = value; the mappings on the way must exist, and the key be known there."""
+    """data[k0][k1]... = value; the mappings on the way must exist, and the key must be valid there."""
     node: Any = data
     for depth, key in enumerate(keys):
         known = known_keys(Recipe, keys[:depth])

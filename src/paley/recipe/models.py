@@ -1,4 +1,4 @@
-"""The recipe's schema. A recipe says what is wanted; a plan (`paley.plan`) says what was decided."""
+"""The schema of recipes. A recipe is what is wanted; a plan (`paley.plan`) is what was decided."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -23,7 +22,7 @@ from pydantic import (
 from paley.core.errors import PaleyError, nearest_name
 from paley.core.grids import load as load_grid
 from paley.core.rounding import fitting_group_size
-from paley.core.schemes import ActivationScheme, AttentionSlot, LinearSlot, WeightScheme
+from paley.core.schemes import ActivationScheme, AttentionScheme, LinearScheme, WeightScheme
 from paley.core.transforms import Transform
 
 __all__ = ["Budget", "Calibration", "Override", "Recipe", "Search", "Test"]
@@ -36,7 +35,7 @@ SeqLen = Annotated[int, Field(ge=2)]
 Bits = Annotated[FiniteFloat, Field(gt=0)]
 Expansion = Annotated[int, Field(ge=0)] | Literal["auto"]
 _PLACES = ("weight", "input", "outliers", "keys", "values")
-S = TypeVar("S", LinearSlot, AttentionSlot)
+S = TypeVar("S", LinearScheme, AttentionScheme)
 Grouped = TypeVar("Grouped", WeightScheme, ActivationScheme)
 
 
@@ -53,7 +52,7 @@ class Calibration(_Frozen):
 
 
 class Search(_Frozen):
-    """The search for clip ratios; source None: the calibration's source, a disjoint part of it."""
+    """The search for clip ratios; source None: a disjoint part of the calibration's source."""
 
     method: Literal["none", "gbs"] = "gbs"
     schedule: Literal["paley", "paper"] = "paley"
@@ -67,14 +66,14 @@ class Search(_Frozen):
 
     @property
     def trials(self) -> int:
-        """Iterations of a slot's search: as given, else the paper's ten or our two."""
+        """Iterations of one site's search: as given, else ten (paper) or two (paley)."""
         return self.iterations or (10 if self.schedule == "paper" else 2)
 
 
 class Test(_Frozen):
-    """The text that scores are reported on; source None: the calibration's source, a disjoint part of it.
+    """The text for scores; source None: a disjoint part of the calibration's source.
 
-    A recipe whose test is null, for a model too large to run here, gives a model that nobody has measured.
+    A recipe with test null measures nothing. This is for models too large to run here.
     """
 
     __test__: ClassVar[bool] = False  # not a pytest class
@@ -85,13 +84,13 @@ class Test(_Frozen):
 
 
 class Budget(_Frozen):
-    """Limits under which each slot gets the grid of least predicted loss, by measured sensitivities.
+    """Limits. Within them, each site gets the grid of least predicted loss, by measured sensitivities.
 
     weights: stored bits for each weight of the quantized linears, scales included. size: bytes of all tensors on disk.
     kv, inputs: bits for each cached value, and for each value that a linear reads. read: bytes read to generate a token
     with `context` tokens in the cache, quantized or not. grids: candidates for weights, `keep` for unquantized; null:
-    all of the kind that the recipe's weights have. Slopes come from a file, or are measured on `source` (see
-    Sensitivity). A budget counts the model's own widths, and excludes expansion.
+    all grids of the same kind as the recipe's. Slopes come from a file, or are measured on `source` (see Sensitivity).
+    A budget counts the model's own widths, and cannot be combined with expansion.
     """
 
     weights: Bits | None = None
@@ -120,8 +119,8 @@ class Budget(_Frozen):
 class Override(_Frozen):
     """Other schemes for the modules whose name fits `pattern` (fnmatch, case-sensitive).
 
-    weight, input and outliers speak to linear layers, keys and values to attentions. A field that is not given changes
-    nothing; one given as null leaves that tensor unquantized; keep leaves the whole module unquantized.
+    weight, input and outliers apply to linear layers, keys and values to attentions. A field that is not given changes
+    nothing. A field that is null leaves its tensor unquantized. keep leaves the whole module unquantized.
     """
 
     pattern: Text
@@ -150,17 +149,17 @@ class Override(_Frozen):
         """The scheme fields that were given, null ones too."""
         return {name: getattr(self, name) for name in _PLACES if name in self.model_fields_set}
 
-    def apply(self, name: str, slot: S) -> S:
-        """slot of the module `name` -> slot with what this override changes."""
+    def apply(self, name: str, scheme: S) -> S:
+        """scheme of the module `name` -> the scheme with this override's changes."""
         if not fnmatch.fnmatchcase(name, self.pattern):
-            return slot
-        names = ("weight", "input", "outliers") if isinstance(slot, LinearSlot) else ("keys", "values")
+            return scheme
+        names = ("weight", "input", "outliers") if isinstance(scheme, LinearScheme) else ("keys", "values")
         given = dict.fromkeys(names) if self.keep else self._schemes()
-        fields = {n: given.get(n, getattr(slot, n)) for n in names}
+        fields = {n: given.get(n, getattr(scheme, n)) for n in names}
         if "outliers" in fields and fields["weight"] is None:
             fields["outliers"] = 0
         try:
-            return replace(slot, **fields)
+            return replace(scheme, **fields)
         except PaleyError as error:
             raise PaleyError(f"{name}: {error}") from None
 
@@ -168,24 +167,32 @@ class Override(_Frozen):
 class Recipe(_Frozen):
     """How to quantize a model; null schemes leave those tensors unquantized.
 
-    compensate: GPTQ aims at the outputs its own inputs give (plain), at the original outputs given quantized
-    inputs (quantized_inputs: GPTAQ, arXiv:2504.02692), or at the original residual stream (residual_stream).
-    rotate_output: also rotate what o_proj reads, over all heads, at run time. center_keys: see AttentionSlot.
-    hadamard: rotate what every quantized linear reads at run time, in blocks of at most so many values, whose
-    weights share a scale (HIGGS, arXiv:2411.17525); needs no data and no other tensor of the model.
-    fit_groups: where the group_size of weights or inputs does not divide what a layer stores of a row, the layer gets
-    the divisor nearest to it (see `fitting_group_size`); an override's own group_size stays, and must divide.
-    expand and expand_mlp: dimensions that the residual stream and down_proj's input gain.
-    outliers: input columns of each quantized linear that stay in int8, see LinearSlot.
+    embedding, head: schemes of the word embedding and of lm_head; a tied pair shares one tensor, so one grid.
+    rotate: `folded` rotates the residual stream and the value heads inside the weights (QuaRot, arXiv:2404.00456), and
+    the inputs of o and down at run time; `online` rotates the input of every quantized linear at run time, which needs
+    no data and no other tensor of the model (HIGGS, arXiv:2411.17525); `auto` folds if the family permits it.
+    diagonal: divide inputs that rotate at run time by sqrt(x / w) first, and multiply the weight's columns by it, so
+    that both have less error (docs/methods.md); measured on the calibration text.
+    hadamard: the largest block that `online` rotates, also the largest for rows of a tied pair; the weights of a block
+    share a scale. compensate: GPTQ aims at the outputs for its own inputs (plain), at the original outputs given
+    quantized inputs (quantized_inputs: GPTAQ, arXiv:2504.02692), or at the original residual stream (residual_stream).
+    rotate_output: also rotate the input of o_proj, over all heads, at run time. center_keys: see AttentionScheme.
+    fit_groups: if the group_size of weights or inputs does not divide a layer's stored width, the layer gets the
+    nearest divisor (see `fitting_group_size`). The group_size of an override is not changed, and must divide.
+    expand and expand_mlp: dimensions added to the residual stream and to down_proj's input.
+    outliers: input columns of each quantized linear that stay in int8, see LinearScheme.
     """
 
     weights: Weight = None
+    embedding: Weight = None
+    head: Weight = None
     inputs: Activation = None
     keys: Activation = None
     values: Activation = None
-    rotate: bool = True
+    rotate: Literal["auto", "folded", "online", "none"] = "auto"
     rotate_output: bool = True
-    hadamard: Annotated[int, Field(ge=2)] | None = None
+    hadamard: Annotated[int, Field(ge=2)] = 1024
+    diagonal: bool = False
     fit_groups: bool = False
     budget: Budget | None = None
     center_keys: bool = False
@@ -202,36 +209,40 @@ class Recipe(_Frozen):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.rotate and self.hadamard is not None:
-            raise ValueError("hadamard rotates each layer's input by itself: set rotate: false, or leave it out")
         if self.outliers and self.weights is None:
             raise ValueError("outliers are columns of quantized weights, and no weight is: set outliers: 0")
-        if not self.rotate and (self.expand or self.expand_mlp not in (0, "auto")):  # auto: as far as rotation needs it
-            raise ValueError("expand and expand_mlp need rotate: true; dimensions of zeros alone change nothing")
+        widens = self.expand or self.expand_mlp not in (0, "auto")  # auto adds only what rotation needs
+        if self.rotate in ("online", "none") and widens:
+            raise ValueError("expand and expand_mlp need rotate: folded; dimensions of zeros alone change nothing")
         return self
 
-    def linear_slot(self, name: str, transform: Transform | None = None, width: int | None = None) -> LinearSlot:
-        """The slot of the linear layer `name`: the recipe's schemes, then each fitting override in order.
+    def linear_scheme(
+        self, name: str, kind: str, transform: Transform | None = None, width: int | None = None
+    ) -> LinearScheme:
+        """What is done to the weight `name`, and to a linear's input: the recipe's schemes, then each fitting override.
 
-        width: columns of the stored weight, which fit_groups goes by.
+        kind: linear, embedding or head. width: columns of the stored weight, which fit_groups goes by.
         """
-        weights, inputs = self.weights, self.inputs
+        weight = {"embedding": self.embedding, "head": self.head}.get(kind, self.weights)
+        inputs = self.inputs if kind == "linear" else None
         if self.fit_groups and width is not None:
-            weights, inputs = _fitted(weights, width), _fitted(inputs, width)
-        slot = LinearSlot(weights, inputs, transform, self.outliers if weights is not None else 0)
+            weight, inputs = _fitted(weight, width), _fitted(inputs, width)
+        outliers = self.outliers if kind == "linear" and weight is not None else 0
+        scheme = LinearScheme(weight, inputs, transform, outliers)
         for override in self.overrides:
-            slot = override.apply(name, slot)
-        return slot
+            scheme = override.apply(name, scheme)
+        # The inputs of embedding and head are never rounded.
+        return scheme if kind == "linear" else replace(scheme, input=None, outliers=0)
 
-    def attention_slot(self, name: str, transform: Transform | None = None) -> AttentionSlot:
-        """The slot of the attention `name`: the recipe's schemes, then each fitting override in order."""
-        slot = AttentionSlot(self.keys, self.values, transform, self.center_keys)
+    def attention_scheme(self, name: str, transform: Transform | None = None) -> AttentionScheme:
+        """What is done to the keys and values of an attention: the recipe's schemes, then each fitting override."""
+        scheme = AttentionScheme(self.keys, self.values, transform, self.center_keys)
         for override in self.overrides:
-            slot = override.apply(name, slot)
-        return slot
+            scheme = override.apply(name, scheme)
+        return scheme
 
     def check_overrides(self, linears: Iterable[str], attentions: Iterable[str]) -> None:
-        """Raises where an override's pattern fits no module that it could change."""
+        """Raises if an override's pattern fits no module that it could change."""
         linears, attentions = list(linears), list(attentions)
         for override in self.overrides:
             given = override._schemes()
@@ -247,10 +258,6 @@ class Recipe(_Frozen):
         """sha256 of the recipe's canonical JSON."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
-
-    def to_yaml(self) -> str:
-        """A file that `load_recipe` reads back to an equal recipe."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def _fitted(scheme: Grouped | None, width: int) -> Grouped | None:

@@ -1,4 +1,4 @@
-"""Presets: a method is a packaged YAML file whose grids leave the bits open; `w3a3kv3` fills them in."""
+"""Presets: a method is a packaged YAML file with placeholders for bits; a name such as `w3a3kv3` fills them in."""
 
 from __future__ import annotations
 
@@ -6,27 +6,67 @@ import re
 from dataclasses import replace
 from importlib import resources
 from importlib.resources.abc import Traversable
+from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from paley.core import grids, tables
-from paley.core.errors import PaleyError, nearest_name
+from paley.core.errors import PaleyError, Setting, nearest_name
 from paley.core.grids import MAX_BITS, MAX_POINTS, MIN_BITS
 from paley.core.packing import stored_bits
-from paley.recipe.loading import yaml_value
-from paley.recipe.models import Recipe
-from paley.recipe.validation import validate
+from paley.recipe.loading import load_recipe, yaml_value
+from paley.recipe.models import Budget, Recipe
+from paley.recipe.validation import problems, validate
 
-__all__ = ["examples", "preset", "preset_methods"]
+__all__ = ["as_recipe", "examples", "preset", "preset_methods", "under_budget"]
 
 GRAMMAR = (
-    "[METHOD-]W<bits>[G<group size>]A<bits>[KV<bits>], for example w3a3kv3, w4g64a16 or quarot-w4a4kv4; "
-    "w1a4 or w1a16: binary weights with a grouping bit, KV4 unless said otherwise; "
-    "or higgs-<bits>, for example higgs-4 or higgs-3.25: weights alone, without data"
+    "[METHOD-]W<bits>[G<group size>]A<bits>[KV<bits>][E<bits>][H<bits>], for example w3a3kv3, w4g64a16e6h6 or "
+    "quarot-w4a4kv4; w1a4 or w1a16: binary weights with a grouping bit, KV4 unless said otherwise; "
+    "or higgs-<bits>[E<bits>][H<bits>], for example higgs-4 or higgs-3.25: weights alone, without data"
 )
-NAME = re.compile(r"(?:(?P<method>.+)-)?w(?P<w>\d{1,4})(?:g(?P<group>\d{1,6}))?a(?P<a>\d{1,4})(?:kv(?P<kv>\d{1,4}))?")
-WEIGHTS_ONLY = re.compile(r"higgs-(?P<bits>\d{1,2}(?:\.\d{1,4})?)")
+_OUTER = r"(?:e(?P<e>\d{1,4}))?(?:h(?P<h>\d{1,4}))?"
+NAME = re.compile(
+    rf"(?:(?P<method>.+)-)?w(?P<w>\d{{1,4}})(?:g(?P<group>\d{{1,6}}))?a(?P<a>\d{{1,4}})(?:kv(?P<kv>\d{{1,4}}))?{_OUTER}"
+)
+WEIGHTS_ONLY = re.compile(rf"higgs-(?P<bits>\d{{1,2}}(?:\.\d{{1,4}})?){_OUTER}")
+LETTERS = ("w", "g", "a", "kv", "e", "h")
 DEFAULT_METHOD, BINARY_METHOD = "gbs", "bwa"
+AS_PUBLISHED = ("quarot", "quarot-clipped", "rtn")  # methods that leave embedding and head unquantized unless asked
 UNQUANTIZED = 16
+# Six bits in two dimensions have little error (t2 .0005). If weights have more bits, so have embedding and head.
+_OUTER_BITS = 6
+FILES = (".yaml", ".yml", ".json")
+
+
+def as_recipe(recipe: Recipe | str | Path) -> Recipe:
+    """A recipe as it is, a file by its suffix, any other text as a preset's name."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, Path) or recipe.lower().endswith(FILES):
+        return load_recipe(recipe)
+    return preset(recipe)
+
+
+def under_budget(recipe: Recipe | None = None, **limits: float) -> Recipe:
+    """recipe with these limits in its budget (weights, size, kv, inputs, read: see `Budget`).
+
+    Without a recipe it starts from HIGGS, which needs no data; the budget replaces its grids. It quantizes the cache if
+    kv is limited, and weights unless kv is the only limit.
+    """
+    if recipe is None:
+        weights, cache = (16, 4) if set(limits) == {"kv"} else (4, 4 if "kv" in limits else 16)
+        recipe = preset(f"higgs-w{weights}a16kv{cache}" if cache != 16 else "higgs-4")
+    kept = {} if recipe.budget is None else recipe.budget.model_dump(exclude_none=True)
+    data = kept | limits
+    try:
+        budget = Budget.model_validate(data)
+    except ValidationError as error:
+        wrong = problems(error, data, Budget).items()
+        parts = [part for key, problem in wrong for part in ("; ", Setting(f"budget.{key}"), f": {problem}")]
+        raise PaleyError(*parts[1:]) from None
+    return recipe.model_copy(update={"budget": budget})
 
 
 def _files() -> dict[str, Traversable]:
@@ -47,10 +87,14 @@ def examples() -> list[str]:
 def preset(name: str) -> Recipe:
     """A name such as 'w3a3kv3', 'w4g64a16', 'quarot-w4a4kv4', 'w1a4' or 'higgs-3.25' -> recipe; 16: unquantized."""
     if (short := WEIGHTS_ONLY.fullmatch(name.strip().lower())) is not None:
-        return _higgs(float(short["bits"]), name)
+        return _higgs(
+            float(short["bits"]), f"e{short['e']}" * bool(short["e"]) + f"h{short['h']}" * bool(short["h"]), name
+        )
     match = NAME.fullmatch(name.strip().lower())
     if match is None:
-        raise PaleyError(f"preset {name!r}: expected {GRAMMAR}; methods: {', '.join(preset_methods())}")
+        raise PaleyError(
+            f"preset {name!r}: {_unknown_letter(name)}expected {GRAMMAR}; methods: {', '.join(preset_methods())}"
+        )
     binary = match["w"] == "1"
     method = match["method"] or (BINARY_METHOD if binary else DEFAULT_METHOD)
     files = _files()
@@ -58,6 +102,8 @@ def preset(name: str) -> Recipe:
         known = ", ".join(sorted(files))
         raise PaleyError(f"preset {name!r}: unknown method {method!r}{nearest_name(method, files)}; known: {known}")
     bits = {part: int(match[part] or UNQUANTIZED) for part in ("w", "a", "kv")}
+    outer = UNQUANTIZED if method in AS_PUBLISHED or bits["w"] == UNQUANTIZED else max(_OUTER_BITS, bits["w"])
+    bits |= {part: int(match[part] or outer) for part in ("e", "h")}
     if binary != (method == BINARY_METHOD):
         raise PaleyError(f"preset {name!r}: W1 and the method {BINARY_METHOD} need each other, as in w1a4")
     if binary and match["kv"] is None and bits["a"] != UNQUANTIZED:
@@ -75,40 +121,55 @@ def preset(name: str) -> Recipe:
 
 
 def _fill(data: dict[str, Any], bits: dict[str, int], group: str | None, name: str) -> dict[str, Any]:
-    """A method's data with its open bits filled in, and null where a tensor stays unquantized."""
-    grids_by_rate = {"pairs": _best_vectors(bits["w"], 2), "vectors": _best_vectors(bits["w"], 4)}
-    for key, part in (("weights", "w"), ("inputs", "a"), ("keys", "kv"), ("values", "kv")):
+    """A method's data with its bits filled in, and null for tensors that stay unquantized."""
+    places = {"weights": "w", "embedding": "e", "head": "h", "inputs": "a", "keys": "kv", "values": "kv"}
+    for key, part in places.items():
         if bits[part] == UNQUANTIZED:
             data[key] = None
         else:
-            data[key]["grid"] = data[key]["grid"].format(**bits, **grids_by_rate)
+            by_rate = {"pairs": _best_vectors(bits[part], 2), "vectors": _best_vectors(bits[part], 4)}
+            data[key]["grid"] = data[key]["grid"].format(**bits, **by_rate)
     if group is not None:
         if data["weights"] is None:
             raise PaleyError(f"preset {name!r}: G{group} is the group size of weights that W16 leaves unquantized")
         for part in (data["weights"], data["inputs"]):
             if part is data["weights"] or (part is not None and "group_size" in part):
                 part["group_size"] = int(group)
-        data["fit_groups"] = False  # a number that someone wrote is taken, or refused
+        data["fit_groups"] = False  # an explicit number is used or refused
     if bits["a"] == bits["kv"] == UNQUANTIZED:
-        data["search"]["method"] = "none"  # no activation slot has a clip ratio to search
+        data["search"]["method"] = "none"  # no activation site has a clip ratio to search
     return data
 
 
 def _best_vectors(bits: int, most: int) -> str:
-    """The grid of so many bits with the most dimensions that a table has room for; odd ones fill rows badly."""
+    """The grid of these bits with the most dimensions that fit in a table; odd dimensions fill rows badly."""
     p = max(p for p in (1, 2, 4) if p == 1 or (p <= most and 2 ** (bits * p) <= MAX_POINTS))
     return f"p{p}n{2 ** (bits * p)}"
 
 
-def _higgs(bits: float, name: str) -> Recipe:
-    """HIGGS for weights alone: of the grids in two dimensions, the largest that takes so many bits."""
+def _unknown_letter(name: str) -> str:
+    """The message for an unknown letter in a name such as w4x16, with the closest valid name; else an empty string."""
+    text = name.strip().lower()
+    for letters in re.findall(r"([a-z]+)\d", text.rpartition("-")[2]):
+        if letters not in LETTERS:
+            others = [re.sub(rf"(?<![a-z]){letters}(?=\d)", letter, text) for letter in LETTERS]
+            fitting = [other for other in others if NAME.fullmatch(other) or WEIGHTS_ONLY.fullmatch(other)]
+            return f"unknown letter {letters!r}{nearest_name(text, fitting)}; "
+    return ""
+
+
+def _higgs(bits: float, outer: str, name: str) -> Recipe:
+    """HIGGS for weights alone, on the largest grid in two dimensions within these bits."""
     rates = {grid: stored_bits(grid) for grid in map(grids.load, tables.names()) if grid.p == 2}
     fitting = [grid for grid, rate in rates.items() if rate <= bits]
     if not fitting or bits > max(rates.values()):
         low, high = min(rates.values()), max(rates.values())
         reach = f"{low:.3g} to {high:.3g} bits"
-        raise PaleyError(f"preset {name!r}: HIGGS in two dimensions reaches {reach}; --grid takes any other grid")
-    recipe = preset("higgs-w2a16")
+        raise PaleyError(
+            f"preset {name!r}: HIGGS in two dimensions reaches {reach}",
+            remedy=(Setting("weights.grid"), " takes any other grid"),
+        )
+    recipe = preset(f"higgs-w{min(8, max(2, round(bits)))}a16{outer}")
     assert recipe.weights is not None
     best = max(fitting, key=lambda grid: (rates[grid], grid.size))
-    return recipe.model_copy(update={"weights": replace(recipe.weights, grid=best.name)})
+    return recipe.model_copy(update={"weights": replace(recipe.weights, grid=best)})

@@ -21,7 +21,7 @@ def _natural_key(name: str) -> list[tuple[int, str]]:
 
 
 def json_lines(value: Any, levels: int, indent: str = "") -> str:
-    """JSON whose outer `levels` of containers have one entry a line, and whose inner ones are on one line."""
+    """JSON with one entry a line in the outer `levels` of containers; each inner container is on one line."""
     if levels == 0 or not isinstance(value, dict | list) or not value:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     inner = indent + " "

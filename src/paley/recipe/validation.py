@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -12,7 +11,7 @@ from pydantic_core import ErrorDetails
 
 from paley.core.errors import PaleyError, nearest_name
 
-__all__ = ["key_path", "known_keys", "read_text", "validate"]
+__all__ = ["key_path", "known_keys", "problems", "validate"]
 
 M = TypeVar("M", bound=BaseModel)
 Loc = Sequence[str | int]
@@ -28,20 +27,8 @@ TYPES = {
 }
 
 
-def read_text(path: Path, what: str) -> str:
-    """The UTF-8 text of the file, or a PaleyError that says why there is none."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise PaleyError(f"{path}: no such {what}") from None
-    except UnicodeDecodeError as error:
-        raise PaleyError(f"{path}: is not UTF-8 text (byte {error.start}), expected a {what}") from None
-    except (OSError, ValueError) as error:  # a folder, no permission, a NUL in the name
-        raise PaleyError(f"{path}: cannot be read as a {what} ({error})") from None
-
-
 def validate(model: type[M], data: object, where: str) -> M:
-    """data (dicts, lists, strings, numbers) -> the model; strictly: '8' is no integer and 1 no boolean."""
+    """data (dicts, lists, strings, numbers) -> the model. Strict: '8' is not an integer, and 1 is not a boolean."""
     if not isinstance(data, dict):
         raise PaleyError(f"{where}: expected a mapping of keys to values, got {_type(data)}")
     try:
@@ -51,11 +38,13 @@ def validate(model: type[M], data: object, where: str) -> M:
     try:
         return model.model_validate_json(text, strict=True)
     except ValidationError as error:
-        raise PaleyError(f"{where}: {_explain(error, data, model)}") from None
+        wrong = problems(error, data, model)
+        text = "; ".join(f"{path}: {problem}".removeprefix(": ") for path, problem in wrong.items())
+        raise PaleyError(f"{where}: {text}") from None
 
 
-def _explain(error: ValidationError, data: object, model: type[BaseModel]) -> str:
-    """One sentence for each key; the members of a union that all refused a value share one."""
+def problems(error: ValidationError, data: object, model: type[BaseModel]) -> dict[str, str]:
+    """Key -> the problem with its value, one sentence, also if it fits no member of a union."""
     reasons: dict[str, list[str]] = {}
     got: dict[str, str] = {}
     for detail in error.errors(include_url=False):
@@ -64,8 +53,7 @@ def _explain(error: ValidationError, data: object, model: type[BaseModel]) -> st
         reasons.setdefault(path, []).append(_reason(detail, loc, model))
         if detail["type"] not in ("value_error", *MISSING):
             got[path] = f" (got {_shown(detail['input'])}, {_type(detail['input'])})"
-    sentences = [f"{path}: {' or '.join(why)}{got.get(path, '')}".removeprefix(": ") for path, why in reasons.items()]
-    return "; ".join(sentences)
+    return {path: f"{' or '.join(why)}{got.get(path, '')}" for path, why in reasons.items()}
 
 
 def _reason(detail: ErrorDetails, loc: Loc, model: type[BaseModel]) -> str:
@@ -78,7 +66,7 @@ def _reason(detail: ErrorDetails, loc: Loc, model: type[BaseModel]) -> str:
 
 
 def _loc_in(data: object, detail: ErrorDetails) -> list[str | int]:
-    """The part of the error's location that the data has: pydantic adds the names of union members."""
+    """The part of the error's location that exists in the data; pydantic adds the names of union members."""
     loc: list[str | int] = []
     for part in detail["loc"]:
         entries: Any = dict(enumerate(data)) if isinstance(data, list) else data
@@ -99,7 +87,7 @@ def key_path(loc: Loc) -> str:
 
 
 def known_keys(model: type[BaseModel], loc: Loc) -> list[str]:
-    """The names that the model knows at `loc`; empty where it takes any name, or none."""
+    """The keys that the model accepts at `loc`; empty if it accepts any key, or none."""
     root = model.model_json_schema()
     nodes = _branches(root, root)
     for part in loc:
@@ -114,7 +102,7 @@ def known_keys(model: type[BaseModel], loc: Loc) -> list[str]:
 
 
 def _branches(node: dict[str, Any], root: dict[str, Any]) -> list[dict[str, Any]]:
-    """A JSON schema's node -> the nodes it may stand for: references followed, unions opened."""
+    """A JSON schema's node -> the nodes that it may be: references are followed, unions are split."""
     if "$ref" in node:
         return _branches(root["$defs"][node["$ref"].rpartition("/")[2]], root)
     members = node.get("anyOf", []) + node.get("allOf", [])

@@ -1,0 +1,10 @@
+"""Model families as data: one row a family, and every place of a model where a tensor can be quantized.
+
+Nothing here imports torch or transformers. A module's path, a wire's name or a family's name occurs nowhere else.
+"""
+
+from paley.arch.families import FAMILIES, family
+from paley.arch.row import Architecture, Linear, Norm, window
+from paley.arch.sites import Kind, Site, Sites, sites
+
+__all__ = ["FAMILIES", "Architecture", "Kind", "Linear", "Norm", "Site", "Sites", "family", "sites", "window"]

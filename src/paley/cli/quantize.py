@@ -1,0 +1,96 @@
+"""`paley quantize`: an original model becomes a quantized folder."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+
+import typer
+
+import paley
+from paley.cli import options
+from paley.cli.app import verb
+from paley.cli.process import STOPPED, how_to_resume, line, peak_memory, say, shell
+from paley.core.errors import PaleyError
+
+__all__ = ["quantize_verb"]
+
+
+@verb("quantize")
+def quantize_verb(
+    ctx: typer.Context,
+    model: options.Model,
+    output: options.NewFolder,
+    preset: options.Preset = None,
+    recipe: options.RecipeFile = None,
+    plan: options.PlanFile = None,
+    settings: options.Settings = None,
+    grid: options.Grid = None,
+    expand: options.Expand = None,
+    seed: options.Seed = None,
+    calibration: options.Calibration = None,
+    test: options.Test = None,
+    no_score: options.NoScore = False,
+    target_bpw: options.TargetBpw = None,
+    target_size: options.TargetSize = None,
+    kv_bpw: options.KvBpw = None,
+    sensitivity: options.Sensitivity = None,
+    device: options.Device = "cpu",
+    workers: options.Workers = 1,
+    resume: options.Resume = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+) -> None:
+    """Quantize a model: decide a plan, execute it, save, read back, and compare with the original.
+
+    Say what to do by a preset, a recipe or a plan. The new folder appears when all of it is finished and
+    verified; until then the work lies in OUT.run, and a stopped run goes on with --resume.
+
+    Example: `paley quantize ./llama --preset w4a4kv4 --output llama-w4`
+    """
+    from paley.cli import display
+    from paley.cli.progress import watching
+    from paley.cli.recipes import Request, numbers, slopes_of
+    from paley.pipeline.any_model import check_device, is_paley
+    from paley.pipeline.run_directory import RunDirectory
+
+    start = time.monotonic()
+    budgets = numbers(target_bpw)
+    if len(budgets) > 1:
+        raise PaleyError(
+            f"--target-bpw {target_bpw}: one model takes one budget; `paley plan` compares several before you choose"
+        )
+    chosen = Request(
+        preset=preset, recipe=recipe, plan=plan, settings=settings, calibration=calibration, test=test, expand=expand,
+        seed=seed, grid=grid, no_score=no_score, target_bpw=budgets[0] if budgets else None, target_size=target_size,
+        kv_bpw=kv_bpw,
+    ).resolve()  # fmt: skip
+    slopes = slopes_of(sensitivity, chosen)
+    decided = isinstance(chosen, paley.Plan)
+    try:
+        with watching() as monitor:
+            outcome = paley.quantize(
+                model,
+                None if decided else chosen,
+                plan=chosen if decided else None,
+                sensitivity=slopes,
+                output=output,
+                resume=resume,
+                overwrite=overwrite,
+                device=check_device(device),
+                workers=workers,
+                monitor=monitor,
+            )
+    except KeyboardInterrupt:
+        say(how_to_resume(ctx, RunDirectory(output).path))
+        raise typer.Exit(STOPPED) from None
+    cost = display.Cost(time.monotonic() - start, peak_memory())
+    if as_json:
+        display.emit({"output": str(outcome.output), **asdict(cost), "results": outcome.results.to_dict()})
+        return
+    display.show(display.outcome_table(outcome, cost))
+    line(display.scored_on(outcome.results.evaluation))
+    # With nothing quantized it is an ordinary model, which `inspect` refuses.
+    layers = f"; each layer: {shell('inspect', str(outcome.output))}" if is_paley(outcome.output) else ""
+    line(f"written to {outcome.output}{layers}")
+    line(f"next: {shell('generate', str(outcome.output), 'Once upon a time')}")

@@ -1,0 +1,57 @@
+"""What the command line calls the library's settings and functions: errors name them, and a user types options."""
+
+from __future__ import annotations
+
+from paley.cli.process import shell
+from paley.core.errors import Call, Setting
+
+__all__ = ["spell"]
+
+# Setting, or setting=value, -> option.
+_OPTIONS = {
+    "budget.kv": "--kv-bpw",
+    "budget.size": "--target-size",
+    "budget.weights": "--target-bpw",
+    "calibration.source": "--calibration",
+    "data": "--data",
+    "device": "--device",
+    "expand": "--expand",
+    "fold": "--fold",
+    "max_new_tokens": "--max-new-tokens",
+    "output": "--output",
+    "plan": "--plan",
+    "preset": "--preset",
+    "recipe": "--recipe",
+    "seq_len": "--seq-len",
+    "sequences": "--sequences",
+    "source": "--text",
+    "test.source": "--test",
+    "test=null": "--no-score",
+    "weights.grid": "--grid",
+    "workers": "--workers",
+}
+# Of options without a value.
+_FLAGS = {
+    "fold=False": "--no-fold",
+    "fold=True": "--fold",
+    "kinds": "--activations",
+    "overwrite": "--overwrite",
+    "resume": "--resume",
+    "weights_only": "--weights-only",
+}
+_OF_VERBS = {"dequantize": {"dtype": "--dtype"}}
+_VERBS = {"measure_sensitivity": "sensitivity", "score": "eval"}
+
+
+def spell(part: Setting | Call, verb: str | None) -> str:
+    """As a user of `verb` types it; a setting without an option is spelled KEY=VALUE, as --set takes it."""
+    if isinstance(part, Call):
+        name = _VERBS.get(part.name, part.name)
+        return f"`{shell(name, *(spell(setting, name) for setting in part.settings))}`"
+    whole = str(part)
+    if (flag := _FLAGS.get(whole) or _FLAGS.get(part.name)) is not None:
+        return flag
+    if whole != part.name and whole in _OPTIONS:
+        return _OPTIONS[whole]
+    option = _OF_VERBS.get(verb or "", {}).get(part.name) or _OPTIONS.get(part.name)
+    return whole if option is None else option if part.value is None else f"{option} {part.value}"

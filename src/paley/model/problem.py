@@ -1,0 +1,114 @@
+"""A problem: a checked model with everything resolved that a recipe asks of it. It is made once in a run.
+
+Budgets, searches, sensitivities, execution and accounting take the problem; none of them sees a recipe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+
+from paley.arch import Site, Sites
+from paley.core.rounding import check_groups
+from paley.core.schemes import LinearScheme, Rotation, Schemes
+from paley.core.transforms import Transform
+from paley.format import spec
+from paley.model.loading import Source
+from paley.recipe.models import Budget, Search
+
+__all__ = ["Problem"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """source: the model. schemes: what is done at each of its sites; rotation: what is folded before.
+
+    dtype: of tensors that stay unquantized. wanted: the weights that the recipe quantizes, whatever a budget decides.
+    settled: (module, field) pairs that an override of the recipe set, which no budget changes.
+    compensate: as in Recipe. fit_remedy: how a group size that fits no layer is put right, for errors.
+    """
+
+    source: Source
+    schemes: Schemes
+    rotation: Rotation | None
+    dtype: torch.dtype
+    seed: int
+    compensate: str
+    search: Search
+    budget: Budget | None = None
+    wanted: frozenset[str] = frozenset()
+    settled: frozenset[tuple[str, str]] = frozenset()
+    notes: tuple[str, ...] = ()
+    fit_remedy: str = ""
+
+    @property
+    def sites(self) -> Sites:
+        return self.source.sites
+
+    @property
+    def folded(self) -> bool:
+        """Whether the norms' gains go into the weights, and R1 with them."""
+        return self.rotation is not None and self.rotation.stream is not None
+
+    @property
+    def is_data_free(self) -> bool:
+        """Whether each weight is quantized by itself: nothing is calibrated, folded or averaged over a text."""
+        return not self.folded and not self.needs_calibration
+
+    @property
+    def needs_calibration(self) -> bool:
+        centered = any(scheme.center_keys and scheme.keys for scheme in self.schemes.attentions.values())
+        return centered or any(scheme.needs_data for scheme in self.schemes.linears.values())
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether the model will need Paley to run."""
+        linears, attentions = self.schemes.linears.values(), self.schemes.attentions.values()
+        return any(s.weight or s.input or s.transform for s in linears) or any(s.keys or s.values for s in attentions)
+
+    @property
+    def stream(self) -> Transform | None:
+        """The transform of the residual stream that a tied pair leaves to run time; None if there is none."""
+        return self.rotation.stream if self.rotation is not None and self.sites.tied else None
+
+    def weights(self) -> Iterable[tuple[Site, LinearScheme]]:
+        """Every weight that a file stores once, and its scheme."""
+        return ((site, self.schemes.linears[site.name]) for site in self.sites.weights)
+
+    def shape(self, site: Site) -> tuple[int, int]:
+        """[out, in] of a weight in the residual stream as it is rotated, before its own transform."""
+        stream = self.rotation.stream if self.rotation is not None else None
+        return self.sites.shape_in(site, None if stream is None else stream.out_dim)
+
+    def stored_bytes(self, site: Site, scheme: LinearScheme | None = None) -> int:
+        """Bytes that a weight takes under its scheme, or another."""
+        rows, columns = self.shape(site)
+        scheme = scheme or self.schemes.linears[site.name]
+        return spec.linear_bytes(site.name, scheme, columns, rows, self.dtype.itemsize)
+
+    def with_schemes(self, schemes: Schemes, **changes: object) -> Self:
+        return replace(self, schemes=schemes, **changes)  # type: ignore[arg-type]
+
+    def check(self) -> Self:
+        """-> self; raises if a scheme does not fit the model: groups that do not divide a width, too many outliers."""
+        for site, scheme in self.weights():
+            rows, columns = self.shape(site)
+            width = scheme.stored_width(columns)
+            if scheme.weight is not None:
+                check_groups(width, scheme.weight.group_size, site.name, what="in_features=", way_out=self.fit_remedy)
+            spec.expected_tensors(site.name, scheme, width, rows)
+            if scheme.input is not None:
+                check_groups(width, scheme.input.group_size, f"{site.name}: input", way_out=self.fit_remedy)
+        for site in self.sites.of("keys", "values"):
+            scheme = getattr(self.schemes.attentions[site.module], site.kind)
+            if scheme is not None:
+                check_groups(site.shape[1], scheme.group_size, f"{site.module}: {site.kind}")
+        return self
+
+    def inputs(self) -> Mapping[str, Transform]:
+        """Path of a linear or untied head -> the transform of what it reads at run time, of those that have one."""
+        names = {site.name for site in self.sites.of("linear", "head") if site.stored_as == site.name}
+        return {n: s.transform for n, s in self.schemes.linears.items() if n in names and s.transform is not None}

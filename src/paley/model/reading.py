@@ -1,0 +1,124 @@
+"""Builds the modules of a quantized model, empty, from what its config.json says; and chooses their products once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from paley.arch import Architecture, family
+from paley.core.errors import PaleyError, nearest_name
+from paley.core.schemes import LinearScheme
+from paley.core.transforms import Transform
+from paley.format.spec import WEIGHT, QuantizationConfig
+from paley.model.adapter import Adapter
+from paley.model.attention import attach_schemes
+from paley.model.calibrate import share_inputs_
+from paley.model.embedding import QuantEmbedding, scale_of
+from paley.model.fold import StreamBack
+from paley.model.linear import QuantLinear
+
+__all__ = ["build_", "prepare_", "tie_"]
+
+
+def build_(model: PreTrainedModel, spec: QuantizationConfig) -> None:
+    """Puts packed layers, the embedding and the attentions' schemes into a model whose weights are still to come."""
+    row = family(model.config.model_type)
+    if spec.stream is not None:
+        _turn_stream_(model, row, spec.stream)
+    layers: dict[str, Any] = {
+        n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding | QuantEmbedding)
+    }
+    for name, scheme in spec.linears.items():
+        if name not in layers:
+            hint = nearest_name(name, layers)
+            raise PaleyError(f"config.json quantizes {name!r}, which is no linear layer of this model{hint}")
+        layer = layers[name]
+        if isinstance(layer, nn.Linear):
+            _replace_linear_(model, name, layer, scheme)
+        elif scheme != LinearScheme():
+            _replace_embedding_(model, row, name, layer, scheme)
+    if spec.attentions:
+        attach_schemes(model, spec.attentions)
+
+
+def prepare_(model: PreTrainedModel, product: str, dtype: torch.dtype) -> None:
+    """Chooses how each layer is multiplied, and lets layers that read one input round it once."""
+    adapter = Adapter(model)
+    tie_(adapter)
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.prepare_(product, dtype)
+    share_inputs_(adapter)
+
+
+def tie_(adapter: Adapter) -> None:
+    """A tied head multiplies by the embedding's codes: loading, and moving to a device, leave it others."""
+    if adapter.sites.tied and isinstance(adapter.head, QuantLinear):
+        adapter.head.share_(adapter.embedding)
+
+
+def _turn_stream_(model: PreTrainedModel, row: Architecture, stream: Transform) -> None:
+    """The embedding turns what it looks up, the final norm turns it back: both keep the width of the original."""
+    norm: Any = model.get_submodule(row.norm)
+    head: Any = model.get_submodule(row.head)
+    if stream.out_dim != model.config.hidden_size:
+        raise PaleyError(
+            f"quantization_config: stream ends at {stream.out_dim} values, hidden_size is {model.config.hidden_size}"
+        )
+    wide: Any = model.get_submodule(row.embedding)
+    rows = wide.weight.new_empty(wide.weight.shape[0], stream.in_dim)
+    turned = QuantEmbedding(
+        len(rows), stream.in_dim, LinearScheme(), scale=scale_of(wide), stream=stream, dtype=rows.dtype,
+        device=rows.device, name=row.embedding,
+    )  # fmt: skip
+    model.set_submodule(row.embedding, turned)
+    narrow = nn.Linear(stream.in_dim, len(rows), bias=head.bias is not None, device=rows.device, dtype=rows.dtype)
+    assert turned.weight is not None
+    narrow.weight = turned.weight
+    model.set_submodule(row.head, narrow)
+    norm.weight = nn.Parameter(norm.weight.new_empty(stream.in_dim), requires_grad=False)
+    norm.register_forward_pre_hook(StreamBack(stream))
+
+
+def _replace_linear_(model: PreTrainedModel, name: str, linear: nn.Linear, scheme: LinearScheme) -> None:
+    """Puts a QuantLinear in place of `linear`, the module called `name`, on its device."""
+    if scheme.transform is not None and scheme.transform.in_dim != linear.in_features:
+        raise PaleyError(
+            f"{name}: transform.in_dim={scheme.transform.in_dim}, but the layer reads {linear.in_features}"
+        )
+    if scheme.weight is not None and f"{name}{WEIGHT}" in model.all_tied_weights_keys:
+        raise PaleyError(f"{name}: its weight is tied to another; set tie_word_embeddings to false in config.json")
+    made = QuantLinear(
+        scheme.stored_width(linear.in_features), linear.out_features, bias=linear.bias is not None, scheme=scheme,
+        dtype=linear.weight.dtype, device=linear.weight.device, name=name,
+    )  # fmt: skip
+    model.set_submodule(name, made)
+
+
+def _replace_embedding_(
+    model: PreTrainedModel, row: Architecture, name: str, embedding: Any, scheme: LinearScheme
+) -> None:
+    """A coded embedding; a head that is tied to it multiplies by the very same codes."""
+    vocabulary, width = embedding.weight.shape
+    if name != row.embedding:
+        raise PaleyError(f"config.json quantizes {name!r}, which is not the model's word embedding; remove the entry")
+    if scheme.transform is not None and scheme.transform.in_dim != width:
+        raise PaleyError(f"{name}: transform.in_dim={scheme.transform.in_dim}, but rows have {width} values")
+    made = QuantEmbedding(
+        vocabulary, scheme.stored_width(width), scheme, scale=scale_of(embedding),
+        stream=getattr(embedding, "stream", None),
+        dtype=embedding.weight.dtype, device=embedding.weight.device, name=name,
+    )  # fmt: skip
+    model.set_submodule(name, made)
+    if model.all_tied_weights_keys.pop(f"{row.head}{WEIGHT}", None) is None:
+        return
+    head: Any = model.get_submodule(row.head)
+    coded = QuantLinear(
+        made.width, made.rows, bias=head.bias is not None, scheme=scheme, dtype=head.weight.dtype,
+        device=head.weight.device, name=row.head,
+    )  # fmt: skip
+    coded.bias = head.bias
+    model.set_submodule(row.head, coded.share_(made))

@@ -1,0 +1,204 @@
+"""grid_matmul: the product of an input with a coded weight, y = round(T x) · Ŵᵀ, and its implementations.
+
+A product is one implementation. `PRODUCTS` lists them, the fastest first; the list is walked once for each layer, when
+a model is loaded. Each must equal `grid_matmul`, its meaning, to float32 rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from paley import kernels
+from paley.core import planes
+from paley.core.errors import PaleyError, nearest_name
+from paley.core.rounding import Quantized
+from paley.core.schemes import LinearScheme
+from paley.ops.inputs import InputCodes, encode_input, round_input
+
+__all__ = ["PRODUCTS", "CodedWeight", "Product", "choose", "grid_matmul"]
+
+
+class CodedWeight(Protocol):
+    """A weight [out, in] as a layer holds it; outlier_columns int32 [k] and diagonal
+    [transform.in_dim], or None."""
+
+    scheme: LinearScheme
+    outlier_columns: Tensor | None
+    diagonal: Tensor | None
+
+    def quantized(self) -> Quantized | None: ...
+    def dequantize(self, dtype: torch.dtype = ...) -> Tensor: ...
+
+
+def grid_matmul(x: Tensor, weight: CodedWeight) -> Tensor:
+    """x [..., in] (in: transform.in_dim if there is a transform) -> [..., out], in x's dtype."""
+    rounded = round_input(x, weight.scheme, weight.outlier_columns, weight.diagonal)
+    return linear(rounded, weight.dequantize(rounded.dtype))
+
+
+class Product(Protocol):
+    """One weight, ready to be multiplied. `how`: two products that agree in it make the same of an input."""
+
+    name: str
+
+    @property
+    def how(self) -> Hashable: ...
+
+    @staticmethod
+    def takes(scheme: LinearScheme, width: int, device: torch.device) -> bool:
+        """Whether it multiplies weights of such a scheme, `width` columns wide as stored."""
+        ...
+
+    def encode(self, x: Tensor) -> Any:
+        """x [..., in] -> what `run` reads, for all layers that read this x."""
+        ...
+
+    def run(self, encoded: Any, x: Tensor) -> Tensor:
+        """-> [..., out], in x's dtype."""
+        ...
+
+    def fits(self, scheme: LinearScheme) -> bool:
+        """Whether it still serves its layer, whose inputs are now rounded as `scheme` says."""
+        ...
+
+
+class Planes:
+    """Binary weights times 4-bit inputs, on their bits, by native kernels (`paley.core.planes`)."""
+
+    name = "planes"
+
+    def __init__(self, weight: CodedWeight, dtype: torch.dtype):
+        q = weight.quantized()
+        assert q is not None
+        self._layer = weight
+        self._weight = planes.prepare(q.codes, q.grid.group_points(q.scales))
+        self._outliers = None if q.outliers is None else q.outliers.dequantize()
+        self._scheme = weight.scheme
+
+    @property
+    def how(self) -> Hashable:
+        return ("codes", self._scheme.input, self._scheme.transform, id(self._layer.diagonal))
+
+    @staticmethod
+    def takes(scheme: LinearScheme, width: int, device: torch.device) -> bool:
+        if scheme.weight is None or scheme.input is None or scheme.input.refit or device.type != "cpu":
+            return False
+        weight, inputs = scheme.weight.grid, scheme.input.grid
+        size = scheme.weight.group_size or width
+        alike = size == (scheme.input.group_size or width)
+        four = weight.free and weight.size == 4 and inputs.affine and inputs.size == 16
+        return four and alike and kernels.planes_fit(size)
+
+    def encode(self, x: Tensor) -> InputCodes | None:
+        """None for an input that wants gradients, which the kernels do not have."""
+        if x.requires_grad:
+            return None
+        return encode_input(x, self._layer.scheme, self._layer.outlier_columns, self._layer.diagonal)
+
+    def run(self, encoded: InputCodes | None, x: Tensor) -> Tensor:
+        if encoded is None:
+            return grid_matmul(x, self._layer)
+        y = planes.matmul(encoded.codes, encoded.scales, encoded.zeros, self._weight)
+        if self._outliers is not None and encoded.outlier_values is not None:
+            y.addmm_(encoded.outlier_values.float(), self._outliers.T)
+        return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
+
+    def fits(self, scheme: LinearScheme) -> bool:
+        return scheme == self._scheme
+
+
+class Dense:
+    """The weight written out once. If its input is not rounded, the transform goes into it: W (T x) = (W T) x."""
+
+    name = "dense"
+
+    def __init__(self, weight: CodedWeight, dtype: torch.dtype):
+        self._layer = weight
+        dense = weight.dequantize(torch.float32)
+        self._turned = self._turns(weight.scheme)
+        if self._turned and weight.scheme.transform is not None:
+            dense = weight.scheme.transform.adjoint(dense)
+            if weight.diagonal is not None:
+                dense = dense / weight.diagonal.float()
+        self.weight = dense.to(dtype)
+
+    @staticmethod
+    def _turns(scheme: LinearScheme) -> bool:
+        """Whether the transform goes into the weight."""
+        return scheme.input is None and scheme.transform is not None
+
+    @property
+    def how(self) -> Hashable:
+        """The scheme of a layer may change while clip ratios are searched."""
+        turn = None if self._turned else (self._layer.scheme.transform, id(self._layer.diagonal))
+        return ("values", self._layer.scheme.input, turn)
+
+    @staticmethod
+    def takes(scheme: LinearScheme, width: int, device: torch.device) -> bool:
+        return scheme.weight is not None
+
+    def encode(self, x: Tensor) -> Tensor:
+        return (
+            x if self._turned else round_input(x, self._layer.scheme, self._layer.outlier_columns, self._layer.diagonal)
+        )
+
+    def run(self, encoded: Tensor, x: Tensor) -> Tensor:
+        return linear(encoded, self.weight.to(x.dtype))
+
+    def fits(self, scheme: LinearScheme) -> bool:
+        return self._turned == self._turns(scheme)
+
+
+class Packed:
+    """The reference: the weight is decoded for each product. It takes the least memory."""
+
+    name = "packed"
+
+    def __init__(self, weight: CodedWeight, dtype: torch.dtype):
+        self._layer = weight
+
+    @property
+    def how(self) -> Hashable:
+        """The scheme of a layer may change while a model is calibrated."""
+        return ("values", self._layer.scheme.input, (self._layer.scheme.transform, id(self._layer.diagonal)))
+
+    @staticmethod
+    def takes(scheme: LinearScheme, width: int, device: torch.device) -> bool:
+        return True
+
+    def encode(self, x: Tensor) -> Tensor:
+        layer = self._layer
+        return round_input(x, layer.scheme, layer.outlier_columns, layer.diagonal)
+
+    def run(self, encoded: Tensor, x: Tensor) -> Tensor:
+        return linear(encoded, self._layer.dequantize(x.dtype))
+
+    def fits(self, scheme: LinearScheme) -> bool:
+        return True
+
+
+PRODUCTS = {product.name: product for product in (Planes, Dense, Packed)}
+EXACT = "dense"  # the same floats on every machine; scores are measured with it
+
+
+def choose(weight: CodedWeight, width: int, device: torch.device, dtype: torch.dtype, name: str = "auto") -> Product:
+    """The fastest product that takes the weight, or the one of that name, made ready; dtype: of a dense weight.
+
+    A weight that is kept unquantized is multiplied as it is, whatever the name.
+    """
+    if name != "auto" and name not in PRODUCTS:
+        known = ("auto", *PRODUCTS)
+        raise PaleyError(f"product {name!r} is none of {', '.join(known)}{nearest_name(name, known)}")
+    if weight.scheme.weight is None:
+        return Packed(weight, dtype)
+    if name != "auto" and not PRODUCTS[name].takes(weight.scheme, width, device):
+        raise PaleyError(
+            f"product {name!r} does not take weights such as {weight.scheme} on {device}; use product='auto'"
+        )
+    wanted = PRODUCTS.values() if name == "auto" else (PRODUCTS[name],)
+    return next(product for product in wanted if product.takes(weight.scheme, width, device))(weight, dtype)

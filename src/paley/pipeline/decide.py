@@ -1,0 +1,131 @@
+"""Decides a problem: grids under a budget, and clip ratios by a search. Nothing of it is executed here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from paley.core.schemes import LinearScheme, Schemes
+from paley.data import TokenBlocks
+from paley.methods.gbs import Outcome
+from paley.model.activation_errors import MeasuredErrors, measure_errors
+from paley.model.adapter import Adapter
+from paley.model.budget import activation_options, check_budget, decide_grids, range_note
+from paley.model.capture import BlockRunner
+from paley.model.problem import Problem
+from paley.model.search import ClipSearch
+from paley.pipeline.execute import prepare_, quantize_steps
+from paley.pipeline.monitor import Monitor
+from paley.pipeline.run_directory import RunDirectory
+from paley.pipeline.sensitivities import measure_for, some_blocks
+from paley.pipeline.texts import Texts
+from paley.plan import Trial
+from paley.sensitivity import Sensitivity
+
+__all__ = ["Decision", "decide", "decide_under_budget", "measure_errors_for"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was decided for each site, the loss that is predicted or was found, and the search's trials."""
+
+    schemes: Schemes
+    predicted_loss: float | None = None
+    trace: tuple[Trial, ...] = ()
+
+
+def decide(
+    problem: Problem,
+    texts: Texts,
+    run: RunDirectory | None,
+    monitor: Monitor,
+    device: str,
+    sensitivity: Sensitivity | None = None,
+) -> Decision:
+    """The problem's schemes, with grids allocated and clip ratios searched if it asks for that.
+
+    sensitivity: what grids are allocated by; measured now unless given. The search sees weights quantized under the
+    recipe's own clip ratios; executing the plan calibrates them anew under the found ones.
+    """
+    for note in problem.notes:
+        monitor.note(note)
+    decision = Decision(problem.schemes)
+    if problem.budget is not None:
+        sensitivity = sensitivity or measure_for(problem, run, monitor, device)
+        errors = measure_errors_for(problem, sensitivity, monitor, device)
+        decision = decide_under_budget(problem, sensitivity, errors, monitor)
+    if problem.search.method == "none":
+        return decision
+    assert texts.search is not None
+    return _search(problem.with_schemes(decision.schemes), texts.search, texts, run, monitor, device)
+
+
+def decide_under_budget(
+    problem: Problem, sensitivity: Sensitivity, errors: MeasuredErrors | None, monitor: Monitor
+) -> Decision:
+    """The schemes of least predicted loss within the problem's budget."""
+    sensitivity.check_fingerprint(problem.source.fingerprint)
+    if problem.rotation is None:
+        monitor.note("budget: the prediction counts on Gaussian weights, but nothing is rotated to make them so")
+    schemes, allocation = decide_grids(problem, sensitivity, errors)
+    if text := range_note(problem.with_schemes(schemes)):
+        monitor.note(text)
+    return Decision(schemes, allocation.loss)
+
+
+def measure_errors_for(
+    problem: Problem, sensitivity: Sensitivity, monitor: Monitor, device: str
+) -> MeasuredErrors | None:
+    """What rounding loses of the keys, values and inputs whose grids the budget decides; None without any."""
+    check_budget(problem, sensitivity)
+    if not (options := activation_options(problem)):
+        return None
+    monitor.stage("measuring what rounding loses of keys, values and inputs", 1)
+    blocks = some_blocks(problem, sensitivity, monitor, device)
+    adapter = Adapter(problem.source.load(device=device))
+    prepare_(problem, adapter)
+    found = measure_errors(adapter, blocks.ids.to(device), problem.schemes, options)
+    monitor.step()
+    return found
+
+
+def _search(
+    problem: Problem, blocks: TokenBlocks, texts: Texts, run: RunDirectory | None, monitor: Monitor, device: str
+) -> Decision:
+    """Clip ratios found on a draft: the model with its blocks quantized, embedding and head as they are."""
+    draft = problem.with_schemes(_blocks_alone(problem))
+    adapter = Adapter(problem.source.load(device=device))
+    ids = blocks.ids.to(device)
+    runner = BlockRunner(adapter)
+    prepare_(draft, adapter)
+    reference = runner.suffix(0, runner.embed(ids))
+    quantize_steps(runner, draft, texts.calibration, run, "draft", monitor)
+    search = ClipSearch(runner, ids, reference, draft.schemes, problem.search)
+    monitor.stage("searching clip ratios", len(search.knobs))
+    trace = list(run.trials()) if run else []
+    loss: float | None = None
+
+    def on_trial(trial: Trial) -> None:
+        trace.append(trial)
+        if run:
+            run.add_trial(trial)
+
+    def on_knob(name: str, outcome: Outcome) -> None:
+        nonlocal loss
+        loss = outcome.loss
+        monitor.step(f"{name}  clip {outcome.clip_ratio:.3f}  {problem.search.objective} {outcome.loss:.4f}")
+
+    search.run(trace.copy(), on_trial, on_knob)
+    return Decision(
+        Schemes({**problem.schemes.linears, **_inputs(problem, search.linears)}, search.attentions), loss, tuple(trace)
+    )
+
+
+def _blocks_alone(problem: Problem) -> Schemes:
+    outer = {site.name for site in problem.sites.of("embedding", "head")}
+    linears = {name: LinearScheme() if name in outer else s for name, s in problem.schemes.linears.items()}
+    return Schemes(linears, problem.schemes.attentions)
+
+
+def _inputs(problem: Problem, found: dict[str, LinearScheme]) -> dict[str, LinearScheme]:
+    """The problem's schemes with the found rounding of inputs."""
+    return {name: replace(s, input=found[name].input) for name, s in problem.schemes.linears.items()}

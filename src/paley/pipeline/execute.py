@@ -1,0 +1,107 @@
+"""Executes a decided problem: rotates the model and quantizes it step by step; what is finished is not made again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from paley.core.rounding import Quantized
+from paley.data import TokenBlocks
+from paley.format import spec
+from paley.format.checkpoint import read_tensors
+from paley.format.dtypes import cast_to_store
+from paley.format.writer import write_tensors
+from paley.model.adapter import Adapter
+from paley.model.calibrate import LayerReport, ModelQuantizer, wrap_
+from paley.model.capture import BlockRunner
+from paley.model.problem import Problem
+from paley.model.rotation import rotate_
+from paley.pipeline.monitor import Monitor
+from paley.pipeline.run_directory import RunDirectory
+
+__all__ = ["execute", "prepare_", "quantize_steps"]
+
+
+def execute(
+    problem: Problem, calibration: TokenBlocks | None, run: RunDirectory | None, monitor: Monitor, device: str
+) -> tuple[PreTrainedModel, list[LayerReport]]:
+    """-> the quantized model, ready to run or to save, and a report for each quantized weight."""
+    adapter = Adapter(problem.source.load(device=device))
+    prepare_(problem, adapter)
+    return adapter.model, quantize_steps(BlockRunner(adapter), problem, calibration, run, "final", monitor)
+
+
+def prepare_(problem: Problem, adapter: Adapter) -> None:
+    """Rotates the model, rounds what stays unquantized to its storage type, and wraps the linears."""
+    rotate_(adapter, problem.rotation, problem.inputs())
+    quantized = {f"{site.name}.weight" for site, scheme in problem.weights() if scheme.weight is not None}
+    for name, parameter in adapter.model.named_parameters():
+        if name not in quantized:
+            parameter.data = cast_to_store(name, parameter.data, problem.dtype).to(parameter.dtype)
+    wrap_(adapter, problem.schemes)
+
+
+def quantize_steps(
+    runner: BlockRunner,
+    problem: Problem,
+    calibration: TokenBlocks | None,
+    run: RunDirectory | None,
+    stage: str,
+    monitor: Monitor,
+) -> list[LayerReport]:
+    """The embedding, every block, the head; a step that the run directory holds already is taken from there."""
+    adapter = runner.adapter
+    ids = calibration.ids.to(adapter.model.device) if calibration is not None else None
+    quantizer = ModelQuantizer(runner, ids, problem.schemes, compensate=problem.compensate)
+    count = sum(scheme.weight is not None for _, scheme in problem.weights())
+    monitor.stage("quantizing weights" if stage == "final" else "quantizing weights for the search", count)
+    reports: list[LayerReport] = []
+
+    def show(report: LayerReport) -> None:
+        monitor.step(f"{report.name}  rel_error {report.rel_error:.4f}")
+
+    def step(
+        name: str, make: Callable[[dict[str, Quantized], dict[str, Tensor]], list[LayerReport]],
+        beside: Callable[[], dict[str, Tensor]] = dict,
+    ) -> None:  # fmt: skip
+        """One step, from its file if that is there; beside: what is stored with its codes."""
+        file = run.stage_file(stage, name) if run else None
+        known, held = _read(file, problem) if file is not None and file.exists() else ({}, {})
+        done = make(known, held)
+        if file is not None and not file.exists() and (done or beside()):
+            _write(file, done, beside())
+        reports.extend(replace(report, quantized=None) for report in done)
+
+    step("embedding", lambda known, _: quantizer.embedding(known, show))
+    for index in range(len(adapter.blocks)):
+        step(
+            f"block-{index:04d}",
+            lambda known, held, index=index: quantizer.block(index, known, held, show),
+            lambda index=index: quantizer.beside(index),
+        )
+    step("head", lambda known, _: quantizer.head(known, show))
+    return reports
+
+
+def _write(file: Path, reports: list[LayerReport], beside: dict[str, Tensor]) -> None:
+    tensors = dict(beside)
+    for report in reports:
+        assert report.quantized is not None
+        tensors |= spec.encode_linear(report.name, report.quantized)
+    write_tensors(file, tensors)
+
+
+def _read(file: Path, problem: Problem) -> tuple[dict[str, Quantized], dict[str, Tensor]]:
+    """-> the codes of a step by the name of the weight, and what is stored beside them by the name of the tensor."""
+    tensors = read_tensors(file)
+    known = {
+        site.name: spec.decode_linear(site.name, tensors, scheme, scheme.stored_width(problem.shape(site)[1]))
+        for site, scheme in problem.weights()
+        if site.name + spec.CODES in tensors
+    }
+    parts = {name + part for name in known for part in spec.PARTS}
+    return known, {name: tensor for name, tensor in tensors.items() if name not in parts}

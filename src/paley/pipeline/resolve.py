@@ -1,0 +1,242 @@
+"""From a recipe, or a plan, to a problem: which scheme and which transform each site of the model gets. Done once."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from paley.arch import Site, Sites
+from paley.core.errors import PaleyError, nearest_name
+from paley.core.schemes import LinearScheme, Schemes
+from paley.core.transforms import Transform
+from paley.format.dtypes import FLOATS
+from paley.model.budget import check_budget
+from paley.model.loading import Source
+from paley.model.problem import Problem
+from paley.model.rotation import Turning, decide_turning
+from paley.pipeline.texts import calibrates
+from paley.plan import Plan
+from paley.recipe import Recipe
+
+__all__ = ["resolve", "under_plan"]
+
+# The ways out of a group_size that divides no layer's width, beside a divisor.
+_FITTED = " (weights.group_size, inputs.group_size), or fit_groups=true"
+_OVERRIDDEN = " in the override that gave it, which fit_groups leaves as it is"
+
+
+def resolve(source: Source, recipe: Recipe) -> Problem:
+    """What the recipe asks of each site of the model, checked against it; nothing is measured.
+
+    Errors: PaleyError for groups that do not divide a layer's width, more outliers than columns, rotations that the
+    family forbids, overrides that fit nothing, and budgets that no choice of grids meets.
+    """
+    sites = source.sites
+    turning = _turning(sites, recipe)
+    schemes = _schemes(sites, recipe, turning)
+    recipe.check_overrides((site.name for site in sites.weights), schemes.attentions)
+    stream = turning.rotation.stream if turning.rotation is not None else None
+    notes = [f"fit_groups: {text}"] if (text := _fitted_groups(sites, recipe, turning, schemes)) else []
+    if recipe.rotate == "auto" and (why := sites.architecture.why_stream_is_fixed()) is not None:
+        notes.append(f"rotate: inputs turn at run time, as {why}")
+    problem = Problem(
+        source=source,
+        schemes=schemes,
+        rotation=turning.rotation,
+        dtype=storage_dtype(recipe, source),
+        seed=recipe.seed,
+        compensate=recipe.compensate,
+        search=recipe.search,
+        budget=recipe.budget,
+        wanted=frozenset(name for name, scheme in schemes.linears.items() if scheme.weight is not None),
+        settled=frozenset(_settled(sites, recipe)),
+        notes=tuple(notes),
+        fit_remedy=_OVERRIDDEN if recipe.fit_groups else _FITTED,
+    ).check()
+    _check_data(problem, recipe)
+    if recipe.budget is not None:
+        _check_widths(recipe, stream, turning)
+        check_budget(problem)
+    return problem
+
+
+def under_plan(source: Source, plan: Plan) -> Problem:
+    """The problem that a plan has decided, in place of its recipe; raises if it does not fit the model."""
+    plan.check_fingerprint(source.fingerprint)
+    _check_names(source.sites, plan)
+    problem = Problem(
+        source=source,
+        schemes=Schemes(plan.linears, plan.attentions),
+        rotation=plan.rotation,
+        dtype=storage_dtype(plan.recipe, source),
+        seed=plan.recipe.seed,
+        compensate=plan.recipe.compensate,
+        search=plan.recipe.search,
+        wanted=frozenset(
+            site.name
+            for site in source.sites.weights
+            if (plan.linears[site.name].weight or plan.recipe.linear_scheme(site.name, site.kind).weight) is not None
+        ),
+    )
+    _check_transforms(problem)
+    _check_data(problem.check(), plan.recipe)
+    return problem
+
+
+def storage_dtype(recipe: Recipe, source: Source) -> torch.dtype:
+    """The type of tensors that stay unquantized: the checkpoint's own 16-bit type, or float16."""
+    if recipe.dtype != "auto":
+        return FLOATS[recipe.dtype]
+    own = getattr(source.config, "dtype", None)
+    return own if own in (torch.float16, torch.bfloat16) else torch.float16
+
+
+def _turning(sites: Sites, recipe: Recipe) -> Turning:
+    overridden = any(o.weight or o.input for o in recipe.overrides)
+    mode = recipe.rotate
+    if mode == "auto":
+        mode = "folded" if sites.architecture.why_stream_is_fixed() is None else "online"
+    return decide_turning(
+        sites, mode, block=recipe.hadamard, seed=recipe.seed, expand=recipe.expand, expand_mlp=recipe.expand_mlp,
+        rotate_output=recipe.rotate_output,
+        # What rotates at run time only serves rounding: if none is asked for, the model stays an ordinary one.
+        rounds=recipe.weights is not None or recipe.inputs is not None or overridden,
+        bits=[scheme.grid.bits for scheme in (recipe.weights, recipe.inputs) if scheme is not None],
+    )  # fmt: skip
+
+
+def _schemes(sites: Sites, recipe: Recipe, turning: Turning) -> Schemes:
+    stream = turning.rotation.stream if turning.rotation is not None else None
+    width = None if stream is None else stream.out_dim
+    _check_pair(sites, recipe)
+    linears = {
+        site.name: _linear_scheme(recipe, site, turning, sites.shape_in(site, width)[1]) for site in sites.weights
+    }
+    heads = turning.rotation.heads if turning.rotation is not None else None
+    attentions = {
+        site.module: recipe.attention_scheme(site.module, heads) for site in sites.of("keys")
+    }  # fmt: skip
+    return Schemes(linears, attentions)
+
+
+def _linear_scheme(recipe: Recipe, site: Site, turning: Turning, in_features: int) -> LinearScheme:
+    """What the recipe asks of a weight. A row that turns in blocks has a scale for each unless the recipe says so."""
+    scheme = recipe.linear_scheme(site.name, site.kind)
+    rounds = scheme.weight is not None or scheme.input is not None
+    transform = turning.of(site, in_features)
+    in_blocks = transform is not None and not turning.is_whole(site)
+    if in_blocks and not rounds:
+        transform = None
+    scheme = replace(scheme, transform=transform)
+    scheme = recipe.linear_scheme(site.name, site.kind, transform, scheme.stored_width(in_features))
+    if recipe.diagonal and site.kind == "linear" and transform is not None:
+        scheme = replace(scheme, diagonal=True)
+    if in_blocks and transform is not None and scheme.weight is not None and scheme.weight.group_size is None:
+        scheme = replace(scheme, weight=replace(scheme.weight, group_size=transform.order))
+    return scheme
+
+
+def _check_pair(sites: Sites, recipe: Recipe) -> None:
+    """A tied head has the embedding's codes: raises if the recipe asks for others."""
+    if not sites.tied:
+        return
+    head = recipe.linear_scheme(sites.head.name, "head").weight
+    embedding = recipe.linear_scheme(sites.embedding.name, "embedding").weight
+    if head is None:
+        return
+    if embedding is None:
+        raise PaleyError(
+            f"{sites.head.name}: shares the weight of {sites.embedding.name} (tie_word_embeddings), which this recipe "
+            f"keeps, so it cannot have grid {head.grid.name!r} of its own; set embedding to the same scheme, or "
+            "head=null"
+        )
+    if embedding.grid != head.grid:
+        raise PaleyError(
+            f"{sites.head.name}: shares the weight of {sites.embedding.name} (tie_word_embeddings), so one grid serves "
+            f"both, but head has {head.grid.name!r} and embedding {embedding.grid.name!r}; set both to one of them"
+        )
+
+
+def _fitted_groups(sites: Sites, recipe: Recipe, turning: Turning, made: Schemes) -> str:
+    """'groups of 160 in 24 layers and 112 in 4, whose width 128 does not divide'; empty if none had to be fitted."""
+    if not recipe.fit_groups:
+        return ""
+    asked = _schemes(sites, recipe.model_copy(update={"fit_groups": False}), turning)
+    found: dict[int | None, Counter[int | None]] = {}
+    for name, scheme in made.linears.items():
+        pairs = ((asked.linears[name].weight, scheme.weight), (asked.linears[name].input, scheme.input))
+        sizes = {(before.group_size, after.group_size) for before, after in pairs if before and after}
+        for before, after in sizes:
+            if before != after:
+                found.setdefault(before, Counter())[after] += 1
+    return "; ".join(f"{_groups(sizes)}, whose width {before} does not divide" for before, sizes in found.items())
+
+
+def _groups(sizes: Counter[int | None]) -> str:
+    (size, count), *others = sizes.most_common()
+    parts = [f"groups of {size} in {count} layer{'s' if count > 1 else ''}", *(f"{s} in {n}" for s, n in others)]
+    return f"{', '.join(parts[:-1])} and {parts[-1]}" if others else parts[0]
+
+
+def _settled(sites: Sites, recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """(module, field) of what overrides set."""
+    modules = [*(site.name for site in sites.weights), *(site.module for site in sites.of("keys"))]
+    for override in recipe.overrides:
+        for name in modules:
+            if fnmatch.fnmatchcase(name, override.pattern):
+                yield from ((name, field) for field in override.model_fields_set)
+
+
+def _check_data(problem: Problem, recipe: Recipe) -> None:
+    """Raises for schemes that need a text, edited into a plan whose recipe gathers none."""
+    if calibrates(recipe):
+        return
+    wanting = [name for name, scheme in problem.schemes.linears.items() if scheme.needs_data]
+    wanting += [n for n, scheme in problem.schemes.attentions.items() if scheme.keys is not None and scheme.center_keys]
+    if wanting:
+        raise PaleyError(
+            f"plan: {wanting[0]} needs calibration text, which nothing in the plan's own recipe asks for; change "
+            "that recipe too (weights.method=gptq), or leave out gptq, outliers and center_keys"
+        )
+
+
+def _check_widths(recipe: Recipe, stream: Transform | None, turning: Turning) -> None:
+    """Raises for an expansion, which no budget counts."""
+    gated = next(iter(turning.inputs.values()), None)
+    for key, what, transform in (("expand", "hidden states", stream), ("expand_mlp", "MLPs", gated)):
+        if transform is not None and transform.out_dim != transform.in_dim:
+            raise PaleyError(
+                f"budget: {key}={getattr(recipe, key)} widens the {what} from {transform.in_dim} to "
+                f"{transform.out_dim}, which no budget counts; set {key}=0 (and expand in the plan), or drop the budget"
+            )
+
+
+def _check_names(sites: Sites, plan: Plan) -> None:
+    """Raises unless the plan has a scheme for just the weights and attentions of the model."""
+    weights = {site.name for site in sites.weights}
+    attentions = {site.module for site in sites.of("keys")}
+    for wanted, given in ((weights, plan.linears), (attentions, plan.attentions)):
+        for name in {*wanted, *given}:
+            if name not in given:
+                raise PaleyError(f"plan: {name} has no scheme; write one, with nulls to leave it unquantized")
+            if name not in wanted:
+                raise PaleyError(f"plan: {name} is no layer of this model{nearest_name(name, wanted)}")
+
+
+def _check_transforms(problem: Problem) -> None:
+    """Raises for a transform that does not start at the width that it is applied to."""
+    for site, scheme in problem.weights():
+        width = problem.shape(site)[1]
+        if scheme.transform is not None and scheme.transform.in_dim != width:
+            raise PaleyError(
+                f"plan: {site.name} has a transform of {scheme.transform.in_dim} values, but in the plan's rotation it "
+                f"reads {width}; the two must agree"
+            )
+    heads = problem.sites.of("keys")[0].shape[1]
+    for name, scheme in problem.schemes.attentions.items():
+        if scheme.transform is not None and scheme.transform.in_dim != heads:
+            raise PaleyError(f"plan: {name} has a transform of {scheme.transform.in_dim} values, but heads of {heads}")

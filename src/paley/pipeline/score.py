@@ -1,0 +1,76 @@
+"""`paley.score`: perplexity of any model through its quantized cache and, against the original, what was lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from paley.core.errors import PaleyError, Setting, renaming
+from paley.data import TokenBlocks
+from paley.eval.perplexity import EvalResult, evaluate
+from paley.eval.reference import Reference
+from paley.model.loading import check_seq_len, load_tokenizer, open_source, read_config, resolve
+from paley.pipeline.any_model import check_device, load_any
+from paley.pipeline.monitor import Monitor
+from paley.pipeline.texts import is_tuned_on, test_blocks
+from paley.plan import Plan
+from paley.recipe import Recipe, Test
+
+__all__ = ["score"]
+
+# A recipe's settings, as `score` calls them.
+_ARGUMENTS = {"test.sequences": "sequences", "test.seq_len": "seq_len", "test.source": "data"}
+
+
+def score(
+    model: str | Path,
+    against: str | Path | None = None,
+    *,
+    data: str | None = None,
+    sequences: int | None = None,
+    seq_len: int | None = None,
+    device: str = "cpu",
+    monitor: Monitor | None = None,
+) -> EvalResult:
+    """Scores a quantized folder, or any model; against: the original, measured first, and gone by then.
+
+    data: a text file, `pydoc`, or `hub:DATASET[:CONFIG][:SPLIT]`. Without it the text is what the model's plan set
+    apart for testing, for other models the test part of Python's documentation. Errors: PaleyError, also for a text
+    that the model was tuned on, as its plan says.
+    """
+    monitor = monitor or Monitor()
+    check_device(device)
+    with renaming(_ARGUMENTS):
+        blocks = _text(model, data, sequences, seq_len)
+    reference = None
+    if against is not None:
+        monitor.stage("measuring the original", 1)
+        reference = Reference.of(open_source(against).load(device=device), blocks)
+    monitor.stage("loading the model", 1)
+    loaded = load_any(model, device)
+    monitor.stage("evaluating", len(blocks.ids))
+    seen = 0
+
+    def advance(done: int, total: int) -> None:
+        nonlocal seen
+        for _ in range(done - seen):
+            monitor.step()
+        seen = done
+
+    return evaluate(loaded, blocks, reference, progress=advance)
+
+
+def _text(model: str | Path, data: str | None, sequences: int | None, seq_len: int | None) -> TokenBlocks:
+    path = resolve(str(model))
+    plan = Plan.load(path / "plan.json") if (path / "plan.json").is_file() else None
+    text = Setting("test.source", data)
+    if plan is not None and data is not None and is_tuned_on(plan.recipe, data):
+        raise PaleyError(
+            text, f": {model} was tuned on this text, and a score on it would flatter",
+            remedy=("leave ", Setting("test.source"), " out for the text that its plan set apart, or give another one"),
+        )  # fmt: skip
+    recipe = plan.recipe if plan is not None else Recipe()
+    given = {"source": data, "sequences": sequences, "seq_len": seq_len}
+    changes = {name: value for name, value in given.items() if value is not None}
+    test = (recipe.test or Test()).model_copy(update=changes)
+    check_seq_len(read_config(path), {"test.seq_len": test.seq_len})
+    return test_blocks(recipe.model_copy(update={"test": test}), load_tokenizer(path))

@@ -1,0 +1,52 @@
+"""Quality of every method at equal bits, in one run: writes studies/results/quality-MODEL.json.
+
+python -m studies.quality MODEL [--text FILE] [--widths w4a4kv4,w3a3kv3] [--expand 0,...] ...
+Each row: perplexity ± standard error, paired gap in nats, KL, top-1 agreement, all through the packed KV cache.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from studies.experiment import BLOCKS_ALONE, Experiment
+
+from paley.recipe import Recipe, apply_settings, preset
+
+
+def rows(width: str, expansions: list[str]) -> dict[str, tuple[Recipe, str]]:
+    """name -> recipe and the command that gives it."""
+    found = {name: preset(f"{name}-{width}") for name in ("rtn", "quarot", "quarot-clipped")}
+    labelled = {name: (recipe, f"--preset {name}-{width}") for name, recipe in found.items()}
+    ours = width + BLOCKS_ALONE
+    for expand in expansions:
+        flags = ["search.method=none", f"expand={expand}"]
+        name = "paley without search" + (f" + {expand} columns" if expand != "0" else "")
+        labelled[name] = (apply_settings(preset(ours), flags), f"--preset {ours} --set {' '.join(flags)}")
+    labelled["paley"] = (preset(ours), f"--preset {ours}")
+    return labelled
+
+
+def measure(experiment: Experiment, recipe: Recipe, flags: str) -> dict:
+    found = experiment.quantize(recipe)
+    work = _linear_work(found.model) / _linear_work(experiment.source.skeleton)
+    return found.row | {"linear_flops_ratio": work, "trials": len(found.decision.trace), "flags": flags}
+
+
+def _linear_work(model) -> int:
+    """Multiplications per token in the linears of the blocks and the head."""
+    return sum(m.in_features * m.out_features for m in model.modules() if hasattr(m, "in_features"))
+
+
+def main() -> None:
+    parser = Experiment.parser(__doc__, calibration=128, search=32, test=160)
+    parser.add_argument("--widths", default="w4a4kv4,w3a3kv3")
+    parser.add_argument("--expand", default="0", help="columns added to the residual stream, comma-separated")
+    arguments = parser.parse_args()
+    experiment = Experiment("quality", arguments)
+    for width in arguments.widths.split(","):
+        for name, (recipe, flags) in rows(width, arguments.expand.split(",")).items():
+            experiment.row(f"{width} {name}", functools.partial(measure, experiment, recipe, flags))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Sites follow from a row: shapes equal those of the real modules, and who reads and writes what is right."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from paley.arch import FAMILIES, family, sites, window
+from paley.core.errors import PaleyError
+
+SIZES = {
+    "vocab_size": 61, "hidden_size": 48, "intermediate_size": 88, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES, tie_word_embeddings=False),
+    "mistral": MistralConfig(**SIZES, sliding_window=8, head_dim=16),
+    "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**SIZES, head_dim=16),
+    "gemma3_text": Gemma3TextConfig(**SIZES, head_dim=16, sliding_window=8),
+}
+
+
+def found(kind):
+    return sites(family(kind), CONFIGS[kind])
+
+
+def test_every_family_is_covered():
+    assert set(CONFIGS) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_shapes_and_paths_are_those_of_the_modules(kind):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIGS[kind])
+    places, linears = found(kind), {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
+    assert {site.module for site in places.values() if site.is_weight} == set(linears)
+    for site in places.values():
+        if site.is_weight:
+            assert site.shape == tuple(linears[site.module].weight.shape)
+        if site.kind == "input":
+            assert all(linears[path].in_features == site.shape[0] for path in site.readers)
+            assert site.norm is None or model.get_submodule(site.norm) is not None
+        if site.kind in ("keys", "values"):
+            assert site.shape[1] == model.get_submodule(site.module).head_dim
+            assert model.get_submodule(site.made_by) is not None
+    assert places.tied == CONFIGS[kind].tie_word_embeddings
+    assert places.head.stored_as == ("model.embed_tokens" if places.tied else "lm_head")
+    assert len(places.weights) == 3 * 7 + (1 if places.tied else 2)
+
+
+def test_the_order_is_that_of_computation():
+    names = [site.name.removeprefix("model.layers.0.") for site in found("qwen3").values() if site.block in (0, None)]
+    assert names == [
+        "model.embed_tokens", "attn_input", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "keys",
+        "values", "o_input", "self_attn.o_proj", "mlp_input", "mlp.gate_proj", "mlp.up_proj", "down_input",
+        "mlp.down_proj", "head_input", "lm_head",
+    ]  # fmt: skip
+
+
+def test_what_can_be_folded_follows_from_the_norms():
+    llama, gemma = family("llama"), family("gemma3_text")
+    assert llama.why_stream_is_fixed() is None
+    assert "post_attention_layernorm" in gemma.why_stream_is_fixed()
+
+
+def test_who_adds_to_the_stream():
+    adding = {site.name: site.norm for site in found("llama").of("linear", block=1) if site.adds_to_stream}
+    assert adding == {
+        "model.layers.1.self_attn.o_proj": "model.layers.1.input_layernorm",
+        "model.layers.1.mlp.down_proj": "model.layers.1.post_attention_layernorm",
+    }
+    assert not any(site.adds_to_stream for site in found("gemma3_text").of("linear"))  # a norm does
+
+
+def test_keys_of_a_normed_family_are_made_by_the_norm():
+    (keys,) = found("gemma3_text").of("keys", block=2)
+    assert keys.made_by == "model.layers.2.self_attn.k_norm"
+    assert found("llama").of("values", block=0)[0].made_by == "model.layers.0.self_attn.v_proj"
+
+
+def test_a_wider_stream_widens_what_touches_it():
+    places = found("llama")
+    shapes = {site.name.rpartition(".")[2]: places.shape_in(site, 60) for site in places.of("linear", block=0)}
+    assert shapes["q_proj"] == (48, 60)
+    assert shapes["o_proj"] == (60, 48)
+    assert shapes["down_proj"] == (60, 88)
+    assert places.shape_in(places.embedding, 60) == (61, 60)
+    tied = found("qwen2")
+    assert tied.shape_in(tied.embedding, 60) == (61, 48)  # a tied pair keeps its width
+    assert tied.shape_in(tied.head, 60) == (61, 48)
+
+
+def test_windows_follow_the_config():
+    assert [window(CONFIGS["gemma3_text"], i) for i in range(3)] == [8, 8, 8]
+    assert window(SimpleNamespace(sliding_window=8, layer_types=["full_attention"]), 0) is None
+    assert window(CONFIGS["mistral"], 0) == 8
+    assert window(CONFIGS["llama"], 0) is None
+
+
+def test_an_unknown_family_gets_the_nearest_name():
+    with pytest.raises(PaleyError, match=r"'lama' is not supported.*did you mean 'llama'"):
+        family("lama")
