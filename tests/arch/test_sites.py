@@ -16,6 +16,7 @@ from transformers import (
 
 from paley.arch import FAMILIES, family, sites, window
 from paley.core.errors import PaleyError
+from paley.model.embedding import scale_of
 
 SIZES = {
     "vocab_size": 61, "hidden_size": 48, "intermediate_size": 88, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -110,3 +111,16 @@ def test_windows_follow_the_config():
 def test_an_unknown_family_gets_the_nearest_name():
     with pytest.raises(PaleyError, match=r"'lama' is not supported.*did you mean 'llama'"):
         family("lama")
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_row_scales_embeddings_as_the_module_does(kind):
+    with torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(CONFIGS[kind]).model.embed_tokens
+    assert family(kind).embedding_scale(CONFIGS[kind]) == pytest.approx(scale_of(module))
+
+
+def test_a_cache_holds_its_window():
+    (keys,) = found("gemma3_text").of("keys", block=0)
+    assert [keys.tokens(n) for n in (4, 8, 100)] == [4, 8, 8]
+    assert found("llama").of("keys", block=0)[0].tokens(100) == 100

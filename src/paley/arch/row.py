@@ -97,6 +97,11 @@ class Architecture:
                 return f"the gain of {part.path} stands between a linear layer and the residual stream"
         return None
 
+    @property
+    def values_rotate(self) -> bool:
+        """Whether a rotation of each value head can be folded into the linears around attention (R2)."""
+        return not any(norm.reads == self.values for norm in self.norms())
+
     def sizes(self, config: Any) -> dict[str, int]:
         """Wire -> its width. config: the model's configuration as transformers has it, or anything like it."""
         head_dim = self.head_dim(config)
@@ -106,6 +111,10 @@ class Architecture:
             self.queries: queries, self.keys: keys, self.values: keys, self.attended: queries,
             "gate": config.intermediate_size, self.up: config.intermediate_size, self.gated: config.intermediate_size,
         }  # fmt: skip
+
+    def embedding_scale(self, config: Any) -> float:
+        """What rows of the embedding are multiplied by."""
+        return config.hidden_size**0.5 if self.scaled_embedding else 1.0
 
     def head_dim(self, config: Any) -> int:
         """From the config if it is explicit (Qwen3, Gemma), else hidden size / heads."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from paley.arch.row import HEAD_INPUT, STREAM, Architecture
+from paley.arch.row import HEAD_INPUT, STREAM, Architecture, window
 
 __all__ = ["Kind", "Site", "Sites", "sites"]
 
@@ -25,6 +25,7 @@ class Site:
     writes: of a linear, the wire; STREAM if it adds to the residual stream.
     norm: of an input, path of the norm that makes it; of a linear that adds to the stream, of the norm that reads the
     stream just before. made_by: of keys and values, path of the last module of their own: a linear, or a norm of heads.
+    window: of keys and values, the tokens that a layer keeps of them; None: all.
     stored_as: the name of its tensors in a file: of a tied head, the embedding's.
     """
 
@@ -38,7 +39,12 @@ class Site:
     writes: str | None = None
     norm: str | None = None
     made_by: str | None = None
+    window: int | None = None
     stored_as: str = ""
+
+    def tokens(self, context: int) -> int:
+        """How many tokens a cache holds here after `context` of them."""
+        return context if self.window is None else min(context, self.window)
 
     @property
     def is_weight(self) -> bool:
@@ -141,7 +147,9 @@ def _walk_block(row: Architecture, config: Any, sizes: dict[str, int], index: in
         if part.reads == row.attended:
             for kind in ("keys", "values"):
                 made_by = f"{name}.{_made_by(row, getattr(row, kind))}"
-                yield Site(f"{name}.{kind}", kind, heads, index, attention, made_by=made_by)
+                yield Site(
+                    f"{name}.{kind}", kind, heads, index, attention, made_by=made_by, window=window(config, index)
+                )
         if part.reads not in seen:
             seen.add(part.reads)
             readers = tuple(f"{name}.{other.path}" for other in row.linears() if other.reads == part.reads)

@@ -141,7 +141,12 @@ class LinearScheme:
     @property
     def needs_data(self) -> bool:
         """Whether the diagonal, the weight's codes, or which columns are outliers, depend on the layer's inputs."""
-        return self.diagonal or (self.weight is not None and (self.weight.needs_data or self.outliers > 0))
+        return self.diagonal or self.calibrated
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the weight's codes depend on the layer's inputs."""
+        return self.weight is not None and (self.weight.needs_data or self.outliers > 0)
 
     def __post_init__(self) -> None:
         if self.diagonal and self.transform is None:

@@ -48,7 +48,7 @@ class Resource:
             return 0
         if not self.per_token:
             return bits
-        return bits * (item.reads if item.kind == "weight" else context)
+        return bits * (item.reads if item.kind == "weight" else item.site.tokens(context))
 
     def amount(self, problem: Problem, found: Sequence[Item], limit: float) -> int:
         """How many bits there are of it."""
@@ -210,7 +210,7 @@ def _with_choices(problem: Problem, found: list[Item], best: Allocation) -> Sche
                 attentions[module] = replace(attentions[module], **{place: scheme})
                 continue
             linear = linears[module]
-            linears[module] = kept(problem, linear) if scheme is None else replace(linear, **{place: scheme})
+            linears[module] = kept(linear) if scheme is None else replace(linear, **{place: scheme})
     return Schemes(linears, attentions)
 
 
@@ -246,7 +246,9 @@ def _other_reads(problem: Problem, found: Sequence[Item]) -> int:
     """
     decided = {item.site.stored_as for item in found if item.kind == "weight"}
     kept_values = sum(s.numel for s in problem.sites.of("linear", "head") if s.stored_as not in decided)
-    sides = sum((s.keys is None) + (s.values is None) for s in problem.schemes.attentions.values())
     assert problem.budget is not None
-    cache = 2 * problem.budget.context * sides * problem.sites.of("keys")[0].numel
+    cache = 0
+    for site in problem.sites.of("keys", "values"):
+        if getattr(problem.schemes.attentions[site.module], site.kind) is None:
+            cache += 2 * site.tokens(problem.budget.context) * site.numel
     return kept_values * problem.dtype.itemsize + cache

@@ -29,10 +29,10 @@ from paley.model.capture import BlockRunner, capture_inputs
 from paley.model.coded import Coded
 from paley.model.embedding import QuantEmbedding
 from paley.model.linear import QuantLinear
-from paley.ops.inputs import SharedInput
+from paley.model.reading import share_inputs_, tie_head_
 from paley.ops.matmul import EXACT
 
-__all__ = ["LayerReport", "ModelQuantizer", "set_attention_", "set_input_", "share_inputs_", "wrap_"]
+__all__ = ["LayerReport", "ModelQuantizer", "set_attention_", "set_input_", "wrap_"]
 
 OnLayer = Callable[["LayerReport"], None]
 _NOTHING: Mapping[str, Tensor] = {}
@@ -66,18 +66,6 @@ def wrap_(adapter: Adapter, schemes: Schemes) -> None:
             made = QuantLinear.from_linear(linear, bare, None, name=site.name)
             adapter.model.set_submodule(site.module, made)
     share_inputs_(adapter)
-
-
-def share_inputs_(adapter: Adapter) -> None:
-    """Linears that read one input transform and round it once."""
-    for site in adapter.sites.of("input"):
-        readers = [adapter.module(path) for path in site.readers]
-        if len(readers) > 1 and all(isinstance(reader, QuantLinear) for reader in readers):
-            shared = SharedInput(len(readers))
-            for reader in readers:
-                reader.shared_input = shared
-                if reader.diagonal is not None and torch.equal(reader.diagonal, readers[0].diagonal):
-                    reader.diagonal = readers[0].diagonal
 
 
 def set_input_(linear: nn.Module, scheme: LinearScheme | None) -> None:
@@ -136,7 +124,7 @@ class ModelQuantizer:
         self._activate(block)
         reports = []
         for alike in self._same_inputs(block):
-            calibrated = not known and self.hidden is not None and any(self.linears[s.name].needs_data for s in alike)
+            calibrated = not known and self.hidden is not None and any(self.linears[s.name].calibrated for s in alike)
             statistics = self._statistics(block, reference, alike[0]) if calibrated else None
             for site in alike:
                 q = known[site.name] if known else self._codes(site, statistics)
@@ -156,7 +144,7 @@ class ModelQuantizer:
             linear = QuantLinear.from_linear(linear, LinearScheme(), None, name=site.name)
             self.adapter.model.set_submodule(site.module, linear)
         statistics = None
-        if site.name not in known and self.linears[site.name].needs_data and self.hidden is not None:
+        if site.name not in known and self.linears[site.name].calibrated and self.hidden is not None:
             assert self.original is not None
             statistics = InputStatistics()
             for pair in zip(*(h.split(self.runner.batch) for h in (self.hidden, self.original)), strict=True):
@@ -211,25 +199,20 @@ class ModelQuantizer:
         made = QuantEmbedding.around(embedding, stream, scheme, q, name=site.name)
         self.adapter.model.set_submodule(site.module, made)
         if self.adapter.sites.tied:
-            self._tie_head(made)
+            tie_head_(self.adapter.model, self.adapter.architecture, made)
+            self.adapter.head.prepare_(EXACT)
         return LayerReport(site.name, rel_error(rows, made.dequantize()), q)
-
-    def _tie_head(self, embedding: QuantEmbedding) -> None:
-        site, head = self.adapter.sites.head, self.adapter.head
-        made = QuantLinear(
-            embedding.width, embedding.rows, bias=head.bias is not None, scheme=embedding.scheme,
-            dtype=embedding.dtype, device="meta", name=site.name,
-        )  # fmt: skip
-        made.bias = head.bias
-        made.share_(embedding).prepare_(EXACT)
-        self.adapter.model.set_submodule(site.module, made)
 
     def _same_inputs(self, block: Block) -> Iterator[tuple[Site, ...]]:
         """Linears whose weights are quantized, grouped by what they read: the same tensor, rounded alike."""
         for site in block.inputs():
             readers = [self.adapter.sites[name] for name in site.readers]
             schemes = {reader: self.linears[reader.name] for reader in readers}
-            rounded = {s: (scheme.input, scheme.outliers) for s, scheme in schemes.items() if scheme.weight is not None}
+            rounded = {
+                reader: (scheme.input, scheme.outliers, scheme.transform, scheme.diagonal)
+                for reader, scheme in schemes.items()
+                if scheme.weight is not None
+            }
             for alike in dict.fromkeys(rounded.values()):
                 yield tuple(reader for reader, how in rounded.items() if how == alike)
 
@@ -320,7 +303,7 @@ class ModelQuantizer:
         assert isinstance(linear, Coded)
         assert scheme.weight is not None
         weight = linear.dequantize()
-        if not scheme.needs_data:
+        if not scheme.calibrated:
             return quantize_nearest(weight, scheme.weight, where=site.name)
         if statistics is None:
             raise PaleyError(

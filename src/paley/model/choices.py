@@ -76,11 +76,10 @@ def items(problem: Problem, errors: Errors) -> Iterator[Item]:
             yield from _cache_items(problem, site, errors)
 
 
-def kept(problem: Problem, scheme: LinearScheme) -> LinearScheme:
+def kept(scheme: LinearScheme) -> LinearScheme:
     """The scheme with its weight unquantized, and without a rotation that has nothing left to serve."""
-    needless = not problem.folded and scheme.input is None
-    turn = {"transform": None, "diagonal": False} if needless else {}
-    return replace(scheme, weight=None, outliers=0, **turn)
+    transform = None if scheme.input is None else scheme.transform
+    return replace(scheme, weight=None, outliers=0, diagonal=False, transform=transform)
 
 
 def weight_candidates(problem: Problem, scheme: WeightScheme) -> list[AnyGrid | None]:
@@ -110,7 +109,7 @@ def _weight_item(problem: Problem, site: Site) -> Item:
     settled = (site.name, "weight") in problem.settled
     for grid in [scheme.weight.grid] if settled else weight_candidates(problem, scheme.weight):
         if grid is None:
-            name, chosen = KEEP, kept(problem, scheme)
+            name, chosen = KEEP, kept(scheme)
             errors[name] = 0.0
         else:
             name, chosen = grid.name, replace(scheme, weight=scheme.weight.on_grid(grid))

@@ -55,6 +55,9 @@ class _Store:
     def keep_last(self, tokens: int) -> None:
         """Forgets all but the last tokens."""
         self.start = max(self.start, self.end - tokens)
+        if self.data.shape[2] > 2 * (tokens + _STEP):  # the room of a long prompt
+            self.data = self.filled.clone()
+            self.start, self.end = 0, self.data.shape[2]
 
     @property
     def filled(self) -> Tensor:

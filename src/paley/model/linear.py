@@ -117,7 +117,7 @@ class QuantLinear(Coded):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] (in: transform.in_dim if there is a transform) -> [..., out], in x's dtype."""
         product = self.product
-        if self.shared_input is None or self.outlier_columns is not None:
+        if self.shared_input is None:
             encoded = product.encode(x)
         else:
             encoded = self.shared_input.take(self, x, product.how, product.encode)

@@ -12,6 +12,7 @@ from typing import Self
 import torch
 
 from paley.arch import Site, Sites
+from paley.core.errors import PaleyError, Setting
 from paley.core.rounding import check_groups
 from paley.core.schemes import LinearScheme, Rotation, Schemes
 from paley.core.transforms import Transform
@@ -67,7 +68,11 @@ class Problem:
     def quantizes(self) -> bool:
         """Whether the model will need Paley to run."""
         linears, attentions = self.schemes.linears.values(), self.schemes.attentions.values()
-        return any(s.weight or s.input or s.transform for s in linears) or any(s.keys or s.values for s in attentions)
+        return (
+            self.stream is not None
+            or any(s.weight or s.input or s.transform for s in linears)
+            or any(s.keys or s.values for s in attentions)
+        )
 
     @property
     def stream(self) -> Transform | None:
@@ -92,8 +97,22 @@ class Problem:
     def with_schemes(self, schemes: Schemes, **changes: object) -> Self:
         return replace(self, schemes=schemes, **changes)  # type: ignore[arg-type]
 
+    def check_ragged(self) -> None:
+        """Raises for a stream whose width the family's config class refuses, and no other class takes."""
+        row, config = self.sites.architecture, self.source.config
+        stream = self.rotation.stream if self.rotation is not None else None
+        if not row.ragged or stream is None or stream.out_dim % config.num_attention_heads == 0:
+            return
+        if biased := [name for name in row.ragged_excludes if getattr(config, name, False)]:
+            raise PaleyError(
+                f"expand: hidden size {stream.out_dim} is no multiple of {config.num_attention_heads} heads, which a "
+                f"{config.model_type} with {biased[0]} cannot be",
+                remedy=("choose another ", Setting("expand")),
+            )
+
     def check(self) -> Self:
         """-> self; raises if a scheme does not fit the model: groups that do not divide a width, too many outliers."""
+        self.check_ragged()
         for site, scheme in self.weights():
             rows, columns = self.shape(site)
             width = scheme.stored_width(columns)

@@ -15,12 +15,12 @@ from paley.core.transforms import Transform
 from paley.format.spec import WEIGHT, QuantizationConfig
 from paley.model.adapter import Adapter
 from paley.model.attention import attach_schemes
-from paley.model.calibrate import share_inputs_
 from paley.model.embedding import QuantEmbedding, scale_of
 from paley.model.fold import StreamBack
 from paley.model.linear import QuantLinear
+from paley.ops.inputs import SharedInput
 
-__all__ = ["build_", "prepare_", "tie_"]
+__all__ = ["build_", "prepare_", "share_inputs_", "tie_", "tie_head_"]
 
 
 def build_(model: PreTrainedModel, spec: QuantizationConfig) -> None:
@@ -105,8 +105,9 @@ def _replace_embedding_(
     vocabulary, width = embedding.weight.shape
     if name != row.embedding:
         raise PaleyError(f"config.json quantizes {name!r}, which is not the model's word embedding; remove the entry")
-    if scheme.transform is not None and scheme.transform.in_dim != width:
-        raise PaleyError(f"{name}: transform.in_dim={scheme.transform.in_dim}, but rows have {width} values")
+    if scheme.transform is not None and (scheme.weight is None or scheme.transform.in_dim != width):
+        what = "but its rows are unquantized" if scheme.weight is None else f"but rows have {width} values"
+        raise PaleyError(f"{name}: transform.in_dim={scheme.transform.in_dim}, {what}; the config was changed")
     made = QuantEmbedding(
         vocabulary, scheme.stored_width(width), scheme, scale=scale_of(embedding),
         stream=getattr(embedding, "stream", None),
@@ -115,10 +116,28 @@ def _replace_embedding_(
     model.set_submodule(name, made)
     if model.all_tied_weights_keys.pop(f"{row.head}{WEIGHT}", None) is None:
         return
+    tie_head_(model, row, made)
+
+
+def tie_head_(model: PreTrainedModel, row: Architecture, embedding: QuantEmbedding) -> None:
+    """Puts a head in place that multiplies by the very codes of the embedding."""
     head: Any = model.get_submodule(row.head)
-    coded = QuantLinear(
-        made.width, made.rows, bias=head.bias is not None, scheme=scheme, dtype=head.weight.dtype,
-        device=head.weight.device, name=row.head,
+    made = QuantLinear(
+        embedding.width, embedding.rows, bias=head.bias is not None, scheme=embedding.scheme, dtype=embedding.dtype,
+        device="meta", name=row.head,
     )  # fmt: skip
-    coded.bias = head.bias
-    model.set_submodule(row.head, coded.share_(made))
+    made.bias = head.bias
+    model.set_submodule(row.head, made.share_(embedding))
+
+
+def share_inputs_(adapter: Adapter) -> None:
+    """Linears that read one input transform and round it once."""
+    for site in adapter.sites.of("input"):
+        readers = [adapter.module(path) for path in site.readers]
+        if len(readers) < 2 or not all(isinstance(reader, QuantLinear) for reader in readers):
+            continue
+        shared, first = SharedInput(len(readers)), readers[0].diagonal
+        for reader in readers:
+            reader.shared_input = shared
+            if first is not None and reader.diagonal is not None and torch.equal(reader.diagonal, first):
+                reader.diagonal = first  # read from a file, each has its own

@@ -105,7 +105,7 @@ def rotate_(adapter: Adapter, rotation: Rotation | None, inputs: Mapping[str, Tr
     if rotation is not None and rotation.stream is not None:
         fold_norms_(adapter)
         rotate_stream_(adapter, rotation.stream)
-        if rotation.heads is not None:
+        if rotation.heads is not None and adapter.architecture.values_rotate:
             rotate_values_(adapter, rotation.heads)
     for site in adapter.sites.of("linear", "head"):
         if site.stored_as == site.name and site.name in inputs:

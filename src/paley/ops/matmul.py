@@ -41,6 +41,11 @@ def grid_matmul(x: Tensor, weight: CodedWeight) -> Tensor:
     return linear(rounded, weight.dequantize(rounded.dtype))
 
 
+def _own(weight: CodedWeight) -> tuple[int, int]:
+    """Two layers make the same of an input only if these tensors are the same ones."""
+    return id(weight.diagonal), id(weight.outlier_columns)
+
+
 class Product(Protocol):
     """One weight, ready to be multiplied. `how`: two products that agree in it make the same of an input."""
 
@@ -82,7 +87,7 @@ class Planes:
 
     @property
     def how(self) -> Hashable:
-        return ("codes", self._scheme.input, self._scheme.transform, id(self._layer.diagonal))
+        return ("codes", self._scheme.input, self._scheme.transform, *_own(self._layer))
 
     @staticmethod
     def takes(scheme: LinearScheme, width: int, device: torch.device) -> bool:
@@ -135,7 +140,7 @@ class Dense:
     @property
     def how(self) -> Hashable:
         """The scheme of a layer may change while clip ratios are searched."""
-        turn = None if self._turned else (self._layer.scheme.transform, id(self._layer.diagonal))
+        turn = None if self._turned else (self._layer.scheme.transform, *_own(self._layer))
         return ("values", self._layer.scheme.input, turn)
 
     @staticmethod
@@ -165,7 +170,7 @@ class Packed:
     @property
     def how(self) -> Hashable:
         """The scheme of a layer may change while a model is calibrated."""
-        return ("values", self._layer.scheme.input, (self._layer.scheme.transform, id(self._layer.diagonal)))
+        return ("values", self._layer.scheme.input, (self._layer.scheme.transform, *_own(self._layer)))
 
     @staticmethod
     def takes(scheme: LinearScheme, width: int, device: torch.device) -> bool:

@@ -9,10 +9,9 @@ from dataclasses import replace
 
 import torch
 
-from paley.arch import Site, Sites
+from paley.arch import Architecture, Site, Sites
 from paley.core.errors import PaleyError, nearest_name
-from paley.core.schemes import LinearScheme, Schemes
-from paley.core.transforms import Transform
+from paley.core.schemes import LinearScheme, Schemes, WeightScheme
 from paley.format.dtypes import FLOATS
 from paley.model.budget import check_budget
 from paley.model.loading import Source
@@ -39,10 +38,15 @@ def resolve(source: Source, recipe: Recipe) -> Problem:
     turning = _turning(sites, recipe)
     schemes = _schemes(sites, recipe, turning)
     recipe.check_overrides((site.name for site in sites.weights), schemes.attentions)
-    stream = turning.rotation.stream if turning.rotation is not None else None
     notes = [f"fit_groups: {text}"] if (text := _fitted_groups(sites, recipe, turning, schemes)) else []
     if recipe.rotate == "auto" and (why := sites.architecture.why_stream_is_fixed()) is not None:
         notes.append(f"rotate: inputs turn at run time, as {why}")
+    outer = schemes.linears[sites.embedding.name].weight
+    asked = recipe.linear_scheme(sites.embedding.name, "embedding").weight
+    if outer is not None and asked is not None and outer.method != asked.method:
+        notes.append(f"{sites.embedding.name}: rounded to nearest, as what is looked up has no inputs to calibrate on")
+    if sites.tied and outer is not None and recipe.linear_scheme(sites.head.name, "head").weight is None:
+        notes.append(f"{sites.head.name}: has the codes of {sites.embedding.name}, whose weight it shares")
     problem = Problem(
         source=source,
         schemes=schemes,
@@ -59,7 +63,9 @@ def resolve(source: Source, recipe: Recipe) -> Problem:
     ).check()
     _check_data(problem, recipe)
     if recipe.budget is not None:
-        _check_widths(recipe, stream, turning)
+        if recipe.diagonal and recipe.budget.inputs is not None:
+            raise PaleyError("budget.inputs: what inputs lose is measured without a diagonal; set diagonal=false")
+        _check_widths(recipe, sites.architecture, turning)
         check_budget(problem)
     return problem
 
@@ -99,7 +105,12 @@ def _turning(sites: Sites, recipe: Recipe) -> Turning:
     overridden = any(o.weight or o.input for o in recipe.overrides)
     mode = recipe.rotate
     if mode == "auto":
-        mode = "folded" if sites.architecture.why_stream_is_fixed() is None else "online"
+        why = sites.architecture.why_stream_is_fixed()
+        mode = "folded" if why is None else "online"
+        if why is not None and (recipe.expand or recipe.expand_mlp not in (0, "auto")):
+            raise PaleyError(
+                f"expand and expand_mlp need a folded rotation, which this family forbids: {why}; set them to 0"
+            )
     return decide_turning(
         sites, mode, block=recipe.hadamard, seed=recipe.seed, expand=recipe.expand, expand_mlp=recipe.expand_mlp,
         rotate_output=recipe.rotate_output,
@@ -133,11 +144,18 @@ def _linear_scheme(recipe: Recipe, site: Site, turning: Turning, in_features: in
         transform = None
     scheme = replace(scheme, transform=transform)
     scheme = recipe.linear_scheme(site.name, site.kind, transform, scheme.stored_width(in_features))
-    if recipe.diagonal and site.kind == "linear" and transform is not None:
+    if recipe.diagonal and site.kind == "linear" and transform is not None and scheme.weight is not None:
         scheme = replace(scheme, diagonal=True)
     if in_blocks and transform is not None and scheme.weight is not None and scheme.weight.group_size is None:
         scheme = replace(scheme, weight=replace(scheme.weight, group_size=transform.order))
+    if site.kind == "embedding" and scheme.weight is not None:
+        scheme = replace(scheme, weight=_by_itself(scheme.weight))
     return scheme
+
+
+def _by_itself(weight: WeightScheme) -> WeightScheme:
+    """Rows that are looked up have no inputs to be calibrated on: they are rounded to nearest."""
+    return replace(weight, method="nearest", scale_search="em" if weight.by_em else weight.scale_search)
 
 
 def _check_pair(sites: Sites, recipe: Recipe) -> None:
@@ -154,11 +172,15 @@ def _check_pair(sites: Sites, recipe: Recipe) -> None:
             f"keeps, so it cannot have grid {head.grid.name!r} of its own; set embedding to the same scheme, or "
             "head=null"
         )
-    if embedding.grid != head.grid:
+    if (embedding.grid, embedding.group_size) != (head.grid, head.group_size):
         raise PaleyError(
             f"{sites.head.name}: shares the weight of {sites.embedding.name} (tie_word_embeddings), so one grid serves "
-            f"both, but head has {head.grid.name!r} and embedding {embedding.grid.name!r}; set both to one of them"
+            f"both, but head has {_grid(head)} and embedding {_grid(embedding)}; set both to one of them"
         )
+
+
+def _grid(weight: WeightScheme) -> str:
+    return repr(weight.grid.name) + (f" in groups of {weight.group_size}" if weight.group_size else "")
 
 
 def _fitted_groups(sites: Sites, recipe: Recipe, turning: Turning, made: Schemes) -> str:
@@ -204,9 +226,10 @@ def _check_data(problem: Problem, recipe: Recipe) -> None:
         )
 
 
-def _check_widths(recipe: Recipe, stream: Transform | None, turning: Turning) -> None:
+def _check_widths(recipe: Recipe, row: Architecture, turning: Turning) -> None:
     """Raises for an expansion, which no budget counts."""
-    gated = next(iter(turning.inputs.values()), None)
+    stream = turning.rotation.stream if turning.rotation is not None else None
+    gated = turning.inputs.get(row.gated)
     for key, what, transform in (("expand", "hidden states", stream), ("expand_mlp", "MLPs", gated)):
         if transform is not None and transform.out_dim != transform.in_dim:
             raise PaleyError(
@@ -231,6 +254,8 @@ def _check_transforms(problem: Problem) -> None:
     """Raises for a transform that does not start at the width that it is applied to."""
     for site, scheme in problem.weights():
         width = problem.shape(site)[1]
+        if scheme.weight is None and (scheme.diagonal or (scheme.transform is not None and site.kind == "embedding")):
+            raise PaleyError(f"plan: {site.name} keeps its weight; set its transform to null and diagonal to false")
         if scheme.transform is not None and scheme.transform.in_dim != width:
             raise PaleyError(
                 f"plan: {site.name} has a transform of {scheme.transform.in_dim} values, but in the plan's rotation it "

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from paley import hf
-from paley.core.errors import PaleyError, Setting
+from paley.core.errors import PaleyError
 from paley.core.metrics import kl_divergence
 from paley.data import TokenBlocks
 from paley.format import spec
@@ -62,12 +62,6 @@ def _config(model: PreTrainedModel, problem: Problem) -> dict[str, Any]:
         ).to_dict()
     row = problem.sites.architecture
     if row.ragged and config["hidden_size"] % config["num_attention_heads"]:
-        if biased := [name for name in row.ragged_excludes if config.get(name)]:
-            raise PaleyError(
-                f"expand: hidden size {config['hidden_size']} is not a multiple of {config['num_attention_heads']} "
-                f"heads, which a {config['model_type']} with {biased[0]} cannot be",
-                remedy=("choose another ", Setting("expand")),
-            )
         config |= row.ragged
     return config
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from paley.core.errors import PaleyError, Setting, renaming
+from paley.core.reading import read_json
 from paley.data import TokenBlocks
 from paley.eval.perplexity import EvalResult, evaluate
 from paley.eval.reference import Reference
@@ -12,7 +13,7 @@ from paley.model.loading import check_seq_len, load_tokenizer, open_source, read
 from paley.pipeline.any_model import check_device, load_any
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.texts import is_tuned_on, test_blocks
-from paley.plan import Plan
+from paley.plan import VERSION, Plan
 from paley.recipe import Recipe, Test
 
 __all__ = ["score"]
@@ -59,9 +60,23 @@ def score(
     return evaluate(loaded, blocks, reference, progress=advance)
 
 
+def _plan(file: Path, data: str | None) -> Plan | None:
+    """The plan of a folder; None if there is none, or one of an older Paley and a text is named anyway."""
+    if not file.is_file():
+        return None
+    if (version := read_json(file).get("version")) == VERSION:
+        return Plan.load(file)
+    if data is None:
+        raise PaleyError(
+            f"{file}: is a plan of version {version}, which tells this Paley no text to score on",
+            remedy=("name one with ", Setting("test.source")),
+        )
+    return None
+
+
 def _text(model: str | Path, data: str | None, sequences: int | None, seq_len: int | None) -> TokenBlocks:
     path = resolve(str(model))
-    plan = Plan.load(path / "plan.json") if (path / "plan.json").is_file() else None
+    plan = _plan(path / "plan.json", data)
     text = Setting("test.source", data)
     if plan is not None and data is not None and is_tuned_on(plan.recipe, data):
         raise PaleyError(

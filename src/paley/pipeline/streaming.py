@@ -92,7 +92,8 @@ def stream_checkpoint(problem: Problem, run: RunDirectory, monitor: Monitor, wor
     with ShardWriter(run.fresh_checkpoint(), max_shard_bytes=_SHARD) as writer:
         for name, tensor in _tensors(problem, files):
             writer.add(name, tensor, own=True)
-            monitor.step(name)
+            if not name.endswith(spec.PARTS[1:]):  # a weight's codes come first, and count for all of it
+                monitor.step(name)
     finish_checkpoint(run.checkpoint, source.skeleton, problem)
     _check_stored(run.checkpoint, problem, files)
     return [reports[job.name] for job in jobs]
