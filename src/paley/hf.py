@@ -118,7 +118,7 @@ def load(
     """The model in the quantized checkpoint folder `path`; codes and scales keep their types.
 
     product: how weights are multiplied, a name of `paley.ops.matmul.PRODUCTS`. "auto" takes for each layer the fastest
-    that there is here, "dense" writes every weight out (the same floats on every machine; scores are measured so),
+    that there is here, "dense" writes every weight out (scores are measured so),
     "packed" decodes a weight whenever it is used, slowly and in the least memory.
     Errors: not a Paley folder; tensors that are missing, too many, of the wrong shape or type, or damaged.
     """

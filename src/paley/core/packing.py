@@ -11,6 +11,7 @@ halving steps, as `pdep` and `pext` do. This is six times faster than shifting e
 from __future__ import annotations
 
 import functools
+import math
 import sys
 
 import torch
@@ -95,16 +96,17 @@ def _pack_wide(symbols: Tensor, bits: int) -> Tensor:
 def _unpack_wide(packed: Tensor, bits: int, n: int) -> Tensor:
     """Undoes `_pack_wide` -> int64 [..., n]."""
     _check_packed(packed, bits, n)
-    groups = -(-n // 8)
-    rows = torch.nn.functional.pad(packed, (0, groups * bits - packed.shape[-1])).reshape(-1, bits)
-    out = torch.empty(len(rows), 8, dtype=torch.int64, device=packed.device)
-    for i in range(8):
+    count = 8 // math.gcd(bits, 8)  # symbols that fill whole bytes: of 12 bits two, in three bytes
+    groups, width = -(-n // count), count * bits // 8
+    rows = torch.nn.functional.pad(packed, (0, groups * width - packed.shape[-1])).reshape(-1, width)
+    out = torch.empty(len(rows), count, dtype=torch.int64, device=packed.device)
+    for i in range(count):
         first, shift = divmod(i * bits, 8)
         value = torch.zeros(len(rows), dtype=torch.int64, device=packed.device)
         for byte in range((shift + bits + 7) // 8):
             value |= rows[:, first + byte].long() << (8 * byte)
         out[:, i] = (value >> shift) & ((1 << bits) - 1)
-    return out.view(*packed.shape[:-1], groups * 8)[..., :n].contiguous()
+    return out.view(*packed.shape[:-1], groups * count)[..., :n].contiguous()
 
 
 def packed_width(n: int, bits: int) -> int:

@@ -71,5 +71,5 @@ class Transform:
             raise PaleyError(f"transform: last dimension is {y.shape[-1]}, expected out_dim={self.out_dim}")
         x = hadamard.transform(y, self.order, inverse=True)
         if self.seed is not None:
-            x = x * random_signs(self.out_dim, self.seed).to(x)
+            x = x.mul_(random_signs(self.out_dim, self.seed).to(x))
         return x[..., : self.in_dim]

@@ -188,7 +188,7 @@ class Packed:
 
 
 PRODUCTS = {product.name: product for product in (Planes, Dense, Packed)}
-EXACT = "dense"  # the same floats on every machine; scores are measured with it
+EXACT = "dense"  # scores are measured with it: it does not depend on the native library
 
 
 def choose(weight: CodedWeight, width: int, device: torch.device, dtype: torch.dtype, name: str = "auto") -> Product:

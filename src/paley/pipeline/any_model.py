@@ -43,7 +43,8 @@ def is_paley(folder: Path) -> bool:
 def load_any(model: str | Path, device: str = "cpu", *, kernels: bool = False) -> PreTrainedModel:
     """A Paley folder, or an ordinary checkpoint (folder or Hub name).
 
-    kernels: multiply by the fastest products there are here. Scores do without, and are the same on every machine.
+    kernels: multiply by the fastest products there are here. Scores do without, so that the native library does not
+    matter to them.
     """
     path = resolve(str(model))
     if is_paley(path):
