@@ -22,7 +22,7 @@ from paley.core.schemes import AttentionScheme, LinearScheme, Schemes
 from paley.format.spec import DIAGONAL, check_outliers
 from paley.methods.diagonal import balance
 from paley.methods.gptq import InputStatistics, quantize_gptq
-from paley.methods.nearest import quantize_nearest
+from paley.methods.nearest import quantize_nearest, quantize_turned
 from paley.model.adapter import Adapter, Block
 from paley.model.attention import attach_schemes
 from paley.model.capture import BlockRunner, capture_inputs
@@ -190,18 +190,15 @@ class ModelQuantizer:
         """Rows are rounded to nearest: what looks them up has no inputs to calibrate on."""
         embedding, scheme = self.adapter.embedding, self.linears[site.name]
         assert scheme.weight is not None
-        rows = embedding.weight.float()
-        if scheme.transform is not None:
-            rows = torch.cat([scheme.transform.apply(part.double()).float() for part in rows.split(2**12)])
-        if q is None:
-            q = quantize_nearest(rows, scheme.weight, where=site.name)
+        fresh, error = quantize_turned(embedding.weight, scheme.weight, scheme.transform, site.name)
+        q = q or fresh  # the same again, if a stopped run had it
         stream = embedding.stream if isinstance(embedding, QuantEmbedding) else None
         made = QuantEmbedding.around(embedding, stream, scheme, q, name=site.name)
         self.adapter.model.set_submodule(site.module, made)
         if self.adapter.sites.tied:
             tie_head_(self.adapter.model, self.adapter.architecture, made)
             self.adapter.head.prepare_(EXACT)
-        return LayerReport(site.name, rel_error(rows, made.dequantize()), q)
+        return LayerReport(site.name, error, q)
 
     def _same_inputs(self, block: Block) -> Iterator[tuple[Site, ...]]:
         """Linears whose weights are quantized, grouped by what they read: the same tensor, rounded alike."""

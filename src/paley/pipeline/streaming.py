@@ -27,7 +27,7 @@ from paley.format.checkpoint import Checkpoint, read_tensors
 from paley.format.dtypes import cast_to_store
 from paley.format.header import TensorInfo, read_metadata
 from paley.format.writer import ShardWriter, write_tensors
-from paley.methods.nearest import quantize_nearest
+from paley.methods.nearest import quantize_turned
 from paley.model.calibrate import LayerReport
 from paley.model.loading import is_ignored
 from paley.model.problem import Problem
@@ -37,7 +37,7 @@ from paley.pipeline.saving import finish_checkpoint
 
 __all__ = ["TensorJob", "quantize_tensor", "stream_checkpoint"]
 
-_CHUNK = 2**20  # values rounded together: a CPU cache holds them, which halves the time
+_CHUNK = 2**20  # values turned together
 _SHARD = 2**28  # bytes; a shard is in memory while it fills
 
 
@@ -55,20 +55,8 @@ def quantize_tensor(job: TensorJob) -> LayerReport:
     """Reads, rotates, rounds and writes one weight; the file appears whole or not at all."""
     scheme, transform = job.scheme.weight, job.scheme.transform
     assert scheme is not None
-    weight = job.weight.read()
-    parts: dict[str, list[Tensor]] = {}
-    error = norm = 0.0
-    for rows in weight.split(max(1, _CHUNK // weight.shape[1])):
-        rows = rows.double() if transform is None else transform.apply(rows.double())
-        rows = rows.float()
-        part = quantize_nearest(rows, scheme, where=job.name)
-        error += float(torch.linalg.vector_norm(part.dequantize() - rows)) ** 2
-        norm += float(torch.linalg.vector_norm(rows)) ** 2
-        for name, stored in spec.encode_linear(job.name, part).items():  # rows are packed each by itself
-            parts.setdefault(name, []).append(stored)
-    tensors = {name: torch.cat(rows) for name, rows in parts.items()}
-    rel_error = error / norm if norm else error
-    write_tensors(job.file, tensors, {"rel_error": repr(rel_error)})
+    q, rel_error = quantize_turned(job.weight.read(), scheme, transform, job.name)
+    write_tensors(job.file, spec.encode_linear(job.name, q), {"rel_error": repr(rel_error)})
     return LayerReport(job.name, rel_error, None)
 
 
