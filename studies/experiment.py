@@ -120,7 +120,7 @@ class Experiment:
         self.result = {
             "model": subject.name,
             "parameters": parameter_count(self.source),
-            "text": {"test": blocks.test.source, "calibration": subject.text},
+            "text": {"test": _name(blocks.test.source), "calibration": _name(subject.text)},
             "sequences": counts,
             "seq_len": subject.seq_len,
             **provenance(),
@@ -172,3 +172,8 @@ class Experiment:
         print(f"{name:40s} {row['bits']:.3f} bits  gap {row['gap']:.4f} ± {row['gap_stderr']:.4f}  KL {row['kl']:.4f} "
               f"± {row['kl_stderr']:.4f}  {row['seconds']} s", flush=True)  # fmt: skip
         save(self.result, self.file)
+
+
+def _name(source: str) -> str:
+    """A file by its name alone: rows say nothing of the machine's folders."""
+    return Path(source).name if Path(source).exists() else source

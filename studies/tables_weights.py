@@ -42,7 +42,7 @@ def weights() -> list[str]:
         "finer setting. `rtn`, `nf`, `af`, `gptq` and `hqq` quantize the weights as they are; `higgs` is as",
         "published, and needs no data; `unbiased` has its scales stretched; allocation goes by slopes on text that",
         "the model sampled itself; *ours*: as `--preset w4a16e16h16`, rotations folded, GPTQ aimed at the residual",
-        "stream, on one-dimensional grids (`ours, w?a16`) or on vectors of two, as the preset has them now.",
+        "stream, on one-dimensional grids (`ours, w?a16`) or on vectors of two, as the preset has at 4 bits.",
         "Perplexities and KL: [the JSON rows](../studies/results).",
         "",
     ]

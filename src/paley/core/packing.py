@@ -100,12 +100,13 @@ def _unpack_wide(packed: Tensor, bits: int, n: int) -> Tensor:
     groups, width = -(-n // count), count * bits // 8
     rows = torch.nn.functional.pad(packed, (0, groups * width - packed.shape[-1])).reshape(-1, width)
     out = torch.empty(len(rows), count, dtype=torch.int64, device=packed.device)
+    kind = torch.int32 if bits <= 16 else torch.int64  # a symbol and its shift: at most three bytes
     for i in range(count):
         first, shift = divmod(i * bits, 8)
-        value = torch.zeros(len(rows), dtype=torch.int64, device=packed.device)
-        for byte in range((shift + bits + 7) // 8):
-            value |= rows[:, first + byte].long() << (8 * byte)
-        out[:, i] = (value >> shift) & ((1 << bits) - 1)
+        value = rows[:, first].to(kind)
+        for byte in range(1, (shift + bits + 7) // 8):
+            value |= rows[:, first + byte].to(kind) << (8 * byte)
+        out[:, i] = value.bitwise_right_shift_(shift).bitwise_and_((1 << bits) - 1)
     return out.view(*packed.shape[:-1], groups * count)[..., :n].contiguous()
 
 
