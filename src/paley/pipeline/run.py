@@ -100,7 +100,8 @@ def _unverified() -> PaleyError:
     return PaleyError(
         Setting("test", "null"),
         " leaves nothing to verify this model on",
-        remedy="only data-free recipes can go without, such as the preset higgs-4",
+        remedy="only data-free recipes can go without: nothing calibrated, searched or folded, as in the bare preset "
+        "higgs-4",
     )
 
 
