@@ -388,9 +388,6 @@ CONTRADICTIONS = {
     "a plan needs no slopes": ("--plan PLAN --sensitivity SLOPES", r"--sensitivity serves a budget"),
     "a plan has its grid": ("--plan PLAN --grid p2n64", r"executed as it stands, but '--grid' would change"),
     "scored and not": ("--preset higgs-4 --no-score --test pydoc", r"--no-score and --test exclude each other"),
-    "needs data to rotate": ("--preset w4a16 --no-score", r"--no-score leaves nothing.*only data-free.*higgs-4"),
-    "needs data to search": ("--preset w4a4kv4 --no-score", r"--no-score leaves nothing.*only data-free.*higgs-4"),
-    "needs data for GPTQ": ("--preset higgs-4 --set weights.method=gptq --no-score", r"only data-free recipes"),
     "longer than the model": (
         "--preset higgs-4 --set test.seq_len=4096",
         r"test\.seq_len=4096: .*set test\.seq_len=2048",

@@ -49,7 +49,6 @@ def test_an_error_comes_whole_out_of_another_process():
         (Setting("test.seq_len", 256), "quantize", "test.seq_len=256"),
         (Setting("seq_len", 256), "eval", "--seq-len 256"),
         (Setting("budget.weights"), "plan", "--target-bpw"),
-        (Setting("test", "null"), "quantize", "--no-score"),
         (Setting("dtype", "float32"), "dequantize", "--dtype float32"),
         (Setting("dtype", "float32"), "quantize", "dtype=float32"),
         (Call("measure_sensitivity", (Setting("fold", False),)), "quantize", "`paley sensitivity --no-fold`"),

@@ -126,6 +126,17 @@ def test_the_plan_alone_gives_the_same_bytes(done, model_folder, text, tmp_path)
     assert contents(again.output)["model.safetensors"] == written["model.safetensors"]
 
 
+@pytest.mark.parametrize("name", ["w3a3kv3", "w4a16", "rtn-w4a4kv4"])
+def test_a_run_without_scores_gives_the_same_bytes(name, model_folder, text, tmp_path):
+    scored, bare = (
+        quantize(model_folder, recipe(text, name, *unscored), output=tmp_path / str(len(unscored)))
+        for unscored in ([], ["test=null"])
+    )
+    assert scored.results.evaluation is not None
+    assert bare.results.evaluation is None
+    assert contents(bare.output)["model.safetensors"] == contents(scored.output)["model.safetensors"]
+
+
 def test_deciding_alone_gives_the_same_plan(done, model_folder, text):
     plan = make_plan(model_folder, recipe(text))
     kept = done[0].plan

@@ -242,12 +242,6 @@ def test_a_config_of_another_model_is_refused(tmp_path, tiny_tokenizer, change, 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
 
 
-def test_what_needs_data_cannot_go_without_a_test(folder, tmp_path):
-    wanted = higgs("rotate=folded", "expand_mlp=auto", name="rtn-w4a4kv4")
-    with pytest.raises(PaleyError, match="only data-free recipes can go without"):
-        quantize(folder, wanted, output=tmp_path / "out")
-
-
 @torch.no_grad()
 def test_a_kept_weight_is_turned_where_its_input_is(folder, tmp_path):
     wanted = apply_settings(preset("higgs-w3a8"), ["test=null", "hadamard=16"])

@@ -7,7 +7,7 @@ from paley.core.errors import Call, Setting
 
 __all__ = ["spell"]
 
-# Setting, or setting=value, -> option.
+# Setting -> option.
 _OPTIONS = {
     "budget.kv": "--kv-bpw",
     "budget.size": "--target-size",
@@ -26,7 +26,6 @@ _OPTIONS = {
     "sequences": "--sequences",
     "source": "--text",
     "test.source": "--test",
-    "test=null": "--no-score",
     "weights.grid": "--grid",
     "workers": "--workers",
 }
@@ -51,7 +50,5 @@ def spell(part: Setting | Call, verb: str | None) -> str:
     whole = str(part)
     if (flag := _FLAGS.get(whole) or _FLAGS.get(part.name)) is not None:
         return flag
-    if whole != part.name and whole in _OPTIONS:
-        return _OPTIONS[whole]
     option = _OF_VERBS.get(verb or "", {}).get(part.name) or _OPTIONS.get(part.name)
     return whole if option is None else option if part.value is None else f"{option} {part.value}"

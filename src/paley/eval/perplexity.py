@@ -17,7 +17,7 @@ from paley.core.errors import PaleyError
 from paley.core.metrics import kl_divergence
 from paley.data import TokenBlocks, require
 from paley.eval.reference import Reference
-from paley.eval.scoring import CHUNK, check, check_finite, token_nll
+from paley.eval.scoring import CHUNK, check_finite, check_scorable, token_nll
 from paley.model.adapter import Adapter
 from paley.model.kv_cache import PackedKVCache, cache_argument
 from paley.results import EvalResult
@@ -42,7 +42,7 @@ def evaluate(
     (sequences done, all sequences).
     """
     require(blocks, "test")
-    check(model, blocks, batch, chunk)
+    check_scorable(model, blocks, batch, chunk)
     if reference is not None:
         reference = _fitting(reference, model, blocks)
     cached = _has_quantized_cache(model)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from paley.core.errors import PaleyError
 from paley.data import TokenBlocks
-from paley.eval.scoring import CHUNK, check, check_finite, token_nll
+from paley.eval.scoring import CHUNK, check_finite, check_scorable, token_nll
 from paley.format.writer import write_tensors
 from paley.model.adapter import Adapter
 
@@ -53,7 +53,7 @@ class Reference:
     @torch.no_grad()
     def of(cls, model: PreTrainedModel, blocks: TokenBlocks, batch: int = 8) -> Reference:
         """Runs the unquantized `model` over `blocks` of any role, `batch` sequences at a time."""
-        check(model, blocks, batch, CHUNK)
+        check_scorable(model, blocks, batch, CHUNK)
         head = Adapter(model).head
         if not isinstance(head, nn.Linear) or head.bias is not None:
             raise PaleyError(

@@ -10,7 +10,7 @@ from paley.core.errors import PaleyError
 from paley.data import TokenBlocks
 from paley.model.adapter import Adapter
 
-__all__ = ["CHUNK", "check", "check_finite", "check_mode", "token_nll"]
+__all__ = ["CHUNK", "check_finite", "check_mode", "check_scorable", "token_nll"]
 
 CHUNK = 128  # tokens whose logits exist at a time
 
@@ -42,7 +42,7 @@ def check_mode(model: PreTrainedModel) -> None:
         raise PaleyError(f"{type(model).__name__} is in training mode; call model.eval() first")
 
 
-def check(model: PreTrainedModel, blocks: TokenBlocks, batch: int, chunk: int) -> None:
+def check_scorable(model: PreTrainedModel, blocks: TokenBlocks, batch: int, chunk: int) -> None:
     """Raises for sizes that leave nothing to do, ids without an embedding, and a model in training mode."""
     check_mode(model)
     if batch < 1 or chunk < 1:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from paley.core.errors import PaleyError, Setting
+from paley.core.errors import PaleyError
 from paley.core.files import write_atomic
 from paley.core.schemes import Schemes
 from paley.data import TokenBlocks
@@ -25,9 +25,9 @@ from paley.pipeline.execute import execute
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.resolve import resolve, under_plan
 from paley.pipeline.run_directory import RunDirectory
-from paley.pipeline.saving import first_logits, load_stored, save_checkpoint, verify
+from paley.pipeline.saving import load_stored, sample_logits, save_checkpoint, verify
 from paley.pipeline.streaming import stream_checkpoint
-from paley.pipeline.texts import Texts, check_lengths, gather, needs_data
+from paley.pipeline.texts import Texts, check_lengths, gather
 from paley.plan import Plan
 from paley.recipe import Recipe, as_recipe
 from paley.results import EvalResult, LayerResult, Results
@@ -76,15 +76,11 @@ def quantize(
     wanted = _as_measured(as_recipe(wanted), sensitivity)
     run = RunDirectory(output)
     run.check_free(resume=resume, overwrite=overwrite)
-    if wanted.test is None and plan is None and needs_data(wanted):
-        raise _unverified()
     monitor.stage("checking the checkpoint", 1)
     source = open_source(model)
     run.check_apart(source.path)
     check_lengths(wanted, source, measures=_measures(wanted, plan, sensitivity))
     problem = resolve(source, wanted) if plan is None else under_plan(source, plan)
-    if wanted.test is None and not problem.is_data_free:
-        raise _unverified()
     if sensitivity is not None:
         sensitivity.check_fingerprint(source.fingerprint)
     key = _key(problem, plan.to_json() if plan is not None else wanted.hash() + _digest(sensitivity))
@@ -94,15 +90,6 @@ def quantize(
         for path in run.publish():
             monitor.note(f"{path}: cannot be deleted; delete it yourself")
     return Outcome(output, Plan.load(output / "plan.json"), Results.load(output / RESULTS))
-
-
-def _unverified() -> PaleyError:
-    return PaleyError(
-        Setting("test", "null"),
-        " leaves nothing to verify this model on",
-        remedy="only data-free recipes can go without: nothing calibrated, searched or folded, as in the bare preset "
-        "higgs-4",
-    )
 
 
 def make_plan(
@@ -166,15 +153,14 @@ def _make(
         reports = stream_checkpoint(problem, run, monitor, workers)
         model = load_stored(run.checkpoint, problem, device) if texts.test is not None else None
     else:
-        assert texts.test is not None  # refused in `quantize`
         if workers > 1:
             monitor.note("this recipe quantizes blocks one after the other: one process is at work, not more")
         model, reports = execute(problem, texts.calibration, run, monitor, device)
         monitor.stage("saving and reading back", 1)
         save_checkpoint(run.fresh_checkpoint(), model, problem)
-        expected = first_logits(model, texts.test)
+        expected = sample_logits(model)
         del model  # never two copies
-        model = verify(run.checkpoint, problem, expected, texts.test, device)
+        model = verify(run.checkpoint, problem, expected, device)
         monitor.step()
     measured = None
     if model is not None and texts.test is not None:

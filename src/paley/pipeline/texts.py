@@ -15,7 +15,7 @@ from paley.eval.sampling import sample_documents
 from paley.model.loading import Source, check_seq_len
 from paley.recipe import Recipe
 
-__all__ = ["SELF", "Texts", "calibrates", "check_lengths", "gather", "is_tuned_on", "needs_data", "test_blocks"]
+__all__ = ["SELF", "Texts", "calibrates", "check_lengths", "gather", "is_tuned_on", "test_blocks"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Texts:
 def gather(recipe: Recipe, source: Source, device: str = "cpu") -> Texts:
     """Cuts the recipe's sources into blocks; a source with one role is used whole, else split by role.
 
-    The source `self` is text that the model writes itself, which no score may be reported on.
+    Without a test the default source keeps its test part: scored or not, the codes are the same. The source `self` is
+    text that the model writes itself, which no score may be reported on.
     """
     tuning = _tuning_sources(recipe)
     if not tuning and recipe.test is None:
@@ -41,7 +42,8 @@ def gather(recipe: Recipe, source: Source, device: str = "cpu") -> Texts:
     tokenizer = source.tokenizer()
     test = test_blocks(recipe, tokenizer) if recipe.test is not None else None
     settings = {"calibration": recipe.calibration, "search": recipe.search}
-    identities = [_identity(text) for text in (*([test.source] if test else []), *tuning.values())]
+    tested = test.source if test is not None else recipe.calibration.source
+    identities = [_identity(text) for text in (tested, *tuning.values())]
 
     def blocks(role: Role) -> TokenBlocks | None:
         if role not in tuning:
@@ -65,11 +67,6 @@ def check_lengths(recipe: Recipe, source: Source, *, measures: bool) -> None:
     if measures:
         parts["budget"] = recipe.budget
     check_seq_len(source.config, {f"{name}.seq_len": part.seq_len for name, part in parts.items() if part is not None})
-
-
-def needs_data(recipe: Recipe) -> bool:
-    """Whether a weight's codes depend on more than that weight: on a text, or on what is folded into it."""
-    return recipe.rotate == "folded" or bool(_tuning_sources(recipe))
 
 
 def test_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> TokenBlocks:
