@@ -7,7 +7,7 @@
 
 #include <stdint.h>
 
-#define PALEY_ABI_VERSION 2
+#define PALEY_ABI_VERSION 3
 
 #if defined(_WIN32)
 #define PALEY_EXPORT __declspec(dllexport)
@@ -47,6 +47,46 @@ PALEY_EXPORT int32_t paley_best_planes_level(void);
 // In x infinities count as the largest float32 and NaN as 0. The codes depend on neither level nor threads.
 PALEY_EXPORT int32_t paley_nearest_points(const float* x, int64_t count, const float* points, int32_t n, int32_t p,
                                           int32_t level, int32_t threads, int32_t* codes);
+
+// How a code of p values, 1 <= p <= 4, is rounded: to the nearest of its points, times a scale.
+struct paley_table {
+  const float* points;  // [n, p]; p = 1: ascending, and [rows, n] if each row has its own
+  int32_t n, p, own;
+  // p = 1: the code of y is (y - first) / step, rounded, if step > 0; else the number of edges [n - 1] (or
+  // [rows, n - 1]) below y.
+  float first, step;
+  const float* edges;
+  // p > 1: space in parts^p cells, the last coordinate fastest, side i from low[i] on in steps of width[i]. The nearest
+  // point of anything in cell k is one of members[starts[k] .. starts[k + 1]), which ascend. bias: -|c|^2 / 2. Made by
+  // paley_cells.
+  int32_t parts;
+  float low[4], width[4];
+  const double* bias;
+  const int32_t* starts;
+  const uint16_t* members;
+};
+
+// The table's points, parts, low and width -> bias [n], starts [parts^p + 1], and members, of which there are *count.
+// More than `capacity` are not written: call again.
+PALEY_EXPORT int32_t paley_cells(const paley_table* table, int64_t capacity, double* bias, int32_t* starts,
+                                 uint16_t* members, int64_t* count);
+
+// GPTQ within a block of columns: rounds weights [rows, columns] code by code, and after each changes the columns to
+// come by the errors times `spread` [columns, columns], upper triangular. scales, and zeros unless null, [rows,
+// columns] by strides. -> codes [rows, ceil(columns / p)] and errors [rows, columns], divided by spread's diagonal
+// blocks. Results depend on neither level nor threads.
+PALEY_EXPORT int32_t paley_feedback(const paley_table* table, int32_t rows, int32_t columns, const float* weights,
+                                    int64_t weights_row, const float* spread, const float* scales, const float* zeros,
+                                    int64_t scale_row, int64_t scale_column, int32_t level, int32_t threads,
+                                    int32_t* codes, float* errors);
+
+// Coordinate descent within such a block: each code becomes the best one, if it is better, with all others as they
+// are. pull [rows, columns]: (target - values) gram, of the whole rows; gram [columns, columns]: the block's own;
+// inverse [codes, p, p]: of its diagonal blocks. -> codes, in place, and by how much values moved [rows, columns].
+PALEY_EXPORT int32_t paley_descent(const paley_table* table, int32_t rows, int32_t columns, const float* pull,
+                                   int64_t pull_row, const float* gram, const float* inverse, const float* scales,
+                                   const float* zeros, int64_t scale_row, int64_t scale_column, int32_t level,
+                                   int32_t threads, int32_t* codes, float* moves);
 
 // How paley_planes_matmul computes. All paths give the same bits, also on a level that does not implement them.
 enum paley_path {

@@ -126,7 +126,7 @@ def test_a_level_that_this_machine_lacks_is_refused(monkeypatch):
     x, points = normal(3, 2), normal(4, 2)
     with pytest.raises(PaleyError, match="level 'avx' is none of portable, avx2, avx512"):
         native.nearest_points(x, points, level="avx")
-    monkeypatch.setattr(native, "_level", lambda what, level, best: native.LEVELS.index(best) + 1)
+    monkeypatch.setattr(native, "level_number", lambda what, level, best: native.LEVELS.index(best) + 1)
     with pytest.raises(PaleyError, match="paley_nearest_points failed: bad argument"):  # by the library itself
         native.nearest_points(x, points)
     monkeypatch.undo()

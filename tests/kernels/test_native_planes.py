@@ -266,7 +266,7 @@ def test_a_level_that_this_machine_lacks_is_refused(monkeypatch):
     given = example(1, 16, 3, 32)
     blob = native.pack_planes(*given[3:])
     y = native.planes_matmul(*given[:3], blob, 16)
-    monkeypatch.setattr(native, "_level", lambda what, level, best: native.LEVELS.index(best) + 1)
+    monkeypatch.setattr(native, "level_number", lambda what, level, best: native.LEVELS.index(best) + 1)
     with pytest.raises(PaleyError, match="paley_planes_matmul failed: bad argument"):  # by the library itself
         native.planes_matmul(*given[:3], blob, 16)
     monkeypatch.undo()

@@ -71,6 +71,7 @@ class E8Grid(Fixed):
     betas: tuple[float, ...]
     mse: float = math.nan
 
+    points: ClassVar[None] = None  # a rule stands in for their table
     affine: ClassVar[bool] = False
     unit: ClassVar[bool] = True
     gaussian: ClassVar[bool] = True

@@ -22,7 +22,9 @@ __all__ = [
     "best_level",
     "best_planes_level",
     "blob_bytes",
+    "call",
     "fits",
+    "level_number",
     "load",
     "nearest_points",
     "pack_planes",
@@ -30,7 +32,7 @@ __all__ = [
     "why_missing",
 ]
 
-ABI_VERSION = 2  # PALEY_ABI_VERSION in csrc/paley.h
+ABI_VERSION = 3  # PALEY_ABI_VERSION in csrc/paley.h
 LEVELS = ("portable", "avx2", "avx512")  # paley_level there
 PATHS = ("auto", "popcount", "dots", "tables")  # paley_path there
 _STATUS = ("ok", "bad argument", "out of memory", "internal error")
@@ -46,6 +48,19 @@ _SIGNATURES: dict[str, list[Any]] = {
     "paley_nearest_points": [
         ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32,
         ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p,
+    ],
+    "paley_cells": [
+        ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p,
+    ],
+    "paley_feedback": [
+        ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p,
+        ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32, ctypes.c_int32,
+        ctypes.c_void_p, ctypes.c_void_p,
+    ],
+    "paley_descent": [
+        ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p,
+        ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32,
+        ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p,
     ],
     "paley_pack_planes": [
         ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32, ctypes.c_int64,
@@ -109,12 +124,12 @@ def nearest_points(x: Tensor, points: Tensor, *, level: str | None = None, threa
     library = load()
     nearest.check(x, points)
     shape = x.shape[:-1]
-    number = _level("nearest_points", level, best_level())
+    number = level_number("nearest_points", level, best_level())
     x, points = nearest.prepare(x, points)
     codes = torch.empty(len(x), dtype=torch.int32)
     if threads is None:
         threads = max(1, min(torch.get_num_threads(), len(x) * len(points) // _SHARE))
-    _call(
+    call(
         library.paley_nearest_points,
         x.data_ptr(), len(x), points.data_ptr(), *points.shape,
         number, threads, codes.data_ptr(),
@@ -150,7 +165,7 @@ def pack_planes(codes: Tensor, centroids: Tensor) -> Tensor:
     _check_cpu("pack_planes", codes)
     codes, centroids = codes.contiguous(), centroids.contiguous()
     blob = torch.empty(blob_bytes(out, groups, group_size), dtype=torch.uint8)
-    _call(
+    call(
         library.paley_pack_planes,
         codes.data_ptr(), centroids.data_ptr(), out, groups, group_size, len(blob), blob.data_ptr(),
     )  # fmt: skip
@@ -178,7 +193,7 @@ def planes_matmul(
         raise PaleyError(f"planes_matmul: path {path!r} is none of {', '.join(PATHS)}{nearest_name(path, PATHS)}")
     planes.check_inputs(x_codes, x_scales, x_zeros)
     _check_cpu("planes_matmul", x_codes, blob)
-    number = _level("planes_matmul", level, best_planes_level())
+    number = level_number("planes_matmul", level, best_planes_level())
     tokens, n = x_codes.shape
     groups = x_scales.shape[1]
     if blob.dtype != torch.uint8 or blob.dim() != 1 or len(blob) != blob_bytes(out, groups, n // groups):
@@ -190,7 +205,7 @@ def planes_matmul(
     y = torch.empty(tokens, out)
     if threads is None:
         threads = max(1, min(torch.get_num_threads(), tokens * out * n // _PLANES_SHARE))
-    _call(
+    call(
         library.paley_planes_matmul,
         x_codes.data_ptr(), x_scales.data_ptr(), x_zeros.data_ptr(), tokens, blob.data_ptr(), len(blob),
         out, groups, n // groups, PATHS.index(path), number, threads, y.data_ptr(),
@@ -198,7 +213,7 @@ def planes_matmul(
     return y
 
 
-def _level(what: str, level: str | None, best: str) -> int:
+def level_number(what: str, level: str | None, best: str) -> int:
     """The number of `level`, or of the best one if none is given. A level that is given is used or refused."""
     level = best if level is None else level
     if level not in LEVELS:
@@ -214,7 +229,7 @@ def _check_cpu(what: str, *tensors: Tensor) -> None:
             raise PaleyError(f"{what}: native kernels run on the CPU, got a tensor on {tensor.device}; move it")
 
 
-def _call(function: Callable[..., int], *arguments: int) -> None:
+def call(function: Callable[..., int], *arguments: Any) -> None:
     status = function(*arguments)
     if status:
         raise PaleyError(f"native kernels: {function.__name__} failed: {_STATUS[status]}")

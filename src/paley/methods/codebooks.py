@@ -7,19 +7,33 @@ than others, or empty, if some of its columns are outliers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from paley.core.grids import AnyGrid, FixedGrid
+from paley.core.grids import AnyGrid, FixedGrid, Grid
 from paley.core.rounding import storable
 from paley.methods.binary import fit_centroids
 
-__all__ = ["Codebook", "Free", "Scaled", "Split", "blocks"]
+__all__ = ["Codebook", "Free", "Rounding", "Scaled", "Split", "blocks"]
 
 _LARGEST = torch.finfo(torch.float16).max
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How columns are rounded, as tensors: value = (point - zero) · scale.
+
+    The points are the grid's, or points [out, n] of each row, ascending. scales, zeros [out, columns].
+    """
+
+    grid: Grid | None
+    points: Tensor | None
+    scales: Tensor
+    zeros: Tensor | None
 
 
 class Codebook(Protocol):
@@ -27,6 +41,9 @@ class Codebook(Protocol):
 
     p: int
     groups: Sequence[slice]
+
+    @property
+    def code_dtype(self) -> torch.dtype: ...
 
     def begin_(self, work: Tensor, column: int) -> None:
         """Called before `column` is rounded; work [out, in]: the weights as compensated so far."""
@@ -36,14 +53,18 @@ class Codebook(Protocol):
         """x [out, columns of one code] -> its codes [out] and their values, shaped as x."""
         ...
 
-    def values(self, codes: Tensor) -> Tensor:
-        """codes of all columns -> the decoded weights [out, in], float32."""
+    def values(self, codes: Tensor, cols: slice | None = None) -> Tensor:
+        """codes of `cols`, by default of all columns -> the decoded weights [out, columns], float32."""
         ...
 
-    def refit_(self, rest: Tensor, gram: Tensor, codes: Tensor) -> None:
+    def rounding(self, start: int, columns: int) -> Rounding | None:
+        """What `nearest` does in a block of columns; None if its points are no table."""
+        ...
+
+    def refit_(self, pull: Tensor, gram: Tensor, codes: Tensor) -> None:
         """The scales of least error in the metric `gram`, one group after the other, in closed form.
 
-        rest [out, all columns]: target minus values; it is updated as the values change.
+        pull [out, all columns]: (target - values) gram; it is updated as the values change.
         """
         ...
 
@@ -67,6 +88,10 @@ class Scaled:
         self._group_of = torch.arange(len(groups)).repeat_interleave(sizes)
         self._group = self._group_of.tolist()
 
+    @property
+    def code_dtype(self) -> torch.dtype:
+        return self.grid.code_dtype
+
     def begin_(self, work: Tensor, column: int) -> None:
         """Does nothing: the scales are fixed beforehand."""
 
@@ -80,23 +105,34 @@ class Scaled:
         points = self.grid.look_up(codes, x.shape[1])
         return codes[:, 0], (points if zeros is None else points - zeros) * scales
 
-    def values(self, codes: Tensor) -> Tensor:
-        return self._points(codes) * self.scales[:, self._group_of, 0]
+    def values(self, codes: Tensor, cols: slice | None = None) -> Tensor:
+        return self._points(codes, cols) * _of_each(self.scales, self._groups_of(cols))
 
-    def _points(self, codes: Tensor) -> Tensor:
-        points = self.grid.look_up(codes, len(self._group))
-        return points if self.zeros is None else points - self.zeros[:, self._group_of, 0]
+    def rounding(self, start: int, columns: int) -> Rounding | None:
+        if self.grid.points is None:
+            return None
+        groups = self._groups_of(slice(start, start + columns))
+        zeros = None if self.zeros is None else _of_each(self.zeros, groups)
+        return Rounding(self.grid, None, _of_each(self.scales, groups), zeros)
 
-    def refit_(self, rest: Tensor, gram: Tensor, codes: Tensor) -> None:
+    def _groups_of(self, cols: slice | None) -> Tensor:
+        return self._group_of if cols is None else self._group_of[cols.start - self._start : cols.stop - self._start]
+
+    def _points(self, codes: Tensor, cols: slice | None = None) -> Tensor:
+        groups = self._groups_of(cols)
+        points = self.grid.look_up(codes, len(groups))
+        return points if self.zeros is None else points - _of_each(self.zeros, groups)
+
+    def refit_(self, pull: Tensor, gram: Tensor, codes: Tensor) -> None:
         points, scales = self._points(codes), self.scales.clone()
         for index, cols in enumerate(self.groups):
-            p, metric = points[:, cols.start - self._start : cols.stop - self._start], gram[cols, cols]
-            pull = rest @ gram[:, cols] + (p * scales[:, index]) @ metric
-            slope = (pull * p).sum(-1, keepdim=True)
-            curve = (p @ metric * p).sum(-1, keepdim=True)
+            p = points[:, cols.start - self._start : cols.stop - self._start]
+            along = p @ gram[cols]
+            curve = (along[:, cols] * p).sum(-1, keepdim=True)
+            slope = (pull[:, cols] * p).sum(-1, keepdim=True) + scales[:, index] * curve
             fitted = storable(slope / curve.clamp(min=1e-30))
             refitted = torch.where((curve > 0) & (slope > 0), fitted, scales[:, index])
-            rest[:, cols] -= p * (refitted - scales[:, index])
+            pull -= along * (refitted - scales[:, index])
             scales[:, index] = refitted
         self.scales = scales
 
@@ -118,6 +154,10 @@ class Free:
         self._group = [index for index, g in enumerate(groups) for _ in range(g.start, g.stop)]
         self._starts = {g.start: index for index, g in enumerate(groups) if g.stop > g.start}
 
+    @property
+    def code_dtype(self) -> torch.dtype:
+        return self.grid.code_dtype
+
     def begin_(self, work: Tensor, column: int) -> None:
         if (index := self._starts.get(column)) is None:
             return
@@ -134,28 +174,34 @@ class Free:
         codes = self.grid.quantize(x[:, None], scales)
         return codes[:, 0], self.grid.dequantize(codes, scales)
 
-    def values(self, codes: Tensor) -> Tensor:
+    def rounding(self, start: int, columns: int) -> Rounding | None:
+        points = self.grid.group_points(self.scales[:, self._group[start]])
+        return Rounding(None, points, torch.ones(1, 1, device=points.device).expand(len(points), columns), None)
+
+    def values(self, codes: Tensor, cols: slice | None = None) -> Tensor:
+        if cols is not None:  # within one group
+            index = self._group[cols.start]
+            return self.grid.dequantize(codes, self.scales[:, index : index + 1])
         scales = self.scales.split(1, 1)
         parts = [self.grid.dequantize(codes[:, cols], own) for cols, own in zip(self.groups, scales, strict=True)]
         return torch.cat(parts, -1)
 
-    def refit_(self, rest: Tensor, gram: Tensor, codes: Tensor) -> None:
+    def refit_(self, pull: Tensor, gram: Tensor, codes: Tensor) -> None:
         for index, cols in enumerate(self.groups):
             if cols.stop == cols.start:
                 continue
             scales, metric = self.scales[:, index], gram[cols, cols]
             # values = members @ scales: the stored number that each column uses, with its sign
             members = self._members(codes[:, cols])
-            pull = rest @ gram[:, cols] + (members @ scales[..., None])[..., 0] @ metric
-            slope = (pull[:, None] @ members)[:, 0]
             curve = members.mT @ (metric @ members)
+            slope = (pull[:, None, cols] @ members)[:, 0] + (curve @ scales[..., None])[..., 0]
             free = members.abs().amax(1) == 0  # no column uses this number: it stays
             unit = torch.diag_embed(free.float() + 1e-7 * curve.diagonal(dim1=-2, dim2=-1))
             refitted = torch.linalg.solve(curve + unit, slope + free * scales)
             refitted = refitted.clamp(-_LARGEST, _LARGEST).half().float()
             ascends = (self.grid.group_points(refitted).diff(dim=-1) >= 0).all(-1, keepdim=True)
             refitted = torch.where(ascends, refitted, scales)
-            rest[:, cols] -= (members @ (refitted - scales)[..., None])[..., 0]
+            pull -= (members @ (refitted - scales)[..., None])[..., 0] @ gram[cols]
             self.scales[:, index] = refitted
 
     def _members(self, codes: Tensor) -> Tensor:
@@ -175,16 +221,32 @@ class Split:
         self.groups: Sequence[slice] = [*ordinary.groups, *outliers.groups]
         self._first = outliers.groups[0].start
 
+    @property
+    def code_dtype(self) -> torch.dtype:
+        return max(self.ordinary.code_dtype, self.outliers.code_dtype, key=lambda dtype: dtype.itemsize)
+
     def begin_(self, work: Tensor, column: int) -> None:
         self.ordinary.begin_(work, column)
 
     def nearest(self, x: Tensor, cols: slice) -> tuple[Tensor, Tensor]:
         return (self.ordinary if cols.start < self._first else self.outliers).nearest(x, cols)
 
-    def values(self, codes: Tensor) -> Tensor:
+    def rounding(self, start: int, columns: int) -> Rounding | None:
+        return (self.ordinary if start < self._first else self.outliers).rounding(start, columns)
+
+    def values(self, codes: Tensor, cols: slice | None = None) -> Tensor:
         first = self._first
+        if cols is not None:
+            return (self.ordinary if cols.start < first else self.outliers).values(codes, cols)
         return torch.cat([self.ordinary.values(codes[:, :first]), self.outliers.values(codes[:, first:])], -1)
 
-    def refit_(self, rest: Tensor, gram: Tensor, codes: Tensor) -> None:
-        self.ordinary.refit_(rest, gram, codes[:, : self._first])
-        self.outliers.refit_(rest, gram, codes[:, self._first :])
+    def refit_(self, pull: Tensor, gram: Tensor, codes: Tensor) -> None:
+        self.ordinary.refit_(pull, gram, codes[:, : self._first])
+        self.outliers.refit_(pull, gram, codes[:, self._first :])
+
+
+def _of_each(scales: Tensor, groups: Tensor) -> Tensor:
+    """scales [out, groups, 1] -> those of each column [out, columns]; groups [columns]: the group of each."""
+    if bool((groups == groups[0]).all()):
+        return scales[:, int(groups[0])].contiguous().expand(-1, len(groups))
+    return scales[:, groups, 0]

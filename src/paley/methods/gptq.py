@@ -7,7 +7,7 @@ objective.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -17,9 +17,12 @@ from paley.core.grids import as_fixed
 from paley.core.rounding import OUTLIER_GRID, Outliers, Quantized, check_groups, quantized
 from paley.core.schemes import WeightScheme
 from paley.methods.codebooks import Codebook, Free, Scaled, Split, blocks
+from paley.methods.columns import descent, feedback, inverses
 from paley.methods.nearest import weight_scales
 
 __all__ = ["InputStatistics", "quantize_gptq"]
+
+BLOCK = 128  # columns: what is beyond them is changed once a block, by one matmul
 
 
 class InputStatistics:
@@ -71,9 +74,7 @@ def quantize_gptq(
         codes = _one_by_one(target, book)
     else:
         codes = _feedback(target, gram, book)
-        for _ in range(scheme.sweeps):
-            book.refit_(target - book.values(codes), gram, codes)
-            codes = _descend(target, gram, codes, book)
+        _refine_(codes, target, gram, book, scheme.sweeps)
     if not isinstance(book, Split):
         return quantized(codes, book.scales, book.zeros, grid, weight.shape[1])
     assert outlier_columns is not None
@@ -141,27 +142,18 @@ def _target(weight: Tensor, statistics: InputStatistics, damp: float, compensate
     return gram.float(), torch.linalg.solve(gram, aim.T).T.float().contiguous()
 
 
-def _feedback(target: Tensor, gram: Tensor, book: Codebook, block: int = 128) -> Tensor:
+def _feedback(target: Tensor, gram: Tensor, book: Codebook) -> Tensor:
     """GPTQ proper, the columns of one code at a time -> codes [out, ceil(in / p)]."""
     # Upper Cholesky factor of the inverse: row i distributes column i's error over the columns after it.
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram.double()))
     spread = torch.linalg.cholesky(inverse, upper=True).float()
     work, codes = target.clone(), []
-    for start, stop in blocks(book, block):
+    for start, stop in blocks(book, BLOCK):
         book.begin_(work, start)
-        errors = torch.empty_like(work[:, start:stop])
-        for cols in _codes_in(book, start, stop):
-            code, values = book.nearest(work[:, cols], cols)
-            codes.append(code)
-            error = work[:, cols] - values
-            if book.p == 1:
-                error = error / spread[cols, cols]
-            else:  # the columns of one code are rounded together: remove the feedback between their errors
-                error = torch.linalg.solve_triangular(spread[cols, cols], error, upper=True, left=False)
-            work[:, cols.start : stop] -= error @ spread[cols, cols.start : stop]
-            errors[:, cols.start - start : cols.stop - start] = error
+        found, errors = feedback(work[:, start:stop], spread[start:stop, start:stop], book, start)
+        codes.append(found)
         work[:, stop:] -= errors @ spread[start:stop, stop:]
-    return torch.stack(codes, -1)
+    return torch.cat(codes, -1)
 
 
 def _one_by_one(target: Tensor, book: Codebook) -> Tensor:
@@ -173,32 +165,20 @@ def _one_by_one(target: Tensor, book: Codebook) -> Tensor:
     return torch.stack(codes, -1)
 
 
-def _codes_in(book: Codebook, start: int, stop: int) -> Iterator[slice]:
-    """The columns of each code from start to stop."""
-    for first in range(start, stop, book.p):
-        yield slice(first, min(first + book.p, stop))
+def _refine_(codes: Tensor, target: Tensor, gram: Tensor, book: Codebook, sweeps: int) -> None:
+    """Refits the scales and improves the codes, `sweeps` times in turn; both in place."""
+    if sweeps == 0:
+        return
+    pull = (target - book.values(codes)) @ gram
+    for _ in range(sweeps):
+        book.refit_(pull, gram, codes)
+        _descend_(pull, gram, codes, book)
 
 
-def _descend(target: Tensor, gram: Tensor, codes: Tensor, book: Codebook, block: int = 128) -> Tensor:
-    """One sweep of coordinate descent over the codes: the objective never rises."""
-    values, codes = book.values(codes), codes.clone()
-    pull = (target - values) @ gram
-    for start, stop in blocks(book, block):
-        near, moves = pull[:, start:stop].clone(), torch.zeros_like(pull[:, start:stop])
-        for cols in _codes_in(book, start, stop):
-            index, cols_in_block = cols.start // book.p, slice(cols.start - start, cols.stop - start)
-            own, force = gram[cols, cols], near[:, cols_in_block]
-            if book.p == 1:
-                best = values[:, cols] + force / own
-            else:
-                best = values[:, cols] + torch.linalg.solve(own, force, left=False)
-            code, value = book.nearest(best, cols)
-            move = value - values[:, cols]
-            if book.p > 1:  # the nearest point is not always the best in the metric of `own`
-                gains = ((2 * force - move @ own) * move).sum(-1) > 0
-                code, move = torch.where(gains, code, codes[:, index]), move * gains[:, None]
-            codes[:, index] = code
-            moves[:, cols_in_block] = move
-            near -= move @ gram[cols, start:stop]
+def _descend_(pull: Tensor, gram: Tensor, codes: Tensor, book: Codebook) -> None:
+    """One sweep of coordinate descent over the codes, in place; pull [out, in], (target - values) gram, follows."""
+    for start, stop in blocks(book, BLOCK):
+        own, here = gram[start:stop, start:stop], slice(start // book.p, -(-stop // book.p))
+        found, moves = descent(pull[:, start:stop], own, inverses(own, book.p), codes[:, here], book, start)
+        codes[:, here] = found
         pull -= moves @ gram[start:stop]
-    return codes
