@@ -15,7 +15,8 @@ from paley.core.errors import PaleyError
 from paley.core.schemes import LinearScheme, WeightScheme
 from paley.core.transforms import Transform
 from paley.format.spec import QuantizationConfig
-from paley.methods.gptq import InputStatistics, quantize_gptq
+from paley.methods.gptq import quantize_gptq
+from paley.methods.statistics import InputStatistics
 from paley.model.linear import QuantLinear
 
 DOWN = "model.layers.0.mlp.down_proj"

@@ -11,7 +11,8 @@ from paley.core.schemes import WeightScheme
 from paley.kernels import available, columns, native
 from paley.methods import gptq
 from paley.methods.columns import descent, feedback, inverses
-from paley.methods.gptq import InputStatistics, quantize_gptq
+from paley.methods.gptq import quantize_gptq
+from paley.methods.statistics import InputStatistics
 
 pytestmark = pytest.mark.skipif(not available(), reason="the native kernels were not built")
 
@@ -97,9 +98,9 @@ def test_the_native_loops_are_taken(monkeypatch):
 def test_descent_never_raises_the_objective():
     weight, statistics = problem(seed=3)
     scheme = WeightScheme("p4n256", method="gptq", scale_search="rms")
-    gram, target = gptq._target(weight, statistics, 0.01, True)
-    book = gptq._codebook(target, scheme, torch.arange(280), 0, None, "weight")
-    codes = gptq._feedback(target, gram, book)
+    metric, target = statistics.metric(0.01), statistics.target(weight, 0.01, True)
+    gram, book = metric.gram, gptq._codebook(target, scheme, torch.arange(280), 0, None, "weight")
+    codes = gptq._feedback(target, metric.spread, book)
 
     def objective():
         rest = (target - book.values(codes)).double()
@@ -116,7 +117,7 @@ def test_descent_never_raises_the_objective():
 
 def test_the_reference_and_the_kernels_move_alike(monkeypatch):
     weight, statistics = problem()
-    gram, target = gptq._target(weight, statistics, 0.01, True)
+    gram, target = statistics.metric(0.01).gram, statistics.target(weight, 0.01, True)
     book = gptq._codebook(
         target, WeightScheme("p3n64", method="gptq", scale_search="rms"), torch.arange(280), 0, None, "w"
     )

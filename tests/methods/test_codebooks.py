@@ -6,8 +6,9 @@ import torch
 from paley.core.errors import PaleyError
 from paley.core.schemes import WeightScheme
 from paley.methods.binary import fit_centroids
-from paley.methods.gptq import InputStatistics, quantize_gptq
+from paley.methods.gptq import quantize_gptq
 from paley.methods.nearest import quantize_nearest
+from paley.methods.statistics import InputStatistics
 
 FREE = ["free1", "free2", "mirror2", "free3"]
 SEARCHES = ["em", "em_diagonal", "em_inverse"]

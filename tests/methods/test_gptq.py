@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from paley.core.schemes import WeightScheme
-from paley.methods.gptq import InputStatistics, quantize_gptq
+from paley.methods.gptq import quantize_gptq
 from paley.methods.nearest import quantize_nearest
+from paley.methods.statistics import InputStatistics
 
 GRIDS = ["int3", "uint3", "odd3", "gauss3", "int2", "gauss4", "int8"]
 VECTORS = ["p2n64", "p3n64", "p2n16"]
@@ -77,7 +78,7 @@ def test_lag_is_made_up_for():
     mix = torch.randn(24, 32, generator=torch.Generator().manual_seed(5)) * 0.3
     lag = inputs @ mix.T  # what the stream lacks is a function of the inputs: all of it can be made up for
     s = InputStatistics()
-    s.add(inputs, reference, lag)
+    s.add(inputs, outputs=reference @ weight.T + lag)
     q = quantize_gptq(weight, s, WeightScheme("int8"))
     blind = quantize_gptq(weight, statistics(inputs, reference), WeightScheme("int8"))
     assert loss(weight + mix, q, inputs, reference) < 0.01 * loss(weight + mix, blind, inputs, reference)

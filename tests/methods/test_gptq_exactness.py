@@ -8,7 +8,8 @@ from torch.nn.functional import pad
 
 from paley.core import grids
 from paley.core.schemes import WeightScheme
-from paley.methods.gptq import InputStatistics, quantize_gptq
+from paley.methods.gptq import quantize_gptq
+from paley.methods.statistics import InputStatistics
 
 DAMP = 0.01
 

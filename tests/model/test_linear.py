@@ -7,7 +7,8 @@ from paley.core.errors import PaleyError
 from paley.core.rounding import Quantized
 from paley.core.schemes import ActivationScheme, LinearScheme, WeightScheme
 from paley.core.transforms import Transform
-from paley.methods.gptq import InputStatistics, quantize_gptq
+from paley.methods.gptq import quantize_gptq
+from paley.methods.statistics import InputStatistics
 from paley.model.linear import QuantLinear
 from paley.ops.inputs import SharedInput, round_input
 from paley.ops.matmul import Dense, Packed

@@ -13,7 +13,8 @@ from paley import kernels
 from paley.core.errors import PaleyError
 from paley.core.schemes import ActivationScheme, LinearScheme, WeightScheme
 from paley.core.transforms import Transform
-from paley.methods.gptq import InputStatistics, quantize_gptq
+from paley.methods.gptq import quantize_gptq
+from paley.methods.statistics import InputStatistics
 from paley.model.linear import QuantLinear
 from paley.ops.matmul import PRODUCTS, Dense, Packed, Planes, choose, grid_matmul
 

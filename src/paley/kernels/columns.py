@@ -16,7 +16,7 @@ __all__ = ["MAX_DIM", "Table", "descent", "feedback", "table_of"]
 
 MAX_DIM = 4  # values of a code, at most
 _PARTS = {2: 48, 3: 16, 4: 10}  # of each side of space, by p: some tens of members a cell at the most points
-_SHARE = 2**16  # least number of values for a thread
+_SHARE = 2**14  # least number of values for a thread: some 0.5 ms
 
 
 class _Table(ctypes.Structure):

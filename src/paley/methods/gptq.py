@@ -2,7 +2,7 @@
 
 GPTQ: arXiv:2210.17323. Targets for quantized inputs: GPTAQ, arXiv:2504.02692. Our targets also correct the error of the
 residual stream. Afterwards each row's scales are refitted, and coordinate descent improves the codes, both for the same
-objective.
+objective, in which all of this is measured: `paley.methods.statistics`.
 """
 
 from __future__ import annotations
@@ -19,29 +19,11 @@ from paley.core.schemes import WeightScheme
 from paley.methods.codebooks import Codebook, Free, Scaled, Split, blocks
 from paley.methods.columns import descent, feedback, inverses
 from paley.methods.nearest import weight_scales
+from paley.methods.statistics import InputStatistics, Metric
 
-__all__ = ["InputStatistics", "quantize_gptq"]
+__all__ = ["quantize_gptq"]
 
 BLOCK = 128  # columns: what is beyond them is changed once a block, by one matmul
-
-
-class InputStatistics:
-    """Second moments of a linear's quantized inputs X [tokens, in], and of the errors that it should make up for.
-
-    gram = sum X^T X and cross = sum X_ref^T X [in, in], with X_ref the original model's inputs. lag = sum D^T X
-    [out, in], with D [tokens, out] the original minus the quantized stream that the output is added to. All float32.
-    """
-
-    def __init__(self) -> None:
-        self.gram = self.cross = self.lag = torch.zeros(())
-
-    def add(self, inputs: Tensor, reference: Tensor, lag: Tensor | None = None) -> None:
-        """inputs, reference [tokens, in], lag [tokens, out]: one batch of each."""
-        x = inputs.float()
-        self.gram = self.gram + x.T @ x
-        self.cross = self.cross + reference.float().T @ x
-        if lag is not None:
-            self.lag = self.lag + lag.float().T @ x
 
 
 def quantize_gptq(
@@ -54,27 +36,27 @@ def quantize_gptq(
     damp: float = 0.01,
     where: str = "weight",
 ) -> Quantized:
-    """weight [out, in] -> codes for which sum |W x_ref + lag - Ŵ x|^2 is small.
+    """weight [out, in] -> codes for which the sum over tokens of |y - Ŵ x|^2 is small, y the outputs wanted.
 
     outlier_columns: ascending int32 [k]; they get codes of OUTLIER_GRID, after all others. compensate: aim at the
-    original outputs given the quantized inputs; else at W x on those same inputs. damp: added to gram's diagonal, as a
-    share of its mean. A scheme of method "nearest" uses the statistics only for its scales.
+    outputs that the statistics name; else at W x. damp: added to gram's diagonal, as a share of its mean. A scheme of
+    method "nearest" uses the statistics only for its scales.
     """
-    grid = scheme.grid
-    gram, target = _target(weight, statistics, damp, compensate and scheme.method == "gptq")
-    importance = _importance(gram, scheme.scale_search)
+    grid, metric = scheme.grid, statistics.metric(damp)
+    target = statistics.target(weight, damp, compensate and scheme.method == "gptq")
+    importance = _importance(metric, scheme.scale_search)
     order = torch.arange(weight.shape[1], device=weight.device)
     if outlier_columns is not None:
         chosen = torch.zeros_like(order, dtype=torch.bool).index_fill(0, outlier_columns.long(), True)
         order = torch.cat([order[~chosen], order[chosen]])
-        gram, target = gram[order][:, order], target[:, order]
+        metric, target = metric.ordered(order), target[:, order]
         importance = None if importance is None else importance[order]
     book = _codebook(target, scheme, order, 0 if outlier_columns is None else len(outlier_columns), importance, where)
     if scheme.method == "nearest":
         codes = _one_by_one(target, book)
     else:
-        codes = _feedback(target, gram, book)
-        _refine_(codes, target, gram, book, scheme.sweeps)
+        codes = _feedback(target, metric.spread, book)
+        _refine_(codes, target, metric.gram, book, scheme.sweeps)
     if not isinstance(book, Split):
         return quantized(codes, book.scales, book.zeros, grid, weight.shape[1])
     assert outlier_columns is not None
@@ -119,34 +101,17 @@ def _scales_of(
     return torch.cat(scales, 1), None if zeros[0] is None else torch.cat(zeros, 1)
 
 
-def _importance(gram: Tensor, scale_search: str) -> Tensor | None:
-    """Weights [in] of the squared errors for fitting the points of free grids; gram: damped."""
+def _importance(metric: Metric, scale_search: str) -> Tensor | None:
+    """Weights [in] of the squared errors for fitting the points of free grids."""
     if scale_search == "em_diagonal":
-        return gram.diagonal()
+        return metric.gram.diagonal()
     if scale_search == "em_inverse":
-        return torch.cholesky_inverse(torch.linalg.cholesky(gram.double())).diagonal().float().square().reciprocal()
+        return metric.inverse_diagonal.square().reciprocal()
     return None
 
 
-def _target(weight: Tensor, statistics: InputStatistics, damp: float, compensate: bool) -> tuple[Tensor, Tensor]:
-    """The damped gram matrix G, and the weights of least error before rounding: (W C + L) G^-1, C damped as G.
-
-    Without the lag L this is GPTAQ's target. With it, the whole residual stream is corrected towards the original.
-    """
-    gram = statistics.gram.double()
-    ridge = damp * gram.diagonal().mean().clamp(min=1e-12) * torch.eye(len(gram)).to(gram)
-    gram = gram + ridge
-    if not compensate:
-        return gram.float(), weight.float()
-    aim = weight.double() @ (statistics.cross.double() + ridge) + statistics.lag.double()
-    return gram.float(), torch.linalg.solve(gram, aim.T).T.float().contiguous()
-
-
-def _feedback(target: Tensor, gram: Tensor, book: Codebook) -> Tensor:
-    """GPTQ proper, the columns of one code at a time -> codes [out, ceil(in / p)]."""
-    # Upper Cholesky factor of the inverse: row i distributes column i's error over the columns after it.
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram.double()))
-    spread = torch.linalg.cholesky(inverse, upper=True).float()
+def _feedback(target: Tensor, spread: Tensor, book: Codebook) -> Tensor:
+    """GPTQ proper, the columns of one code at a time -> codes [out, ceil(in / p)]. spread: as in Metric."""
     work, codes = target.clone(), []
     for start, stop in blocks(book, BLOCK):
         book.begin_(work, start)

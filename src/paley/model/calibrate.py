@@ -8,7 +8,7 @@ codes of the blocks that are done.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,11 +21,12 @@ from paley.core.rounding import Quantized
 from paley.core.schemes import AttentionScheme, LinearScheme, Schemes
 from paley.format.spec import DIAGONAL, check_outliers
 from paley.methods.diagonal import balance
-from paley.methods.gptq import InputStatistics, quantize_gptq
+from paley.methods.gptq import quantize_gptq
 from paley.methods.nearest import quantize_nearest, quantize_turned
+from paley.methods.statistics import InputStatistics
 from paley.model.adapter import Adapter, Block
 from paley.model.attention import attach_schemes
-from paley.model.capture import BlockRunner, capture_inputs
+from paley.model.capture import BlockRunner, Steps, capture_inputs
 from paley.model.coded import Coded
 from paley.model.embedding import QuantEmbedding
 from paley.model.linear import QuantLinear
@@ -122,15 +123,18 @@ class ModelQuantizer:
         elif (mean := beside.get(f"{block.attention}.key_mean")) is not None:
             self.adapter.module(block.attention).key_mean.copy_(mean)
         self._activate(block)
+        groups = list(self._same_inputs(block))
+        stops = [alike[0] for alike in groups if not known and any(self.linears[s.name].calibrated for s in alike)]
+        steps = None if self.hidden is None else _Pair(self, block, reference, stops)
         reports = []
-        for alike in self._same_inputs(block):
-            calibrated = not known and self.hidden is not None and any(self.linears[s.name].calibrated for s in alike)
-            statistics = self._statistics(block, reference, alike[0]) if calibrated else None
+        for alike in groups:
+            statistics = steps.statistics(alike[0]) if steps is not None and alike[0] in stops else None
             for site in alike:
                 q = known[site.name] if known else self._codes(site, statistics)
                 reports.append(self._replace_linear(site, q))
                 on_layer(reports[-1])
-        self._advance(index, reference)
+        if steps is not None:
+            self.hidden, self.original = steps.finish()
         return reports
 
     @torch.no_grad()
@@ -258,43 +262,6 @@ class ModelQuantizer:
             columns = energy.topk(scheme.outliers).indices.sort().values
             self.adapter.module(site.module).outlier_columns = columns.int()
 
-    def _advance(self, index: int, reference: nn.Module) -> None:
-        if self.hidden is not None and self.original is not None:
-            self.original = self.runner.run(reference, index, self.original, out=self.original)
-            self.hidden = self.runner.block(index, self.hidden, out=self.hidden)
-
-    def _statistics(self, block: Block, reference: nn.Module, site: Site) -> InputStatistics:
-        """Second moments of what a linear of the block reads, against the same place of the original."""
-        assert self.hidden is not None
-        assert self.original is not None
-        # What does not add to the stream by itself, as before a norm of Gemma, aims at its own outputs.
-        norm = site.norm if self.compensate == "residual_stream" and site.adds_to_stream else None
-        statistics = InputStatistics()
-
-        def run(module: nn.Module, hidden: Tensor) -> tuple[QuantLinear, Tensor, Tensor | None]:
-            linear, seen = module.get_submodule(block.local(site.module)), {}
-            assert isinstance(linear, QuantLinear)
-            watched: dict[str, nn.Module] = {"input": linear}
-            if norm is not None:
-                watched["stream"] = module.get_submodule(block.local(norm))
-            with capture_inputs(watched, seen.__setitem__):
-                self.runner.until(linear, module, block.index, hidden)
-            return linear, linear.round_input(seen["input"]), seen.get("stream")
-
-        batches = zip(*(h.split(self.runner.batch) for h in (self.hidden, self.original)), strict=True)
-        for hidden, original in batches:
-            _, x, stream = run(block.module, hidden)
-            linear, x_original, stream_original = run(reference, original)
-            if stream is None or stream_original is None:
-                statistics.add(x, x_original)
-                continue
-            # The next norm divides each token by its size: an error counts relative to it. Without this the few
-            # tokens with massive activations would decide everything.
-            after = stream_original + nn.functional.linear(x_original, linear.dequantize(), linear.bias)
-            weight = after.square().mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()
-            statistics.add(x * weight, x_original * weight, (stream_original - stream) * weight)
-        return statistics
-
     def _codes(self, site: Site, statistics: InputStatistics | None) -> Quantized:
         linear, scheme = self.adapter.module(site.module), self.linears[site.name]
         assert isinstance(linear, Coded)
@@ -320,3 +287,48 @@ class ModelQuantizer:
         made.prepare_(EXACT)
         self.adapter.model.set_submodule(site.module, made)
         return LayerReport(site.name, rel_error(linear.dequantize(), made.dequantize()), q)
+
+
+class _Pair:
+    """A block at work and the original of it, step by step, each on its own hidden states."""
+
+    def __init__(self, quantizer: ModelQuantizer, block: Block, reference: nn.Module, stops: Sequence[Site]):
+        assert quantizer.hidden is not None
+        assert quantizer.original is not None
+        self._block, self._reference = block, reference
+        self._hidden, self._original = quantizer.hidden, quantizer.original
+        # What does not add to the stream by itself, as where a norm comes after it, aims at its own outputs.
+        corrects = quantizer.compensate == "residual_stream"
+        norms = {site: block.local(site.norm) for site in stops if corrects and site.norm and site.adds_to_stream}
+        self._norms = norms
+        names = [block.local(site.module) for site in stops]
+        self._now, self._then = (
+            Steps(quantizer.runner, module, block.index, hidden, names, set(norms.values()))
+            for module, hidden in ((block.module, self._hidden), (reference, self._original))
+        )
+
+    def statistics(self, site: Site) -> InputStatistics:
+        """Second moments of what a linear of the block reads, against the same place of the original."""
+        name, norm, statistics = self._block.local(site.module), self._norms.get(site), InputStatistics()
+        linear, then = self._block.module.get_submodule(name), self._reference.get_submodule(name)
+        assert isinstance(linear, QuantLinear)
+        assert isinstance(then, QuantLinear)
+        weight = then.dequantize()
+        for (x, seen), (x_then, seen_then) in zip(self._now.inputs(name), self._then.inputs(name), strict=True):
+            x, x_then = (layer.round_input(at.flatten(0, -2)) for layer, at in ((linear, x), (then, x_then)))
+            if norm is None:
+                statistics.add(x, x_then)
+                continue
+            stream, stream_then = (at[norm].flatten(0, -2) for at in (seen, seen_then))
+            # The next norm divides each token by its size: an error counts relative to it. Without this the few
+            # tokens with massive activations would decide everything.
+            after = stream_then + nn.functional.linear(x_then, weight)
+            biased = after if then.bias is None else after + then.bias
+            scale = biased.square().mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()
+            statistics.add(x * scale, outputs=(after - stream) * scale)
+        return statistics
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """-> the hidden states after the block, and the original's, in the same memory."""
+        original = self._then.finish(out=self._original)
+        return self._now.finish(out=self._hidden), original

@@ -1,0 +1,100 @@
+"""What GPTQ knows of a linear's inputs: their second moments, and what its outputs should be."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from paley.core.errors import PaleyError
+
+__all__ = ["InputStatistics", "Metric"]
+
+_SPLIT = 256  # columns from which on only one of two mirrored blocks of a gram matrix is computed
+
+
+class InputStatistics:
+    """Sums over tokens, float32, of a linear's quantized inputs X [tokens, in] and of the outputs that it should have.
+
+    gram = X^T X. The outputs are W X_ref of any weight W, with X_ref the original model's inputs: cross = X_ref^T X
+    [in, in]; or Y of one weight alone: aim = Y^T X [out, in]. With neither, they are those of W on X itself.
+    """
+
+    def __init__(self) -> None:
+        self.gram = torch.zeros(())
+        self.cross: Tensor | None = None
+        self.aim: Tensor | None = None
+        self._metrics: dict[float, Metric] = {}
+
+    def add(self, inputs: Tensor, reference: Tensor | None = None, *, outputs: Tensor | None = None) -> None:
+        """inputs, reference [tokens, in], outputs [tokens, out]: one batch; the same of the two in every batch."""
+        x = inputs.float()
+        self._metrics.clear()
+        self.gram = self.gram + _gram(x)
+        if reference is not None:
+            self.cross = reference.float().T @ x + (0 if self.cross is None else self.cross)
+        if outputs is not None:
+            self.aim = outputs.float().T @ x + (0 if self.aim is None else self.aim)
+
+    def metric(self, damp: float) -> Metric:
+        """damp: added to gram's diagonal, as a share of its mean. All linears that read these inputs share it."""
+        if damp not in self._metrics:
+            gram = self.gram.double()
+            self._metrics[damp] = Metric(gram + self.ridge(damp) * torch.eye(len(gram)).to(gram))
+        return self._metrics[damp]
+
+    def ridge(self, damp: float) -> float:
+        return damp * max(float(self.gram.double().diagonal().mean()), 1e-12)
+
+    def target(self, weight: Tensor, damp: float, compensate: bool) -> Tensor:
+        """-> the weight [out, in] that comes nearest to the wanted outputs, before it is rounded; damped towards W.
+
+        Of cross, this is GPTAQ's target. Without compensate it is the weight itself.
+        """
+        weight = weight.float()
+        if not compensate or (self.cross is None and self.aim is None):
+            return weight
+        if self.aim is None:
+            assert self.cross is not None
+            aim = weight @ self.cross
+        elif self.aim.shape == weight.shape:
+            aim = self.aim
+        else:
+            raise PaleyError(f"gptq: the outputs are of a weight {list(self.aim.shape)}, not {list(weight.shape)}")
+        spread = self.metric(damp).spread
+        return (aim + self.ridge(damp) * weight) @ spread.T @ spread
+
+
+class Metric:
+    """A damped gram matrix G [in, in], float64 when it comes, and what GPTQ needs of it, computed once."""
+
+    def __init__(self, gram: Tensor):
+        self._exact, self.gram = gram, gram.float()
+
+    @functools.cached_property
+    def spread(self) -> Tensor:
+        """U float32 [in, in], upper triangular, with G^-1 = U^T U: its rows say where a column's error should go."""
+        # Of G read backwards, the Cholesky factor backwards is R with G = R R^T, upper triangular: U = R^-1.
+        backwards = torch.linalg.cholesky(self._exact.flip(0, 1)).flip(0, 1)
+        unit = torch.eye(len(backwards)).to(backwards)
+        return torch.linalg.solve_triangular(backwards, unit, upper=True).float()
+
+    @property
+    def inverse_diagonal(self) -> Tensor:
+        """The diagonal of G^-1 [in]."""
+        return self.spread.square().sum(0)
+
+    def ordered(self, order: Tensor) -> Metric:
+        """Of the columns in another order."""
+        return Metric(self._exact[order][:, order])
+
+
+def _gram(x: Tensor) -> Tensor:
+    """x [tokens, n] -> x^T x, each two mirrored blocks from one product."""
+    n = x.shape[1]
+    if n <= _SPLIT:
+        return x.T @ x
+    left, right = x[:, : n // 2], x[:, n // 2 :]
+    corner = left.T @ right
+    return torch.cat([torch.cat([_gram(left), corner], 1), torch.cat([corner.T, _gram(right)], 1)])
