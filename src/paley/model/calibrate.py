@@ -290,42 +290,44 @@ class ModelQuantizer:
 
 
 class _Pair:
-    """A block at work and the original of it, step by step, each on its own hidden states."""
+    """A block at work and the original of it, step by step, each on its own hidden states; stops: as of `Steps`."""
 
     def __init__(self, quantizer: ModelQuantizer, block: Block, reference: nn.Module, stops: Sequence[Site]):
         assert quantizer.hidden is not None
         assert quantizer.original is not None
-        self._block, self._reference = block, reference
+        self._block, self._reference, self._alone = block, reference, quantizer.compensate == "plain"
         self._hidden, self._original = quantizer.hidden, quantizer.original
         # What does not add to the stream by itself, as where a norm comes after it, aims at its own outputs.
         corrects = quantizer.compensate == "residual_stream"
-        norms = {site: block.local(site.norm) for site in stops if corrects and site.norm and site.adds_to_stream}
-        self._norms = norms
-        names = [block.local(site.module) for site in stops]
-        self._now, self._then = (
-            Steps(quantizer.runner, module, block.index, hidden, names, set(norms.values()))
-            for module, hidden in ((block.module, self._hidden), (reference, self._original))
+        self._norms = {site: block.local(site.norm) for site in stops if corrects and site.norm and site.adds_to_stream}
+        names, norms = [block.local(site.module) for site in stops], set(self._norms.values())
+        self._now = Steps(quantizer.runner, block.module, block.index, self._hidden, names, norms)
+        self._then = Steps(
+            quantizer.runner, reference, block.index, self._original, [] if self._alone else names, norms, behind=True
         )
 
     def statistics(self, site: Site) -> InputStatistics:
-        """Second moments of what a linear of the block reads, against the same place of the original."""
+        """Second moments of what a linear of the block reads, and the outputs that it should have."""
         name, norm, statistics = self._block.local(site.module), self._norms.get(site), InputStatistics()
-        linear, then = self._block.module.get_submodule(name), self._reference.get_submodule(name)
+        linear, original = (part.get_submodule(name) for part in (self._block.module, self._reference))
         assert isinstance(linear, QuantLinear)
-        assert isinstance(then, QuantLinear)
-        weight = then.dequantize()
-        for (x, seen), (x_then, seen_then) in zip(self._now.inputs(name), self._then.inputs(name), strict=True):
-            x, x_then = (layer.round_input(at.flatten(0, -2)) for layer, at in ((linear, x), (then, x_then)))
+        assert isinstance(original, QuantLinear)
+        inputs = self._now.inputs(name)
+        if self._alone:
+            for x, _ in inputs:
+                statistics.add(linear.round_input(x).flatten(0, -2))
+            return statistics
+        for (x, now), (x_then, then) in zip(inputs, self._then.inputs(name), strict=True):
+            x = linear.round_input(x)
             if norm is None:
-                statistics.add(x, x_then)
+                statistics.add(x.flatten(0, -2), original.round_input(x_then).flatten(0, -2))
                 continue
-            stream, stream_then = (at[norm].flatten(0, -2) for at in (seen, seen_then))
             # The next norm divides each token by its size: an error counts relative to it. Without this the few
             # tokens with massive activations would decide everything.
-            after = stream_then + nn.functional.linear(x_then, weight)
-            biased = after if then.bias is None else after + then.bias
-            scale = biased.square().mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()
-            statistics.add(x * scale, outputs=(after - stream) * scale)
+            stream = then[norm] + then[name]
+            scale = stream.square().mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()
+            outputs = stream - now[norm] if original.bias is None else stream - now[norm] - original.bias
+            statistics.add((x * scale).flatten(0, -2), outputs=(outputs * scale).flatten(0, -2))
         return statistics
 
     def finish(self) -> tuple[Tensor, Tensor]:

@@ -114,23 +114,23 @@ class Steps:
 
     A linear may be replaced while the forwards stand before it: they go on through the new one. hidden [sequences,
     seq_len, hidden]; stops: names within the module, in order of computation; watched: names of modules whose last
-    input `inputs` gives too.
+    input `inputs` gives too. behind: stop behind these linears instead, and give their outputs under their names too.
     """
 
     def __init__(
         self, runner: BlockRunner, module: nn.Module, index: int, hidden: Tensor,
-        stops: Iterable[str] = (), watched: Iterable[str] = (),
+        stops: Iterable[str] = (), watched: Iterable[str] = (), *, behind: bool = False,
     ):  # fmt: skip
         self._runner, self._hidden = runner, hidden
         for name in stops:
-            _stop_before(module, name)
+            _stop_at(module, name, behind)
         self._handles = [module.get_submodule(name).register_forward_pre_hook(partial(_note, name)) for name in watched]
         forward = partial(module, **runner.arguments(index, hidden.shape[1]))
         self._passes = [_Pass(forward, batch) for batch in hidden.split(runner.batch)]
 
     @torch.no_grad()
     def inputs(self, stop: str) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """Goes on to a stop -> of each batch what is read there [batch, seq_len, in], and the watched inputs."""
+        """Goes on to a stop -> of each batch what is read there [batch, seq_len, in], and what was seen on the way."""
         for one in self._passes:
             reached, x = one.go_on()
             assert reached == stop, f"the forward came to {reached}, expected {stop}"
@@ -149,7 +149,7 @@ class Steps:
 
 
 class _Pass(greenlet):
-    """One forward, which can stand still in the middle. seen: the watched inputs, by name."""
+    """One forward, which can stand still in the middle. seen: watched inputs, and outputs, by name."""
 
     def __init__(self, forward: Callable[[Tensor], Tensor], hidden: Tensor):
         super().__init__(partial(forward, hidden))
@@ -166,13 +166,17 @@ class _Pass(greenlet):
         self.parent.switch(reached)
 
 
-def _stop_before(module: nn.Module, name: str) -> None:
+def _stop_at(module: nn.Module, name: str, behind: bool) -> None:
     linear: Any = module.get_submodule(name)
     forward = linear.forward
 
     def stop(x: Tensor) -> Tensor:
         one = getcurrent()
         assert isinstance(one, _Pass)
+        if behind:
+            one.seen[name] = forward(x)
+            one.stand((name, x))
+            return one.seen.pop(name)
         one.stand((name, x))
         now = module.get_submodule(name)
         return forward(x) if now is linear else now(x)
