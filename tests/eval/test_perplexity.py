@@ -181,12 +181,15 @@ def test_cache_bytes_of_a_model_that_is_quantized_in_one_layer():
     assert evaluate(model, random_blocks(), chunk=5).kv_cache_bytes_per_token == expected
 
 
-@pytest.mark.parametrize("make", [tiny, with_quantized_cache])
-def test_logits_are_made_for_a_chunk_at_a_time(make):
-    model, seen = make(), []
+@pytest.mark.parametrize(("make", "seen_at_once"), [(tiny, [44, 22]), (with_quantized_cache, [20, 20, 4, 10, 10, 2])])
+def test_logits_are_made_for_a_few_tokens_at_a_time(make, seen_at_once, monkeypatch):
+    model, blocks, seen = make(), random_blocks(count=3), []
+    whole = evaluate(model, blocks, chunk=10, batch=2)
+    monkeypatch.setattr("paley.eval.scoring.LOGITS", 7 * VOCAB)
     model.lm_head.register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape)))
-    evaluate(model, random_blocks(count=3), chunk=10, batch=2)
-    assert seen == [(b, n, VOCAB) for b in (2, 1) for n in (10, 10, 2)]
+    few = evaluate(model, blocks, chunk=10, batch=2)
+    assert seen == [(min(7, n - at), VOCAB) for n in seen_at_once for at in range(0, n, 7)]
+    assert few.nll == pytest.approx(whole.nll, abs=1e-6)
 
 
 def test_progress_counts_sequences():

@@ -36,12 +36,12 @@ def some_blocks(seq_len: int = 11) -> TokenBlocks:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_logits_are_the_models_own(dtype):
-    model, blocks = tiny().to(dtype), some_blocks(seq_len=300)  # more than a chunk
+    model, blocks = tiny().to(dtype), some_blocks(seq_len=300)  # more than a few tokens
     reference = Reference.of(model, blocks, batch=5)
     logits = model(blocks.ids).logits
     tolerance = 1e-5 if dtype == torch.float32 else 0.05  # half a unit in the last place of the largest logits
-    torch.testing.assert_close(reference.logits(slice(None)), logits, rtol=0, atol=tolerance)
-    torch.testing.assert_close(reference.logits(slice(1, 3), slice(2, 7)), logits[1:3, 2:7], rtol=0, atol=tolerance)
+    torch.testing.assert_close(reference.logits(reference.hidden), logits, rtol=0, atol=tolerance)
+    torch.testing.assert_close(reference.logits(reference.hidden[1:3, 2:7]), logits[1:3, 2:7], rtol=0, atol=tolerance)
     expected = torch.nn.functional.cross_entropy(
         logits[:, :-1].float().transpose(1, 2), blocks.ids[:, 1:], reduction="none"
     )
@@ -57,14 +57,14 @@ def test_it_is_the_same_after_the_file_and_after_the_model_changed(tmp_path, tie
     reference = Reference.of(model, blocks, batch=2)
     reference.save(tmp_path / "r.safetensors")
     assert [p.name for p in tmp_path.iterdir()] == ["r.safetensors"]
-    before = reference.logits(slice(None))
+    before = reference.logits(reference.hidden)
     model.lm_head.weight.data.zero_()  # a rotation in place, say
-    assert torch.equal(reference.logits(slice(None)), before)
+    assert torch.equal(reference.logits(reference.hidden), before)
     loaded = Reference.load(tmp_path / "r.safetensors", blocks)
     for name in ("hidden", "head", "nll"):
         assert torch.equal(getattr(loaded, name), getattr(reference, name))
     assert (loaded.source, loaded.sha256) == ("random", blocks.sha256)
-    assert torch.equal(Reference.load(tmp_path / "r.safetensors").logits(slice(0, 2)), before[:2])
+    assert torch.equal(Reference.load(tmp_path / "r.safetensors").logits(loaded.hidden), before)
 
 
 def test_a_file_that_is_no_whole_reference_is_refused_by_name(tmp_path):

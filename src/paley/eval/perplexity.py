@@ -14,10 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from paley.core.errors import PaleyError
-from paley.core.metrics import kl_divergence
 from paley.data import TokenBlocks, require
 from paley.eval.reference import Reference
-from paley.eval.scoring import CHUNK, check_finite, check_scorable, token_nll
+from paley.eval.scoring import CHUNK, check_finite, check_scorable, few_tokens, scores
 from paley.model.adapter import Adapter
 from paley.model.kv_cache import PackedKVCache, cache_argument
 from paley.results import EvalResult
@@ -38,8 +37,7 @@ def evaluate(
     """Position t predicts token t + 1 of each block; blocks must have role test.
 
     With quantized keys or values, `chunk` tokens at a time pass through a fresh PackedKVCache per batch; else
-    there is one forward per batch. Logits exist for batch * chunk tokens at a time. progress is called with
-    (sequences done, all sequences).
+    there is one forward per batch. progress is called with (sequences done, all sequences).
     """
     require(blocks, "test")
     check_scorable(model, blocks, batch, chunk)
@@ -71,23 +69,28 @@ def _score(
     sequences: slice,
 ) -> Tensor:
     """ids [batch, seq_len] -> [1 or 3, batch, seq_len - 1]: nll and, with a reference, KL and agreement."""
-    head = Adapter(model).head
+    adapter = Adapter(model)
+    vocabulary = adapter.sites.head.shape[0]
     columns, start = [], 0
-    for hidden, targets in zip(_hidden(model, ids, cache, chunk), ids[:, 1:].split(chunk, 1), strict=True):
-        logits = head(hidden)
-        column = [token_nll(logits, targets)]
-        if reference is not None:
-            original = reference.logits(sequences, slice(start, start + targets.shape[1]))
-            column += [kl_divergence(original, logits), (original.argmax(-1) == logits.argmax(-1)).float()]
-        columns.append(torch.stack(column))
-        start += targets.shape[1]
+    for hidden in _hidden(model, ids, cache, chunk):
+        batch, count, _ = hidden.shape
+        hidden, targets = hidden.flatten(0, 1), ids[:, start + 1 : start + count + 1].flatten()
+        before = None if reference is None else reference.hidden[sequences, start : start + count].flatten(0, 1)
+
+        def pair(few: slice, hidden: Tensor = hidden, before: Tensor | None = before) -> tuple[Tensor, Tensor | None]:
+            original = None if reference is None or before is None else reference.logits(before[few])
+            return adapter.head(hidden[few]), original
+
+        slices = few_tokens(len(targets), vocabulary)
+        columns.append(scores((*pair(few), targets[few]) for few in slices).view(-1, batch, count))
+        start += count
     return torch.cat(columns, -1)
 
 
 def _hidden(model: PreTrainedModel, ids: Tensor, cache: PackedKVCache | None, chunk: int) -> Iterator[Tensor]:
     """Hidden states after the last norm [batch, chunk, hidden]; the last token's are left out."""
     if cache is None:  # the last token is read all the same: what Reference.of ran then agrees to the bit
-        yield from model.base_model(ids, use_cache=False).last_hidden_state[:, :-1].split(chunk, 1)
+        yield model.base_model(ids, use_cache=False).last_hidden_state[:, :-1]
         return
     for piece in ids[:, :-1].split(chunk, 1):
         yield model.base_model(piece, use_cache=True, **cache_argument(model, cache)).last_hidden_state

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from paley.core.errors import PaleyError
 from paley.data import TokenBlocks
-from paley.eval.scoring import CHUNK, check_finite, check_scorable, token_nll
+from paley.eval.scoring import CHUNK, check_finite, check_scorable, few_tokens, scores
 from paley.format.writer import write_tensors
 from paley.model.adapter import Adapter
 
@@ -67,15 +67,16 @@ class Reference:
             ids = blocks.ids[at : at + batch].to(model.device)
             last = model.base_model(ids, use_cache=False).last_hidden_state
             hidden[at : at + batch] = last
-            pairs = zip(last[:, :-1].split(CHUNK, 1), ids[:, 1:].split(CHUNK, 1), strict=True)
-            nll[at : at + batch] = torch.cat([token_nll(head(h), targets) for h, targets in pairs], 1)
+            inputs, targets = last[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+            slices = few_tokens(len(targets), head.out_features)
+            nll[at : at + batch] = scores((head(inputs[few]), None, targets[few]) for few in slices).view(len(ids), -1)
             check_finite(nll[at : at + batch], at, blocks.source)
         weight = head.weight.detach().to("cpu", copy=True).contiguous()
         return cls(hidden, weight, nll, blocks.source, blocks.sha256)
 
-    def logits(self, sequences: slice, positions: slice = slice(None)) -> Tensor:
-        """-> logits [sequences, positions, vocab] in the model's dtype, on head's device."""
-        return nn.functional.linear(self.hidden[sequences, positions].to(self.head), self.head)
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Some of `hidden` [..., hidden] -> logits [..., vocab] in the model's dtype, on head's device."""
+        return nn.functional.linear(hidden.to(self.head), self.head)
 
     def to(self, device: torch.device | str) -> Reference:
         """A copy with head on `device`, where `logits` are then computed; hidden states are moved in slices."""

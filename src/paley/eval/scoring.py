@@ -2,27 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from paley.core.errors import PaleyError
 from paley.data import TokenBlocks
 from paley.model.adapter import Adapter
 
-__all__ = ["CHUNK", "check_finite", "check_mode", "check_scorable", "token_nll"]
+__all__ = ["CHUNK", "check_finite", "check_mode", "check_scorable", "few_tokens", "scores"]
 
-CHUNK = 128  # tokens whose logits exist at a time
+CHUNK = 128  # tokens of a sequence that pass through a quantized cache at a time
+LOGITS = 2**21  # that exist at a time: 8 MB
 
 
-def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """logits [batch, n, vocab], targets [batch, n] -> nats, float32 [batch, n].
+def scores(logits: Iterable[tuple[Tensor, Tensor | None, Tensor]]) -> Tensor:
+    """Of (logits, the original's logits or None, targets) of a few tokens at a time -> float32 [1 or 3, all tokens].
 
-    NaN at positions with a logit that is NaN or infinite; `check_finite` finds these.
+    Nats of each target; with the original also KL(original || logits), and 1 where the same token is most likely to
+    both. Nats are NaN at positions with a logit that is NaN or infinite; `check_finite` finds these.
     """
-    logits = logits.float()
-    nll = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-    return nll.view(targets.shape).masked_fill(~logits.isfinite().all(-1), torch.nan)
+    return torch.cat([_scores(*few) for few in logits], -1)
+
+
+def _scores(logits: Tensor, original: Tensor | None, targets: Tensor) -> Tensor:
+    """logits [n, vocab], original [n, vocab] or None, targets [n] -> [1 or 3, n]."""
+    q = logits.float().log_softmax(-1)
+    nll = -q.gather(-1, targets[:, None])[:, 0]
+    nll = nll.masked_fill(~logits.isfinite().all(-1), torch.nan)
+    if original is None:
+        return nll[None]
+    p = original.float().log_softmax(-1)
+    agrees = (p.argmax(-1) == q.argmax(-1)).float()
+    return torch.stack([nll, (p.exp() * p.sub_(q)).sum(-1), agrees])
+
+
+def few_tokens(tokens: int, vocabulary: int) -> Iterator[slice]:
+    """Slices of so few tokens that their logits stay in a CPU's caches."""
+    few = max(1, LOGITS // vocabulary)
+    return (slice(start, min(start + few, tokens)) for start in range(0, tokens, few))
 
 
 def check_finite(nll: Tensor, first: int, source: str) -> None:
