@@ -69,22 +69,24 @@ def _score(
     sequences: slice,
 ) -> Tensor:
     """ids [batch, seq_len] -> [1 or 3, batch, seq_len - 1]: nll and, with a reference, KL and agreement."""
-    adapter = Adapter(model)
-    vocabulary = adapter.sites.head.shape[0]
-    columns, start = [], 0
+    adapter, columns, start = Adapter(model), [], 0
     for hidden in _hidden(model, ids, cache, chunk):
         batch, count, _ = hidden.shape
-        hidden, targets = hidden.flatten(0, 1), ids[:, start + 1 : start + count + 1].flatten()
+        targets = ids[:, start + 1 : start + count + 1].flatten()
         before = None if reference is None else reference.hidden[sequences, start : start + count].flatten(0, 1)
-
-        def pair(few: slice, hidden: Tensor = hidden, before: Tensor | None = before) -> tuple[Tensor, Tensor | None]:
-            original = None if reference is None or before is None else reference.logits(before[few])
-            return adapter.head(hidden[few]), original
-
-        slices = few_tokens(len(targets), vocabulary)
-        columns.append(scores((*pair(few), targets[few]) for few in slices).view(-1, batch, count))
+        pieces = _pieces(adapter, hidden.flatten(0, 1), reference, before, targets)
+        columns.append(scores(pieces).view(-1, batch, count))
         start += count
     return torch.cat(columns, -1)
+
+
+def _pieces(
+    adapter: Adapter, hidden: Tensor, reference: Reference | None, before: Tensor | None, targets: Tensor
+) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+    """hidden, before [n, hidden], targets [n] -> logits, the original's, and targets, a few tokens at a time."""
+    for few in few_tokens(len(targets), adapter.sites.head.shape[0]):
+        original = None if reference is None or before is None else reference.logits(before[few])
+        yield adapter.head(hidden[few]), original, targets[few]
 
 
 def _hidden(model: PreTrainedModel, ids: Tensor, cache: PackedKVCache | None, chunk: int) -> Iterator[Tensor]:
