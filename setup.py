@@ -22,7 +22,7 @@ UNIX_FLAGS = [
     "-ffp-contract=off",  # a sum is fused where the code says so: results are the same on every machine
     "-Wno-maybe-uninitialized",  # false alarms in gcc 12's own AVX-512 header
 ]  # fmt: skip
-WINDOWS_FLAGS = ["/std:c++17", "/O2", "/EHsc"]  # as clang-cl reads them
+WINDOWS_FLAGS = ["/std:c++17", "/O2", "/EHsc", "/clang:-ffp-contract=off"]  # as clang-cl reads them
 
 
 class BuildKernels(build_ext):

@@ -60,7 +60,7 @@ struct Cells {
         const double d = at(j, i) - at(rival, i);
         lead += d * (d > 0 ? high[i] : low[i]);
       }
-      if (lead >= -margin) kept.push_back(j);
+      if (!(lead < -margin)) kept.push_back(j);
     }
     return kept;
   }
@@ -89,6 +89,11 @@ extern "C" int32_t paley_cells(const paley_table* table, int64_t capacity, doubl
                                uint16_t* members, int64_t* count) {
   if (table->n < 1 || table->n > 65536 || table->p < 2 || table->p > 4 || table->parts < 1 || table->parts > 4096) {
     return PALEY_BAD_ARGUMENT;
+  }
+  for (int32_t i = 0; i < table->p; ++i) {
+    if (!std::isfinite(table->low[i]) || !std::isfinite(table->width[i]) || !(table->width[i] > 0)) {
+      return PALEY_BAD_ARGUMENT;
+    }
   }
   try {
     Cells cells(*table);

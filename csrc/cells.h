@@ -1,4 +1,4 @@
-// Space in cells, each with the points of a grid that may be nearest to something in it.
+// Space in cells, each with the points of a grid that can be nearest to a vector in the cell.
 #pragma once
 
 #include <stdint.h>

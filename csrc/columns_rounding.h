@@ -1,8 +1,8 @@
 // Rounds a block of columns code by code, once for each instruction set: included inside a namespace.
 //
-// Rows know nothing of one another: a thread takes a few at a time, and walks their columns side by side, so that the
-// search of one row overlaps with the arithmetic of another. Each float32 operation is rounded by itself, in the
-// order of the torch reference (src/paley/methods/gptq.py): the results are the same to the bit on every level.
+// Rows are independent: a thread takes a few at a time and walks their columns side by side, so that the search of one
+// row overlaps with the arithmetic of another. Each float32 operation is rounded by itself, in the
+// order of the torch reference (src/paley/methods/columns.py): the results are the same to the bit on every level.
 
 constexpr int ROWS = 8;  // of a tile
 
@@ -183,7 +183,7 @@ struct Tile {
           for (int k = 0; k < size; ++k) a += force[start + k] * inverse[k * P + i];
           best[i] = a;
         }
-        const int32_t found = round(best, row, start, size, values);
+        const int32_t nearest = round(best, row, start, size, values);
         float gain = 0.0f;
         for (int i = 0; i < size; ++i) move[i] = values[i] - old[i];
         for (int i = 0; i < size; ++i) {
@@ -193,7 +193,7 @@ struct Tile {
         }
         // The nearest point is not always the best one in the metric of `own`.
         const bool gains = gain > 0.0f;
-        if (gains) code = found;
+        if (gains) code = nearest;
         for (int i = 0; i < size; ++i) {
           task.change[int64_t{row} * task.columns + start + i] = gains ? move[i] : 0.0f;
         }

@@ -21,7 +21,7 @@ def main() -> None:
     interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else a shell has it ignored
     if interruptible:
         signal.signal(signal.SIGINT, _stop)
-    # Threads of torch that wait for work would keep the kernels' own from their cores. libgomp reads it when it starts.
+    # Threads of torch that wait keep cores busy, which the kernels' threads need. libgomp reads it when it starts.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from paley.cli import app
 

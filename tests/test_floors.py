@@ -30,7 +30,7 @@ FLOORS = {
 # Units of one floor do not know each other, but for these: (who, whom): why.
 EXCEPTIONS = {
     ("arch", "core.errors"): "a family without a row is refused like any bad input",
-    ("methods", "kernels"): "the native loops of GPTQ know codebooks, which are no tensors",
+    ("methods", "kernels"): "the native loops of GPTQ take codebooks, which no operation of torch does",
     ("ops", "kernels"): "the native library is one of an op's products",
     ("plan", "recipe"): "a plan holds the recipe that it decides for",
     ("results", "recipe"): "it is read and written by the same functions as a recipe and a plan",

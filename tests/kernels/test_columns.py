@@ -107,8 +107,9 @@ def test_descent_never_raises_the_objective():
         return float((rest @ gram.double() * rest).sum())
 
     pull, before = (target - book.values(codes)) @ gram, objective()
+    inverse = [inverses(gram[at : at + 128, at : at + 128], 4) for at in range(0, 280, 128)]
     for _ in range(4):
-        gptq._descend_(pull, gram, codes, book)
+        gptq._descend_(pull, gram, inverse, codes, book)
         after = objective()
         assert after <= before * (1 + 1e-6)
         before = after

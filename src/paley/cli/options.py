@@ -102,7 +102,7 @@ Test = Annotated[
 
 NoScore = Annotated[
     bool,
-    _option("--no-score", "Score nothing: for models too large to run here.", panel=_TEXT),
+    _option("--no-score", "Score nothing: quicker, and with data-free recipes for models of any size.", panel=_TEXT),
 ]
 
 NewFolder = Annotated[Path, typer.Option("--output", help="The new folder.", show_default=False)]

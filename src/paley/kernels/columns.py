@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -38,7 +39,7 @@ class Table:
     edges: Tensor | None = None
     first: float = 0.0
     step: float = 0.0
-    cells: tuple[Tensor, ...] = ()
+    cells: tuple[Tensor, ...] = field(init=False, default=())
     raw: _Table = field(init=False, repr=False)
 
     @classmethod
@@ -58,9 +59,8 @@ class Table:
             low, high = self.points.aminmax(dim=0)
             beyond = ((high - low) / 16).clamp(min=1e-30)  # the few vectors farther out are compared with all points
             raw.low[:p], raw.width[:p] = (low - beyond).tolist(), ((high - low + 2 * beyond) / raw.parts).tolist()
-            cells = self.cells or _cells(raw)
-            object.__setattr__(self, "cells", cells)
-            raw.bias, raw.starts, raw.members = (part.data_ptr() for part in cells)
+            object.__setattr__(self, "cells", _cells(raw))
+            raw.bias, raw.starts, raw.members = (part.data_ptr() for part in self.cells)
         object.__setattr__(self, "raw", raw)
 
 
@@ -96,6 +96,7 @@ def feedback(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """weights, scales, zeros [rows, k], spread [k, k] -> codes int32 [rows, ceil(k / p)], errors [rows, k]."""
     rows, columns = weights.shape
+    _check((weights, spread, scales, zeros), (weights.shape, (columns, columns), weights.shape, weights.shape))
     weights, spread = _rows(weights), spread.contiguous()
     codes = torch.empty(rows, -(-columns // table.raw.p), dtype=torch.int32)
     errors = torch.empty(rows, columns)
@@ -113,6 +114,9 @@ def descent(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """pull, scales, zeros [rows, k], gram [k, k], inverse [c, p, p], codes [rows, c] -> new codes, moves [rows, k]."""
     rows, columns = pull.shape
+    p = table.raw.p
+    _check((pull, gram, scales, zeros), (pull.shape, (columns, columns), pull.shape, pull.shape))
+    _check((inverse,), ((-(-columns // p), p, p),))
     pull, gram, inverse = _rows(pull), gram.contiguous(), inverse.contiguous()
     codes = codes.to(torch.int32, copy=True, memory_format=torch.contiguous_format)
     moves = torch.empty(rows, columns)
@@ -124,13 +128,18 @@ def descent(
     return codes, moves
 
 
+def _check(tensors: Sequence[Tensor | None], shapes: Sequence[Sequence[int]]) -> None:
+    for tensor, shape in zip(tensors, shapes, strict=True):
+        assert tensor is None or (tensor.dtype == torch.float32 and tensor.device.type == "cpu"), tensor
+        assert tensor is None or tensor.shape == torch.Size(shape), (tensor.shape, shape)
+
+
 def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _scaling(scales: Tensor, zeros: Tensor | None) -> tuple[int | None, ...]:
-    if zeros is not None and zeros.stride() != scales.stride():
-        raise AssertionError("scales and zeros have different strides")
+    assert zeros is None or zeros.stride() == scales.stride(), "scales and zeros are read by the same strides"
     return scales.data_ptr(), None if zeros is None else zeros.data_ptr(), *scales.stride()
 
 

@@ -6,16 +6,20 @@ run wherever they can, give the same codes as the torch code here.
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from paley import kernels
-from paley.kernels import columns as native
+from paley.kernels import columns as kernel
 from paley.methods.codebooks import Codebook, Rounding
 
 __all__ = ["descent", "feedback", "inverses"]
+
+_LOG = logging.getLogger(__name__)
 
 
 def feedback(weights: Tensor, spread: Tensor, book: Codebook, start: int) -> tuple[Tensor, Tensor]:
@@ -24,9 +28,8 @@ def feedback(weights: Tensor, spread: Tensor, book: Codebook, start: int) -> tup
     spread [k, k], upper triangular: a column's error, divided by the diagonal, changes those after it by its row. The
     columns of one code are rounded together: the feedback between them is taken out of their errors.
     """
-    if (table := _native(weights, rounding := book.rounding(start, weights.shape[1]))) is not None:
-        assert rounding is not None
-        codes, errors = native.feedback(weights, spread, table, rounding.scales, rounding.zeros)
+    if (rounding := _native(weights, book, start)) is not None:
+        codes, errors = kernel.feedback(weights, spread, _table(rounding), rounding.scales, rounding.zeros)
         return codes.to(book.code_dtype), errors
     work, errors, codes = weights.clone(), torch.empty_like(weights), []
     for cols in _codes(book.p, weights.shape[1]):
@@ -51,10 +54,10 @@ def descent(
     pull [out, k]: (target - values) G at the columns of `book` from `start` on; gram [k, k]: their part of G; inverse:
     `inverses(gram, p)`; codes [out, ceil(k / p)]. The objective never rises.
     """
-    if (table := _native(pull, rounding := book.rounding(start, pull.shape[1]))) is not None:
-        assert rounding is not None
-        found, moves = native.descent(pull, gram, inverse, codes, table, rounding.scales, rounding.zeros)
-        return found.to(book.code_dtype), moves
+    if (rounding := _native(pull, book, start)) is not None:
+        table, scales, zeros = _table(rounding), rounding.scales, rounding.zeros
+        new_codes, moves = kernel.descent(pull, gram, inverse, codes, table, scales, zeros)
+        return new_codes.to(book.code_dtype), moves
     near, moves, codes = pull.clone(), torch.zeros_like(pull), codes.clone()
     for index, cols in enumerate(_codes(book.p, pull.shape[1])):
         place, own, force = slice(start + cols.start, start + cols.stop), gram[cols, cols], near[:, cols]
@@ -86,14 +89,27 @@ def inverses(gram: Tensor, p: int) -> Tensor:
     return torch.linalg.inv(blocks).float().contiguous()
 
 
-def _native(x: Tensor, rounding: Rounding | None) -> native.Table | None:
-    """The kernels' table for a block that they can round, or None."""
-    if rounding is None or x.device.type != "cpu" or kernels.backend() != "native":
+def _native(x: Tensor, book: Codebook, start: int) -> Rounding | None:
+    """How the kernels round the columns of x; None if they cannot."""
+    if x.device.type != "cpu" or kernels.backend() != "native":
         return None
+    rounding = book.rounding(start, x.shape[1])
+    if rounding is not None and (rounding.grid is None or rounding.grid.p <= kernel.MAX_DIM):
+        return rounding
+    _say_misfit(book.p)
+    return None
+
+
+def _table(rounding: Rounding) -> kernel.Table:
     if rounding.points is not None:
-        return native.Table.of_rows(rounding.points)
+        return kernel.Table.of_rows(rounding.points)
     assert rounding.grid is not None
-    return native.table_of(rounding.grid) if rounding.grid.p <= native.MAX_DIM else None
+    return kernel.table_of(rounding.grid)
+
+
+@functools.cache
+def _say_misfit(p: int) -> None:
+    _LOG.info("no native loops for codes of %d values, only for tables of up to %d; PyTorch runs", p, kernel.MAX_DIM)
 
 
 def _codes(p: int, columns: int) -> Iterator[slice]:

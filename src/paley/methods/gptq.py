@@ -1,8 +1,8 @@
 """GPTQ on any grid: rounds the columns of a code and changes later columns to make up for the error.
 
 GPTQ: arXiv:2210.17323. Targets for quantized inputs: GPTAQ, arXiv:2504.02692. Our targets also correct the error of the
-residual stream. Afterwards each row's scales are refitted, and coordinate descent improves the codes, both for the same
-objective, in which all of this is measured: `paley.methods.statistics`.
+residual stream. Afterwards each row's scales are refitted, and coordinate descent improves the codes. Both lower the
+objective that `paley.methods.statistics` defines.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ def _feedback(target: Tensor, spread: Tensor, book: Codebook) -> Tensor:
     work, codes = target.clone(), []
     for start, stop in blocks(book, BLOCK):
         book.begin_(work, start)
-        found, errors = feedback(work[:, start:stop], spread[start:stop, start:stop], book, start)
-        codes.append(found)
+        here, errors = feedback(work[:, start:stop], spread[start:stop, start:stop], book, start)
+        codes.append(here)
         work[:, stop:] -= errors @ spread[start:stop, stop:]
     return torch.cat(codes, -1)
 
@@ -135,15 +135,20 @@ def _refine_(codes: Tensor, target: Tensor, gram: Tensor, book: Codebook, sweeps
     if sweeps == 0:
         return
     pull = (target - book.values(codes)) @ gram
+    inverse = [inverses(gram[start:stop, start:stop], book.p) for start, stop in blocks(book, BLOCK)]
     for _ in range(sweeps):
         book.refit_(pull, gram, codes)
-        _descend_(pull, gram, codes, book)
+        _descend_(pull, gram, inverse, codes, book)
 
 
-def _descend_(pull: Tensor, gram: Tensor, codes: Tensor, book: Codebook) -> None:
-    """One sweep of coordinate descent over the codes, in place; pull [out, in], (target - values) gram, follows."""
-    for start, stop in blocks(book, BLOCK):
-        own, here = gram[start:stop, start:stop], slice(start // book.p, -(-stop // book.p))
-        found, moves = descent(pull[:, start:stop], own, inverses(own, book.p), codes[:, here], book, start)
-        codes[:, here] = found
+def _descend_(pull: Tensor, gram: Tensor, inverse: Sequence[Tensor], codes: Tensor, book: Codebook) -> None:
+    """One sweep of coordinate descent over the codes, in place; pull [out, in], (target - values) gram, follows.
+
+    inverse: of each block, as `columns.inverses` gives it.
+    """
+    for (start, stop), own in zip(blocks(book, BLOCK), inverse, strict=True):
+        here = slice(start // book.p, -(-stop // book.p))
+        codes[:, here], moves = descent(
+            pull[:, start:stop], gram[start:stop, start:stop], own, codes[:, here], book, start
+        )
         pull -= moves @ gram[start:stop]

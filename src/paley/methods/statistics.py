@@ -1,4 +1,4 @@
-"""What GPTQ knows of a linear's inputs: their second moments, and what its outputs should be."""
+"""Statistics of a linear's inputs, from which GPTQ works: their second moments, and the outputs to aim at."""
 
 from __future__ import annotations
 
@@ -41,11 +41,9 @@ class InputStatistics:
         """damp: added to gram's diagonal, as a share of its mean. All linears that read these inputs share it."""
         if damp not in self._metrics:
             gram = self.gram.double()
-            self._metrics[damp] = Metric(gram + self.ridge(damp) * torch.eye(len(gram)).to(gram))
+            ridge = damp * max(float(gram.diagonal().mean()), 1e-12)
+            self._metrics[damp] = Metric(gram + ridge * torch.eye(len(gram)).to(gram))
         return self._metrics[damp]
-
-    def ridge(self, damp: float) -> float:
-        return damp * max(float(self.gram.double().diagonal().mean()), 1e-12)
 
     def target(self, weight: Tensor, damp: float, compensate: bool) -> Tensor:
         """-> the weight [out, in] that comes nearest to the wanted outputs, before it is rounded; damped towards W.
@@ -57,13 +55,13 @@ class InputStatistics:
             return weight
         if self.aim is None:
             assert self.cross is not None
-            aim = weight @ self.cross
+            missing = weight @ (self.cross - self.gram)
         elif self.aim.shape == weight.shape:
-            aim = self.aim
+            missing = self.aim - weight @ self.gram
         else:
             raise PaleyError(f"gptq: the outputs are of a weight {list(self.aim.shape)}, not {list(weight.shape)}")
         spread = self.metric(damp).spread
-        return (aim + self.ridge(damp) * weight) @ spread.T @ spread
+        return weight + missing @ spread.T @ spread  # the damping of both sides cancels
 
 
 class Metric:

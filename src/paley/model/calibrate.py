@@ -1,14 +1,15 @@
 """Quantizes a model's weights step by step: the embedding, block by block, the head; each sees what came before it.
 
 Beside the block at work a copy of the original runs, on the original's inputs, so that GPTQ can aim at the
-original outputs. Memory beside the model: that copy, the hidden states of the calibration tokens twice, and the packed
-codes of the blocks that are done.
+original outputs. Memory beside the model: that copy, the hidden states of the calibration tokens twice, what both
+forwards hold at a stop (`steps.KEPT` bytes each), and the packed codes of the blocks that are done.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -26,8 +27,9 @@ from paley.methods.nearest import quantize_nearest, quantize_turned
 from paley.methods.statistics import InputStatistics
 from paley.model.adapter import Adapter, Block
 from paley.model.attention import attach_schemes
-from paley.model.capture import BlockRunner, Steps, capture_inputs
+from paley.model.capture import BlockRunner, capture_inputs
 from paley.model.coded import Coded
+from paley.model.compared import ComparedBlock
 from paley.model.embedding import QuantEmbedding
 from paley.model.linear import QuantLinear
 from paley.model.reading import share_inputs_, tie_head_
@@ -123,18 +125,19 @@ class ModelQuantizer:
         elif (mean := beside.get(f"{block.attention}.key_mean")) is not None:
             self.adapter.module(block.attention).key_mean.copy_(mean)
         self._activate(block)
-        groups = list(self._same_inputs(block))
-        stops = [alike[0] for alike in groups if not known and any(self.linears[s.name].calibrated for s in alike)]
-        steps = None if self.hidden is None else _Pair(self, block, reference, stops)
+        groups = {site: self._alike(site) for site in block.inputs()}
+        wanted = {site: [] if known else [g for g in groups[site] if self._is_calibrated(g)] for site in groups}
         reports = []
-        for alike in groups:
-            statistics = steps.statistics(alike[0]) if steps is not None and alike[0] in stops else None
-            for site in alike:
-                q = known[site.name] if known else self._codes(site, statistics)
-                reports.append(self._replace_linear(site, q))
-                on_layer(reports[-1])
-        if steps is not None:
-            self.hidden, self.original = steps.finish()
+        with self._compared(block, reference, [site for site in wanted if wanted[site]]) as both:
+            for read in groups:
+                statistics = both.statistics(read, wanted[read]) if both is not None and wanted[read] else {}
+                for alike in groups[read]:
+                    for site in alike:
+                        q = known[site.name] if known else self._codes(site, statistics.get(alike))
+                        reports.append(self._replace_linear(site, q))
+                        on_layer(reports[-1])
+            if both is not None:
+                self.hidden, self.original = both.finish()
         return reports
 
     @torch.no_grad()
@@ -204,18 +207,25 @@ class ModelQuantizer:
             self.adapter.head.prepare_(EXACT)
         return LayerReport(site.name, error, q)
 
-    def _same_inputs(self, block: Block) -> Iterator[tuple[Site, ...]]:
-        """Linears whose weights are quantized, grouped by what they read: the same tensor, rounded alike."""
-        for site in block.inputs():
-            readers = [self.adapter.sites[name] for name in site.readers]
-            schemes = {reader: self.linears[reader.name] for reader in readers}
-            rounded = {
-                reader: (scheme.input, scheme.outliers, scheme.transform, scheme.diagonal)
-                for reader, scheme in schemes.items()
-                if scheme.weight is not None
-            }
-            for alike in dict.fromkeys(rounded.values()):
-                yield tuple(reader for reader, how in rounded.items() if how == alike)
+    def _compared(
+        self, block: Block, reference: nn.Module, inputs: Sequence[Site]
+    ) -> AbstractContextManager[ComparedBlock | None]:
+        if self.hidden is None or self.original is None:
+            return nullcontext()
+        return ComparedBlock(self.runner, block, reference, self.hidden, self.original, inputs, self.compensate)
+
+    def _alike(self, site: Site) -> list[tuple[Site, ...]]:
+        """The linears that read an input and whose weights are quantized, those together that round it alike."""
+        schemes = {self.adapter.sites[name]: self.linears[name] for name in site.readers}
+        how = {
+            reader: (scheme.input, scheme.outliers, scheme.transform, scheme.diagonal)
+            for reader, scheme in schemes.items()
+            if scheme.weight is not None
+        }
+        return [tuple(reader for reader in how if how[reader] == alike) for alike in dict.fromkeys(how.values())]
+
+    def _is_calibrated(self, alike: tuple[Site, ...]) -> bool:
+        return any(self.linears[site.name].calibrated for site in alike)
 
     def _activate(self, block: Block) -> None:
         set_attention_(self.adapter, block, self.attentions.get(block.attention))
@@ -287,50 +297,3 @@ class ModelQuantizer:
         made.prepare_(EXACT)
         self.adapter.model.set_submodule(site.module, made)
         return LayerReport(site.name, rel_error(linear.dequantize(), made.dequantize()), q)
-
-
-class _Pair:
-    """A block at work and the original of it, step by step, each on its own hidden states; stops: as of `Steps`."""
-
-    def __init__(self, quantizer: ModelQuantizer, block: Block, reference: nn.Module, stops: Sequence[Site]):
-        assert quantizer.hidden is not None
-        assert quantizer.original is not None
-        self._block, self._reference, self._alone = block, reference, quantizer.compensate == "plain"
-        self._hidden, self._original = quantizer.hidden, quantizer.original
-        # What does not add to the stream by itself, as where a norm comes after it, aims at its own outputs.
-        corrects = quantizer.compensate == "residual_stream"
-        self._norms = {site: block.local(site.norm) for site in stops if corrects and site.norm and site.adds_to_stream}
-        names, norms = [block.local(site.module) for site in stops], set(self._norms.values())
-        self._now = Steps(quantizer.runner, block.module, block.index, self._hidden, names, norms)
-        self._then = Steps(
-            quantizer.runner, reference, block.index, self._original, [] if self._alone else names, norms, behind=True
-        )
-
-    def statistics(self, site: Site) -> InputStatistics:
-        """Second moments of what a linear of the block reads, and the outputs that it should have."""
-        name, norm, statistics = self._block.local(site.module), self._norms.get(site), InputStatistics()
-        linear, original = (part.get_submodule(name) for part in (self._block.module, self._reference))
-        assert isinstance(linear, QuantLinear)
-        assert isinstance(original, QuantLinear)
-        inputs = self._now.inputs(name)
-        if self._alone:
-            for x, _ in inputs:
-                statistics.add(linear.round_input(x).flatten(0, -2))
-            return statistics
-        for (x, now), (x_then, then) in zip(inputs, self._then.inputs(name), strict=True):
-            x = linear.round_input(x)
-            if norm is None:
-                statistics.add(x.flatten(0, -2), original.round_input(x_then).flatten(0, -2))
-                continue
-            # The next norm divides each token by its size: an error counts relative to it. Without this the few
-            # tokens with massive activations would decide everything.
-            stream = then[norm] + then[name]
-            scale = stream.square().mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()
-            outputs = stream - now[norm] if original.bias is None else stream - now[norm] - original.bias
-            statistics.add((x * scale).flatten(0, -2), outputs=(outputs * scale).flatten(0, -2))
-        return statistics
-
-    def finish(self) -> tuple[Tensor, Tensor]:
-        """-> the hidden states after the block, and the original's, in the same memory."""
-        original = self._then.finish(out=self._original)
-        return self._now.finish(out=self._hidden), original

@@ -1,23 +1,16 @@
-"""Runs a decoder block by block over batches of token blocks, so that a prefix is computed once and kept.
-
-`Steps` runs one block in parts: its linears can be quantized one after the other, each on what the ones before it make
-of the tokens, and nothing is computed twice.
-"""
+"""Runs a decoder block by block over batches of token blocks, so that a prefix is computed once and kept."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
 
 import torch
-from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from paley.model.adapter import Adapter
 
-__all__ = ["BlockRunner", "Steps", "capture_inputs"]
+__all__ = ["BlockRunner", "capture_inputs"]
 
 
 class _Stop(Exception):  # noqa: N818 (a signal, not an error)
@@ -50,7 +43,12 @@ class BlockRunner:
     @torch.no_grad()
     def run(self, module: nn.Module, index: int, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """As `block`, with another module in the place of block `index`."""
-        return Steps(self, module, index, hidden).finish(out)
+        kwargs = self.arguments(index, hidden.shape[1])
+        out = torch.empty_like(hidden) if out is None else out
+        for source, target in zip(hidden.split(self.batch), out.split(self.batch), strict=True):
+            target.copy_(module(source, **kwargs))
+        self.work += hidden.shape[0] * hidden.shape[1]
+        return out
 
     @torch.no_grad()
     def until(self, part: nn.Module, module: nn.Module, index: int, hidden: Tensor) -> None:
@@ -107,87 +105,6 @@ class BlockRunner:
             for handle in handles:
                 handle.remove()
         self._kwargs[seq_len] = [seen[i] for i in range(len(self.adapter.blocks))]
-
-
-class Steps:
-    """A block's forwards of all batches, side by side; each stops where one of the linears in `stops` reads its input.
-
-    A linear may be replaced while the forwards stand before it: they go on through the new one. hidden [sequences,
-    seq_len, hidden]; stops: names within the module, in order of computation; watched: names of modules whose last
-    input `inputs` gives too. behind: stop behind these linears instead, and give their outputs under their names too.
-    """
-
-    def __init__(
-        self, runner: BlockRunner, module: nn.Module, index: int, hidden: Tensor,
-        stops: Iterable[str] = (), watched: Iterable[str] = (), *, behind: bool = False,
-    ):  # fmt: skip
-        self._runner, self._hidden = runner, hidden
-        for name in stops:
-            _stop_at(module, name, behind)
-        self._handles = [module.get_submodule(name).register_forward_pre_hook(partial(_note, name)) for name in watched]
-        forward = partial(module, **runner.arguments(index, hidden.shape[1]))
-        self._passes = [_Pass(forward, batch) for batch in hidden.split(runner.batch)]
-
-    @torch.no_grad()
-    def inputs(self, stop: str) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """Goes on to a stop -> of each batch what is read there [batch, seq_len, in], and what was seen on the way."""
-        for one in self._passes:
-            reached, x = one.go_on()
-            assert reached == stop, f"the forward came to {reached}, expected {stop}"
-            yield x, one.seen
-
-    @torch.no_grad()
-    def finish(self, out: Tensor | None = None) -> Tensor:
-        """To the end -> what the block makes of hidden; written into `out` where given (may be `hidden` itself)."""
-        out = torch.empty_like(self._hidden) if out is None else out
-        for one, target in zip(self._passes, out.split(self._runner.batch), strict=True):
-            target.copy_(one.go_on())
-        for handle in self._handles:
-            handle.remove()
-        self._runner.work += self._hidden.shape[0] * self._hidden.shape[1]
-        return out
-
-
-class _Pass(greenlet):
-    """One forward, which can stand still in the middle. seen: watched inputs, and outputs, by name."""
-
-    def __init__(self, forward: Callable[[Tensor], Tensor], hidden: Tensor):
-        super().__init__(partial(forward, hidden))
-        self.seen: dict[str, Tensor] = {}
-
-    def go_on(self) -> Any:
-        """-> (name, input) at a stop, the forward's result at its end. What it raises comes out here."""
-        self.parent = getcurrent()
-        return self.switch()
-
-    def stand(self, reached: object) -> None:
-        """Called within the forward: hands `reached` out, and waits for the next `go_on`."""
-        assert self.parent is not None
-        self.parent.switch(reached)
-
-
-def _stop_at(module: nn.Module, name: str, behind: bool) -> None:
-    linear: Any = module.get_submodule(name)
-    forward = linear.forward
-
-    def stop(x: Tensor) -> Tensor:
-        one = getcurrent()
-        assert isinstance(one, _Pass)
-        if behind:
-            one.seen[name] = forward(x)
-            one.stand((name, x))
-            return one.seen.pop(name)
-        one.stand((name, x))
-        now = module.get_submodule(name)
-        return forward(x) if now is linear else now(x)
-
-    linear.forward = stop
-
-
-def _note(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-    one = getcurrent()
-    assert isinstance(one, _Pass)
-    one.seen[name] = args[0]
 
 
 @contextmanager

@@ -33,8 +33,8 @@ class Texts:
 def gather(recipe: Recipe, source: Source, device: str = "cpu") -> Texts:
     """Cuts the recipe's sources into blocks; a source with one role is used whole, else split by role.
 
-    Without a test the default source keeps its test part: scored or not, the codes are the same. The source `self` is
-    text that the model writes itself, which no score may be reported on.
+    Without a test the default source keeps its test part: the codes are those of a run that scores on that part. The
+    source `self` is text that the model writes itself, which no score may be reported on.
     """
     tuning = _tuning_sources(recipe)
     if not tuning and recipe.test is None:

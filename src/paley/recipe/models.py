@@ -73,7 +73,7 @@ class Search(_Frozen):
 class Test(_Frozen):
     """The text for scores; source None: a disjoint part of the calibration's source.
 
-    A recipe with test null measures nothing. This is for models too large to run here.
+    A recipe with test null measures nothing: the run is quicker, and a data-free one never holds the whole model.
     """
 
     __test__: ClassVar[bool] = False  # not a pytest class

@@ -1,0 +1,121 @@
+"""Runs a block in steps: its linears are quantized one after the other, each on what the ones before it make of a text.
+
+A forward stands still where a linear reads its input, until it is told to go on. Each is a greenlet: one thread runs
+them in turn, and the frames of the forward keep what has been computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, Self
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch import Tensor, nn
+
+from paley.model.capture import BlockRunner
+
+__all__ = ["Steps"]
+
+KEPT = 2**30  # bytes that the forwards of one block may hold while they stand still
+_HELD = 10  # times the hidden states: residual, the product of an MLP, and what attention has made, at the most
+
+
+class Steps:
+    """A block's forwards, one a batch, each with stops where linears read their inputs; to be used in a `with`.
+
+    A linear may be replaced while the forwards stand before it: they go on through the new one. As many forwards stand
+    still as fit into KEPT bytes; the others begin anew for each stop.
+    """
+
+    def __init__(
+        self, runner: BlockRunner, module: nn.Module, index: int, hidden: Tensor,
+        stops: Iterable[str] = (), watched: Iterable[str] = (), *, behind: bool = False,
+    ):  # fmt: skip
+        """hidden [sequences, seq_len, hidden]; stops: names of linears within the module, in order of computation.
+
+        watched: names of modules; what they last read comes with each stop. behind: the stops are behind the linears,
+        whose outputs come, too, under their names.
+        """
+        self._hidden, self._batches, self._runner = hidden, hidden.split(runner.batch), runner
+        self._forward = partial(module, **runner.arguments(index, hidden.shape[1]))
+        self._linears = [module.get_submodule(name) for name in stops]
+        for name, linear in zip(stops, self._linears, strict=True):
+            linear.forward = partial(_stop, module, name, linear, linear.forward, behind)
+        self._handles = [module.get_submodule(name).register_forward_pre_hook(partial(_note, name)) for name in watched]
+        kept = KEPT // (_HELD * self._batches[0].nbytes) if self._linears else 0
+        self._passes = [_Pass(self._forward, batch) for batch in self._batches[:kept]]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leaves the module as it was, whatever happened."""
+        self._passes.clear()
+        for handle in self._handles:
+            handle.remove()
+        for linear in self._linears:
+            del linear.forward
+
+    @torch.no_grad()
+    def inputs(self, stop: str) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Goes on to a stop -> of each batch what is read there [batch, seq_len, in], and what was seen on the way."""
+        for one in self._all():
+            yield one.go_on(stop), one.seen
+
+    @torch.no_grad()
+    def finish(self, out: Tensor | None = None) -> Tensor:
+        """To the end -> what the block makes of hidden; written into `out` where given (may be `hidden` itself)."""
+        out = torch.empty_like(self._hidden) if out is None else out
+        for one, target in zip(self._all(), out.split(self._runner.batch), strict=True):
+            target.copy_(one.go_on(None))
+        self._runner.work += self._hidden.shape[0] * self._hidden.shape[1]
+        return out
+
+    def _all(self) -> Iterator[_Pass]:
+        yield from self._passes
+        for batch in self._batches[len(self._passes) :]:
+            yield _Pass(self._forward, batch)
+
+
+class _Pass(greenlet):
+    """One forward, which can stand still in the middle. seen: watched inputs, and outputs, by name."""
+
+    def __init__(self, forward: Callable[[Tensor], Tensor], hidden: Tensor):
+        super().__init__(partial(forward, hidden))
+        self.seen: dict[str, Tensor] = {}
+
+    def go_on(self, stop: str | None) -> Tensor:
+        """-> what is read at the stop; None: the forward's result. What the forward raises comes out here."""
+        self.parent = getcurrent()
+        while True:
+            reached = self.switch()
+            if self.dead:
+                assert stop is None, f"the forward ended before {stop}"
+                return reached
+            if reached[0] == stop:
+                return reached[1]
+
+    def stand(self, name: str, x: Tensor) -> None:
+        """Called within the forward: hands both out, and waits for the next `go_on`."""
+        assert self.parent is not None
+        self.parent.switch((name, x))
+
+
+def _stop(module: nn.Module, name: str, linear: nn.Module, forward: Any, behind: bool, x: Tensor) -> Tensor:
+    one = getcurrent()
+    assert isinstance(one, _Pass)
+    if behind:
+        one.seen[name] = forward(x)
+        one.stand(name, x)
+        return one.seen.pop(name)
+    one.stand(name, x)
+    now = module.get_submodule(name)
+    return forward(x) if now is linear else now(x)
+
+
+def _note(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    one = getcurrent()
+    assert isinstance(one, _Pass)
+    one.seen[name] = args[0]
