@@ -25,8 +25,7 @@ ROWS = {
     "Paley": "w3a3kv3",
 }
 SETTINGS = [
-    "calibration.sequences=48", "calibration.seq_len=256", "search.sequences=6", "search.seq_len=256",
-    "test.sequences=48", "test.seq_len=256",
+    "calibration.sequences=48", "calibration.seq_len=256", "test.sequences=48", "test.seq_len=256",
 ]  # fmt: skip
 
 

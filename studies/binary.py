@@ -38,7 +38,7 @@ class Variants:
         yield "atom-like", self.before(*atom, outliers=most)
         for bits in (2, 3):
             yield f"higgs w{bits}", preset(f"higgs-w{bits}a4kv4{BLOCKS_ALONE}")
-            ours = preset(f"w{bits}a4kv4{BLOCKS_ALONE}")
+            ours = preset(f"gbs-w{bits}a4kv4{BLOCKS_ALONE}")
             yield f"paley w{bits}a4kv4", apply_settings(ours, ["search.method=none"])
         yield "w1a4, before, gptq as published", self.before(*published, outliers=most)
         yield "w1a4, before", self.before(outliers=most)

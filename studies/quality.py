@@ -17,7 +17,8 @@ def rows(width: str, expansions: list[str]) -> dict[str, tuple[Recipe, str]]:
     """name -> recipe and the command that gives it."""
     found = {name: preset(f"{name}-{width}") for name in ("rtn", "quarot", "quarot-clipped")}
     labelled = {name: (recipe, f"--preset {name}-{width}") for name, recipe in found.items()}
-    ours = width + BLOCKS_ALONE
+    labelled["default"] = (preset(width + BLOCKS_ALONE), f"--preset {width + BLOCKS_ALONE}")
+    ours = f"gbs-{width}{BLOCKS_ALONE}"
     for expand in expansions:
         flags = ["search.method=none", f"expand={expand}"]
         name = "paley without search" + (f" + {expand} columns" if expand != "0" else "")

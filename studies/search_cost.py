@@ -42,7 +42,7 @@ def main() -> None:
     bits = arguments.bits
     experiment = Experiment("search-cost", arguments)
     grids = [g % bits if "%" in g else g for g in GRIDS]
-    recipe = apply_settings(preset(f"w{bits}a{bits}kv{bits}{BLOCKS_ALONE}"), grids)
+    recipe = apply_settings(preset(f"gbs-w{bits}a{bits}kv{bits}{BLOCKS_ALONE}"), grids)
     quantized = experiment.quantize(recipe)
     start = quantized.row
     tokens = experiment.blocks.search.ids.numel()

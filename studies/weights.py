@@ -48,7 +48,7 @@ def recipes(budget: float, widths: dict[int, int]) -> Iterator[tuple[str, Recipe
         ("nf", "rtn-w4a16", (), ("nf",)),
         ("af", "rtn-w4a16", (), ("af",)),
         ("gptq", "quarot-w4a16", ("rotate=none", "expand_mlp=0"), ("int",)),
-        ("ours, w?a16", "w4a16", ("weights.scale_search=mse",), ("gauss",)),
+        ("ours, w?a16", "gbs-w4a16", ("weights.scale_search=mse",), ("gauss",)),
     ):
         found = _best_grouped(budget, widths, families)
         if found is not None:
@@ -103,8 +103,8 @@ def _calibrated(recipe: Recipe) -> Recipe:
 
 
 def _ours(grid: str) -> Recipe:
-    """Our default for weights alone, on the same grid: rotations folded, GPTQ, the residual stream as its aim."""
-    return apply_settings(preset("w4a16" + BLOCKS_ALONE), [f"weights.grid={grid}", "weights.scale_search=rms"])
+    """Ours for weights alone, on the same grid: rotations folded, GPTQ, the residual stream as its aim."""
+    return apply_settings(preset("gbs-w4a16" + BLOCKS_ALONE), [f"weights.grid={grid}", "weights.scale_search=rms"])
 
 
 def allocated(budget: float) -> dict[str, Recipe]:

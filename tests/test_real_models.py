@@ -32,7 +32,7 @@ def test_rotating_and_widening_keep_the_predictions(folder, expand):
     model = source.load()
     before = model(ids).logits
     adapter = Adapter(model)
-    problem = resolve(source, preset("w3a3kv3").model_copy(update={"expand": expand}))
+    problem = resolve(source, preset("gbs-w3a3kv3").model_copy(update={"expand": expand}))
     rotate_(adapter, problem.rotation, problem.inputs())
     wrap_(adapter, problem.schemes)
     for block in adapter.blocks:

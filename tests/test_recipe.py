@@ -84,7 +84,7 @@ def test_recipes_are_frozen():
 
 
 def test_packaged_methods():
-    assert preset_methods() == ["bwa", "gbs", "higgs", "quarot", "quarot-clipped", "rtn"]
+    assert preset_methods() == ["bwa", "gbs", "higgs", "paley", "quarot", "quarot-clipped", "rtn"]
 
 
 def test_binary_weights_have_short_names():
@@ -118,7 +118,7 @@ def test_a_group_written_by_hand_is_not_fitted():
         assert apply_settings(preset("w1a4"), settings).fit_groups == fitted
 
 
-@pytest.mark.parametrize("method", ["gbs", "higgs", "quarot", "quarot-clipped", "rtn"])
+@pytest.mark.parametrize("method", ["gbs", "higgs", "paley", "quarot", "quarot-clipped", "rtn"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_every_method_loads_at_every_width(method, bits):
     recipe = preset(f"{method}-w{bits}a{bits}kv{bits}")
@@ -166,9 +166,37 @@ def test_quarot_clipped_is_quarot_but_for_its_activations():
     assert clipped.model_copy(update=same) == plain
 
 
+def test_the_default_is_gbs_without_a_search_on_inputs_rotated_at_run_time():
+    default, gbs = preset("W3A4KV2"), preset("gbs-w3a4kv2")
+    assert default == preset("paley-w3a4kv2")
+    assert (default.rotate, default.diagonal, default.search.method) == ("auto", "auto", "none")
+    changes = {"rotate": gbs.rotate, "diagonal": gbs.diagonal, "search": gbs.search}
+    assert default.model_copy(update=changes) == gbs
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "rotation", "diagonal"),
+    [
+        ("w4a4kv4", [], "online", True),
+        ("w3a4kv4", [], "online", True),
+        ("w4a8kv8", [], "online", False),  # inputs of eight bits lose nothing that weights could make up for
+        ("w4a16", [], "online", False),
+        ("w4a4kv4", ["expand=64"], "folded", False),
+        ("w4a4kv4", ["rotate=folded"], "folded", False),
+        ("w4a4kv4", ["diagonal=false"], "online", False),
+        ("w4a16", ["diagonal=true"], "online", True),
+        ("w4a4kv4", ["budget={inputs: 4}"], "online", False),  # which measures inputs without one
+        ("higgs-w4a4", [], "online", False),  # needs no text
+    ],
+)
+def test_where_inputs_turn_and_have_a_diagonal(name, settings, rotation, diagonal):
+    recipe = apply_settings(preset(name), settings)
+    assert recipe.rotation == rotation
+    assert recipe.wants_diagonal(recipe.linear_scheme("model.layers.0.mlp.up_proj", "linear")) == diagonal
+
+
 def test_the_facts_of_gbs():
     recipe = preset("gbs-w3a4kv2")
-    assert recipe == preset("W3A4KV2")
     assert recipe.weights is not None
     assert recipe.inputs is not None
     assert recipe.keys is not None
@@ -178,7 +206,7 @@ def test_the_facts_of_gbs():
     # Rotated weights and inputs are Gaussian, and their grid and scale are made for that.
     assert [s.grid.affine for s in schemes] == [False, False, True]
     assert (recipe.weights.method, recipe.inputs.scale) == ("gptq", "rms")
-    assert (recipe.rotate, recipe.search.method, recipe.compensate) == ("auto", "gbs", "residual_stream")
+    assert (recipe.rotate, recipe.search.method, recipe.compensate) == ("folded", "gbs", "residual_stream")
     assert recipe.expand == 0
     assert recipe.expand_mlp == "auto"
     assert recipe.center_keys
@@ -225,7 +253,7 @@ def test_sixteen_bits_leave_unquantized():
     assert recipe.weights == dataclasses.replace(plain, group_size=64)
     assert recipe.inputs is recipe.keys is recipe.values is None
     assert recipe.search.method == "none"
-    half = preset("w16a8")
+    half = preset("gbs-w16a8")
     assert half.weights is None
     assert half.inputs is not None
     assert half.search.method == "gbs"
@@ -249,7 +277,7 @@ def test_sixteen_bits_leave_unquantized():
         ("w4a4 kv4", r"expected \[METHOD-\]W<bits>"),
         (
             "quaro-w4a4",
-            r"unknown method 'quaro'; did you mean 'quarot'\?; known: bwa, gbs, higgs, quarot, quarot-clipped, rtn",
+            r"unknown method 'quaro'; did you mean 'quarot'\?; known: bwa, gbs, higgs, paley, quarot, ",
         ),
         ("../gbs-w4a4", r"unknown method '\.\./gbs'"),
         ("w4g0a4", r"group_size must be a positive integer"),

@@ -118,17 +118,17 @@ SETTINGS = {
     "bits out of range": (["--preset", "w9a4"], r"W9 has no grid"),
     "one bit by another method": (("--preset", "rtn-w1a4"), "W1 and the method bwa need each other"),
     "groups wider than the layer": (
-        ("--preset", "w1g128a4"),
+        ("--preset", "w1g128a4", "--set", "rotate=folded"),
         r"layers.0.self_attn.q_proj: in_features=24 is no multiple of group_size=128; set a divisor such as 24 "
         r"\(weights.group_size, inputs.group_size\), or fit_groups=true",
     ),
     "groups of inputs": (
-        ("--preset", "w1a4", "--set", "weights.group_size=24", "inputs.group_size=16", "outliers=0"),
+        ("--preset", "w1a4", "--set", "rotate=folded", "weights.group_size=24", "inputs.group_size=16"),
         r"q_proj: input: dimension 24 is no multiple of group_size=16; set a divisor such as 12 or 24 "
         r"\(weights.group_size, inputs.group_size\), or fit_groups=true",
     ),
     "more outliers than columns": (
-        ("--preset", "w1a4", "--set", "weights.group_size=8", "inputs.group_size=8", "outliers=24"),
+        ("--preset", "w1a4", "--set", "rotate=folded", "weights.group_size=8", "inputs.group_size=8", "outliers=24"),
         r"layers.0.self_attn.q_proj: outliers=24 must be fewer than its in_features=24 columns",
     ),
     "outliers among vectors": (

@@ -51,7 +51,7 @@ def made(tiny_tokenizer, tmp_path_factory) -> SimpleNamespace:
     tiny_tokenizer.save_pretrained(model)
     words = [f"{n} {'abcdefg'[n % 7] * (n % 5 + 1)} story number {n * n}." for n in range(900)]
     text.write_text("\n<|endoftext|>\n".join(" ".join(words[i : i + 9]) for i in range(0, 900, 9)))
-    args = ["quantize", model, "--preset", "w3a3kv3", "--output", out, "--calibration", text, *SIZES]
+    args = ["quantize", model, "--preset", "gbs-w3a3kv3", "--output", out, "--calibration", text, *SIZES]
     return SimpleNamespace(model=model, text=text, out=out, args=args, run=paley_(*args, "--json"))
 
 
@@ -111,7 +111,7 @@ def test_an_existing_output_is_replaced_only_with_overwrite(made, tmp_path):
 
 def test_a_plan_executed_gives_the_bytes_that_quantize_gave(made, tmp_path):
     plan = tmp_path / "plan.json"
-    args = ["plan", made.model, "--preset", "w3a3kv3", "--output", plan, "--calibration", made.text, *SIZES]
+    args = ["plan", made.model, "--preset", "gbs-w3a3kv3", "--output", plan, "--calibration", made.text, *SIZES]
     shown = paley_(*args).out
     assert "16 of 16 quantized" in shown
     assert f"written to {plan}" in shown

@@ -125,7 +125,7 @@ def test_a_group_written_by_hand_is_refused_where_it_does_not_divide(name, model
         (("expand_mlp=4",), GROUPS | {"down_proj": 96}),
         (("rotate=online", "hadamard=1024"), GROUPS),
         (("rotate=online", "hadamard=64"), GROUPS | {"down_proj": 128}),  # padded, as only tiny blocks divide 92
-        (("weights.group_size=null", "inputs.group_size=null"), dict.fromkeys(GROUPS)),
+        (("rotate=folded", "weights.group_size=null", "inputs.group_size=null"), dict.fromkeys(GROUPS)),
         (
             ("overrides=[{pattern: '*.o*', weight: {grid: int4, group_size: 8}, input: {grid: int4, group_size: 8}}]",),
             GROUPS | {"o_proj": 8},

@@ -66,7 +66,7 @@ def text(tmp_path_factory):
     return file
 
 
-def recipe(text, name="w3a3kv3", *more):
+def recipe(text, name="gbs-w3a3kv3", *more):
     sizes = [f"{part}.sequences=4" for part in ("calibration", "search", "test")]
     lengths = [f"{part}.seq_len=32" for part in ("calibration", "search", "test")]
     return apply_settings(preset(name), [f"calibration.source={text}", "search.iterations=1", *sizes, *lengths, *more])
@@ -126,7 +126,7 @@ def test_the_plan_alone_gives_the_same_bytes(done, model_folder, text, tmp_path)
     assert contents(again.output)["model.safetensors"] == written["model.safetensors"]
 
 
-@pytest.mark.parametrize("name", ["w3a3kv3", "w4a16", "rtn-w4a4kv4"])
+@pytest.mark.parametrize("name", ["gbs-w3a3kv3", "w3a3kv3", "w4a16", "rtn-w4a4kv4"])
 def test_a_run_without_scores_gives_the_same_bytes(name, model_folder, text, tmp_path):
     scored, bare = (
         quantize(model_folder, recipe(text, name, *unscored), output=tmp_path / str(len(unscored)))
@@ -183,8 +183,10 @@ def test_other_presets(name, model_folder, text, tmp_path):
 
 
 def test_expansion_is_stored_and_counted(model_folder, text, tmp_path):
-    wide = quantize(model_folder, recipe(text, "w4a4kv4", "expand=8"), output=tmp_path / "wide")
-    plain = quantize(model_folder, recipe(text, "w4a4kv4"), output=tmp_path / "plain")
+    wide = quantize(
+        model_folder, recipe(text, "gbs-w4a4kv4", "search.method=none", "expand=8"), output=tmp_path / "wide"
+    )
+    plain = quantize(model_folder, recipe(text, "gbs-w4a4kv4", "search.method=none"), output=tmp_path / "plain")
     assert json.loads((wide.output / "config.json").read_text())["hidden_size"] == 32
     assert wide.results.bits_per_weight > plain.results.bits_per_weight
 

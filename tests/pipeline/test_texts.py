@@ -33,9 +33,9 @@ def recipe(name: str, *settings: str) -> Recipe:
     [
         ("w4a4kv4", [], True),
         ("w4a4kv4", ["test.source=B"], False),
-        ("w4a4kv4", ["test.source=B", "search.source=B"], True),
+        ("gbs-w4a4kv4", ["test.source=B", "search.source=B"], True),
         # Also where nothing is tuned: all methods are scored on the same text.
-        ("w4a4kv4", ["test.source=B", "search.source=B", "search.method=none"], True),
+        ("gbs-w4a4kv4", ["test.source=B", "search.source=B", "search.method=none"], True),
         ("rtn-w4a16", [], True),
         ("rtn-w4a16", ["test.source=B"], False),
         ("higgs-4", ["test.source=B", "budget={weights: 4, source: B}"], True),  # slopes are measured on a part
@@ -53,7 +53,7 @@ def test_the_score_of_a_run_is_on_test_blocks(files, tiny_tokenizer, name, setti
 
 
 def test_a_file_is_known_by_any_of_its_names(files, tmp_path, monkeypatch):
-    made = recipe("w4a4kv4", f"calibration.source={files[0]}", f"search.source={files[1]}")
+    made = recipe("gbs-w4a4kv4", f"calibration.source={files[0]}", f"search.source={files[1]}")
     (tmp_path / "link.txt").symlink_to(files[0])
     monkeypatch.chdir(tmp_path)
     for source, tuned in (

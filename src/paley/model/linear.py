@@ -47,6 +47,7 @@ class QuantLinear(Coded):
         start = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
         self.register_parameter("bias", parameter(start))
         self.shared_input: SharedInput | None = None
+        self.diagonal_key = 0
         self.product: Product = Packed(self, dtype)
 
     @classmethod
@@ -70,7 +71,7 @@ class QuantLinear(Coded):
         if bias:
             made.bias = parameter(linear.bias.detach().clone())
         if scheme.diagonal and getattr(linear, "diagonal", None) is not None:
-            made.diagonal = linear.diagonal
+            made.diagonal, made.diagonal_key = linear.diagonal, linear.diagonal_key
         return made
 
     def prepare_(self, product: str = "auto", dtype: torch.dtype = torch.float32) -> None:
@@ -108,7 +109,7 @@ class QuantLinear(Coded):
         assert self.scheme.transform is not None
         weight = self.scheme.transform.apply(self.plain_weight() * diagonal.double())
         self.weight = parameter(weight.to(self.weight.dtype))
-        self.diagonal = diagonal
+        self.diagonal = diagonal.clone()  # files have one for each layer, and transformers refuses to save shared ones
 
     def round_input(self, x: Tensor) -> Tensor:
         """x [..., in] (transform.in_dim if there is a transform) -> what meets the weight."""

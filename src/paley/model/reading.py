@@ -136,8 +136,10 @@ def share_inputs_(adapter: Adapter) -> None:
         readers = [adapter.module(path) for path in site.readers]
         if len(readers) < 2 or not all(isinstance(reader, QuantLinear) for reader in readers):
             continue
-        shared, first = SharedInput(len(readers)), readers[0].diagonal
+        shared = SharedInput(len(readers))
+        diagonals = [reader.diagonal for reader in readers]
         for reader in readers:
             reader.shared_input = shared
-            if first is not None and reader.diagonal is not None and torch.equal(reader.diagonal, first):
-                reader.diagonal = first  # read from a file, each has its own
+            if reader.diagonal is not None:
+                same = (d is not None and torch.equal(d, reader.diagonal) for d in diagonals)
+                reader.diagonal_key = list(same).index(True)

@@ -24,12 +24,15 @@ __all__ = ["PRODUCTS", "CodedWeight", "Product", "choose", "grid_matmul"]
 
 
 class CodedWeight(Protocol):
-    """A weight [out, in] as a layer holds it; outlier_columns int32 [k] and diagonal
-    [transform.in_dim], or None."""
+    """A weight [out, in] as a layer holds it; outlier_columns int32 [k] and diagonal [transform.in_dim], or None.
+
+    diagonal_key: the same for layers that read one input and have equal diagonals.
+    """
 
     scheme: LinearScheme
     outlier_columns: Tensor | None
     diagonal: Tensor | None
+    diagonal_key: int
 
     def quantized(self) -> Quantized | None: ...
     def dequantize(self, dtype: torch.dtype = ...) -> Tensor: ...
@@ -41,9 +44,9 @@ def grid_matmul(x: Tensor, weight: CodedWeight) -> Tensor:
     return linear(rounded, weight.dequantize(rounded.dtype))
 
 
-def _own(weight: CodedWeight) -> tuple[int, int]:
-    """Two layers make the same of an input only if these tensors are the same ones."""
-    return id(weight.diagonal), id(weight.outlier_columns)
+def _own(weight: CodedWeight) -> tuple[Hashable, ...]:
+    """Two layers make the same of an input only if they agree in this."""
+    return weight.diagonal is None, weight.diagonal_key, id(weight.outlier_columns)
 
 
 class Product(Protocol):

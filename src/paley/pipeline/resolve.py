@@ -39,8 +39,6 @@ def resolve(source: Source, recipe: Recipe) -> Problem:
     schemes = _schemes(sites, recipe, turning)
     recipe.check_overrides((site.name for site in sites.weights), schemes.attentions)
     notes = [f"fit_groups: {text}"] if (text := _fitted_groups(sites, recipe, turning, schemes)) else []
-    if recipe.rotate == "auto" and (why := sites.architecture.why_stream_is_fixed()) is not None:
-        notes.append(f"rotate: inputs turn at run time, as {why}")
     outer = schemes.linears[sites.embedding.name].weight
     asked = recipe.linear_scheme(sites.embedding.name, "embedding").weight
     if outer is not None and asked is not None and outer.method != asked.method:
@@ -63,7 +61,7 @@ def resolve(source: Source, recipe: Recipe) -> Problem:
     ).check()
     _check_data(problem, recipe)
     if recipe.budget is not None:
-        if recipe.diagonal and recipe.budget.inputs is not None:
+        if recipe.diagonal is True and recipe.budget.inputs is not None:
             raise PaleyError("budget.inputs: what inputs lose is measured without a diagonal; set diagonal=false")
         _check_widths(recipe, sites.architecture, turning)
         check_budget(problem)
@@ -103,17 +101,13 @@ def storage_dtype(recipe: Recipe, source: Source) -> torch.dtype:
 
 def _turning(sites: Sites, recipe: Recipe) -> Turning:
     overridden = any(o.weight or o.input for o in recipe.overrides)
-    mode = recipe.rotate
-    if mode == "auto":
-        why = sites.architecture.why_stream_is_fixed()
-        mode = "folded" if why is None else "online"
-        if why is not None and (recipe.expand or recipe.expand_mlp not in (0, "auto")):
-            raise PaleyError(
-                f"expand and expand_mlp need a folded rotation, which this family forbids: {why}; set them to 0"
-            )
+    if recipe.widens and (why := sites.architecture.why_stream_is_fixed()) is not None:
+        raise PaleyError(
+            f"expand and expand_mlp need a folded rotation, which this family forbids: {why}; set them to 0"
+        )
     return decide_turning(
-        sites, mode, block=recipe.hadamard, seed=recipe.seed, expand=recipe.expand, expand_mlp=recipe.expand_mlp,
-        rotate_output=recipe.rotate_output,
+        sites, recipe.rotation, block=recipe.hadamard, seed=recipe.seed, expand=recipe.expand,
+        expand_mlp=recipe.expand_mlp, rotate_output=recipe.rotate_output,
         # What rotates at run time only serves rounding: if none is asked for, the model stays an ordinary one.
         rounds=recipe.weights is not None or recipe.inputs is not None or overridden,
         bits=[scheme.grid.bits for scheme in (recipe.weights, recipe.inputs) if scheme is not None],
@@ -144,7 +138,7 @@ def _linear_scheme(recipe: Recipe, site: Site, turning: Turning, in_features: in
         transform = None
     scheme = replace(scheme, transform=transform)
     scheme = recipe.linear_scheme(site.name, site.kind, transform, scheme.stored_width(in_features))
-    if recipe.diagonal and site.kind == "linear" and transform is not None and scheme.weight is not None:
+    if site.kind == "linear" and transform is not None and recipe.wants_diagonal(scheme):
         scheme = replace(scheme, diagonal=True)
     if in_blocks and transform is not None and scheme.weight is not None and scheme.weight.group_size is None:
         scheme = replace(scheme, weight=replace(scheme.weight, group_size=transform.order))

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from paley.core.defaults import SELF
 from paley.core.errors import PaleyError, Setting
+from paley.core.schemes import LinearScheme
 from paley.data import Role, TokenBlocks, blocks_from_ids, check_disjoint, token_blocks
 from paley.eval.sampling import sample_documents
 from paley.model.loading import Source, check_seq_len
@@ -109,7 +110,10 @@ def calibrates(recipe: Recipe) -> bool:
     outliers = max(recipe.outliers, *(o.outliers for o in recipe.overrides), 0)
     wanting = any(scheme is not None and (scheme.needs_data or outliers > 0) for scheme in weights)
     centers = recipe.center_keys and any([recipe.keys, *(o.keys for o in recipe.overrides)])
-    return recipe.search.method != "none" or wanting or centers or recipe.diagonal
+    pairs = [(o.weight or recipe.weights, o.input or recipe.inputs) for o in recipe.overrides]
+    schemes = [LinearScheme(*pair) for pair in (*pairs, (recipe.weights, recipe.inputs))]
+    balances = any(recipe.wants_diagonal(scheme) for scheme in schemes)
+    return recipe.search.method != "none" or wanting or centers or balances
 
 
 def _tuning_sources(recipe: Recipe) -> dict[Role, str]:

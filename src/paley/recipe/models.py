@@ -170,9 +170,11 @@ class Recipe(_Frozen):
     embedding, head: schemes of the word embedding and of lm_head; a tied pair shares one tensor, so one grid.
     rotate: `folded` rotates the residual stream and the value heads inside the weights (QuaRot, arXiv:2404.00456), and
     the inputs of o and down at run time; `online` rotates the input of every quantized linear at run time, which needs
-    no data and no other tensor of the model (HIGGS, arXiv:2411.17525); `auto` folds if the family permits it.
+    no data and no other tensor of the model (HIGGS, arXiv:2411.17525); `auto` is `folded` if an expansion asks for it,
+    else `online`.
     diagonal: divide inputs that rotate at run time by sqrt(x / w) first, and multiply the weight's columns by it, so
-    that both have less error (docs/methods.md); measured on the calibration text.
+    that both have less error (docs/methods.md); measured on the calibration text. `auto`: under `online`, where inputs
+    have so few bits that they lose about as much as weights.
     hadamard: the largest block that `online` rotates, also the largest for rows of a tied pair; the weights of a block
     share a scale. compensate: GPTQ aims at the outputs for its own inputs (plain), at the original outputs given
     quantized inputs (quantized_inputs: GPTAQ, arXiv:2504.02692), or at the original residual stream (residual_stream).
@@ -192,7 +194,7 @@ class Recipe(_Frozen):
     rotate: Literal["auto", "folded", "online", "none"] = "auto"
     rotate_output: bool = True
     hadamard: Annotated[int, Field(ge=2)] = 1024
-    diagonal: bool = False
+    diagonal: bool | Literal["auto"] = False
     fit_groups: bool = False
     budget: Budget | None = None
     center_keys: bool = False
@@ -211,10 +213,28 @@ class Recipe(_Frozen):
     def _fits_together(self) -> Self:
         if self.outliers and self.weights is None:
             raise ValueError("outliers are columns of quantized weights, and no weight is: set outliers: 0")
-        widens = self.expand or self.expand_mlp not in (0, "auto")  # auto adds only what rotation needs
-        if self.rotate in ("online", "none") and widens:
+        if self.rotate in ("online", "none") and self.widens:
             raise ValueError("expand and expand_mlp need rotate: folded; dimensions of zeros alone change nothing")
         return self
+
+    @property
+    def widens(self) -> bool:
+        return bool(self.expand) or self.expand_mlp not in (0, "auto")  # auto adds only what rotation needs
+
+    @property
+    def rotation(self) -> Literal["folded", "online", "none"]:
+        """`rotate`, decided."""
+        if self.rotate != "auto":
+            return self.rotate
+        return "folded" if self.widens else "online"
+
+    def wants_diagonal(self, scheme: LinearScheme) -> bool:
+        """Whether a linear of this scheme is to have a diagonal if its input turns at run time."""
+        if scheme.weight is None or self.diagonal != "auto":
+            return scheme.weight is not None and bool(self.diagonal)
+        if self.rotation != "online" or scheme.input is None or (self.budget is not None and self.budget.inputs):
+            return False
+        return scheme.input.grid.bits <= scheme.weight.grid.bits + 1
 
     def linear_scheme(
         self, name: str, kind: str, transform: Transform | None = None, width: int | None = None

@@ -32,7 +32,7 @@ NAME = re.compile(
 )
 WEIGHTS_ONLY = re.compile(rf"higgs-(?P<bits>\d{{1,2}}(?:\.\d{{1,4}})?){_OUTER}")
 LETTERS = ("w", "g", "a", "kv", "e", "h")
-DEFAULT_METHOD, BINARY_METHOD = "gbs", "bwa"
+DEFAULT_METHOD, BINARY_METHOD = "paley", "bwa"
 AS_PUBLISHED = ("quarot", "quarot-clipped", "rtn")  # methods that leave embedding and head unquantized unless asked
 UNQUANTIZED = 16
 # Six bits in two dimensions have little error (t2 .0005). If weights have more bits, so have embedding and head.
