@@ -26,7 +26,7 @@ and expansion included. Where losses are compared, embedding and head keep 16 bi
 one standard error over sequences; seconds are of a busy machine, one thread, and compare only roughly. Methods: `rtn`
 rounds to nearest without rotation; `quarot` is QuaRot with clips of 1.0; `quarot-clipped` with 0.9 for inputs and
 asymmetric keys and values at 0.95; `default` is a preset without a method, as it is; `paley` is `gbs-…`, with rotations
-folded into the weights and a search.
+folded into the weights and a search, as presets without a method had it before 2026-11-30.
 """
 
 
@@ -134,15 +134,15 @@ def cost() -> list[str]:
 
 def readme() -> None:
     """Renews the table between the README's markers."""
-    columns = ("rtn", "quarot", "quarot-clipped", "default", "paley without search", "paley without search + 64 columns")
+    columns = ("rtn", "quarot", "quarot-clipped", "paley without search", "paley without search + 64 columns")
     r = read("quality-ref-llama.json")
     assert r is not None
     lines = [
         "Loss gained over the original, nats per token (± one standard error), on the demo model, 11.9 million",
         "parameters with real outliers, through the quantized cache:",
         "",
-        "| | round to nearest | QuaRot, 1.0 | QuaRot, 0.9 / 0.95 | Paley | folded rotations | with 64 columns more |",
-        "|---|---|---|---|---|---|---|",
+        "| | round to nearest | QuaRot, 1.0 | QuaRot, 0.9 / 0.95 | Paley, folded rotations | with 64 columns more |",
+        "|---|---|---|---|---|---|",
     ]
     for width in ("w4a4kv4", "w3a3kv3"):
         found = [r["rows"].get(f"{width} {c}") for c in columns]

@@ -182,7 +182,7 @@ def _check_values(model: PreTrainedModel, stored: Mapping[str, TensorInfo]) -> N
                 check_values(name, found, module.width, module.scheme.weight.grid)
             except PaleyError as error:
                 raise PaleyError(f"{stored[name + PARTS[0]].file.parent}: {error}") from None
-        if isinstance(module, Coded) and module.diagonal is not None and not bool((module.diagonal > 0).all()):
+        if isinstance(module, Coded) and module.diagonal is not None and not bool((state[name + DIAGONAL] > 0).all()):
             raise PaleyError(f"{stored[name + DIAGONAL].file}: {name + DIAGONAL} must be positive; the file is damaged")
     for name, info in stored.items():
         if state[name].is_floating_point() and not bool(state[name].isfinite().all()):

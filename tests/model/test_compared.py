@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -91,6 +93,22 @@ def test_statistics_are_those_of_whole_forwards(of, compensate, kept, monkeypatc
     runner = BlockRunner(adapter, batch=2)
     assert torch.equal(quantizer.hidden, runner.suffix(0, runner.embed(IDS)))
     assert_clean(adapter)
+
+
+@pytest.fixture(autouse=True)
+def passes(monkeypatch):
+    """No forward is left standing still: nothing would ever free it."""
+    begun = []
+
+    class Watched(steps._Pass):
+        def __init__(self, *given):
+            super().__init__(*given)
+            begun.append(weakref.ref(self))
+
+    monkeypatch.setattr(steps, "_Pass", Watched)
+    yield begun
+    gc.collect()
+    assert not [one for ref in begun if (one := ref()) is not None and not one.dead and one.gr_frame is not None]
 
 
 def assert_clean(adapter):

@@ -82,3 +82,27 @@ def test_a_file_is_known_by_any_of_its_names(files, tmp_path, monkeypatch):
 def test_text_that_the_model_wrote_itself_is_no_test(tiny_tokenizer):
     with pytest.raises(PaleyError, match="the model wrote itself"):
         texts.test_blocks(recipe("w4a4kv4", "calibration.source=self"), tiny_tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        ([], False),
+        (
+            [
+                {"pattern": "*", "weight": {"grid": "int6", "method": "nearest"}},
+                {"pattern": "*down*", "input": {"grid": "int7"}},
+            ],
+            True,
+        ),
+        ([{"pattern": "*", "weight": {"grid": "int6", "method": "nearest"}}], False),
+    ],
+)
+def test_a_diagonal_that_overrides_ask_for_together_needs_a_text(overrides, wanted):
+    made = Recipe.model_validate(
+        {
+            "weights": {"grid": "int3", "method": "nearest"}, "inputs": {"grid": "int8"}, "diagonal": "auto",
+            "search": {"method": "none"}, "overrides": overrides,
+        }
+    )  # fmt: skip
+    assert texts.calibrates(made) == wanted

@@ -178,7 +178,7 @@ def presets_table(recipes: dict[str, Recipe]) -> Table:
     rows = []
     for name, r in recipes.items():
         inputs, caches = f"{scheme(r.inputs)} {clip(r.inputs)}", f"{scheme(r.keys)} {clip(r.keys)}"
-        rows.append((name, scheme(r.weights, r.outliers), inputs, caches, "yes" if r.rotate else "no", r.search.method))
+        rows.append((name, scheme(r.weights, r.outliers), inputs, caches, r.rotation, r.search.method))
     return table(("preset", "weights", "inputs, clip", "KV cache, clip", "rotated", "search"), rows, left=6)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Self
 
 from torch import Tensor, nn
@@ -37,11 +38,14 @@ class ComparedBlock:
         self._then = Steps(runner, reference, block.index, original, compared, norms, behind=True)
 
     def __enter__(self) -> Self:
+        with ExitStack() as undo:
+            for steps in (self._now, self._then):
+                undo.enter_context(steps)
+            self._undo = undo.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._now.__exit__()
-        self._then.__exit__()
+        self._undo.close()
 
     @property
     def _compares(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from paley.arch import Architecture, family
@@ -130,6 +130,13 @@ def tie_head_(model: PreTrainedModel, row: Architecture, embedding: QuantEmbeddi
     model.set_submodule(row.head, made.share_(embedding))
 
 
+def _equal(a: Tensor | None, b: Tensor) -> bool:
+    """Whether both are known to be equal: what is offloaded, or elsewhere, equals itself alone."""
+    if a is None or a is b or a.device != b.device or a.is_meta:
+        return a is b
+    return torch.equal(a, b)
+
+
 def share_inputs_(adapter: Adapter) -> None:
     """Linears that read one input transform and round it once."""
     for site in adapter.sites.of("input"):
@@ -141,5 +148,4 @@ def share_inputs_(adapter: Adapter) -> None:
         for reader in readers:
             reader.shared_input = shared
             if reader.diagonal is not None:
-                same = (d is not None and torch.equal(d, reader.diagonal) for d in diagonals)
-                reader.diagonal_key = list(same).index(True)
+                reader.diagonal_key = next(i for i, d in enumerate(diagonals) if _equal(d, reader.diagonal))

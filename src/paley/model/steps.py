@@ -7,6 +7,7 @@ them in turn, and the frames of the forward keep what has been computed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, Self
 
@@ -40,23 +41,28 @@ class Steps:
         """
         self._hidden, self._batches, self._runner = hidden, hidden.split(runner.batch), runner
         self._forward = partial(module, **runner.arguments(index, hidden.shape[1]))
-        self._linears = [module.get_submodule(name) for name in stops]
-        for name, linear in zip(stops, self._linears, strict=True):
-            linear.forward = partial(_stop, module, name, linear, linear.forward, behind)
-        self._handles = [module.get_submodule(name).register_forward_pre_hook(partial(_note, name)) for name in watched]
-        kept = KEPT // (_HELD * self._batches[0].nbytes) if self._linears else 0
+        self._module, self._stops, self._watched, self._behind = module, tuple(stops), tuple(watched), behind
+        kept = KEPT // (_HELD * self._batches[0].nbytes) if self._stops else 0
         self._passes = [_Pass(self._forward, batch) for batch in self._batches[:kept]]
+        self._undo = ExitStack()
 
     def __enter__(self) -> Self:
+        with ExitStack() as undo:
+            for name in self._watched:
+                hook = self._module.get_submodule(name).register_forward_pre_hook(partial(_note, name))
+                undo.callback(hook.remove)
+            for name in self._stops:
+                linear: Any = self._module.get_submodule(name)
+                linear.forward = partial(_stop, self._module, name, linear, linear.forward, self._behind)
+                undo.callback(_let_go, linear)
+            for one in self._passes:
+                undo.callback(one.end)
+            self._undo = undo.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leaves the module as it was, whatever happened."""
-        self._passes.clear()
-        for handle in self._handles:
-            handle.remove()
-        for linear in self._linears:
-            del linear.forward
+        """Ends the forwards and leaves the module as it was, whatever happened."""
+        self._undo.close()
 
     @torch.no_grad()
     def inputs(self, stop: str) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
@@ -76,7 +82,11 @@ class Steps:
     def _all(self) -> Iterator[_Pass]:
         yield from self._passes
         for batch in self._batches[len(self._passes) :]:
-            yield _Pass(self._forward, batch)
+            one = _Pass(self._forward, batch)
+            try:
+                yield one
+            finally:
+                one.end()
 
 
 class _Pass(greenlet):
@@ -97,6 +107,11 @@ class _Pass(greenlet):
             if reached[0] == stop:
                 return reached[1]
 
+    def end(self) -> None:
+        """Gives up a forward that stands still; its own frames would keep it alive for good."""
+        self.parent = getcurrent()
+        self.throw()
+
     def stand(self, name: str, x: Tensor) -> None:
         """Called within the forward: hands both out, and waits for the next `go_on`."""
         assert self.parent is not None
@@ -113,6 +128,13 @@ def _stop(module: nn.Module, name: str, linear: nn.Module, forward: Any, behind:
     one.stand(name, x)
     now = module.get_submodule(name)
     return forward(x) if now is linear else now(x)
+
+
+def _let_go(linear: Any) -> None:
+    """Undoes a stop, and drops an input that the linear was about to share."""
+    del linear.forward
+    if getattr(linear, "shared_input", None) is not None:
+        linear.shared_input.clear()
 
 
 def _note(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -26,6 +26,9 @@ class SharedInput:
 
     def __init__(self, readers: int):
         self.readers = readers
+        self.clear()
+
+    def clear(self) -> None:
         self._begin(None)
 
     def _begin(self, x: Tensor | None) -> None:
@@ -40,7 +43,7 @@ class SharedInput:
         made = self._made[how]
         self._taken.add(id(reader))
         if len(self._taken) == self.readers:
-            self._begin(None)
+            self.clear()
         return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedInput:

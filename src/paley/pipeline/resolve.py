@@ -105,8 +105,9 @@ def _turning(sites: Sites, recipe: Recipe) -> Turning:
         raise PaleyError(
             f"expand and expand_mlp need a folded rotation, which this family forbids: {why}; set them to 0"
         )
+    foldable = recipe.rotate != "auto" or sites.architecture.why_stream_is_fixed() is None
     return decide_turning(
-        sites, recipe.rotation, block=recipe.hadamard, seed=recipe.seed, expand=recipe.expand,
+        sites, recipe.rotation if foldable else "online", block=recipe.hadamard, seed=recipe.seed, expand=recipe.expand,
         expand_mlp=recipe.expand_mlp, rotate_output=recipe.rotate_output,
         # What rotates at run time only serves rounding: if none is asked for, the model stays an ordinary one.
         rounds=recipe.weights is not None or recipe.inputs is not None or overridden,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +111,11 @@ def calibrates(recipe: Recipe) -> bool:
     outliers = max(recipe.outliers, *(o.outliers for o in recipe.overrides), 0)
     wanting = any(scheme is not None and (scheme.needs_data or outliers > 0) for scheme in weights)
     centers = recipe.center_keys and any([recipe.keys, *(o.keys for o in recipe.overrides)])
-    pairs = [(o.weight or recipe.weights, o.input or recipe.inputs) for o in recipe.overrides]
-    schemes = [LinearScheme(*pair) for pair in (*pairs, (recipe.weights, recipe.inputs))]
-    balances = any(recipe.wants_diagonal(scheme) for scheme in schemes)
+    # Overrides may meet in one layer: any weight with any input.
+    pairs = product(
+        {recipe.weights, *(o.weight for o in recipe.overrides)}, {recipe.inputs, *(o.input for o in recipe.overrides)}
+    )
+    balances = any(recipe.wants_diagonal(LinearScheme(*pair)) for pair in pairs)
     return recipe.search.method != "none" or wanting or centers or balances
 
 

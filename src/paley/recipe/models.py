@@ -171,10 +171,11 @@ class Recipe(_Frozen):
     rotate: `folded` rotates the residual stream and the value heads inside the weights (QuaRot, arXiv:2404.00456), and
     the inputs of o and down at run time; `online` rotates the input of every quantized linear at run time, which needs
     no data and no other tensor of the model (HIGGS, arXiv:2411.17525); `auto` is `folded` if an expansion asks for it,
-    else `online`.
+    or if only keys and values are rounded (values rotate inside the weights alone), else `online`.
     diagonal: divide inputs that rotate at run time by sqrt(x / w) first, and multiply the weight's columns by it, so
     that both have less error (docs/methods.md); measured on the calibration text. `auto`: under `online`, where inputs
-    have so few bits that they lose about as much as weights.
+    have so few bits that they lose about as much as weights, by the recipe's own grids; nowhere if a budget is to find
+    the inputs' bits.
     hadamard: the largest block that `online` rotates, also the largest for rows of a tied pair; the weights of a block
     share a scale. compensate: GPTQ aims at the outputs for its own inputs (plain), at the original outputs given
     quantized inputs (quantized_inputs: GPTAQ, arXiv:2504.02692), or at the original residual stream (residual_stream).
@@ -223,10 +224,11 @@ class Recipe(_Frozen):
 
     @property
     def rotation(self) -> Literal["folded", "online", "none"]:
-        """`rotate`, decided."""
+        """`rotate`, decided, for a family that can be folded."""
         if self.rotate != "auto":
             return self.rotate
-        return "folded" if self.widens else "online"
+        cache_alone = not (self.weights or self.inputs or any(o.weight or o.input for o in self.overrides))
+        return "folded" if self.widens or cache_alone else "online"
 
     def wants_diagonal(self, scheme: LinearScheme) -> bool:
         """Whether a linear of this scheme is to have a diagonal if its input turns at run time."""
