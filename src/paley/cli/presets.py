@@ -16,11 +16,11 @@ def presets_verb() -> None:
     """
     from paley.cli import display
     from paley.recipe import examples, preset
-    from paley.recipe.presets import GRAMMAR
+    from paley.recipe.presets import DEFAULT_METHOD, GRAMMAR
 
     line(f"NAME = {GRAMMAR}")
     line("W, A and KV: bits of the weights, the linear layers' inputs and the KV cache; 16: unquantized.")
-    line("G: columns of a weight that share a scale, without it the whole row. METHOD, without it gbs:")
+    line(f"G: columns of a weight that share a scale, without it the whole row. METHOD, without it {DEFAULT_METHOD}:")
     display.show(display.presets_table({name: preset(name) for name in examples()}))
-    line("--set changes any value, for example --set search.sequences=8 inputs.clip_ratio=0.9 seed=1;")
+    line("--set changes any value, for example --set calibration.sequences=64 inputs.clip_ratio=0.9 seed=1;")
     line("the plan.json that quantize writes begins with the whole recipe.")
