@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from paley.core import grids
+from paley.core.errors import PaleyError
 from paley.core.nearest import reference as nearest_reference
 from paley.core.schemes import WeightScheme
 from paley.kernels import available, columns, native
@@ -129,3 +130,16 @@ def test_the_reference_and_the_kernels_move_alike(monkeypatch):
         codes, errors = feedback(target[:, :127], spread, book, 0)
         made.append((codes, errors, *descent(target[:, :127], own, inverses(own, 3), codes, book, 0)))
     assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
+
+
+def test_what_the_kernels_cannot_read_is_refused():
+    table, scales = columns.table_of(grids.as_fixed("p2n16")), torch.ones(3, 8)
+    good = torch.randn(3, 8)
+    for weights, spread, zeros in (
+        (good.double(), torch.eye(8), None),
+        (good, torch.eye(7), None),
+        (good, torch.eye(8), torch.zeros(3, 7)),
+        (good, torch.eye(8), torch.zeros(8, 3).T),
+    ):
+        with pytest.raises(PaleyError, match="columns: "):
+            columns.feedback(weights, spread, table, scales, zeros)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from paley.core.errors import PaleyError
 from paley.core.grids import Grid
 from paley.kernels import native
 
@@ -129,9 +130,14 @@ def descent(
 
 
 def _check(tensors: Sequence[Tensor | None], shapes: Sequence[Sequence[int]]) -> None:
+    """Raises PaleyError before C reads what is not there."""
     for tensor, shape in zip(tensors, shapes, strict=True):
-        assert tensor is None or (tensor.dtype == torch.float32 and tensor.device.type == "cpu"), tensor
-        assert tensor is None or tensor.shape == torch.Size(shape), (tensor.shape, shape)
+        if tensor is None or (tensor.dtype, tensor.device.type, [*tensor.shape]) == (torch.float32, "cpu", [*shape]):
+            continue
+        raise PaleyError(
+            f"columns: native kernels read float32 {[*shape]} on the CPU, got {tensor.dtype} {[*tensor.shape]} on "
+            f"{tensor.device}; convert it"
+        )
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -139,7 +145,8 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _scaling(scales: Tensor, zeros: Tensor | None) -> tuple[int | None, ...]:
-    assert zeros is None or zeros.stride() == scales.stride(), "scales and zeros are read by the same strides"
+    if zeros is not None and zeros.stride() != scales.stride():
+        raise PaleyError("columns: scales and zeros are read by the same strides; give both expanded alike")
     return scales.data_ptr(), None if zeros is None else zeros.data_ptr(), *scales.stride()
 
 

@@ -20,7 +20,7 @@ from paley.model.capture import BlockRunner
 __all__ = ["Steps"]
 
 KEPT = 2**30  # bytes that the forwards of one block may hold while they stand still
-_HELD = 10  # times the hidden states: residual, the product of an MLP, and what attention has made, at the most
+_HELD = 10  # times the hidden states, about: residual, the product of an MLP, and what attention has made
 
 
 class Steps:
