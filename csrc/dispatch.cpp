@@ -13,6 +13,12 @@ bool has_f16c() {
   return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }
 
+// As with "f16c": the name "avx512bf16" is too new. Its registers are those of AVX-512F.
+bool has_bf16() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 5));
+}
+
 }  // namespace
 #endif
 
@@ -40,4 +46,13 @@ extern "C" int32_t paley_best_planes_level(void) {
   if (has_f16c()) return PALEY_AVX2;
 #endif
   return PALEY_PORTABLE;
+}
+
+extern "C" int32_t paley_best_products_level(void) {
+#if PALEY_X86
+  __builtin_cpu_init();
+  const bool whole = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  if (paley_best_level() == PALEY_AVX512 && whole && has_bf16()) return PALEY_AVX512_BF16;
+#endif
+  return paley_best_level();
 }

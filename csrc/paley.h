@@ -7,7 +7,7 @@
 
 #include <stdint.h>
 
-#define PALEY_ABI_VERSION 3
+#define PALEY_ABI_VERSION 4
 
 #if defined(_WIN32)
 #define PALEY_EXPORT __declspec(dllexport)
@@ -32,6 +32,7 @@ enum paley_level {
   PALEY_PORTABLE = 0,
   PALEY_AVX2 = 1,    // with FMA; planes: with F16C too
   PALEY_AVX512 = 2,  // AVX-512F; planes: with BW, VBMI, VNNI and VPOPCNTDQ too (Ice Lake, Zen 4 and later)
+  PALEY_AVX512_BF16 = 3,  // products of bfloat16 (Cooper Lake, Zen 4 and later); only paley_products has it
 };
 
 PALEY_EXPORT int32_t paley_abi_version(void);
@@ -41,6 +42,9 @@ PALEY_EXPORT int32_t paley_best_level(void);
 
 // The best level of this machine for paley_planes_matmul, at most paley_best_level.
 PALEY_EXPORT int32_t paley_best_planes_level(void);
+
+// The best level of this machine for paley_products.
+PALEY_EXPORT int32_t paley_best_products_level(void);
 
 // x [count, p] and points [n, p], finite, 1 <= p <= 8, 1 <= n <= 65536 -> codes [count]: the index of the
 // greatest score -|c|^2/2 + x0 c0 + x1 c1 + ..., summed in float64 in this order; the lowest of equal ones.
@@ -87,6 +91,13 @@ PALEY_EXPORT int32_t paley_descent(const paley_table* table, int32_t rows, int32
                                    int64_t pull_row, const float* gram, const float* inverse, const float* scales,
                                    const float* zeros, int64_t scale_row, int64_t scale_column, int32_t level,
                                    int32_t threads, int32_t* codes, float* moves);
+
+// c [m, n] = a [m, k] times b [n, k] transposed, or is added to. Entries lie `row` and `column` floats apart. They are
+// rounded to bfloat16, ties to even, and denormal ones to 0; sums are float32 in one order: c depends on neither level
+// nor threads, as long as no product is below the least normal float. upper: nothing below the diagonal is wanted.
+PALEY_EXPORT int32_t paley_products(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row,
+                                    int64_t b_column, int64_t m, int64_t n, int64_t k, int32_t add, int32_t upper,
+                                    int32_t level, int32_t threads, float* c);
 
 // How paley_planes_matmul computes. All paths give the same bits, also on a level that does not implement them.
 enum paley_path {

@@ -12,7 +12,7 @@ from test_calibrate import IDS, make_schemes, quantizer_of, small_adapter
 from torch import nn
 
 from paley.core.schemes import ActivationScheme, LinearScheme, WeightScheme
-from paley.methods.statistics import InputStatistics, Metric, _gram
+from paley.methods.statistics import InputStatistics, Metric
 from paley.model import steps
 from paley.model.calibrate import ModelQuantizer
 from paley.model.capture import BlockRunner, capture_inputs
@@ -39,6 +39,11 @@ def plain_copy(module: nn.Module) -> nn.Module:
     return made
 
 
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """As values are before they are summed over tokens."""
+    return x.bfloat16().double()
+
+
 def expected(pair: ComparedBlock, runner: BlockRunner, site, compensate: str):
     """Gram matrix, and the float64 weight that meets the outputs best, from whole forwards up to the linear."""
     local, block, original = pair._block.local(site.module), plain_copy(pair._block.module), plain_copy(pair._reference)
@@ -59,7 +64,10 @@ def expected(pair: ComparedBlock, runner: BlockRunner, site, compensate: str):
             bias = 0 if linear.bias is None else linear.bias.double()
             after = stream_then.double() + y + bias
             y, scale = after - stream - bias, after.square().mean(-1, keepdim=True).rsqrt()
-        gram, aim = gram + (x * scale).T @ (x * scale), aim + (y * scale).T @ (x * scale)
+        else:
+            y = rounded(x_then) @ weight.T
+        x, y = rounded(x * scale), y if norm is None else rounded(y * scale)
+        gram, aim = gram + x.T @ x, aim + y.T @ x
     ridge = 0.01 * gram.diagonal().mean() * torch.eye(len(gram)).double()
     target = weight if compensate == "plain" else torch.linalg.solve(gram + ridge, (aim + weight @ ridge).T).T
     return gram, target
@@ -80,7 +88,7 @@ def test_statistics_are_those_of_whole_forwards(of, compensate, kept, monkeypatc
         sums = statistics(self, site, groups)
         for alike, found in sums.items():
             gram, target = expected(self, quantizer.runner, alike[0], compensate)
-            torch.testing.assert_close(found.gram.double(), gram, rtol=1e-4, atol=1e-4 * float(gram.abs().max()))
+            torch.testing.assert_close(found.gram.double(), gram, rtol=1e-3, atol=3e-4 * float(gram.abs().max()))
             weight = self._reference.get_submodule(self._block.local(alike[0].module)).dequantize()
             torch.testing.assert_close(found.target(weight, 0.01, True).double(), target, rtol=0, atol=2e-3)
             checked.append(alike[0].name)
@@ -149,10 +157,13 @@ def test_an_error_of_the_forward_comes_out(monkeypatch):
     assert_clean(adapter)
 
 
-@pytest.mark.parametrize("columns", [3, 256, 257, 600])
-def test_mirrored_blocks_of_a_gram_matrix(columns):
-    x = torch.randn(50, columns, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(_gram(x), x.T @ x, rtol=1e-5, atol=1e-4)
+def test_a_gram_matrix_is_whole_and_symmetric():
+    x = torch.randn(50, 257, generator=torch.Generator().manual_seed(0))
+    statistics = InputStatistics()
+    statistics.add(x[:20])
+    statistics.add(x[20:])
+    assert torch.equal(statistics.gram, statistics.gram.T)
+    torch.testing.assert_close(statistics.gram.double(), rounded(x).T @ rounded(x), rtol=1e-5, atol=1e-4)
 
 
 def test_the_target_of_exact_inputs_is_the_weight_itself():

@@ -32,8 +32,8 @@ __all__ = [
     "why_missing",
 ]
 
-ABI_VERSION = 3  # PALEY_ABI_VERSION in csrc/paley.h
-LEVELS = ("portable", "avx2", "avx512")  # paley_level there
+ABI_VERSION = 4  # PALEY_ABI_VERSION in csrc/paley.h
+LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")  # paley_level there
 PATHS = ("auto", "popcount", "dots", "tables")  # paley_path there
 _STATUS = ("ok", "bad argument", "out of memory", "internal error")
 _SHARE = 2**18  # least number of scores for a thread: starting one takes some 30 microseconds
@@ -45,6 +45,7 @@ _BUILD = "install a C++ compiler and run `make setup` (or `pip install -e .`) ag
 _SIGNATURES: dict[str, list[Any]] = {
     "paley_best_level": [],
     "paley_best_planes_level": [],
+    "paley_best_products_level": [],
     "paley_nearest_points": [
         ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32,
         ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p,
@@ -61,6 +62,11 @@ _SIGNATURES: dict[str, list[Any]] = {
         ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p,
         ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32,
         ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p,
+    ],
+    "paley_products": [
+        ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64,
+        ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32,
+        ctypes.c_void_p,
     ],
     "paley_pack_planes": [
         ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32, ctypes.c_int64,

@@ -1,0 +1,36 @@
+"""The product of two matrices whose entries are rounded to bfloat16, with float32 sums in one order.
+
+Everything that sums over many tokens goes by it: the sums, and the checkpoint's bytes, are the same with any number of
+threads, on every machine, and without the native kernels (`paley.kernels.products`), which must agree with this code.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["reference"]
+
+RUN = 512  # values that are summed from 0 before they are added to the rest, as in csrc/products_tiles.h
+
+
+def reference(a: Tensor, b: Tensor, out: Tensor | None = None, *, upper: bool = False) -> Tensor:
+    """a [m, k], b [n, k], float32 -> a bᵀ [m, n]; added to `out`, in place, if that is given.
+
+    upper: what is below the diagonal is not wanted, and may be anything. Numbers below the least normal one count as 0.
+    Values are summed by pairs, the second one first: so does the instruction for pairs of bfloat16.
+    """
+    a, b = _rounded(a), _rounded(b)
+    for start in range(0, a.shape[1], RUN):
+        stop, sums = min(start + RUN, a.shape[1]), a.new_zeros(len(a), len(b))
+        for even in range(start, stop, 2):
+            if even + 1 < stop:
+                sums.addr_(a[:, even + 1], b[:, even + 1])
+            sums.addr_(a[:, even], b[:, even])
+        out = sums if out is None else out.add_(sums)
+    return a.new_zeros(len(a), len(b)) if out is None else out
+
+
+def _rounded(x: Tensor) -> Tensor:
+    x = x.bfloat16().float()
+    return torch.where(x.abs() < torch.finfo(torch.float32).tiny, 0.0, x)
