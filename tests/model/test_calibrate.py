@@ -5,6 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from paley.core.errors import PaleyError
+from paley.core.metrics import rel_error
 from paley.core.schemes import ActivationScheme, AttentionScheme, LinearScheme, Schemes, WeightScheme
 from paley.core.transforms import Transform
 from paley.model.adapter import Adapter
@@ -13,6 +14,7 @@ from paley.model.capture import BlockRunner, capture_inputs
 from paley.model.embedding import QuantEmbedding
 from paley.model.fold import rotate_input_
 from paley.model.linear import QuantLinear
+from paley.ops.matmul import CALIBRATION
 
 
 def small_adapter(**settings):
@@ -83,7 +85,9 @@ def test_hidden_states_follow_both_models():
     quantizer, reports = run(adapter)
     runner = BlockRunner(original)
     want = runner.suffix(0, runner.embed(IDS))
-    torch.testing.assert_close(quantizer.original, want)
+    assert rel_error(want, quantizer.original) < 1e-4  # bfloat16 products made the one
+    for linear in adapter.sites.of("linear"):
+        adapter.module(linear.module).prepare_(CALIBRATION)
     runner = BlockRunner(adapter, batch=2)
     torch.testing.assert_close(quantizer.hidden, runner.suffix(0, runner.embed(IDS)))
     assert [len(r) for r in reports] == [7, 7]

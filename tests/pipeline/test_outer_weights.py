@@ -92,7 +92,7 @@ def test_what_is_saved_comes_back_to_the_bit(made, tmp_path):
     outer = [scheme.weight for site, scheme in made.problem.weights() if site.kind != "linear"]
     assert len(outer) == 2 - made.problem.sites.tied
     assert all(outer)
-    loaded = hf.load(made.folder, product="dense")
+    loaded = hf.load(made.folder, product="packed")
     want, got = (sample_logits(model) for model in (made.model, loaded))
     assert want.isfinite().all()
     assert float(kl_divergence(want, got).abs().max()) == 0.0

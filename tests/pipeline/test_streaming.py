@@ -60,7 +60,7 @@ def test_it_is_the_model_that_is_made_in_memory(folder, settings, tmp_path):
     expected, reports = execute(under_plan(source, plan), None, None, Monitor(), "cpu")
     outcome = quantize(folder, wanted, output=tmp_path / "out")
     ids = torch.arange(3, 40)[None]
-    assert torch.equal(hf.load(outcome.output, product="dense")(ids).logits, expected(ids).logits)
+    assert torch.equal(hf.load(outcome.output, product="packed")(ids).logits, expected(ids).logits)
     assert outcome.plan.linears == plan.linears
     errors = {name: layer.rel_error for name, layer in outcome.results.layers.items()}
     assert errors == pytest.approx({report.name: report.rel_error for report in reports}, rel=1e-5)
@@ -252,7 +252,7 @@ def test_a_kept_weight_is_turned_where_its_input_is(folder, tmp_path):
     expected, _ = execute(under_plan(source, plan), None, None, Monitor(), "cpu")
     outcome = quantize(folder, plan=plan, output=tmp_path / "out")
     ids = torch.arange(3, 40)[None]
-    assert torch.equal(hf.load(outcome.output, product="dense")(ids).logits, expected(ids).logits)
+    assert torch.equal(hf.load(outcome.output, product="packed")(ids).logits, expected(ids).logits)
 
 
 def test_processes_know_a_grid_of_ones_own(folder, tmp_path):

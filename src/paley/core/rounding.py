@@ -6,7 +6,10 @@ Every faster kernel must agree with the torch code here.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +28,7 @@ __all__ = [
     "codes_per_row",
     "dynamic_scales",
     "fitting_group_size",
+    "joined",
     "quantize_dynamic",
     "quantized",
     "round_trip",
@@ -151,6 +155,23 @@ def quantize_dynamic(x: Tensor, scheme: ActivationScheme, scale_dtype: torch.dty
     groups = split_groups(x.float(), scheme.group_size)
     scales, zeros = dynamic_scales(groups, grid, scheme.scale, scheme.clip_ratio, scale_dtype)
     return quantized(grid.quantize(groups, scales, zeros), scales, zeros, grid, x.shape[-1], scale_dtype)
+
+
+def joined(parts: Sequence[Quantized]) -> Quantized:
+    """The rows of all parts, one below the other; the parts are of one grid, width and set of outlier columns."""
+
+    def stacked(of: Callable[[Any], Tensor | None]) -> Any:
+        tensors = [tensor for part in parts if (tensor := of(part)) is not None]
+        return torch.cat(tensors) if tensors else None
+
+    first, outliers = parts[0], parts[0].outliers
+    if len(parts) == 1:
+        return first
+    if outliers is not None:
+        codes, scales = stacked(lambda part: part.outliers.codes), stacked(lambda part: part.outliers.scales)
+        outliers = Outliers(outliers.columns, codes, scales)
+    codes, scales, zeros = (stacked(attrgetter(name)) for name in ("codes", "scales", "zeros"))
+    return Quantized(codes, scales, zeros, first.grid, first.columns, outliers)
 
 
 def quantized(

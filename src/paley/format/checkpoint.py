@@ -54,6 +54,12 @@ class Checkpoint:
         """Bytes of all stored tensors."""
         return sum(info.nbytes for info in self.infos.values())
 
+    @property
+    def float_dtype(self) -> torch.dtype:
+        """The type that holds every float tensor without loss: their own 16 bits if they have one, else float32."""
+        floats = {info.dtype for info in self.infos.values() if info.dtype.is_floating_point}
+        return floats.pop() if len(floats) == 1 and floats <= {torch.bfloat16, torch.float16} else torch.float32
+
     def info(self, name: str) -> TensorInfo:
         """Dtype, shape and place of a tensor; PaleyError for a name that is not there."""
         if name not in self.infos:

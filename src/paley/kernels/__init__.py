@@ -14,9 +14,9 @@ from torch import Tensor
 
 from paley.core import nearest, planes
 from paley.core.errors import PaleyError, nearest_name
-from paley.kernels import native
+from paley.kernels import native, products
 
-__all__ = ["BACKENDS", "available", "backend", "planes_fit", "register"]
+__all__ = ["BACKENDS", "available", "backend", "multiplies_bfloat16", "planes_fit", "register"]
 
 BACKENDS = ("auto", "native", "reference")
 _LOG = logging.getLogger(__name__)
@@ -72,6 +72,11 @@ def planes_fit(group_size: int) -> bool:
         )
     _say_misfit(int(group_size))
     return False
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether there are instructions for it, so that `products` is faster than float32."""
+    return device.type == "cpu" and backend() == "native" and products.best_level() == "avx512_bf16"
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from paley.core.grids import as_fixed
-from paley.core.rounding import OUTLIER_GRID, Outliers, Quantized, check_groups, quantized
+from paley.core.rounding import OUTLIER_GRID, Outliers, Quantized, check_groups, joined, quantized
 from paley.core.schemes import WeightScheme
 from paley.methods.codebooks import Codebook, Free, Scaled, Split, blocks
 from paley.methods.columns import descent, feedback, inverses
@@ -23,6 +23,7 @@ from paley.methods.statistics import InputStatistics, Metric
 
 __all__ = ["quantize_gptq"]
 
+VALUES = 2**24  # of a weight's rows that are rounded at a time: 64 MB in each of the tensors at hand
 BLOCK = 128  # columns: what is beyond them is changed once a block, by one matmul
 
 
@@ -42,10 +43,22 @@ def quantize_gptq(
     outputs that the statistics name; else at W x. damp: added to gram's diagonal, as a share of its mean. A scheme of
     method "nearest" uses the statistics only for its scales.
     """
-    grid, metric = scheme.grid, statistics.metric(damp)
-    target = statistics.target(weight, damp, compensate and scheme.method == "gptq")
+    compensate = compensate and scheme.method == "gptq"
+    few, parts = max(1, VALUES // weight.shape[1]), []
+    for start in range(0, len(weight), few):
+        rows = slice(start, start + few)
+        target = statistics.target(weight[rows], damp, compensate, rows)
+        parts.append(_round_rows(target, statistics.metric(damp), scheme, outlier_columns, where))
+    return joined(parts)
+
+
+def _round_rows(
+    target: Tensor, metric: Metric, scheme: WeightScheme, outlier_columns: Tensor | None, where: str
+) -> Quantized:
+    """target [out, in] -> the codes that come nearest to it in the metric."""
+    grid, columns = scheme.grid, target.shape[1]
     importance = _importance(metric, scheme.scale_search)
-    order = torch.arange(weight.shape[1], device=weight.device)
+    order = torch.arange(columns, device=target.device)
     if outlier_columns is not None:
         chosen = torch.zeros_like(order, dtype=torch.bool).index_fill(0, outlier_columns.long(), True)
         order = torch.cat([order[~chosen], order[chosen]])
@@ -58,11 +71,11 @@ def quantize_gptq(
         codes = _feedback(target, metric.spread, book)
         _refine_(codes, target, metric.gram, book, scheme.sweeps)
     if not isinstance(book, Split):
-        return quantized(codes, book.scales, book.zeros, grid, weight.shape[1])
+        return quantized(codes, book.scales, book.zeros, grid, columns)
     assert outlier_columns is not None
     ordinary, kept = codes.split([len(order) - len(outlier_columns), len(outlier_columns)], -1)
     placed = torch.zeros_like(codes, dtype=grid.code_dtype).index_copy(-1, order[: ordinary.shape[1]], ordinary)
-    rest = quantized(placed, book.ordinary.scales, book.ordinary.zeros, grid, weight.shape[1])
+    rest = quantized(placed, book.ordinary.scales, book.ordinary.zeros, grid, columns)
     own = Outliers(outlier_columns.int(), kept.to(torch.uint8), book.outliers.scales[..., 0].half())
     return replace(rest, outliers=own)
 

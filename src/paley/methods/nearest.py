@@ -10,7 +10,7 @@ from torch import Tensor
 
 from paley.core.grids import FixedGrid, as_fixed
 from paley.core.metrics import rel_error
-from paley.core.rounding import Quantized, dynamic_scales, quantized, split_groups, storable
+from paley.core.rounding import Quantized, dynamic_scales, joined, quantized, split_groups, storable
 from paley.core.schemes import WeightScheme
 from paley.core.transforms import Transform
 from paley.methods.binary import fit_centroids
@@ -157,9 +157,7 @@ def quantize_turned(
         parts.append(part := quantize_nearest(rows, scheme, where))
         error += float(torch.linalg.vector_norm(part.dequantize() - rows)) ** 2
         norm += float(torch.linalg.vector_norm(rows)) ** 2
-    zeros = None if parts[0].zeros is None else torch.cat([part.zeros for part in parts if part.zeros is not None])
-    codes, scales = torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts])
-    return Quantized(codes, scales, zeros, scheme.grid, parts[0].width), error / norm if norm else error
+    return joined(parts), error / norm if norm else error
 
 
 def _stretched(groups: Tensor, points: Tensor, scales: Tensor) -> Tensor:

@@ -56,10 +56,11 @@ class InputStatistics:
             self._metrics[damp] = Metric(gram + ridge * torch.eye(len(gram)).to(gram))
         return self._metrics[damp]
 
-    def target(self, weight: Tensor, damp: float, compensate: bool) -> Tensor:
+    def target(self, weight: Tensor, damp: float, compensate: bool, rows: slice = slice(None)) -> Tensor:
         """-> the weight [out, in] that comes nearest to the wanted outputs, before it is rounded; damped towards W.
 
-        Of cross, this is GPTAQ's target. Without compensate it is the weight itself.
+        Of cross, this is GPTAQ's target. Without compensate it is the weight itself. rows: those of aim, if `weight`
+        has some alone.
         """
         weight = weight.float()
         if not compensate or (self.cross is None and self.aim is None):
@@ -67,10 +68,10 @@ class InputStatistics:
         if self.aim is None:
             assert self.cross is not None
             missing = weight @ (self.cross - self.gram)
-        elif self.aim.shape == weight.shape:
-            missing = self.aim - weight @ self.gram
+        elif (aim := self.aim[rows]).shape == weight.shape:
+            missing = aim - weight @ self.gram
         else:
-            raise PaleyError(f"gptq: the outputs are of a weight {list(self.aim.shape)}, not {list(weight.shape)}")
+            raise PaleyError(f"gptq: the outputs are of a weight {list(aim.shape)}, not {list(weight.shape)}")
         spread = self.metric(damp).spread
         return weight + missing @ spread.T @ spread  # the damping of both sides cancels
 

@@ -33,9 +33,9 @@ from paley.model.compared import ComparedBlock
 from paley.model.embedding import QuantEmbedding
 from paley.model.linear import QuantLinear
 from paley.model.reading import share_inputs_, tie_head_
-from paley.ops.matmul import EXACT
+from paley.ops.matmul import CALIBRATION
 
-__all__ = ["LayerReport", "ModelQuantizer", "set_attention_", "set_input_", "wrap_"]
+__all__ = ["LayerReport", "ModelQuantizer", "set_attention_", "set_input_", "wrap_", "wrap_block_", "wrap_outer_"]
 
 OnLayer = Callable[["LayerReport"], None]
 _NOTHING: Mapping[str, Tensor] = {}
@@ -55,20 +55,34 @@ class LayerReport:
 
 def wrap_(adapter: Adapter, schemes: Schemes) -> None:
     """Puts a QuantLinear with its run-time transform in place of every linear; nothing is rounded yet."""
+    wrap_outer_(adapter, schemes)
+    for block in adapter.blocks:
+        wrap_block_(adapter, block, schemes)
+
+
+def wrap_outer_(adapter: Adapter, schemes: Schemes) -> None:
+    """What `wrap_` does outside of the blocks: to the head, and to what calls attention."""
     attach_schemes(adapter.model, schemes.attentions)
     for block in adapter.blocks:
         set_attention_(adapter, block, None)
-    for site in adapter.sites.of("linear", "head"):
-        if site.stored_as != site.name:
-            continue
-        linear, transform = adapter.module(site.module), schemes.linears[site.name].transform
-        if not isinstance(linear, nn.Linear):
-            raise PaleyError(f"{site.name}: is a {type(linear).__name__}, expected a linear layer")
-        if site.kind == "linear" or transform is not None:
-            bare = LinearScheme(transform=transform, diagonal=schemes.linears[site.name].diagonal)
-            made = QuantLinear.from_linear(linear, bare, None, name=site.name)
-            adapter.model.set_submodule(site.module, made)
-    share_inputs_(adapter)
+    head = adapter.sites.head
+    if head.stored_as == head.name and schemes.linears[head.name].transform is not None:
+        _wrap_linear_(adapter, head, schemes)
+
+
+def wrap_block_(adapter: Adapter, block: Block, schemes: Schemes) -> None:
+    """What `wrap_` does to one block."""
+    for site in block.linears():
+        _wrap_linear_(adapter, site, schemes)
+    share_inputs_(adapter, block.index)
+
+
+def _wrap_linear_(adapter: Adapter, site: Site, schemes: Schemes) -> None:
+    linear, scheme = adapter.module(site.module), schemes.linears[site.name]
+    if not isinstance(linear, nn.Linear):
+        raise PaleyError(f"{site.name}: is a {type(linear).__name__}, expected a linear layer")
+    bare = LinearScheme(transform=scheme.transform, diagonal=scheme.diagonal)
+    adapter.model.set_submodule(site.module, QuantLinear.from_linear(linear, bare, None, name=site.name))
 
 
 def set_input_(linear: nn.Module, scheme: LinearScheme | None) -> None:
@@ -85,10 +99,14 @@ class ModelQuantizer:
     """Walks a wrapped model: `embedding`, each `block` in order, `head`; or takes their codes, if they exist already.
 
     ids [sequences, seq_len]: the calibration tokens; None if no weight needs any. compensate: as in Recipe.
+    begin: called with each block before its turn, if blocks are wrapped only then.
     """
 
-    def __init__(self, runner: BlockRunner, ids: Tensor | None, schemes: Schemes, *, compensate: str):
-        self.runner, self.adapter, self.ids = runner, runner.adapter, ids
+    def __init__(
+        self, runner: BlockRunner, ids: Tensor | None, schemes: Schemes, *, compensate: str,
+        begin: Callable[[Block], None] = lambda _: None,
+    ):  # fmt: skip
+        self.runner, self.adapter, self.ids, self.begin = runner, runner.adapter, ids, begin
         self.linears, self.attentions, self.compensate = schemes.linears, schemes.attentions, compensate
         self.hidden: Tensor | None = None
         self.original: Tensor | None = None
@@ -117,6 +135,10 @@ class ModelQuantizer:
         known: codes of all of them, by name, or none; beside: with codes, what `beside` gave of the block then.
         """
         block = self.adapter.blocks[index]
+        self.begin(block)
+        if self.original is not None:
+            for site in block.linears():
+                self.adapter.module(site.module).prepare_(CALIBRATION)
         self._balance(block, beside)
         reference = copy.deepcopy(block.module)
         if not known:
@@ -138,6 +160,8 @@ class ModelQuantizer:
                         on_layer(reports[-1])
             if both is not None:
                 self.hidden, self.original = both.finish()
+        for site in block.linears():
+            self.adapter.module(site.module).prepare_("packed")
         return reports
 
     @torch.no_grad()
@@ -200,11 +224,10 @@ class ModelQuantizer:
         fresh, error = quantize_turned(embedding.weight, scheme.weight, scheme.transform, site.name)
         q = q or fresh  # the same again, if a stopped run had it
         stream = embedding.stream if isinstance(embedding, QuantEmbedding) else None
-        made = QuantEmbedding.around(embedding, stream, scheme, q, name=site.name)
+        made = QuantEmbedding.around(embedding, stream, scheme, q, name=site.name).float()
         self.adapter.model.set_submodule(site.module, made)
         if self.adapter.sites.tied:
             tie_head_(self.adapter.model, self.adapter.architecture, made)
-            self.adapter.head.prepare_(EXACT)
         return LayerReport(site.name, error, q)
 
     def _compared(
@@ -294,6 +317,6 @@ class ModelQuantizer:
         assert isinstance(linear, QuantLinear)
         made = QuantLinear.from_linear(linear, self.linears[site.name], q, name=site.name)
         made.shared_input = linear.shared_input
-        made.prepare_(EXACT)
+        made.prepare_(CALIBRATION if site.kind == "linear" else "packed")
         self.adapter.model.set_submodule(site.module, made)
         return LayerReport(site.name, rel_error(linear.dequantize(), made.dequantize()), q)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +34,9 @@ class BlockRunner:
     @torch.no_grad()
     def embed(self, ids: Tensor) -> Tensor:
         """ids [sequences, seq_len] -> what the first block reads."""
-        self._prepare(ids.shape[1])
-        return self.adapter.embedding(ids)
+        hidden = _look_up(self.adapter.embedding, ids)
+        self._prepare(hidden[:1])
+        return hidden
 
     @torch.no_grad()
     def block(self, index: int, hidden: Tensor, out: Tensor | None = None) -> Tensor:
@@ -82,29 +85,40 @@ class BlockRunner:
         """What the forward of block `index` takes beside hidden states: masks, rotary tables."""
         return self._kwargs[seq_len][index]
 
-    def _prepare(self, seq_len: int) -> None:
-        """Learns each block's arguments (masks, rotary tables) from one forward of the whole model."""
-        if seq_len in self._kwargs:
+    def _prepare(self, hidden: Tensor) -> None:
+        """Learns each block's arguments (masks, rotary tables) from a forward of the model in which no block computes.
+
+        hidden [1, seq_len, hidden]: the tables get its type.
+        """
+        if hidden.shape[1] in self._kwargs:
             return
-        seen: dict[int, dict] = {}
+        seen: list[dict] = []
 
-        def remember(index: int) -> Callable:
-            def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-                seen[index] = {k: v for k, v in kwargs.items() if k != "hidden_states"}
+        def pass_by(hidden_states: Tensor, **kwargs: Any) -> Tensor:
+            seen.append(kwargs)
+            return hidden_states
 
-            return hook
-
-        handles = [
-            block.module.register_forward_pre_hook(remember(block.index), with_kwargs=True)
-            for block in self.adapter.blocks
-        ]
+        modules: list[Any] = [block.module for block in self.adapter.blocks]
         try:
-            ids = torch.zeros(1, seq_len, dtype=torch.long, device=self.adapter.model.device)
-            self.adapter.model(ids, use_cache=False, logits_to_keep=1)
+            for module in modules:
+                module.forward = pass_by
+            self.adapter.model.base_model(inputs_embeds=hidden, use_cache=False)
         finally:
-            for handle in handles:
-                handle.remove()
-        self._kwargs[seq_len] = [seen[i] for i in range(len(self.adapter.blocks))]
+            for module in modules:
+                del module.forward
+        self._kwargs[hidden.shape[1]] = seen
+
+
+def _look_up(embedding: nn.Module, ids: Tensor) -> Tensor:
+    """ids [...] -> what an embedding makes of them, in float32, also if it holds 16 bits."""
+    weight = embedding.weight
+    if not isinstance(weight, Tensor) or weight.dtype == torch.float32:
+        return embedding(ids)
+    used, places = ids.unique(return_inverse=True)
+    few: Any = copy.copy(embedding)  # with no other rows than these
+    few._parameters = {"weight": nn.Parameter(weight[used].float(), requires_grad=False)}
+    few.padding_idx = None
+    return few(places)
 
 
 @contextmanager

@@ -82,6 +82,9 @@ class QuantLinear(Coded):
     def set_quantized_(self, q: Quantized) -> None:
         """As of `Coded`; what was made ready of other codes is made anew."""
         super().set_quantized_(q)
+        self._renew_()
+
+    def _renew_(self) -> None:
         if not isinstance(self.product, Packed):
             self.prepare_(*self._chosen)
 
@@ -110,6 +113,7 @@ class QuantLinear(Coded):
         weight = self.scheme.transform.apply(self.plain_weight() * diagonal.double())
         self.weight = parameter(weight.to(self.weight.dtype))
         self.diagonal = diagonal.clone()  # files have one for each layer, and transformers refuses to save shared ones
+        self._renew_()
 
     def round_input(self, x: Tensor) -> Tensor:
         """x [..., in] (transform.in_dim if there is a transform) -> what meets the weight."""

@@ -137,9 +137,9 @@ def _equal(a: Tensor | None, b: Tensor) -> bool:
     return torch.equal(a, b)
 
 
-def share_inputs_(adapter: Adapter) -> None:
-    """Linears that read one input transform and round it once."""
-    for site in adapter.sites.of("input"):
+def share_inputs_(adapter: Adapter, block: int | None = None) -> None:
+    """Linears, of one block or of all, that read one input transform and round it once."""
+    for site in adapter.sites.of("input", block=block):
         readers = [adapter.module(path) for path in site.readers]
         if len(readers) < 2 or not all(isinstance(reader, QuantLinear) for reader in readers):
             continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,7 +14,7 @@ from paley.core.transforms import Transform
 from paley.model.adapter import Adapter
 from paley.model.fold import fold_norms_, rotate_input_, rotate_stream_, rotate_values_
 
-__all__ = ["Turning", "decide_turning", "input_blocks", "rotate_"]
+__all__ = ["Turning", "decide_turning", "fold_", "input_blocks", "rotate_", "rotate_inputs_"]
 
 _SMALLEST_BLOCK = 32  # smaller ones would cost more in scales and mix too few values to be Gaussian
 _GRANULARITIES = (64, 32, 16, 8, 4)
@@ -98,16 +98,23 @@ def _wires(sites: Sites) -> list[str]:
 
 
 def rotate_(adapter: Adapter, rotation: Rotation | None, inputs: Mapping[str, Transform]) -> None:
-    """Folds the norms, applies R1 and R2, and the weights' side of what turns at run time.
+    """Folds what is to be folded, and applies the weights' side of what turns at run time (`rotate_inputs_`)."""
+    fold_(adapter, rotation)
+    rotate_inputs_(adapter, adapter.sites.of("linear", "head"), inputs)
 
-    inputs: path of a linear or an untied head -> the transform of what it reads. Without any the model stays as it is.
-    """
+
+def fold_(adapter: Adapter, rotation: Rotation | None) -> None:
+    """Folds the norms and applies R1 and R2, if the rotation has them. Without them the model stays as it is."""
     if rotation is not None and rotation.stream is not None:
         fold_norms_(adapter)
         rotate_stream_(adapter, rotation.stream)
         if rotation.heads is not None and adapter.architecture.values_rotate:
             rotate_values_(adapter, rotation.heads)
-    for site in adapter.sites.of("linear", "head"):
+
+
+def rotate_inputs_(adapter: Adapter, sites: Iterable[Site], inputs: Mapping[str, Transform]) -> None:
+    """The weights' side of what turns at run time: of those sites, linears and the head, that `inputs` has by name."""
+    for site in sites:
         if site.stored_as == site.name and site.name in inputs:
             rotate_input_(adapter.module(site.module), inputs[site.name])
 

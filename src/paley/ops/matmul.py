@@ -18,9 +18,10 @@ from paley.core import planes
 from paley.core.errors import PaleyError, nearest_name
 from paley.core.rounding import Quantized
 from paley.core.schemes import LinearScheme
+from paley.kernels.products import products
 from paley.ops.inputs import InputCodes, encode_input, round_input
 
-__all__ = ["PRODUCTS", "CodedWeight", "Product", "choose", "grid_matmul"]
+__all__ = ["CALIBRATION", "EXACT", "PRODUCTS", "CodedWeight", "Product", "choose", "grid_matmul"]
 
 
 class CodedWeight(Protocol):
@@ -190,23 +191,45 @@ class Packed:
         return True
 
 
+class Bfloat(Dense):
+    """As `Dense`, also of an unquantized weight, but weight and input are rounded to bfloat16 when they are multiplied.
+
+    Calibration text runs through it: that noise of 2⁻⁹ is far below any rounding's. `auto` never takes it. If the
+    machine has no instructions for it, this is `Dense`.
+    """
+
+    name = "bfloat16"
+
+    @staticmethod
+    def takes(scheme: LinearScheme, width: int, device: torch.device) -> bool:
+        return True
+
+    def run(self, encoded: Tensor, x: Tensor) -> Tensor:
+        if encoded.dtype != torch.float32 or encoded.requires_grad or not kernels.multiplies_bfloat16(encoded.device):
+            return super().run(encoded, x)
+        y = products(encoded.reshape(-1, encoded.shape[-1]), self.weight)
+        return y.view(*encoded.shape[:-1], len(self.weight))
+
+
 PRODUCTS = {product.name: product for product in (Planes, Dense, Packed)}
 EXACT = "dense"  # scores are measured with it: it does not depend on the native library
+CALIBRATION = Bfloat.name
+_BY_NAME = {**PRODUCTS, CALIBRATION: Bfloat}
 
 
 def choose(weight: CodedWeight, width: int, device: torch.device, dtype: torch.dtype, name: str = "auto") -> Product:
     """The fastest product that takes the weight, or the one of that name, made ready; dtype: of a dense weight.
 
-    A weight that is kept unquantized is multiplied as it is, whatever the name.
+    A weight that is kept unquantized is multiplied as it is, unless the name is CALIBRATION.
     """
-    if name != "auto" and name not in PRODUCTS:
+    if name != "auto" and name not in _BY_NAME:
         known = ("auto", *PRODUCTS)
         raise PaleyError(f"product {name!r} is none of {', '.join(known)}{nearest_name(name, known)}")
-    if weight.scheme.weight is None:
+    if weight.scheme.weight is None and name != CALIBRATION:
         return Packed(weight, dtype)
-    if name != "auto" and not PRODUCTS[name].takes(weight.scheme, width, device):
+    if name != "auto" and not _BY_NAME[name].takes(weight.scheme, width, device):
         raise PaleyError(
             f"product {name!r} does not take weights such as {weight.scheme} on {device}; use product='auto'"
         )
-    wanted = PRODUCTS.values() if name == "auto" else (PRODUCTS[name],)
+    wanted = PRODUCTS.values() if name == "auto" else (_BY_NAME[name],)
     return next(product for product in wanted if product.takes(weight.scheme, width, device))(weight, dtype)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
+
 from paley.core.schemes import LinearScheme, Schemes
 from paley.data import TokenBlocks
 from paley.methods.gbs import Outcome
@@ -12,7 +14,9 @@ from paley.model.adapter import Adapter
 from paley.model.budget import activation_options, check_budget, decide_grids, range_note
 from paley.model.capture import BlockRunner
 from paley.model.problem import Problem
+from paley.model.reading import prepare_ as choose_products_
 from paley.model.search import ClipSearch
+from paley.ops.matmul import EXACT
 from paley.pipeline.execute import prepare_, quantize_steps
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.run_directory import RunDirectory
@@ -99,6 +103,7 @@ def _search(
     prepare_(draft, adapter)
     reference = runner.suffix(0, runner.embed(ids))
     quantize_steps(runner, draft, texts.calibration, run, "draft", monitor)
+    choose_products_(adapter.model, EXACT, torch.float32)
     search = ClipSearch(runner, ids, reference, draft.schemes, problem.search)
     monitor.stage("searching clip ratios", len(search.knobs))
     trace = list(run.trials()) if run else []

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from paley.core.rounding import Quantized
@@ -15,11 +17,11 @@ from paley.format import spec
 from paley.format.checkpoint import read_tensors
 from paley.format.dtypes import cast_to_store
 from paley.format.writer import write_tensors
-from paley.model.adapter import Adapter
-from paley.model.calibrate import LayerReport, ModelQuantizer, wrap_
+from paley.model.adapter import Adapter, Block
+from paley.model.calibrate import LayerReport, ModelQuantizer, wrap_block_, wrap_outer_
 from paley.model.capture import BlockRunner
 from paley.model.problem import Problem
-from paley.model.rotation import rotate_
+from paley.model.rotation import fold_, rotate_inputs_
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.run_directory import RunDirectory
 
@@ -30,19 +32,49 @@ def execute(
     problem: Problem, calibration: TokenBlocks | None, run: RunDirectory | None, monitor: Monitor, device: str
 ) -> tuple[PreTrainedModel, list[LayerReport]]:
     """-> the quantized model, ready to run or to save, and a report for each quantized weight."""
-    adapter = Adapter(problem.source.load(device=device))
-    prepare_(problem, adapter)
-    return adapter.model, quantize_steps(BlockRunner(adapter), problem, calibration, run, "final", monitor)
+    adapter = Adapter(problem.source.load(dtype=_held(problem), device=device))
+    fold_(adapter, problem.rotation)
+    _prepare_outer_(problem, adapter)
+    runner = BlockRunner(adapter)
+    begin = partial(_prepare_block_, problem, adapter)
+    reports = quantize_steps(runner, problem, calibration, run, "final", monitor, begin)
+    return adapter.model.float(), reports
+
+
+def _held(problem: Problem) -> torch.dtype:
+    """The type in which blocks wait for their turn: that of the files, unless something is folded before."""
+    return torch.float32 if problem.folded else problem.source.checkpoint.float_dtype
 
 
 def prepare_(problem: Problem, adapter: Adapter) -> None:
     """Rotates the model, rounds what stays unquantized to its storage type, and wraps the linears."""
-    rotate_(adapter, problem.rotation, problem.inputs())
+    fold_(adapter, problem.rotation)
+    _prepare_outer_(problem, adapter)
+    for block in adapter.blocks:
+        _prepare_block_(problem, adapter, block)
+
+
+def _prepare_outer_(problem: Problem, adapter: Adapter) -> None:
+    """What is not in a block: embedding, final norm, head."""
+    rotate_inputs_(adapter, [adapter.sites.head], problem.inputs())
+    blocks = f"{adapter.architecture.blocks}."
+    _cast_(problem, ((n, p) for n, p in adapter.model.named_parameters() if not n.startswith(blocks)))
+    wrap_outer_(adapter, problem.schemes)
+
+
+def _prepare_block_(problem: Problem, adapter: Adapter, block: Block) -> None:
+    block.module.float()
+    rotate_inputs_(adapter, block.linears(), problem.inputs())
+    _cast_(problem, ((f"{block.name}.{n}", p) for n, p in block.module.named_parameters()))
+    wrap_block_(adapter, block, problem.schemes)
+
+
+def _cast_(problem: Problem, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Rounds what stays unquantized to the type that it is stored in."""
     quantized = {f"{site.name}.weight" for site, scheme in problem.weights() if scheme.weight is not None}
-    for name, parameter in adapter.model.named_parameters():
+    for name, parameter in parameters:
         if name not in quantized:
             parameter.data = cast_to_store(name, parameter.data, problem.dtype).to(parameter.dtype)
-    wrap_(adapter, problem.schemes)
 
 
 def quantize_steps(
@@ -52,11 +84,15 @@ def quantize_steps(
     run: RunDirectory | None,
     stage: str,
     monitor: Monitor,
+    begin: Callable[[Block], None] = lambda _: None,
 ) -> list[LayerReport]:
-    """The embedding, every block, the head; a step that the run directory holds already is taken from there."""
+    """The embedding, every block, the head; a step that the run directory holds already is taken from there.
+
+    begin: as of `ModelQuantizer`.
+    """
     adapter = runner.adapter
     ids = calibration.ids.to(adapter.model.device) if calibration is not None else None
-    quantizer = ModelQuantizer(runner, ids, problem.schemes, compensate=problem.compensate)
+    quantizer = ModelQuantizer(runner, ids, problem.schemes, compensate=problem.compensate, begin=begin)
     count = sum(scheme.weight is not None for _, scheme in problem.weights())
     monitor.stage("quantizing weights" if stage == "final" else "quantizing weights for the search", count)
     reports: list[LayerReport] = []

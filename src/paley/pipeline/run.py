@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
 from paley.core.errors import PaleyError
@@ -18,6 +19,8 @@ from paley.format.checkpoint import Checkpoint
 from paley.format.publish import RESULTS
 from paley.model.loading import Source, open_source
 from paley.model.problem import Problem
+from paley.model.reading import prepare_
+from paley.ops.matmul import EXACT
 from paley.pipeline.accounting import parameter_count, quantized_bits, untouched
 from paley.pipeline.card import model_card
 from paley.pipeline.decide import Decision, decide
@@ -161,6 +164,7 @@ def _make(
         expected = sample_logits(model)
         del model  # never two copies
         model = verify(run.checkpoint, problem, expected, device)
+        prepare_(model, EXACT, torch.float32)
         monitor.step()
     measured = None
     if model is not None and texts.test is not None:

@@ -77,8 +77,11 @@ def sample_logits(model: PreTrainedModel) -> Tensor:
 
 
 def verify(folder: Path, problem: Problem, expected: Tensor, device: str) -> PreTrainedModel:
-    """Loads the folder -> the model; raises unless its `sample_logits` have a KL divergence of exactly 0 to those."""
-    model = load_stored(folder, problem, device)
+    """Loads the folder -> the model; raises unless its `sample_logits` have a KL divergence of exactly 0 to those.
+
+    expected: of a model that decodes a weight whenever it is used.
+    """
+    model = load_stored(folder, problem, device, product="packed")
     divergence = float(kl_divergence(expected, sample_logits(model)).abs().max())
     if divergence != 0.0:
         raise PaleyError(
@@ -88,9 +91,9 @@ def verify(folder: Path, problem: Problem, expected: Tensor, device: str) -> Pre
     return model
 
 
-def load_stored(folder: Path, problem: Problem, device: str) -> PreTrainedModel:
-    """The model that was written to the folder, its weights unpacked for speed."""
+def load_stored(folder: Path, problem: Problem, device: str, product: str = EXACT) -> PreTrainedModel:
+    """The model that was written to the folder; product: as of `hf.load`."""
     if problem.quantizes:
-        return hf.load(folder, device=device, product=EXACT)
+        return hf.load(folder, device=device, product=product)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     return model.to(device)  # type: ignore[arg-type]
