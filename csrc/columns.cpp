@@ -13,8 +13,12 @@ bool valid(const paley::ColumnsTask& task) {
   return t.p > 1 || t.step > 0 || t.n == 1 || t.edges;
 }
 
-template <class Level>
-int32_t run(const paley::ColumnsTask& task, int32_t level, const Level& at_level) {
+bool valid(const paley::FollowTask& task) {
+  return task.rows >= 0 && task.columns >= 0 && task.width >= 0 && task.threads >= 1;
+}
+
+template <class Task, class Level>
+int32_t run(const Task& task, int32_t level, const Level& at_level) {
   if (!valid(task) || level < PALEY_PORTABLE || level > paley_best_level()) return PALEY_BAD_ARGUMENT;
   if (task.rows == 0 || task.columns == 0) return PALEY_OK;
   try {
@@ -56,5 +60,17 @@ extern "C" int32_t paley_descent(const paley_table* table, int32_t rows, int32_t
     if (level == PALEY_AVX2) return paley::avx2::descent(t);
 #endif
     paley::portable::descent(t);
+  });
+}
+
+extern "C" int32_t paley_follow(int32_t rows, int32_t columns, int32_t width, const float* moves, const float* gram,
+                                int32_t level, int32_t threads, float* pull) {
+  const paley::FollowTask task{rows, columns, width, threads, moves, gram, pull};
+  return run(task, level, [level](const paley::FollowTask& t) {
+#if PALEY_X86
+    if (level == PALEY_AVX512) return paley::avx512::follow(t);
+    if (level == PALEY_AVX2) return paley::avx2::follow(t);
+#endif
+    paley::portable::follow(t);
   });
 }

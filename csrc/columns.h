@@ -22,17 +22,27 @@ struct ColumnsTask {
   float* change;   // feedback: errors; descent: moves. [rows, columns]
 };
 
+struct FollowTask {
+  int32_t rows, columns, width, threads;
+  const float* moves;  // [rows, columns]
+  const float* gram;   // [columns, width]
+  float* pull;         // [rows, width]
+};
+
 namespace avx512 {
 void feedback(const ColumnsTask& task);
 void descent(const ColumnsTask& task);
+void follow(const FollowTask& task);
 }  // namespace avx512
 namespace avx2 {
 void feedback(const ColumnsTask& task);
 void descent(const ColumnsTask& task);
+void follow(const FollowTask& task);
 }  // namespace avx2
 namespace portable {
 void feedback(const ColumnsTask& task);
 void descent(const ColumnsTask& task);
+void follow(const FollowTask& task);
 }  // namespace portable
 
 }  // namespace paley

@@ -231,3 +231,21 @@ void walk_in(const ColumnsTask& task) {
 
 void feedback(const ColumnsTask& task) { walk_in<false>(task); }
 void descent(const ColumnsTask& task) { walk_in<true>(task); }
+
+// Nearly all moves are 0: a product of matrices would do a hundred times the work.
+void follow(const FollowTask& task) {
+  std::atomic<int> next{0};
+  run_workers(task.threads, [&] {
+    for (int first; (first = next.fetch_add(ROWS)) < task.rows;) {
+      for (int row = first; row < std::min(first + ROWS, task.rows); ++row) {
+        float* pull = task.pull + int64_t{row} * task.width;
+        for (int k = 0; k < task.columns; ++k) {
+          const float move = task.moves[int64_t{row} * task.columns + k];
+          if (move == 0.0f) continue;
+          const float* gram = task.gram + int64_t{k} * task.width;
+          for (int i = 0; i < task.width; ++i) pull[i] -= move * gram[i];
+        }
+      }
+    }
+  });
+}

@@ -92,6 +92,11 @@ PALEY_EXPORT int32_t paley_descent(const paley_table* table, int32_t rows, int32
                                    const float* zeros, int64_t scale_row, int64_t scale_column, int32_t level,
                                    int32_t threads, int32_t* codes, float* moves);
 
+// After a descent: pull [rows, width] less moves [rows, columns], most of them 0, times gram [columns, width]. The terms
+// of a sum are taken off one after the other.
+PALEY_EXPORT int32_t paley_follow(int32_t rows, int32_t columns, int32_t width, const float* moves, const float* gram,
+                                  int32_t level, int32_t threads, float* pull);
+
 // c [m, n] = a [m, k] times b [n, k] transposed, or is added to. Entries lie `row` and `column` floats apart. They are
 // rounded to bfloat16, ties to even, and denormal ones to 0; sums are float32 in one order: c depends on neither level
 // nor threads, as long as no product is below the least normal float. upper: nothing below the diagonal is wanted.

@@ -3,7 +3,7 @@
 // Every level sums in one order: runs of RUN values of k, each from 0 by pairs, the odd value first, and then added to
 // c. The product of two bfloat16 is exact in float32: it does not matter whether multiply and add are fused.
 
-constexpr int64_t RUN = 512;
+constexpr int64_t RUN = 512, SPAN = 4 * RUN;  // SPAN: what is held packed
 constexpr int64_t GROUP = 16;  // panels of a that a job multiplies by one panel of b
 constexpr int64_t TALL = Lanes::TALL, VECTORS = Lanes::VECTORS, WIDE = VECTORS * Lanes::COUNT;
 constexpr int64_t WORDS = Lanes::WORDS;  // of a pair: the odd value and the even one, or one word with both
@@ -45,7 +45,10 @@ inline void pack(const ProductsTask::Matrix& x, int64_t rows, int64_t run, int64
   for (int64_t r = 0; r < panel; ++r) {
     if (r < rows) {
       const float* row = x.start + r * x.row;
-      for (int64_t pair = 0; pair < run / 2; ++pair) even[pair] = rounded(row + 2 * pair), odd[pair] = rounded(row + 2 * pair + 1);
+      for (int64_t pair = 0; pair < run / 2; ++pair) {
+        even[pair] = rounded(row + 2 * pair);
+        odd[pair] = rounded(row + 2 * pair + 1);
+      }
       if (run % 2) even[pairs - 1] = rounded(row + run - 1), odd[pairs - 1] = 0;
     } else if (r == rows) {
       std::fill_n(even, pairs, 0), std::fill_n(odd, pairs, 0);
@@ -79,34 +82,44 @@ inline void put(const ProductsTask& task, int64_t row, int64_t column, bool add,
   }
 }
 
-void products(const ProductsTask& task) {
+// Columns from.. of k, SPAN of them at most: first all panels are packed, then all tiles multiplied.
+inline void span(const ProductsTask& task, int64_t from, int64_t size, uint32_t* a, uint32_t* b) {
   const int64_t tall = (task.m + TALL - 1) / TALL, wide = (task.n + WIDE - 1) / WIDE;
-  const int64_t groups = (tall + GROUP - 1) / GROUP, words = (std::min(RUN, task.k) + 1) / 2 * WORDS;
-  const std::unique_ptr<uint32_t[]> a(new uint32_t[tall * TALL * words]), b(new uint32_t[wide * WIDE * words]);
-  for (int64_t from = 0; from < task.k; from += RUN) {
-    const int64_t run = std::min(RUN, task.k - from), pairs = (run + 1) / 2, held = pairs * WORDS;
-    std::atomic<int64_t> next{0};
-    run_workers(task.threads, [&] {
-      for (int64_t job; (job = next++) < tall + wide;) {
-        const bool left = job < tall;
-        const auto& x = left ? task.a : task.b;
-        const int64_t panel = left ? TALL : WIDE, first = (left ? job : job - tall) * panel;
-        const int64_t rows = std::min(panel, (left ? task.m : task.n) - first);
-        const float* start = x.start + first * x.row + from * x.column;
-        pack({start, x.row, x.column}, rows, run, panel, (left ? a : b).get() + first * held);
+  const int64_t groups = (tall + GROUP - 1) / GROUP, words = (size + 1) / 2 * WORDS;
+  std::atomic<int64_t> next{0};
+  run_workers(task.threads, [&] {
+    for (int64_t job; (job = next++) < tall + wide;) {
+      const bool left = job < tall;
+      const auto& x = left ? task.a : task.b;
+      const int64_t panel = left ? TALL : WIDE, first = (left ? job : job - tall) * panel;
+      const int64_t rows = std::min(panel, (left ? task.m : task.n) - first);
+      for (int64_t at = 0; at < size; at += RUN) {
+        const float* start = x.start + first * x.row + (from + at) * x.column;
+        uint32_t* out = (left ? a : b) + first * words + at / 2 * WORDS * panel;
+        pack({start, x.row, x.column}, rows, std::min(RUN, size - at), panel, out);
       }
-    });
-    next = 0;
-    run_workers(task.threads, [&] {
-      Tile sums;
-      for (int64_t job; (job = next++) < wide * groups;) {
-        const int64_t column = job / groups * WIDE, first = job % groups * GROUP;
+    }
+  });
+  next = 0;
+  run_workers(task.threads, [&] {
+    Tile sums;
+    for (int64_t job; (job = next++) < wide * groups;) {
+      const int64_t column = job / groups * WIDE, first = job % groups * GROUP;
+      for (int64_t at = 0; at < size; at += RUN) {
+        const int64_t pairs = (std::min(RUN, size - at) + 1) / 2, skipped = at / 2 * WORDS;
         for (int64_t i = first; i < std::min(first + GROUP, tall); ++i) {
           if (task.upper && i * TALL >= column + WIDE) break;
-          multiply(a.get() + i * TALL * held, b.get() + column * held, pairs, sums);
-          put(task, i * TALL, column, task.add || from > 0, sums);
+          multiply(a + i * TALL * words + skipped * TALL, b + column * words + skipped * WIDE, pairs, sums);
+          put(task, i * TALL, column, task.add || from + at > 0, sums);
         }
       }
-    });
-  }
+    }
+  });
+}
+
+void products(const ProductsTask& task) {
+  const int64_t tall = (task.m + TALL - 1) / TALL, wide = (task.n + WIDE - 1) / WIDE;
+  const int64_t words = (std::min(SPAN, task.k) + 1) / 2 * WORDS;
+  const std::unique_ptr<uint32_t[]> a(new uint32_t[tall * TALL * words]), b(new uint32_t[wide * WIDE * words]);
+  for (int64_t from = 0; from < task.k; from += SPAN) span(task, from, std::min(SPAN, task.k - from), a.get(), b.get());
 }

@@ -11,7 +11,7 @@ from paley.core.nearest import reference as nearest_reference
 from paley.core.schemes import WeightScheme
 from paley.kernels import available, columns, native
 from paley.methods import gptq
-from paley.methods.columns import descent, feedback, inverses
+from paley.methods.columns import descent, feedback, follow_, inverses
 from paley.methods.gptq import quantize_gptq
 from paley.methods.statistics import InputStatistics
 
@@ -143,3 +143,20 @@ def test_what_the_kernels_cannot_read_is_refused():
     ):
         with pytest.raises(PaleyError, match="columns: "):
             columns.feedback(weights, spread, table, scales, zeros)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_what_moves_is_followed_to_the_bit(monkeypatch, threads):
+    g = torch.Generator().manual_seed(0)
+    pull, gram = torch.randn(37, 131, generator=g), torch.randn(29, 131, generator=g)
+    moves = torch.randn(37, 29, generator=g) * (torch.rand(37, 29, generator=g) < 0.1)
+    monkeypatch.setenv("PALEY_BACKEND", "reference")
+    want = pull.clone()
+    follow_(want, moves, gram)
+    torch.testing.assert_close(want, pull - moves @ gram)
+    for level in native.LEVELS[: native.LEVELS.index(native.best_level()) + 1]:
+        got = pull.clone()
+        columns.follow_(got, moves, gram, level=level, threads=threads)
+        assert torch.equal(got, want)
+    with pytest.raises(PaleyError, match="must be contiguous"):
+        columns.follow_(pull[:, ::2], moves, gram[:, ::2])

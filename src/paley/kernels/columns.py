@@ -14,7 +14,7 @@ from paley.core.errors import PaleyError
 from paley.core.grids import Grid
 from paley.kernels import native
 
-__all__ = ["MAX_DIM", "Table", "descent", "feedback", "table_of"]
+__all__ = ["MAX_DIM", "Table", "descent", "feedback", "follow_", "table_of"]
 
 MAX_DIM = 4  # values of a code, at most
 _PARTS = {2: 48, 3: 16, 4: 10}  # of each side of space, by p: some tens of members a cell at the most points
@@ -127,6 +127,19 @@ def descent(
         *_scaling(scales, zeros), *_how(level, threads, rows * columns), codes.data_ptr(), moves.data_ptr(),
     )  # fmt: skip
     return codes, moves
+
+
+def follow_(pull: Tensor, moves: Tensor, gram: Tensor, *, level: str | None = None, threads: int | None = None) -> None:
+    """pull [rows, n] -= moves [rows, k] @ gram [k, n], column by column; moves that are 0 cost nothing."""
+    (rows, columns), width = moves.shape, pull.shape[1]
+    _check((pull, moves, gram), ((rows, width), moves.shape, (columns, width)))
+    if not pull.is_contiguous():
+        raise PaleyError("columns: pull is changed in place and must be contiguous")
+    moves, gram = moves.contiguous(), gram.contiguous()
+    native.call(
+        native.load().paley_follow,
+        rows, columns, width, moves.data_ptr(), gram.data_ptr(), *_how(level, threads, rows * width), pull.data_ptr(),
+    )  # fmt: skip
 
 
 def _check(tensors: Sequence[Tensor | None], shapes: Sequence[Sequence[int]]) -> None:

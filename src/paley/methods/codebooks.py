@@ -61,10 +61,10 @@ class Codebook(Protocol):
         """What `nearest` does in a block of columns; None if its points are no table."""
         ...
 
-    def refit_(self, pull: Tensor, gram: Tensor, codes: Tensor) -> None:
+    def refit_(self, pull: Tensor, wanted: Tensor, gram: Tensor, codes: Tensor) -> None:
         """The scales of least error in the metric `gram`, one group after the other, in closed form.
 
-        pull [out, all columns]: (target - values) gram; it is updated as the values change.
+        wanted [out, all columns]: target gram. pull: wanted - values gram; it is updated as the values change.
         """
         ...
 
@@ -123,11 +123,12 @@ class Scaled:
         points = self.grid.look_up(codes, len(groups))
         return points if self.zeros is None else points - _of_each(self.zeros, groups)
 
-    def refit_(self, pull: Tensor, gram: Tensor, codes: Tensor) -> None:
+    def refit_(self, pull: Tensor, wanted: Tensor, gram: Tensor, codes: Tensor) -> None:
         points, scales = self._points(codes), self.scales.clone()
         for index, cols in enumerate(self.groups):
             p = points[:, cols.start - self._start : cols.stop - self._start]
-            along = p @ gram[cols]
+            # Of a single group, values gram is known: it is what lacks of wanted, and saves a product of matrices.
+            along = (wanted - pull) / scales[:, index].clamp(min=1e-30) if p.shape == pull.shape else p @ gram[cols]
             curve = (along[:, cols] * p).sum(-1, keepdim=True)
             slope = (pull[:, cols] * p).sum(-1, keepdim=True) + scales[:, index] * curve
             fitted = storable(slope / curve.clamp(min=1e-30))
@@ -186,7 +187,7 @@ class Free:
         parts = [self.grid.dequantize(codes[:, cols], own) for cols, own in zip(self.groups, scales, strict=True)]
         return torch.cat(parts, -1)
 
-    def refit_(self, pull: Tensor, gram: Tensor, codes: Tensor) -> None:
+    def refit_(self, pull: Tensor, wanted: Tensor, gram: Tensor, codes: Tensor) -> None:
         for index, cols in enumerate(self.groups):
             if cols.stop == cols.start:
                 continue
@@ -240,9 +241,9 @@ class Split:
             return (self.ordinary if cols.start < first else self.outliers).values(codes, cols)
         return torch.cat([self.ordinary.values(codes[:, :first]), self.outliers.values(codes[:, first:])], -1)
 
-    def refit_(self, pull: Tensor, gram: Tensor, codes: Tensor) -> None:
-        self.ordinary.refit_(pull, gram, codes[:, : self._first])
-        self.outliers.refit_(pull, gram, codes[:, self._first :])
+    def refit_(self, pull: Tensor, wanted: Tensor, gram: Tensor, codes: Tensor) -> None:
+        self.ordinary.refit_(pull, wanted, gram, codes[:, : self._first])
+        self.outliers.refit_(pull, wanted, gram, codes[:, self._first :])
 
 
 def _of_each(scales: Tensor, groups: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from paley import kernels
 from paley.kernels import columns as kernel
 from paley.methods.codebooks import Codebook, Rounding
 
-__all__ = ["descent", "feedback", "inverses"]
+__all__ = ["descent", "feedback", "follow_", "inverses"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -79,6 +79,16 @@ def descent(
         for i, column in enumerate(moves[:, cols].unbind(1), cols.start):
             near[:, cols.stop :] -= column[:, None] * gram[i, cols.stop :]
     return codes, moves
+
+
+def follow_(pull: Tensor, moves: Tensor, gram: Tensor) -> None:
+    """pull [out, in] -= moves [out, k] @ gram [k, in], in place, one column of moves after the other."""
+    if pull.device.type == "cpu" and kernels.backend() == "native":
+        kernel.follow_(pull, moves, gram)
+        return
+    for column, row in zip(moves.unbind(1), gram, strict=True):
+        if column.any():
+            pull -= column[:, None] * row
 
 
 def inverses(gram: Tensor, p: int) -> Tensor:

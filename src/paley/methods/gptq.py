@@ -17,7 +17,7 @@ from paley.core.grids import as_fixed
 from paley.core.rounding import OUTLIER_GRID, Outliers, Quantized, check_groups, joined, quantized
 from paley.core.schemes import WeightScheme
 from paley.methods.codebooks import Codebook, Free, Scaled, Split, blocks
-from paley.methods.columns import descent, feedback, inverses
+from paley.methods.columns import descent, feedback, follow_, inverses
 from paley.methods.nearest import weight_scales
 from paley.methods.statistics import InputStatistics, Metric
 
@@ -147,10 +147,11 @@ def _refine_(codes: Tensor, target: Tensor, gram: Tensor, book: Codebook, sweeps
     """Refits the scales and improves the codes, `sweeps` times in turn; both in place."""
     if sweeps == 0:
         return
-    pull = (target - book.values(codes)) @ gram
+    wanted = target @ gram
+    pull = wanted - book.values(codes) @ gram
     inverse = [inverses(gram[start:stop, start:stop], book.p) for start, stop in blocks(book, BLOCK)]
     for _ in range(sweeps):
-        book.refit_(pull, gram, codes)
+        book.refit_(pull, wanted, gram, codes)
         _descend_(pull, gram, inverse, codes, book)
 
 
@@ -164,4 +165,4 @@ def _descend_(pull: Tensor, gram: Tensor, inverse: Sequence[Tensor], codes: Tens
         codes[:, here], moves = descent(
             pull[:, start:stop], gram[start:stop, start:stop], own, codes[:, here], book, start
         )
-        pull -= moves @ gram[start:stop]
+        follow_(pull, moves, gram[start:stop])
