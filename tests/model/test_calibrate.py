@@ -1,4 +1,6 @@
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -78,6 +80,21 @@ def test_wrapping_changes_nothing():
     before = adapter.model(IDS).logits
     wrap_(adapter, make_schemes(adapter))
     torch.testing.assert_close(adapter.model(IDS).logits, before)
+
+
+def test_layers_of_a_finished_block_are_freed_at_once():
+    adapter = small_adapter()
+    schemes = make_schemes(adapter)
+    wrap_(adapter, schemes)
+    quantizer = ModelQuantizer(BlockRunner(adapter, batch=2), IDS, schemes, compensate="residual_stream")
+    quantizer.embedding({})
+    gone = [weakref.ref(adapter.module(site.module)) for site in adapter.blocks[0].linears()]
+    gc.disable()  # the collector may not run for many blocks
+    try:
+        quantizer.block(0, {})
+        assert [ref() for ref in gone] == [None] * 7
+    finally:
+        gc.enable()
 
 
 def test_hidden_states_follow_both_models():

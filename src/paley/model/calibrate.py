@@ -162,6 +162,7 @@ class ModelQuantizer:
                 self.hidden, self.original = both.finish()
         for site in block.linears():
             self.adapter.module(site.module).prepare_("packed")
+            reference.get_submodule(block.local(site.module)).retire_()
         return reports
 
     @torch.no_grad()
@@ -319,4 +320,5 @@ class ModelQuantizer:
         made.shared_input = linear.shared_input
         made.prepare_(CALIBRATION if site.kind == "linear" else "packed")
         self.adapter.model.set_submodule(site.module, made)
+        linear.retire_()
         return LayerReport(site.name, rel_error(linear.dequantize(), made.dequantize()), q)

@@ -79,6 +79,10 @@ class QuantLinear(Coded):
         self.product = choose(self, self.in_features, self._device(), dtype, product)
         self._chosen = (product, dtype)
 
+    def retire_(self) -> None:
+        """Lets go of what was made ready, for good: layer and product hold each other until a collector runs."""
+        del self.product
+
     def set_quantized_(self, q: Quantized) -> None:
         """As of `Coded`; what was made ready of other codes is made anew."""
         super().set_quantized_(q)
