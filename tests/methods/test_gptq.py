@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from paley.core.errors import PaleyError
 from paley.core.schemes import WeightScheme
 from paley.methods.gptq import quantize_gptq
 from paley.methods.nearest import quantize_nearest
@@ -102,3 +103,55 @@ def test_dead_inputs_and_zero_rows():
     q = quantize_gptq(weight, statistics(inputs, reference), WeightScheme("int3"))
     assert q.dequantize().isfinite().all()
     assert (q.dequantize()[3] == 0).all()
+
+
+def test_fewer_tokens_than_columns_need_no_more_damping(caplog):
+    weight, inputs, reference = problem(tokens=8)
+    s = statistics(inputs, reference)
+    assert int(torch.linalg.matrix_rank(s.gram)) == 8 < 32
+    q = quantize_gptq(weight, s, WeightScheme("int4"))
+    assert loss(weight, q, inputs, reference) < loss(
+        weight, quantize_nearest(weight, WeightScheme("int4")), inputs, reference
+    )
+    assert not caplog.records
+
+
+def test_damping_is_raised_until_the_hessian_is_positive_definite(caplog):
+    """By what a planted negative eigenvalue needs, and by no more than the next step; the same in any order."""
+    weight, inputs, reference = problem()
+    s = statistics(inputs, reference)
+    values, vectors = torch.linalg.eigh(s.gram.double())
+    values[0] = -0.05 * values.mean()
+    s._upper = (vectors * values @ vectors.T).float()
+    metric = s.metric(0.01)
+    assert metric.raised == 0.1
+    mean = float((s.gram.diagonal().double() * 1.01).mean())
+    assert torch.allclose(
+        metric.gram.diagonal(), s.gram.diagonal() + 0.01 * s.gram.diagonal().mean() + 0.1 * mean, rtol=1e-6
+    )
+    assert torch.allclose(metric.spread.T @ metric.spread @ metric.gram, torch.eye(32), atol=1e-3)
+    order = torch.arange(32).flip(0)
+    assert torch.allclose(metric.ordered(order).gram, metric.gram[order][:, order])
+    assert metric.ordered(order).raised == 0
+    q = quantize_gptq(weight, s, WeightScheme("int4"), where="model.layers.7.mlp.up_proj")
+    assert q.dequantize().isfinite().all()
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "model.layers.7.mlp.up_proj: the Hessian is not positive definite; damping raised from 0.01 to 0.11 of its mean "
+        "diagonal"
+    )
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda gram: gram.fill_diagonal_(1.0).add_(50 * torch.eye(32).flip(0)), "not positive definite, even with 1 "),
+        (lambda gram: gram[2:3].fill_(torch.nan), "NaN or infinite on the calibration text"),
+    ],
+)
+def test_a_hopeless_hessian_is_refused_with_its_layer(spoil, said):
+    weight, inputs, reference = problem()
+    s = statistics(inputs, reference)
+    spoil(s._upper)
+    with pytest.raises(PaleyError, match=f"model.layers.7.mlp.up_proj: gptq: .*{said}"):
+        quantize_gptq(weight, s, WeightScheme("int4"), where="model.layers.7.mlp.up_proj")

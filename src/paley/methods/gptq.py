@@ -7,12 +7,14 @@ objective that `paley.methods.statistics` defines.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from paley.core.errors import PaleyError
 from paley.core.grids import as_fixed
 from paley.core.rounding import OUTLIER_GRID, Outliers, Quantized, check_groups, joined, quantized
 from paley.core.schemes import WeightScheme
@@ -23,6 +25,7 @@ from paley.methods.statistics import InputStatistics, Metric
 
 __all__ = ["quantize_gptq"]
 
+_LOG = logging.getLogger(__name__)
 VALUES = 2**24  # of a weight's rows that are rounded at a time: 64 MB in each of the tensors at hand
 BLOCK = 128  # columns: what is beyond them is changed once a block, by one matmul
 
@@ -43,12 +46,13 @@ def quantize_gptq(
     outputs that the statistics name; else at W x. damp: added to gram's diagonal, as a share of its mean. A scheme of
     method "nearest" uses the statistics only for its scales.
     """
+    metric = _metric(statistics, damp, where)
     compensate = compensate and scheme.method == "gptq"
     few, parts = max(1, VALUES // weight.shape[1]), []
     for start in range(0, len(weight), few):
         rows = slice(start, start + few)
         target = statistics.target(weight[rows], damp, compensate, rows)
-        parts.append(_round_rows(target, statistics.metric(damp), scheme, outlier_columns, where))
+        parts.append(_round_rows(target, metric, scheme, outlier_columns, where))
     return joined(parts)
 
 
@@ -78,6 +82,20 @@ def _round_rows(
     rest = quantized(placed, book.ordinary.scales, book.ordinary.zeros, grid, columns)
     own = Outliers(outlier_columns.int(), kept.to(torch.uint8), book.outliers.scales[..., 0].half())
     return replace(rest, outliers=own)
+
+
+def _metric(statistics: InputStatistics, damp: float, where: str) -> Metric:
+    """Says for which layer the damping had to be raised, or was not enough."""
+    try:
+        metric = statistics.metric(damp)
+    except PaleyError as error:
+        raise error.at(where) from None
+    if metric.raised:
+        _LOG.warning(
+            "%s: the Hessian is not positive definite; damping raised from %g to %g of its mean diagonal",
+            where, damp, damp + metric.raised,
+        )  # fmt: skip
+    return metric
 
 
 def _codebook(

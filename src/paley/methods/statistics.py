@@ -12,10 +12,12 @@ from torch import Tensor
 
 from paley import kernels
 from paley.core import products
-from paley.core.errors import PaleyError
+from paley.core.errors import PaleyError, Setting
 from paley.kernels import products as native
 
 __all__ = ["InputStatistics", "Metric"]
+
+RAISED = (0.01, 0.1, 1.0)  # of a diagonal's mean, added to it until the matrix is positive definite
 
 
 class InputStatistics:
@@ -77,18 +79,21 @@ class InputStatistics:
 
 
 class Metric:
-    """A damped gram matrix G [in, in], float64 when it comes, and what GPTQ needs of it, computed once."""
+    """A damped gram matrix G [in, in], float64 when it comes, and what GPTQ needs of it, computed once.
+
+    raised: what had to be added to its diagonal to make it positive definite, as a share of its mean; else 0. Errors:
+    PaleyError if RAISED is not enough.
+    """
 
     def __init__(self, gram: Tensor):
-        self._exact, self.gram = gram, gram.float()
+        self._exact, self._factor, self.raised = _factored(gram)
+        self.gram = self._exact.float()
 
     @functools.cached_property
     def spread(self) -> Tensor:
         """U float32 [in, in], upper triangular, with G^-1 = U^T U: its rows say where a column's error should go."""
-        # Of G read backwards, the Cholesky factor backwards is R with G = R R^T, upper triangular: U = R^-1.
-        backwards = torch.linalg.cholesky(self._exact.flip(0, 1)).flip(0, 1)
-        unit = torch.eye(len(backwards)).to(backwards)
-        return torch.linalg.solve_triangular(backwards, unit, upper=True).float()
+        unit = torch.eye(len(self._factor)).to(self._factor)
+        return torch.linalg.solve_triangular(self._factor, unit, upper=True).float()
 
     @property
     def inverse_diagonal(self) -> Tensor:
@@ -106,3 +111,27 @@ def _add(sums: Tensor | None, left: Tensor, right: Tensor, upper: bool = False) 
         return left.T @ right if sums is None else sums.addmm_(left.T, right)
     product = native.products if kernels.backend() == "native" else products.reference
     return product(left.T, right.T, sums, upper=upper)
+
+
+def _factored(gram: Tensor) -> tuple[Tensor, Tensor, float]:
+    """gram float64 [in, in] -> G, R upper triangular with G = R R^T, and what was added to G's diagonal for that.
+
+    Of a matrix read backwards, the Cholesky factor backwards is such an R.
+    """
+    for share in (0.0, *RAISED):
+        damped = gram + share * gram.diagonal().mean() * torch.eye(len(gram)).to(gram) if share else gram
+        backwards, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not failed:
+            return damped, backwards.flip(0, 1), share
+    if not gram.isfinite().all():
+        raise PaleyError(
+            "gptq: what it reads is NaN or infinite on the calibration text",
+            remedy=("look for NaN in the weights before it, or use another text (", Setting("calibration.source"), ")"),
+        )
+    raise PaleyError(
+        f"gptq: the Hessian is not positive definite, even with {RAISED[-1]:g} of its mean added to its diagonal",
+        remedy=(
+            "use more or other text (", Setting("calibration.sequences"), ", ", Setting("calibration.source"),
+            "), or ", Setting("weights.method", "nearest"),
+        ),
+    )  # fmt: skip
