@@ -1,4 +1,5 @@
 import copy
+import re
 
 import pytest
 import torch
@@ -59,15 +60,16 @@ def test_each_token_is_drawn_from_the_whole_prefix(tiny_tokenizer):
     """Cached steps have the distributions of one long forward: replaying the draws on it gives the text."""
     model = tiny()
     ids = sample(model, tiny_tokenizer, count=3, tokens=20, seed=4)
-    probabilities = model(ids, use_cache=False).logits.softmax(-1)
+    below = model(ids, use_cache=False).logits.softmax(-1).double().cumsum(-1)
     seeds = torch.randint(2**62, (3,), generator=torch.Generator().manual_seed(4)).tolist()
     for row, seed in enumerate(seeds):
         generator = torch.Generator().manual_seed(seed)
         for t in range(19):
+            chance = torch.rand(1, dtype=torch.float64, generator=generator) * below[row, t, -1]
             if ids[row, t] == EOS:
                 assert ids[row, t + 1] == BOS
                 continue
-            assert ids[row, t + 1] == torch.multinomial(probabilities[row, t], 1, generator=generator)
+            assert ids[row, t + 1] == (below[row, t] <= chance).sum()
 
 
 def test_temperature_is_one(tiny_tokenizer):
@@ -103,6 +105,47 @@ def test_without_bos_the_configs_serves_or_it_is_refused(tiny_tokenizer):
     assert (sample(tiny(bos_token_id=9), tokenizer)[:, 0] == 9).all()
     with pytest.raises(PaleyError, match=r"has a BOS token .*calibration\.source"):
         sample(tiny(bos_token_id=None), tokenizer)
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}"
+    "{% if m['role'] == 'user' %}{{ '\n' }}{% else %}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.fixture
+def chatting(tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def test_a_chat_model_writes_both_turns_in_the_words_of_its_template(chatting):
+    """A user's turn ends with a newline, an assistant's with EOS, and either with EOS drawn too early."""
+    model, letters = tiny(), chatting("ab\n", add_special_tokens=False)["input_ids"]
+    force(model, dict.fromkeys([*letters, EOS], 0.0))
+    ids = sample(model, chatting, count=6, tokens=400)
+    for row in ids:
+        text = chatting.decode(row)
+        opening, *turns = re.split(r"(\[user\]|\[assistant\])", text)
+        assert opening == "<s>"
+        assert turns[::4] == ["[user]"] * len(turns[::4])
+        assert turns[2::4] == ["[assistant]"] * len(turns[2::4])
+        for said in turns[1:-2:4]:
+            assert re.fullmatch(r"[ab]*\n", said)
+        for said in turns[3:-2:4]:
+            assert re.fullmatch(r"[ab\n]*</s>", said)
+        assert len(turns) > 8
+    assert torch.equal(sample(model, chatting, count=6, tokens=300, batch=8), ids[:, :300])
+
+
+def test_a_template_without_room_or_without_turns_is_refused(chatting):
+    with pytest.raises(PaleyError, match=r"opens with 7 tokens, which leaves none of 7; .*calibration\.seq_len"):
+        sample(tiny(), chatting, tokens=7)
+    for template in ("{{ raise_exception('no') }}", "{{ messages[0]['content'] }}", "a fixed text"):
+        chatting.chat_template = template
+        with pytest.raises(PaleyError, match=r"takes no conversation .*calibration\.source"):
+            sample(tiny(), chatting)
 
 
 def test_bad_requests_and_bad_models_are_refused(tiny_tokenizer: PreTrainedTokenizerFast):

@@ -137,8 +137,8 @@ def test_damping_is_raised_until_the_hessian_is_positive_definite(caplog):
     assert q.dequantize().isfinite().all()
     (record,) = caplog.records
     assert record.getMessage() == (
-        "model.layers.7.mlp.up_proj: the Hessian is not positive definite; damping raised from 0.01 to 0.11 of its mean "
-        "diagonal"
+        "model.layers.7.mlp.up_proj: the Hessian is not positive definite; "
+        "damping raised from 0.01 to 0.11 of its mean diagonal"
     )
 
 

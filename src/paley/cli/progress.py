@@ -14,8 +14,9 @@ from rich.text import Text
 from paley.cli.display import size
 from paley.cli.process import peak_memory, say
 from paley.pipeline import Monitor
+from paley.pipeline.monitor import Pace
 
-__all__ = ["LineMonitor", "watching"]
+__all__ = ["LineMonitor", "minutes", "watching"]
 
 _EVERY = 10.0  # seconds between lines where there is no terminal
 
@@ -26,27 +27,29 @@ def watching() -> Iterator[Monitor]:
     if not sys.stderr.isatty():
         yield LineMonitor()
         return
-    with _Display(Console(stderr=True)) as display:
-        yield _LiveMonitor(display)
-        display.close_stage()
+    monitor = _LiveMonitor(Console(stderr=True))
+    with monitor.display:
+        yield monitor
+        monitor.display.close_stage()
 
 
-class LineMonitor(Monitor):
-    """A line when a stage begins, then at most one every ten seconds."""
+class LineMonitor(Pace):
+    """A line when a stage begins, then at most one every ten seconds, with the time left."""
 
     def __init__(self, write: Callable[[str], None] = say, clock: Callable[[], float] = time.monotonic):
-        self._write, self._clock, self._start = write, clock, clock()
+        super().__init__(clock)
+        self._write, self._start = write, clock()
         self._said = 0.0
-        self._stage, self._total, self._done = "", 0, 0
 
     def stage(self, name: str, total: int) -> None:
-        self._stage, self._total, self._done = name, total, 0
+        super().stage(name, total)
         self._line(name)
 
     def step(self, detail: str = "") -> None:
-        self._done += 1
+        super().step(detail)
         if self._clock() - self._said >= _EVERY:
-            self._line(f"{self._stage} {self._done}/{self._total}  {detail}".rstrip())
+            left = "" if (seconds := self.left()) is None else f", {minutes(seconds)} left"
+            self._line(f"{self._name} {self._done}/{self._total}{left}  {detail}".rstrip())
 
     def note(self, text: str) -> None:
         self._line(text)
@@ -57,34 +60,32 @@ class LineMonitor(Monitor):
 
 
 class _Clock(ProgressColumn):
-    """Time spent on a finished stage; count and time left of one at work."""
+    """Time spent on a finished stage; steps of one at work."""
 
     def render(self, task: Task) -> Text:
-        spent = _minutes(task.elapsed)
         if task.total is None or task.finished:
-            return Text(spent, "progress.elapsed")
-        left = "" if task.time_remaining is None else f", {_minutes(task.time_remaining)} left"
-        return Text(f"{task.completed:.0f}/{task.total:.0f}{left}", "progress.remaining")
+            return Text(minutes(task.elapsed), "progress.elapsed")
+        return Text(f"{task.completed:.0f}/{task.total:.0f}", "progress.remaining")
 
 
 class _Display(Progress):
-    """One line a stage; below, the peak memory and what the last step said."""
+    """One line a stage; below, the time left, the peak memory, and what the last step said."""
 
-    def __init__(self, console: Console):
+    def __init__(self, console: Console, pace: Pace):
         columns = (
             SpinnerColumn(finished_text="✓"),
             TextColumn("{task.description}"),
             BarColumn(24),
             _Clock(),
         )
-        self.detail = ""
+        self.detail, self._pace = "", pace
         self._current: TaskID | None = None
-        # Minutes of history: a layer takes seconds, and rich would forget the layer before last.
-        super().__init__(*columns, console=console, refresh_per_second=4, speed_estimate_period=600)
+        super().__init__(*columns, console=console, refresh_per_second=4)
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield self.make_tasks_table(self.tasks)
-        below = f"  peak memory {size(peak_memory())}  {self.detail}"
+        left = "" if (seconds := self._pace.left()) is None else f"{minutes(seconds)} left, "
+        below = f"  {left}peak memory {size(peak_memory())}  {self.detail}"
         yield Text(below, "dim", overflow="ellipsis", no_wrap=True)
 
     def open_stage(self, name: str, total: int) -> None:
@@ -104,21 +105,25 @@ class _Display(Progress):
             self.advance(self._current)
 
 
-class _LiveMonitor(Monitor):
-    def __init__(self, display: _Display):
-        self._display = display
+class _LiveMonitor(Pace):
+    def __init__(self, console: Console):
+        super().__init__()
+        self.display = _Display(console, self)
 
     def stage(self, name: str, total: int) -> None:
-        self._display.open_stage(name, total)
+        super().stage(name, total)
+        self.display.open_stage(name, total)
 
     def step(self, detail: str = "") -> None:
-        self._display.advance_stage(detail)
+        super().step(detail)
+        self.display.advance_stage(detail)
 
     def note(self, text: str) -> None:
-        self._display.console.print(text, markup=False)
+        self.display.console.print(text, markup=False)
 
 
-def _minutes(seconds: float | None) -> str:
+def minutes(seconds: float | None) -> str:
+    """1:05; 2:00:00 from an hour on."""
     whole = round(seconds or 0)
     hours, rest = divmod(whole, 3600)
     return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"

@@ -59,7 +59,7 @@ def sample_documents(
     frame = _documents(model, tokenizer) if tokenizer.chat_template is None else _conversation(tokenizer)
     if len(frame.opening) >= tokens:
         raise PaleyError(
-            f"sampling: the chat template opens with {len(frame.opening)} tokens, which leaves none of {tokens} to draw",
+            f"sampling: the chat template opens with {len(frame.opening)} tokens, which leaves none of {tokens}",
             remedy=("use more with ", Setting("calibration.seq_len")),
         )
     # Drawn, not seed + i: neighbouring seeds would have all texts but one in common.
@@ -81,17 +81,18 @@ def _sample_batch(model: PreTrainedModel, generators: list[torch.Generator], tok
     for t in range(start, tokens):
         logits = model(read.to(model.device), use_cache=True, logits_to_keep=1, **cache_argument(model, cache)).logits
         # On the CPU: its generators give the same numbers whatever the model's device.
-        probabilities = logits[:, -1].float().softmax(-1).cpu()
-        if not probabilities.isfinite().all():
+        below = logits[:, -1].float().softmax(-1).cpu().cumsum(-1, dtype=torch.float64)
+        if not below[:, -1].isfinite().all():
             raise PaleyError(
                 f"sampling: the model's logits are NaN or infinite at position {t - 1}; look for NaN in its "
                 "weights, or use dtype float32 where float16 overflows"
             )
-        for row, generator in enumerate(generators):
+        chances = torch.cat([torch.rand(1, dtype=torch.float64, generator=g) for g in generators])
+        drawn = torch.searchsorted(below, (chances * below[:, -1])[:, None], right=True)[:, 0].tolist()
+        for row, token in enumerate(drawn):
             if not forced[row]:
-                drawn = int(torch.multinomial(probabilities[row], 1, generator=generator))
-                ended = drawn == now[row][0] or drawn in frame.ends
-                forced[row].extend(now[row] if ended else [drawn])
+                ended = token == now[row][0] or token in frame.ends
+                forced[row].extend(now[row] if ended else [token])
                 if ended:
                     now[row] = next(joints[row])
             ids[row, t] = forced[row].popleft()
@@ -129,5 +130,10 @@ def _conversation(tokenizer: PreTrainedTokenizerBase) -> _Frame:
             remedy=("calibrate on a text (", Setting("calibration.source"), ")"),
         ) from error
     opening, *joints = parts
+    if not all(parts):
+        raise PaleyError(
+            "sampling: the chat template puts nothing between the turns of user and assistant",
+            remedy=("calibrate on a text (", Setting("calibration.source"), ")"),
+        )
     eos = tokenizer.eos_token_id
     return _Frame(opening, tuple(joints), frozenset([eos] if isinstance(eos, int) else []))

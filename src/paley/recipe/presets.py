@@ -21,8 +21,9 @@ from paley.recipe.validation import problems, validate
 
 __all__ = ["as_recipe", "examples", "preset", "preset_methods", "under_budget"]
 
+PATTERN = "[METHOD-]W<bits>[G<group size>]A<bits>[KV<bits>][E<bits>][H<bits>]"
 GRAMMAR = (
-    "[METHOD-]W<bits>[G<group size>]A<bits>[KV<bits>][E<bits>][H<bits>], for example w3a3kv3, w4g64a16e6h6 or "
+    f"{PATTERN}, for example w3a3kv3, w4g64a16e6h6 or "
     "quarot-w4a4kv4; w1a4 or w1a16: binary weights with a grouping bit, KV4 unless said otherwise; "
     "or higgs-<bits>[E<bits>][H<bits>], for example higgs-4 or higgs-3.25: weights alone, without data"
 )
@@ -93,14 +94,15 @@ def preset(name: str) -> Recipe:
     match = NAME.fullmatch(name.strip().lower())
     if match is None:
         raise PaleyError(
-            f"preset {name!r}: {_unknown_letter(name)}expected {GRAMMAR}; methods: {', '.join(preset_methods())}"
+            f"preset {name!r}: there is none of this name; did you mean {_meant(name)!r}? Names are {PATTERN}, see "
+            "`paley presets`"
         )
     binary = match["w"] == "1"
     method = match["method"] or (BINARY_METHOD if binary else DEFAULT_METHOD)
     files = _files()
     if method not in files:
-        known = ", ".join(sorted(files))
-        raise PaleyError(f"preset {name!r}: unknown method {method!r}{nearest_name(method, files)}; known: {known}")
+        near = nearest_name(method, files) or f"; did you mean {_meant(name)!r}?"
+        raise PaleyError(f"preset {name!r}: unknown method {method!r}{near} Methods are {', '.join(sorted(files))}")
     bits = {part: int(match[part] or UNQUANTIZED) for part in ("w", "a", "kv")}
     outer = UNQUANTIZED if method in AS_PUBLISHED or bits["w"] == UNQUANTIZED else max(_OUTER_BITS, bits["w"])
     bits |= {part: int(match[part] or outer) for part in ("e", "h")}
@@ -147,15 +149,23 @@ def _best_vectors(bits: int, most: int) -> str:
     return f"p{p}n{2 ** (bits * p)}"
 
 
-def _unknown_letter(name: str) -> str:
-    """The message for an unknown letter in a name such as w4x16, with the closest valid name; else an empty string."""
+def _meant(name: str) -> str:
+    """The preset closest to a name that is none: its method, and its numbers in the order of the grammar."""
     text = name.strip().lower()
-    for letters in re.findall(r"([a-z]+)\d", text.rpartition("-")[2]):
-        if letters not in LETTERS:
-            others = [re.sub(rf"(?<![a-z]){letters}(?=\d)", letter, text) for letter in LETTERS]
-            fitting = [other for other in others if NAME.fullmatch(other) or WEIGHTS_ONLY.fullmatch(other)]
-            return f"unknown letter {letters!r}{nearest_name(text, fitting)}; "
-    return ""
+    method = max((known for known in preset_methods() if text.startswith(known)), key=len, default="")
+    bits: dict[str, str] = {}
+    for letter, number in re.findall(r"([a-z]*)(\d+)", text.removeprefix(method)):
+        if letter not in LETTERS or letter in bits:
+            letter = "w" if "w" not in bits else "kv" if "k" in letter or "a" in bits else "a"
+        bits.setdefault(letter, number)
+    bits = {"w": "4", "a": str(UNQUANTIZED)} | bits
+    best = "".join(letter + bits[letter] for letter in LETTERS if letter in bits)
+    best = f"{method}-{best}" if method else best
+    try:
+        preset(best)
+    except PaleyError:  # bits without a grid, a method without these bits
+        return "w4a16"
+    return best
 
 
 def _higgs(bits: float, outer: str, name: str) -> Recipe:
