@@ -18,7 +18,7 @@ $(READY): pyproject.toml setup.py constraints-cpu.txt scripts/setup.sh $(wildcar
 	@touch $@
 
 demo: $(READY)
-	@$(PY) examples/demo.py
+	@$(PY) -m examples.demo
 
 test: $(READY)
 	@$(PY) -m pytest

@@ -1,13 +1,15 @@
 """Does a run that is killed at any moment end in the same bytes? python -m bench.kills MODEL --output FOLDER
 
 One run is left alone. Others are killed (SIGKILL) at moments drawn between their start and its end, and resumed; every
-file must equal that of the run left alone. One seed draws the same shares of its time.
+file must equal that of the run left alone. The same seed draws the same shares of its time. A script that was stopped
+goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import random
 import shutil
 import subprocess
@@ -15,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from bench.record import RESULTS, provenance, save
+from bench.record import provenance, save
 
 SETTINGS = ["calibration.sequences=8", "calibration.seq_len=256"]
 
@@ -52,35 +54,47 @@ def contents(folder: Path) -> dict[str, str]:
     return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
+def one(arguments: argparse.Namespace, output: Path, seconds: float) -> dict[str, bool | int | float]:
+    """A run that is killed after `seconds` and resumed; same: whether nothing but the output is left."""
+    at_work, work = kill(arguments, output, seconds), output.with_name(f"{output.name}.run")
+    steps = len(list((work / "final").glob("*.safetensors")))
+    resumed = finish(arguments, output, "--resume")
+    return {"at_work": at_work, "steps_kept": steps, "resumed_seconds": resumed, "same": not work.exists()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--output", type=Path, required=True, help="a folder for the runs; that left alone is kept")
+    parser.add_argument("--output", type=Path, required=True, help="a folder for the runs, and kills.json")
     parser.add_argument("--preset", default="w4a16")
     parser.add_argument("--text", type=Path, help="calibration text, Python's documentation by default")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    alone, killed = arguments.output / "alone", arguments.output / f"killed-{arguments.seed}"
+    alone, killed = arguments.output / "alone", arguments.output / "killed"
     arguments.output.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(alone, ignore_errors=True)
-    whole = finish(arguments, alone)
-    expected = contents(alone)
-    print(f"left alone: {whole:.1f} s, {len(expected)} files", flush=True)
-    rows, draw = [], random.Random(arguments.seed)
-    for _ in range(arguments.kills):
+    file = arguments.output / "kills.json"
+    if file.exists() and alone.exists():  # the script was stopped: it goes on
+        result = json.loads(file.read_text())
+    else:
+        shutil.rmtree(alone, ignore_errors=True)
+        result = {**provenance(), "model": arguments.model.name, "preset": arguments.preset, "settings": SETTINGS,
+                  "seed": arguments.seed, "seconds": finish(arguments, alone), "kills": []}  # fmt: skip
+        save(result, file)
+    expected, draw = contents(alone), random.Random(result["seed"])
+    print(f"left alone: {result['seconds']:.1f} s, {len(expected)} files", flush=True)
+    for number in range(arguments.kills):
         share = draw.random()
-        at_work = kill(arguments, killed, share * whole)
-        work = killed.with_name(f"{killed.name}.run")
-        steps = len(list((work / "final").glob("*.safetensors")))
-        seconds = finish(arguments, killed, "--resume")
-        same = contents(killed) == expected and not work.exists()
-        rows.append({"share": share, "at_work": at_work, "steps": steps, "resumed_seconds": seconds, "same": same})
-        print(f"killed at {share:4.0%}, {steps:2d} steps kept: resumed {seconds:.1f} s, same bytes: {same}", flush=True)
-        shutil.rmtree(killed)
-        save({**provenance(), "model": arguments.model.name, "preset": arguments.preset, "seconds": whole,
-              "kills": rows}, RESULTS / f"kills-{arguments.model.name}.json")  # fmt: skip
-    if not all(row["same"] for row in rows):
+        if number < len(result["kills"]):
+            continue
+        for folder in (killed, killed.with_name("killed.run")):
+            shutil.rmtree(folder, ignore_errors=True)
+        row = {"share": share, **one(arguments, killed, share * result["seconds"])}
+        row["same"] = row["same"] and contents(killed) == expected
+        print(f"killed at {share:4.0%}: {row}", flush=True)
+        result["kills"].append(row)
+        save(result, file)
+    if not all(row["same"] for row in result["kills"]):
         raise SystemExit("other bytes")
 
 

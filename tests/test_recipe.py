@@ -268,7 +268,7 @@ def test_sixteen_bits_leave_unquantized():
         ("rtn-w1a4", r"W1 and the method bwa need each other"),
         ("bwa-w2a4", r"W1 and the method bwa need each other"),
         ("w4a4kv12", r"KV12 has no grid"),
-        ("w4", r"^preset 'w4': .* did you mean 'w4a16'\? Names are \[METHOD-\]W<bits>\S+, see `paley presets`$"),
+        ("w4", r"^preset 'w4': .* did you mean 'w4a16'\? Names are \[METHOD-\]W<bits>.*, see `paley presets`$"),
         ("w4x16", r"did you mean 'w4a16'\?"),
         ("quarot-w4a4kx4", r"did you mean 'quarot-w4a4kv4'\?"),
         ("q4_k_m", r"did you mean 'w4a16'\?"),

@@ -1,0 +1,243 @@
+"""What a run takes: bytes on disk exactly, seconds and memory about, before any of it is done.
+
+Work is counted in operations of float32 matrix products, whose rate is measured on the machine. Everything else counts
+as many as products do in its time, by COSTS; `bench/estimates.py` shows how far from the truth that is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from paley import kernels
+from paley.arch import Site
+from paley.core.defaults import SELF
+from paley.core.errors import PaleyError, Setting
+from paley.model.problem import Problem
+from paley.model.steps import KEPT
+from paley.pipeline.machine import free_memory, multiplications
+from paley.recipe import Recipe, apply_settings
+
+__all__ = ["COSTS", "Costs", "Estimate", "check_memory", "estimate_run"]
+
+LONG = 300.0  # seconds from which on a faster way is worth a word
+_FLOAT = 4
+
+
+class Text(Protocol):
+    """Calibration, Search, Test, Budget of a recipe: so much text."""
+
+    sequences: int
+    seq_len: int
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Measured with SmolLM2-135M on two cores of an AMD EPYC, where products run at 1.9e11 operations a second.
+
+    Operations, of one such thing: as many as products do in its time.
+    """
+
+    turned: float = 200.0  # a value that a linear reads, its Hadamard block
+    rounded: float = 600.0  # a value rounded to a grid and back
+    logit: float = 1500.0  # softmax and comparison
+    sampled: float = 9e9  # a token that the model writes
+    loop: tuple[float, ...] = (0.0, 1500.0, 3000.0, 9000.0, 16_000.0)  # a weight and pass of GPTQ, by its grid's p
+    nearest: float = 6000.0  # a weight rounded to the nearest point
+    packed: float = 4500.0  # a weight's codes packed, written and decoded
+    factor: float = 3.5  # of n³: the Hessian's Cholesky factor and its inverse, float64
+    target: float = 11.0  # of out · in²: target, feedback, first residual
+    sweep: float = 9.0  # of out · in²: a refit of scales and a descent
+    torch: float = 15.0  # times as long as the native library
+    read: float = 1.5e11  # a model read from its file: about a second
+
+    # Bytes.
+    base: float = 0.45 * 2**30  # of Python, torch and transformers
+    model: float = 4.0  # times the float32 model, as it is calibrated
+    scored: float = 2.2  # times it, as it is scored
+    tensor: float = 6.0  # times the largest float32 tensor, as weights are streamed
+    held: float = 10.0  # times the hidden states of what a forward keeps, see `steps`
+
+
+COSTS = Costs()
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """bytes: of all tensors on disk; original_bytes: of the original's. memory: bytes at the peak.
+
+    stages: name -> seconds of each stage that is to come.
+    """
+
+    bytes: int
+    original_bytes: int
+    memory: int
+    stages: Mapping[str, float]
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.stages.values())
+
+
+def estimate_run(problem: Problem, recipe: Recipe, *, decided: bool = False, measured: bool = False) -> Estimate:
+    """decided: a plan is executed, so that nothing is searched; measured: a budget's slopes are there already.
+
+    A budget counts as met exactly. Bytes are those of the problem's own schemes if its budget limits other things.
+    """
+    work, rate = _Work(problem, recipe), multiplications()
+    stages = {name: operations / rate for name, operations in work.stages(decided, measured) if operations}
+    return Estimate(_bytes(problem), problem.source.checkpoint.nbytes, _memory(problem, recipe), stages)
+
+
+def check_memory(problem: Problem, recipe: Recipe, needed: int, free: int | None = None) -> None:
+    """Raises if a run needs more than is free, and names the largest setting that fits."""
+    free = free_memory() if free is None else free
+    if free is None or needed <= free:
+        return
+    sequences = recipe.calibration.sequences
+    while not problem.is_data_free and (sequences := sequences // 2):
+        smaller = apply_settings(recipe, [("calibration.sequences", sequences)])
+        if _memory(problem, smaller) <= free:
+            remedy = ("use ", Setting("calibration.sequences", sequences))
+            break
+    else:
+        remedy = ("use the preset higgs-4 without a score, which needs no more than the largest tensors",)
+    raise PaleyError(
+        f"memory: this run needs about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free", remedy=remedy
+    )
+
+
+class _Work:
+    """Operations of the stages of a run."""
+
+    def __init__(self, problem: Problem, recipe: Recipe):
+        self.problem, self.recipe, self.sites = problem, recipe, problem.sites
+        self.native = 1.0 if kernels.backend() == "native" else COSTS.torch
+        self.linears = self.sites.of("linear")
+
+    def stages(self, decided: bool, measured: bool) -> Iterator[tuple[str, float]]:
+        """(name, operations) in the order in which a run has them."""
+        recipe, problem, test = self.recipe, self.problem, self.recipe.test
+        calibrates = not problem.is_data_free
+        if calibrates and recipe.calibration.source == SELF:
+            yield "sampling text", COSTS.read + COSTS.sampled * _tokens(recipe.calibration)
+        if test is not None:
+            yield "measuring the original", COSTS.read + self._scored(test, 1, rounded=False)
+        if problem.budget is not None and not decided and not measured:
+            yield "measuring sensitivities", COSTS.read + self._slopes()
+        if problem.search.method != "none" and not decided:
+            yield "quantizing weights for the search", COSTS.read + self._calibrated()
+            yield "searching clip ratios", self._searched()
+        weights = sum(site.numel for site in self.sites.weights)
+        if calibrates:
+            yield "quantizing weights", COSTS.read + self._calibrated() + self._outer()
+            yield "saving and reading back", COSTS.read + 0.1 * COSTS.packed * weights
+        else:
+            yield "quantizing weights", self._outer() + sum(self._nearest(site) for site in self.linears)
+            yield "writing the checkpoint", COSTS.read + 0.1 * COSTS.packed * weights
+        if test is not None:
+            yield "evaluating through the quantized cache", self._scored(test, 2, rounded=True)
+
+    def _forward(self, tokens: float, seq_len: int, *, rounded: bool) -> float:
+        """All blocks once."""
+        weights = sum(site.numel for site in self.linears)
+        heads = self.problem.source.config.num_attention_heads
+        reads = sum(heads * site.shape[1] * site.tokens(seq_len) for site in self.sites.of("keys"))
+        return tokens * (2 * weights + 4 * reads + (self._turned(1.0) if rounded else 0))
+
+    def _turned(self, times: float) -> float:
+        """What linears and caches do to what a token reads there, `times` for the inputs."""
+        schemes, total = self.problem.schemes, 0.0
+        for site in self.sites.of("input"):
+            for scheme in {schemes.linears[name] for name in site.readers}:
+                own = (scheme.transform is not None) * COSTS.turned + (scheme.input is not None) * COSTS.rounded
+                total += times * own * site.numel
+        for site in self.sites.of("keys", "values"):
+            total += (getattr(schemes.attentions[site.module], site.kind) is not None) * COSTS.rounded * site.numel
+        return total
+
+    def _scored(self, text: Text, models: int, *, rounded: bool) -> float:
+        """A text through the model, and its logits; models: whose logits are compared."""
+        tokens = _tokens(text)
+        head = 2 * self.sites.head.numel + COSTS.logit * self.sites.head.shape[0]
+        return self._forward(tokens, text.seq_len, rounded=rounded) + tokens * head * models
+
+    def _calibrated(self) -> float:
+        """Every block: two forwards, sums, and what GPTQ does to each weight."""
+        text, schemes = self.recipe.calibration, self.problem.schemes
+        tokens = _tokens(text)
+        total = 2 * self._forward(tokens, text.seq_len, rounded=True) + tokens * self._turned(2.0)
+        if any(s.diagonal for s in schemes.linears.values()) or self.recipe.center_keys:
+            some = min(tokens, 32 * text.seq_len)  # until each of the inputs
+            total += 1.7 * self._forward(some, text.seq_len, rounded=False)
+        for site in self.sites.of("input"):
+            readers = [self.sites[name] for name in site.readers if schemes.linears[name].calibrated]
+            if readers and readers[0].kind == "linear":
+                width = schemes.linears[readers[0].name].stored_width(site.shape[0])
+                alone = len(readers) == 1 and readers[0].adds_to_stream
+                total += 2 * tokens * width * (0.6 * width + (readers[0].shape[0] if alone else width))
+                total += COSTS.factor * width**3
+        return total + sum(self._gptq(site) for site in self.linears)
+
+    def _gptq(self, site: Site) -> float:
+        scheme = self.problem.schemes.linears[site.name]
+        if scheme.weight is None or not scheme.calibrated:
+            return self._nearest(site)
+        rows, columns = self.problem.shape(site)
+        columns, sweeps = scheme.stored_width(columns), scheme.weight.sweeps
+        products = (COSTS.target + COSTS.sweep * sweeps) * rows * columns**2
+        loops = (1 + sweeps) * COSTS.loop[min(scheme.weight.grid.p, 4)] * self.native
+        return products + (loops + COSTS.packed) * rows * columns
+
+    def _nearest(self, site: Site) -> float:
+        scheme = self.problem.schemes.linears[site.name].weight
+        return 0.0 if scheme is None else (COSTS.nearest * self.native + COSTS.packed) * site.numel
+
+    def _outer(self) -> float:
+        return sum(self._nearest(site) for site in self.sites.of("embedding", "head") if site.stored_as == site.name)
+
+    def _searched(self) -> float:
+        """Two starts and the trials of each number, each through half of the model on average, and its logits."""
+        search = self.recipe.search
+        knobs = 6 * self.sites.blocks if search.slots == "shared" else 8 * self.sites.blocks
+        return knobs * (2 + search.trials) * (0.5 * self._scored(search, 1, rounded=True))
+
+    def _slopes(self) -> float:
+        """Each weight at each noise level, through half of the model on average, and its logits."""
+        budget = self.problem.budget
+        assert budget is not None
+        return len(self.sites.weights) * budget.levels * (0.5 * self._scored(budget, 1, rounded=False))
+
+
+def _tokens(text: Text) -> int:
+    return text.sequences * text.seq_len
+
+
+def _bytes(problem: Problem) -> int:
+    """Of all tensors on disk; what a budget limits counts as used up."""
+    stored = {site.name for site, scheme in problem.weights()}
+    names = problem.source.skeleton.named_parameters()
+    rest = sum(p.numel() for name, p in names if name.removesuffix(".weight") not in stored)
+    centered = sum(s.center_keys and s.keys is not None for s in problem.schemes.attentions.values())
+    rest = rest * problem.dtype.itemsize + centered * 2 * problem.sites.of("keys")[0].numel
+    if (budget := problem.budget) is not None and budget.size is not None:
+        return budget.size
+    weights = sum(problem.stored_bytes(site) for site, _ in problem.weights())
+    return weights + rest
+
+
+def _memory(problem: Problem, recipe: Recipe) -> int:
+    """The peak: of the model with what a run holds beside it."""
+    sites, found = problem.sites, []
+    whole = _FLOAT * sum(site.numel for site in sites.weights)
+    if recipe.test is not None:
+        hidden = _FLOAT * _tokens(recipe.test) * sites.head.shape[1]
+        found.append(COSTS.scored * whole + 2 * hidden)
+    if problem.is_data_free:
+        found.append(COSTS.tensor * _FLOAT * max(site.numel for site in sites.weights))
+    else:
+        hidden = _FLOAT * _tokens(recipe.calibration) * sites.head.shape[1]
+        found.append(COSTS.model * whole + 2 * hidden + 2 * min(KEPT, COSTS.held * hidden))
+    return math.ceil(COSTS.base + max(found))
