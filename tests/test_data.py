@@ -267,9 +267,9 @@ def test_tokenizes_no_more_than_needed(story_file, tiny_tokenizer):
 
 
 def test_too_short_a_text_says_what_it_has_and_what_is_needed(story_file, tiny_tokenizer):
-    with pytest.raises(PaleyError, match=r"search part \(15% of its 20 documents\) has 6315 tokens; 99 blocks of"):
+    with pytest.raises(PaleyError, match=r"search part \(15% of its 20 documents\) has 6315 tokens, and 99 sequences"):
         data.token_blocks(story_file, tiny_tokenizer, role="search", count=99, seq_len=512)
-    with pytest.raises(PaleyError, match=r"need 50688; use fewer .*\(search\.sequences, .*\(search\.source\)"):
+    with pytest.raises(PaleyError, match=r"need 50688; use search\.sequences=\d+, or .*\(search\.source\)"):
         data.token_blocks(story_file, tiny_tokenizer, role="search", count=99, seq_len=512, whole=True)
 
 

@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from paley.export.plain import dequantize
     from paley.hf import load, register
     from paley.model.kv_cache import PackedKVCache, cache_argument
+    from paley.pipeline.estimate import Estimate
     from paley.pipeline.generate import Generated, generate
     from paley.pipeline.inspect import Inspection, inspect
     from paley.pipeline.monitor import Monitor
-    from paley.pipeline.run import Outcome, make_plan, quantize
+    from paley.pipeline.run import Outcome, estimate, make_plan, quantize
     from paley.pipeline.score import score
     from paley.pipeline.sensitivities import measure_sensitivity
     from paley.plan import Plan
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from paley.sensitivity import Sensitivity
 
 __all__ = [
+    "Estimate",
     "EvalResult",
     "Generated",
     "Inspection",
@@ -43,6 +45,7 @@ __all__ = [
     "__version__",
     "cache_argument",
     "dequantize",
+    "estimate",
     "evaluate",
     "generate",
     "hadamard",
@@ -60,6 +63,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {  # name -> the module that has it
+    "Estimate": "paley.pipeline.estimate",
     "EvalResult": "paley.results",
     "Generated": "paley.pipeline.generate",
     "Inspection": "paley.pipeline.inspect",
@@ -72,6 +76,7 @@ _HOMES = {  # name -> the module that has it
     "Sensitivity": "paley.sensitivity",
     "cache_argument": "paley.model.kv_cache",
     "dequantize": "paley.export.plain",
+    "estimate": "paley.pipeline.run",
     "evaluate": "paley.eval.perplexity",
     "generate": "paley.pipeline.generate",
     "hadamard": "paley.core.hadamard",

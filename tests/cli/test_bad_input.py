@@ -165,6 +165,29 @@ def test_bad_text(content, pattern, model, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("role", ["calibration", "test"])
+def test_text_with_fewer_tokens_than_asked(role, model, tmp_path):
+    """How many there are, and what fits: 300 bytes and a BOS for each block of 16."""
+    text = tmp_path / "text.txt"
+    text.write_text("x" * 300)
+    other = [] if role == "calibration" else ["--test", text]
+    calibration = text if role == "calibration" else "pydoc"
+    sizes = ["--set", "calibration.seq_len=16", "test.seq_len=16", "calibration.sequences=2", "test.sequences=2"]
+    wanted = ["--preset", "w4a16", "--calibration", calibration, *other, *sizes, f"{role}.sequences=50"]
+    if role == "calibration":
+        wanted += ["--test", "pydoc"]
+    before = sorted(p.name for p in tmp_path.iterdir())
+    said = rf"text\.txt has 320 tokens, and 50 sequences of 16 need 800; use {role}\.sequences=20, or a longer te"
+    assert_refused(run("quantize", model, *wanted, "--output", tmp_path / "out"), said, tmp_path, before)
+
+
+def test_too_little_memory(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("paley.pipeline.estimate.free_memory", lambda: 2**20)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    result = run("quantize", model, "--preset", "w4a16", "--output", tmp_path / "out")
+    assert_refused(result, r"memory: this run needs about [\d.]+ GiB, and 0\.0 GiB are free; use", tmp_path, before)
+
+
 @pytest.mark.parametrize(
     ("content", "pattern"),
     [

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -64,6 +65,24 @@ def test_quantize_json_is_one_object_and_progress_goes_to_stderr(made):
     assert stages[0] == "checking the checkpoint"
     assert "searching clip ratios" in stages
     assert not (made.out.with_name("out.run")).exists()
+
+
+def test_a_dry_run_estimates_and_makes_nothing(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = ["quantize", made.model, "--preset", "gbs-w3a3kv3", "--calibration", made.text, *SIZES, "--dry-run"]
+    found = json.loads(paley_(*args, "--json").out)
+    assert found["bytes"] == json.loads(made.run.out)["results"]["bytes"]
+    assert found["seconds"] == pytest.approx(sum(found["stages"].values()))
+    shown = paley_(*args, "--output", "out").out
+    for row in ("quantizing weights", "in all, about", "peak memory, about", f"{found['bytes']:,}"):
+        assert row in shown
+    assert list(tmp_path.iterdir()) == []
+    assert "missing option --output" in paley_(*args[:-1], code=2).err
+
+
+def test_quantize_says_beforehand_what_it_will_take(made):
+    stages = [line.split(" s  ")[1] for line in made.run.err.splitlines()]
+    assert re.fullmatch(r"estimate: \d+ s, [\d.]+ GiB of memory, [\d.]+ MB on disk \(the original [\d.]+\)", stages[1])
 
 
 def test_quantize_shows_a_table_and_what_to_type_next(made, tmp_path):
@@ -237,7 +256,7 @@ def test_eval_refuses_text_that_the_plan_was_tuned_on(made, tmp_path, monkeypatc
 def test_eval_says_in_its_own_options_that_a_text_is_too_short(made, tmp_path):
     (tmp_path / "short.txt").write_text("Too short.")
     err = paley_("eval", made.out, "--data", tmp_path / "short.txt", code=2).err
-    assert "use fewer or shorter sequences (--sequences, --seq-len)" in err
+    assert "use shorter sequences (--seq-len)" in err
 
 
 def test_generate_streams_what_json_holds(made):
@@ -380,9 +399,9 @@ def test_without_a_terminal_lines_are_sparse():
     monitor.note("done")
     assert lines == [
         "     0 s  quantizing",
-        "    10 s  quantizing 10/30  a layer",
-        "    20 s  quantizing 20/30  a layer",
-        "    30 s  quantizing 30/30  a layer",
+        "    10 s  quantizing 10/30, 0:20 left  a layer",
+        "    20 s  quantizing 20/30, 0:10 left  a layer",
+        "    30 s  quantizing 30/30, 0:00 left  a layer",
         "    30 s  done",
     ]
 
@@ -395,12 +414,13 @@ def test_a_terminal_shows_each_stage_and_the_layer_at_work(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     with watching() as monitor:
         monitor.stage("reading", 1)
+        monitor.expect({"quantizing": 3000.0})
         monitor.stage("quantizing", 3)
         monitor.step("layer 0  rel_error 0.0123")
         monitor.note("a layer stays as it is")
     shown = screen.getvalue()
     assert "✓ reading" in shown
     assert "✓ quantizing" in shown
-    assert "peak memory" in shown
+    assert re.search(r"\d+:\d\d left, peak memory", shown)
     assert "layer 0  rel_error 0.0123" in shown
     assert "a layer stays as it is" in shown

@@ -117,7 +117,7 @@ def test_overwrite_starts_anew(model, tmp_path):
         ("MODEL --output a.json --levels 1", "at least 3 noise levels"),
         (
             "MODEL --output a.json --text pydoc --seq-len 24 --sequences 100000",
-            "use fewer or shorter sequences (--sequences, --seq",
+            "use --sequences ",
         ),
         ("MODEL --output a.json --device tpu", "--device tpu: no such device"),
         ("MODEL --output .", ".: is a folder"),

@@ -19,6 +19,7 @@ from paley.core.schemes import ActivationScheme, WeightScheme
 from paley.eval.figures import with_error
 from paley.pipeline import Outcome
 from paley.pipeline.curve import CurvePoint
+from paley.pipeline.estimate import Estimate, duration
 from paley.plan import Plan
 from paley.recipe import Recipe
 from paley.results import EvalResult
@@ -29,6 +30,7 @@ __all__ = [
     "clip",
     "curve_table",
     "emit",
+    "estimate_table",
     "eval_table",
     "outcome_table",
     "plan_table",
@@ -196,6 +198,18 @@ def outcome_table(outcome: Outcome, cost: Cost) -> Table:
         *cost.rows(),
     ]
     return table(("", "original", "quantized"), rows)
+
+
+def estimate_table(estimate: Estimate) -> Table:
+    """What a run would take, stage by stage."""
+    rows = [(name, duration(seconds)) for name, seconds in estimate.stages.items()]
+    rows += [
+        ("in all, about", duration(estimate.seconds)),
+        ("peak memory, about", size(estimate.memory)),
+        ("bytes on disk", f"{estimate.bytes:,}"),
+        ("bytes of the original", f"{estimate.original_bytes:,}"),
+    ]
+    return table(("", ""), rows)
 
 
 def curve_table(curve: Sequence[CurvePoint]) -> Table:

@@ -14,6 +14,7 @@ __all__ = [
     "Data",
     "Device",
     "DrawSeed",
+    "DryRun",
     "Dtype",
     "Expand",
     "Folder",
@@ -23,6 +24,7 @@ __all__ = [
     "MaxNewTokens",
     "Model",
     "NewFolder",
+    "NewFolderOrNone",
     "NoScore",
     "Overwrite",
     "PlanFile",
@@ -106,6 +108,10 @@ NoScore = Annotated[
 ]
 
 NewFolder = Annotated[Path, typer.Option("--output", help="The new folder.", show_default=False)]
+NewFolderOrNone = Annotated[
+    Path | None, typer.Option("--output", help="The new folder; required, but for --dry-run.", show_default=False)
+]
+DryRun = Annotated[bool, _option("--dry-run", "Only estimate time, memory and size on this machine, and make nothing.")]
 Device = Annotated[str, _option("--device", "cpu or cuda.")]
 Workers = Annotated[int, _option("--workers", "Processes that share the weights of a data-free recipe.", min=1)]
 Resume = Annotated[bool, _option("--resume", "Go on with a run that was stopped.")]

@@ -20,7 +20,7 @@ __all__ = ["quantize_verb"]
 def quantize_verb(
     ctx: typer.Context,
     model: options.Model,
-    output: options.NewFolder,
+    output: options.NewFolderOrNone = None,
     preset: options.Preset = None,
     recipe: options.RecipeFile = None,
     plan: options.PlanFile = None,
@@ -39,6 +39,7 @@ def quantize_verb(
     workers: options.Workers = 1,
     resume: options.Resume = False,
     overwrite: options.Overwrite = False,
+    dry_run: options.DryRun = False,
     as_json: options.Json = False,
 ) -> None:
     """Quantize a model: decide a plan, execute it, save, read back, and compare with the original.
@@ -67,6 +68,15 @@ def quantize_verb(
     ).resolve()  # fmt: skip
     slopes = slopes_of(sensitivity, chosen)
     decided = isinstance(chosen, paley.Plan)
+    if dry_run:
+        found = paley.estimate(model, None if decided else chosen, plan=chosen if decided else None, sensitivity=slopes)
+        if as_json:
+            display.emit({"model": model, **asdict(found), "seconds": found.seconds})
+        else:
+            display.show(display.estimate_table(found))
+        return
+    if output is None:
+        raise PaleyError("missing option --output; --dry-run alone needs none")
     try:
         with watching() as monitor:
             outcome = paley.quantize(

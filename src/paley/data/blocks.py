@@ -158,10 +158,11 @@ def token_blocks(
         if len(blocks) == count:
             return blocks_from_ids(torch.tensor(blocks), role, source)
     share = "" if whole else f"'s {role} part ({SHARES[role]:.0%} of its {len(texts)} documents)"
+    fitting = tokens // seq_len
+    fewer = ("use shorter sequences (", Setting(f"{role}.seq_len"), ")")
+    if fitting:
+        fewer = ("use ", Setting(f"{role}.sequences", fitting))
     raise PaleyError(
-        f"{source}{share} has {tokens} tokens; {count} blocks of {seq_len} need {count * seq_len}",
-        remedy=(
-            "use fewer or shorter sequences (", Setting(f"{role}.sequences"), ", ", Setting(f"{role}.seq_len"),
-            "), a longer text, or one for this role alone (", Setting(f"{role}.source"), ")",
-        ),
-    )  # fmt: skip
+        f"{source}{share} has {tokens} tokens, and {count} sequences of {seq_len} need {count * seq_len}",
+        remedy=(*fewer, ", or a longer text, or one for this role alone (", Setting(f"{role}.source"), ")"),
+    )

@@ -18,12 +18,14 @@ from paley.core.errors import PaleyError, Setting
 from paley.model.problem import Problem
 from paley.model.steps import KEPT
 from paley.pipeline.machine import free_memory, multiplications
-from paley.recipe import Recipe, apply_settings
+from paley.pipeline.resolve import resolve
+from paley.recipe import Recipe, apply_settings, preset
 
-__all__ = ["COSTS", "Costs", "Estimate", "check_memory", "estimate_run"]
+__all__ = ["COSTS", "Costs", "Estimate", "check_memory", "duration", "estimate_run", "faster"]
 
 LONG = 300.0  # seconds from which on a faster way is worth a word
 _FLOAT = 4
+_FEW = 16  # sequences that a calibration should have
 
 
 class Text(Protocol):
@@ -51,7 +53,7 @@ class Costs:
     target: float = 11.0  # of out · in²: target, feedback, first residual
     sweep: float = 9.0  # of out · in²: a refit of scales and a descent
     torch: float = 15.0  # times as long as the native library
-    read: float = 1.5e11  # a model read from its file: about a second
+    read: float = 500.0  # a byte of the original, as the model is loaded
 
     # Bytes.
     base: float = 0.45 * 2**30  # of Python, torch and transformers
@@ -80,11 +82,24 @@ class Estimate:
     def seconds(self) -> float:
         return sum(self.stages.values())
 
+    def __str__(self) -> str:
+        return (
+            f"estimate: {duration(self.seconds)}, {self.memory / 2**30:.1f} GiB of memory, "
+            f"{self.bytes / 1e6:.1f} MB on disk (the original {self.original_bytes / 1e6:.1f})"
+        )
+
+
+def duration(seconds: float) -> str:
+    """'75 s', '12 min', '5.2 h'."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
 
 def estimate_run(problem: Problem, recipe: Recipe, *, decided: bool = False, measured: bool = False) -> Estimate:
     """decided: a plan is executed, so that nothing is searched; measured: a budget's slopes are there already.
 
-    A budget counts as met exactly. Bytes are those of the problem's own schemes if its budget limits other things.
+    Of a budget, only a limit of size is known beforehand: else bytes are those of the recipe's own grids.
     """
     work, rate = _Work(problem, recipe), multiplications()
     stages = {name: operations / rate for name, operations in work.stages(decided, measured) if operations}
@@ -109,34 +124,56 @@ def check_memory(problem: Problem, recipe: Recipe, needed: int, free: int | None
     )
 
 
+def faster(problem: Problem, recipe: Recipe, estimated: Estimate) -> str:
+    """What to say once of a run that takes minutes: the recipes that take at most half of its time; else ''."""
+    if estimated.seconds < LONG:
+        return ""
+    others: dict[str, Recipe] = {}
+    if recipe.search.method != "none":
+        others["search.method=none"] = apply_settings(recipe, ["search.method=none"])
+    if not problem.is_data_free:
+        if recipe.calibration.sequences > _FEW:
+            others[f"calibration.sequences={_FEW}"] = apply_settings(recipe, [f"calibration.sequences={_FEW}"])
+        if recipe.weights is not None:
+            name = f"higgs-{min(8, max(2, round(recipe.weights.grid.bits)))}"
+            others[f"the preset {name}, without calibration"] = preset(name).model_copy(update={"test": recipe.test})
+    found = {}
+    for name, other in others.items():
+        seconds = estimate_run(resolve(problem.source, other), other).seconds
+        if seconds <= estimated.seconds / 2:
+            found[name] = seconds
+    said = "; ".join(f"{name}, {duration(seconds)}" for name, seconds in found.items())
+    return f"faster, perhaps less accurate: {said}" if said else ""
+
+
 class _Work:
     """Operations of the stages of a run."""
 
     def __init__(self, problem: Problem, recipe: Recipe):
         self.problem, self.recipe, self.sites = problem, recipe, problem.sites
         self.native = 1.0 if kernels.backend() == "native" else COSTS.torch
-        self.linears = self.sites.of("linear")
+        self.linears, self.read = self.sites.of("linear"), COSTS.read * problem.source.checkpoint.nbytes
 
     def stages(self, decided: bool, measured: bool) -> Iterator[tuple[str, float]]:
         """(name, operations) in the order in which a run has them."""
         recipe, problem, test = self.recipe, self.problem, self.recipe.test
         calibrates = not problem.is_data_free
         if calibrates and recipe.calibration.source == SELF:
-            yield "sampling text", COSTS.read + COSTS.sampled * _tokens(recipe.calibration)
+            yield "sampling the calibration text", self.read + COSTS.sampled * _tokens(recipe.calibration)
         if test is not None:
-            yield "measuring the original", COSTS.read + self._scored(test, 1, rounded=False)
+            yield "measuring the original", self.read + self._scored(test, 1, rounded=False)
         if problem.budget is not None and not decided and not measured:
-            yield "measuring sensitivities", COSTS.read + self._slopes()
+            yield "measuring sensitivities", self.read + self._slopes()
         if problem.search.method != "none" and not decided:
-            yield "quantizing weights for the search", COSTS.read + self._calibrated()
+            yield "quantizing weights for the search", self.read + self._calibrated()
             yield "searching clip ratios", self._searched()
         weights = sum(site.numel for site in self.sites.weights)
         if calibrates:
-            yield "quantizing weights", COSTS.read + self._calibrated() + self._outer()
-            yield "saving and reading back", COSTS.read + 0.1 * COSTS.packed * weights
+            yield "quantizing weights", self.read + self._calibrated() + self._outer()
+            yield "saving and reading back", self.read + 0.1 * COSTS.packed * weights
         else:
             yield "quantizing weights", self._outer() + sum(self._nearest(site) for site in self.linears)
-            yield "writing the checkpoint", COSTS.read + 0.1 * COSTS.packed * weights
+            yield "writing the checkpoint", self.read + 0.1 * COSTS.packed * weights
         if test is not None:
             yield "evaluating through the quantized cache", self._scored(test, 2, rounded=True)
 
@@ -151,7 +188,7 @@ class _Work:
         """What linears and caches do to what a token reads there, `times` for the inputs."""
         schemes, total = self.problem.schemes, 0.0
         for site in self.sites.of("input"):
-            for scheme in {schemes.linears[name] for name in site.readers}:
+            for scheme in {schemes.linears[name] for name in site.readers if self.sites[name].kind == "linear"}:
                 own = (scheme.transform is not None) * COSTS.turned + (scheme.input is not None) * COSTS.rounded
                 total += times * own * site.numel
         for site in self.sites.of("keys", "values"):
@@ -173,8 +210,9 @@ class _Work:
             some = min(tokens, 32 * text.seq_len)  # until each of the inputs
             total += 1.7 * self._forward(some, text.seq_len, rounded=False)
         for site in self.sites.of("input"):
-            readers = [self.sites[name] for name in site.readers if schemes.linears[name].calibrated]
-            if readers and readers[0].kind == "linear":
+            readers = [self.sites[name] for name in site.readers if self.sites[name].kind == "linear"]
+            readers = [reader for reader in readers if schemes.linears[reader.name].calibrated]
+            if readers:
                 width = schemes.linears[readers[0].name].stored_width(site.shape[0])
                 alone = len(readers) == 1 and readers[0].adds_to_stream
                 total += 2 * tokens * width * (0.6 * width + (readers[0].shape[0] if alone else width))
@@ -216,16 +254,23 @@ def _tokens(text: Text) -> int:
 
 
 def _bytes(problem: Problem) -> int:
-    """Of all tensors on disk; what a budget limits counts as used up."""
-    stored = {site.name for site, scheme in problem.weights()}
-    names = problem.source.skeleton.named_parameters()
-    rest = sum(p.numel() for name, p in names if name.removesuffix(".weight") not in stored)
+    """Of all tensors on disk."""
+    if problem.budget is not None and problem.budget.size is not None:
+        return problem.budget.size
+    weights = {f"{site.name}.weight" for site, _ in problem.weights()}
+    others = {name: p.numel() for name, p in problem.source.skeleton.named_parameters() if name not in weights}
+    rest = sum(_values(problem, name, count) for name, count in others.items()) * problem.dtype.itemsize
     centered = sum(s.center_keys and s.keys is not None for s in problem.schemes.attentions.values())
-    rest = rest * problem.dtype.itemsize + centered * 2 * problem.sites.of("keys")[0].numel
-    if (budget := problem.budget) is not None and budget.size is not None:
-        return budget.size
-    weights = sum(problem.stored_bytes(site) for site, _ in problem.weights())
-    return weights + rest
+    means = centered * 2 * problem.sites.of("keys")[0].numel  # float16
+    return sum(problem.stored_bytes(site) for site, _ in problem.weights()) + rest + means
+
+
+def _values(problem: Problem, name: str, count: int) -> int:
+    """Values of a norm or a bias that has `count` in the original: more where the residual stream is widened."""
+    if (site := problem.sites.get(name.rpartition(".")[0])) is not None:
+        return problem.shape(site)[0]
+    stream = problem.rotation.stream if problem.rotation is not None else None
+    return stream.out_dim if stream is not None and count == stream.in_dim else count
 
 
 def _memory(problem: Problem, recipe: Recipe) -> int:

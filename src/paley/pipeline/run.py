@@ -24,6 +24,7 @@ from paley.ops.matmul import EXACT
 from paley.pipeline.accounting import parameter_count, quantized_bits, untouched
 from paley.pipeline.card import model_card
 from paley.pipeline.decide import Decision, decide
+from paley.pipeline.estimate import Estimate, check_memory, estimate_run, faster
 from paley.pipeline.execute import execute
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.resolve import resolve, under_plan
@@ -36,7 +37,7 @@ from paley.recipe import Recipe, as_recipe
 from paley.results import EvalResult, LayerResult, Results
 from paley.sensitivity import Sensitivity
 
-__all__ = ["Outcome", "make_plan", "quantize"]
+__all__ = ["Outcome", "estimate", "make_plan", "quantize"]
 
 EVAL_BATCH = 8
 
@@ -72,20 +73,20 @@ def quantize(
     of the same settings.
     """
     monitor, output = monitor or Monitor(), Path(output)
-    if (recipe is None) == (plan is None):
-        raise PaleyError("quantize: give either a recipe or a plan")
-    wanted = plan.recipe if plan is not None else recipe
-    assert wanted is not None
-    wanted = _as_measured(as_recipe(wanted), sensitivity)
+    wanted = _wanted(recipe, plan, sensitivity)
     run = RunDirectory(output)
     run.check_free(resume=resume, overwrite=overwrite)
     monitor.stage("checking the checkpoint", 1)
     source = open_source(model)
     run.check_apart(source.path)
-    check_lengths(wanted, source, measures=_measures(wanted, plan, sensitivity))
-    problem = resolve(source, wanted) if plan is None else under_plan(source, plan)
-    if sensitivity is not None:
-        sensitivity.check_fingerprint(source.fingerprint)
+    problem = _problem(source, wanted, plan, sensitivity)
+    estimated = _estimate(problem, wanted, plan, sensitivity)
+    if device == "cpu":
+        check_memory(problem, wanted, estimated.memory)
+    monitor.note(str(estimated))
+    if hint := faster(problem, wanted, estimated):
+        monitor.note(hint)
+    monitor.expect(estimated.stages)
     key = _key(problem, plan.to_json() if plan is not None else wanted.hash() + _digest(sensitivity))
     with run.open(key, resume=resume, overwrite=overwrite):
         if not (resume and run.finished) and not (run.checkpoint / RESULTS).exists():
@@ -93,6 +94,21 @@ def quantize(
         for path in run.publish():
             monitor.note(f"{path}: cannot be deleted; delete it yourself")
     return Outcome(output, Plan.load(output / "plan.json"), Results.load(output / RESULTS))
+
+
+def estimate(
+    model: str | Path,
+    recipe: Recipe | str | Path | None = None,
+    *,
+    plan: Plan | None = None,
+    sensitivity: Sensitivity | None = None,
+) -> Estimate:
+    """What `quantize` with the same arguments would take on this machine's CPU; nothing is made.
+
+    Errors: as there, for what can be known before texts are read.
+    """
+    wanted = _wanted(recipe, plan, sensitivity)
+    return _estimate(_problem(open_source(model), wanted, plan, sensitivity), wanted, plan, sensitivity)
 
 
 def make_plan(
@@ -108,8 +124,28 @@ def make_plan(
     source = open_source(model)
     check_lengths(recipe, source, measures=_measures(recipe, None, sensitivity))
     problem = resolve(source, recipe)
-    texts = gather(recipe, source, device)
+    texts = gather(recipe, source, device, monitor)
     return _as_plan(problem, recipe, decide(problem, texts, None, monitor or Monitor(), device, sensitivity))
+
+
+def _wanted(recipe: Recipe | str | Path | None, plan: Plan | None, sensitivity: Sensitivity | None) -> Recipe:
+    if (recipe is None) == (plan is None):
+        raise PaleyError("quantize: give either a recipe or a plan")
+    wanted = plan.recipe if plan is not None else recipe
+    assert wanted is not None
+    return _as_measured(as_recipe(wanted), sensitivity)
+
+
+def _problem(source: Source, wanted: Recipe, plan: Plan | None, sensitivity: Sensitivity | None) -> Problem:
+    check_lengths(wanted, source, measures=_measures(wanted, plan, sensitivity))
+    problem = resolve(source, wanted) if plan is None else under_plan(source, plan)
+    if sensitivity is not None:
+        sensitivity.check_fingerprint(source.fingerprint)
+    return problem
+
+
+def _estimate(problem: Problem, wanted: Recipe, plan: Plan | None, sensitivity: Sensitivity | None) -> Estimate:
+    return estimate_run(problem, wanted, decided=plan is not None, measured=sensitivity is not None)
 
 
 def _as_plan(problem: Problem, recipe: Recipe, decision: Decision) -> Plan:
@@ -145,7 +181,7 @@ def _make(
     workers: int,
 ) -> None:
     source = problem.source
-    texts = gather(recipe, source, device)
+    texts = gather(recipe, source, device, monitor, run)
     run.check_texts({b.role: b.sha256 for b in texts.all()})
     reference = _reference(source, texts.test, run, monitor, device) if texts.test is not None else None
     plan = plan or _plan(problem, recipe, texts, sensitivity, run, monitor, device)

@@ -7,6 +7,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from paley.core.defaults import SELF
@@ -14,7 +16,11 @@ from paley.core.errors import PaleyError, Setting
 from paley.core.schemes import LinearScheme
 from paley.data import Role, TokenBlocks, blocks_from_ids, check_disjoint, token_blocks
 from paley.eval.sampling import sample_documents
+from paley.format.checkpoint import read_tensors
+from paley.format.writer import write_tensors
 from paley.model.loading import Source, check_seq_len
+from paley.pipeline.monitor import Monitor
+from paley.pipeline.run_directory import RunDirectory
 from paley.recipe import Recipe
 
 __all__ = ["SELF", "Texts", "calibrates", "check_lengths", "gather", "is_tuned_on", "test_blocks"]
@@ -32,11 +38,13 @@ class Texts:
         return [blocks for blocks in (self.calibration, self.search, self.test) if blocks is not None]
 
 
-def gather(recipe: Recipe, source: Source, device: str = "cpu") -> Texts:
+def gather(
+    recipe: Recipe, source: Source, device: str = "cpu", monitor: Monitor | None = None, run: RunDirectory | None = None
+) -> Texts:
     """Cuts the recipe's sources into blocks; a source with one role is used whole, else split by role.
 
     Without a test the default source keeps its test part: the codes are those of a run that scores on that part. The
-    source `self` is text that the model writes itself, which no score may be reported on.
+    source `self` is text that the model writes itself, which no score may be reported on; `run` keeps it.
     """
     tuning = _tuning_sources(recipe)
     if not tuning and recipe.test is None:
@@ -51,7 +59,14 @@ def gather(recipe: Recipe, source: Source, device: str = "cpu") -> Texts:
         if role not in tuning:
             return None
         if tuning[role] == SELF:
-            return _sampled(role, settings[role], source, tokenizer, recipe.seed, device)
+            file = None if run is None else run.path / f"text-{role}.safetensors"
+            if file is None or not file.exists():
+                (monitor or Monitor()).stage(f"sampling the {role} text", 1)
+                ids = _sampled(role, settings[role], source, tokenizer, recipe.seed, device)
+                if file is None:
+                    return blocks_from_ids(ids, role, SELF)
+                write_tensors(file, {"ids": ids})
+            return blocks_from_ids(read_tensors(file)["ids"], role, SELF)
         alone = identities.count(_identity(tuning[role])) == 1
         return token_blocks(
             tuning[role], tokenizer, role=role, count=settings[role].sequences, seq_len=settings[role].seq_len,
@@ -131,13 +146,15 @@ def _tuning_sources(recipe: Recipe) -> dict[Role, str]:
 
 def _sampled(
     role: Role, settings: Any, source: Source, tokenizer: PreTrainedTokenizerBase, seed: int, device: str
-) -> TokenBlocks:
+) -> Tensor:
+    """ids [sequences, seq_len] that the model writes, in its own type where that is multiplied fast."""
     # Far apart, so that calibration and search never share a text's seed.
     seed += {"calibration": 0, "search": 1_000_000}[role]
-    ids = sample_documents(
-        source.load(device=device), tokenizer, count=settings.sequences, tokens=settings.seq_len, seed=seed
-    )
-    return blocks_from_ids(ids, role, SELF)
+    fast = device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    own = getattr(source.config, "dtype", None)
+    dtype = torch.bfloat16 if fast and own == torch.bfloat16 else torch.float32
+    model = source.load(dtype, device)
+    return sample_documents(model, tokenizer, count=settings.sequences, tokens=settings.seq_len, seed=seed)
 
 
 def _identity(source: str) -> str:
