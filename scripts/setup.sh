@@ -65,7 +65,7 @@ if ! nvidia-smi -L >/dev/null 2>&1 && ! "$venv" -c 'import torch; torch.ones(1)'
     fi
 fi
 # -v: the log also has what the C++ compiler said.
-install "paley, its native kernels and its development tools" -v -e ".[dev]" || show_log_and_fail
+install "paley, its native kernels and its development tools" -v -e ".[bench,dev]" || show_log_and_fail
 if ! compgen -G "src/paley/kernels/libpaley.*" >/dev/null; then
     say "the native kernels were not built, slower torch code runs instead (the compiler's words: $log);" \
         "install a C++ compiler (on Debian and Ubuntu: apt install g++) and run make setup again"
