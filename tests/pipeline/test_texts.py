@@ -6,10 +6,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from paley.core.errors import PaleyError
+from paley.model.loading import open_source
 from paley.pipeline import texts
 from paley.recipe import Recipe, apply_settings, preset
+from tiny_models import save_tiny
 
 
 @pytest.fixture
@@ -106,3 +109,17 @@ def test_a_diagonal_that_overrides_ask_for_together_needs_a_text(overrides, want
         }
     )  # fmt: skip
     assert texts.calibrates(made) == wanted
+
+
+def test_a_resumed_run_takes_the_text_that_it_had_sampled(tmp_path, tiny_tokenizer, monkeypatch):
+    source = open_source(save_tiny(tmp_path / "model", tiny_tokenizer, dtype=torch.bfloat16))
+    made = recipe("gbs-w4a4kv4", "calibration.source=self", "test=null")
+    run: Any = SimpleNamespace(path=tmp_path)
+    first = texts.gather(made, source, run=run)
+    assert first.calibration is not None
+    assert first.search is not None
+    assert first.calibration.sha256 == texts.gather(made, source).calibration.sha256 != first.search.sha256
+    monkeypatch.setattr(texts, "sample_documents", None)
+    again = texts.gather(made, source, run=run)
+    assert [b.sha256 for b in again.all()] == [b.sha256 for b in first.all()]
+    assert [b.role for b in again.all()] == ["calibration", "search"]
