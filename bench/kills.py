@@ -1,8 +1,7 @@
 """Does a run that is killed at any moment end in the same bytes? python -m bench.kills MODEL --output FOLDER
 
-One run is left alone. Others are killed (SIGKILL) at moments drawn between their start and its end, and resumed; every
-file must equal that of the run left alone. The same seed draws the same shares of its time. A script that was stopped
-goes on.
+One run is left alone. Others are killed (SIGKILL) after a drawn time and resumed and killed again, until they come to an
+end: every file must equal that of the run left alone. A script that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -30,16 +29,17 @@ def command(arguments: argparse.Namespace, output: Path) -> list[str]:
     return [sys.executable, "-c", script, "quantize", str(arguments.model), *wanted, *text]
 
 
-def finish(arguments: argparse.Namespace, output: Path, *flags: str) -> float:
+def finish(arguments: argparse.Namespace, output: Path) -> float:
     """Runs to the end -> seconds."""
     start = time.monotonic()
-    subprocess.run([*command(arguments, output), *flags], check=True, capture_output=True)
+    subprocess.run([*command(arguments, output), "--resume"], check=True, capture_output=True)
     return time.monotonic() - start
 
 
-def kill(arguments: argparse.Namespace, output: Path, seconds: float) -> bool:
-    """Starts a run and kills it after `seconds` -> whether it was still at work."""
-    with subprocess.Popen(command(arguments, output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+def killed(arguments: argparse.Namespace, output: Path, seconds: float) -> bool:
+    """Starts or resumes a run and kills it after `seconds` -> whether it was still at work."""
+    line = [*command(arguments, output), "--resume"]
+    with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
         try:
             run.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -54,14 +54,6 @@ def contents(folder: Path) -> dict[str, str]:
     return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
-def one(arguments: argparse.Namespace, output: Path, seconds: float) -> dict[str, bool | int | float]:
-    """A run that is killed after `seconds` and resumed; same: whether nothing but the output is left."""
-    at_work, work = kill(arguments, output, seconds), output.with_name(f"{output.name}.run")
-    steps = len(list((work / "final").glob("*.safetensors")))
-    resumed = finish(arguments, output, "--resume")
-    return {"at_work": at_work, "steps_kept": steps, "resumed_seconds": resumed, "same": not work.exists()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
@@ -69,32 +61,34 @@ def main() -> None:
     parser.add_argument("--preset", default="w4a16")
     parser.add_argument("--text", type=Path, help="calibration text, Python's documentation by default")
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--life", type=float, help="longest time before a kill, half of the run's by default")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    alone, killed = arguments.output / "alone", arguments.output / "killed"
     arguments.output.mkdir(parents=True, exist_ok=True)
-    file = arguments.output / "kills.json"
-    if file.exists() and alone.exists():  # the script was stopped: it goes on
+    alone, output, file = (arguments.output / name for name in ("alone", "killed", "kills.json"))
+    work = output.with_name("killed.run")
+    if file.exists():
         result = json.loads(file.read_text())
     else:
-        shutil.rmtree(alone, ignore_errors=True)
         result = {**provenance(), "model": arguments.model.name, "preset": arguments.preset, "settings": SETTINGS,
-                  "seed": arguments.seed, "seconds": finish(arguments, alone), "kills": []}  # fmt: skip
+                  "seed": arguments.seed, "seconds": finish(arguments, alone), "kills": [], "ends": []}  # fmt: skip
         save(result, file)
-    expected, draw = contents(alone), random.Random(result["seed"])
+    expected, kills, ends = contents(alone), result["kills"], result["ends"]
     print(f"left alone: {result['seconds']:.1f} s, {len(expected)} files", flush=True)
-    for number in range(arguments.kills):
-        share = draw.random()
-        if number < len(result["kills"]):
-            continue
-        for folder in (killed, killed.with_name("killed.run")):
-            shutil.rmtree(folder, ignore_errors=True)
-        row = {"share": share, **one(arguments, killed, share * result["seconds"])}
-        row["same"] = row["same"] and contents(killed) == expected
-        print(f"killed at {share:4.0%}: {row}", flush=True)
-        result["kills"].append(row)
+    while len(kills) < arguments.kills or work.exists():
+        draw = random.Random(f"{result['seed']} {len(kills)} {len(ends)}")
+        seconds = draw.random() * (arguments.life or result["seconds"] / 2)
+        if len(kills) == arguments.kills:
+            finish(arguments, output)
+        elif killed(arguments, output, seconds):
+            kills.append({"seconds": seconds, "steps_kept": len(list(work.glob("final/*.safetensors")))})
+            print(f"{len(kills)}: killed after {seconds:.1f} s, {kills[-1]['steps_kept']} steps kept", flush=True)
+        if output.exists() and not work.exists():
+            ends.append(contents(output) == expected)
+            print(f"came to an end, same bytes: {ends[-1]}", flush=True)
+            shutil.rmtree(output)
         save(result, file)
-    if not all(row["same"] for row in result["kills"]):
+    if not all(result["ends"]):
         raise SystemExit("other bytes")
 
 
