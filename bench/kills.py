@@ -1,6 +1,6 @@
 """Does a run that is killed at any moment end in the same bytes? python -m bench.kills MODEL --output FOLDER
 
-One run is left alone. Others are killed (SIGKILL) after a drawn time and resumed and killed again, until they come to an
+One run is left alone. Others are killed (SIGKILL) after a drawn time, resumed, and killed again, until they come to an
 end: every file must equal that of the run left alone. A script that was stopped goes on.
 """
 

@@ -24,10 +24,10 @@ from paley.recipe import apply_settings, preset
 ROOT = Path(__file__).resolve().parents[1]
 NAME, EMBEDDED = "smollm2-135m", ROOT / "assets" / "demo-model"
 OUT, MODELS = ROOT / "demo-out", ROOT / "models"
-ROWS = {"W4A16": "w4a16", "W4A4KV4": "w4a4kv4"}
+ROWS = {"W4A16": ("w4a16", 16), "W4A4KV4": ("w4a4kv4", 32)}  # title -> preset, calibration sequences
 SETTINGS = [
-    "calibration.source=self", "calibration.sequences=32", "calibration.seq_len=256",
-    "test.source=pydoc", "test.sequences=8", "test.seq_len=512",
+    "calibration.source=self", "calibration.seq_len=256",
+    "test.source=pydoc", "test.sequences=4", "test.seq_len=512",
 ]  # fmt: skip
 QUESTIONS = ["What is the capital of France?", "Name three animals that live there."]
 NEW_TOKENS = 40
@@ -39,15 +39,17 @@ def main() -> None:
     logging.disable_progress_bar()
     start, original = time.monotonic(), _model()
     results, speeds = {}, {"original": _speed(original)}
-    for title, name in ROWS.items():
-        recipe = apply_settings(preset(name), SETTINGS)
+    for title, (name, sequences) in ROWS.items():
+        recipe = apply_settings(preset(name), [*SETTINGS, f"calibration.sequences={sequences}"])
         results[title] = paley.quantize(original, recipe, output=OUT / name, overwrite=True).results
         speeds[title] = _speed(OUT / name)
         console.print(f"  {title}: done after {time.monotonic() - start:.0f} s")
     console.print(_table(results, speeds))
     console.print("Perplexity and KL divergence on Python's documentation, through the packed cache.")
-    _chat(OUT / ROWS["W4A4KV4"])
-    console.print(f"\n{time.monotonic() - start:.0f} s in all. Next: .venv/bin/paley inspect demo-out/{ROWS['W4A16']}")
+    _chat(OUT / ROWS["W4A4KV4"][0])
+    console.print(
+        f"\n{time.monotonic() - start:.0f} s in all. Next: .venv/bin/paley inspect demo-out/{ROWS['W4A16'][0]}"
+    )
 
 
 def _model() -> Path:
