@@ -27,7 +27,7 @@ OUT, MODELS = ROOT / "demo-out", ROOT / "models"
 ROWS = {"W4A16": ("w4a16", 16), "W4A4KV4": ("w4a4kv4", 32)}  # title -> preset, calibration sequences
 SETTINGS = [
     "calibration.source=self", "calibration.seq_len=256",
-    "test.source=pydoc", "test.sequences=4", "test.seq_len=512",
+    "test.source=pydoc", "test.sequences=8", "test.seq_len=256",
 ]  # fmt: skip
 QUESTIONS = ["What is the capital of France?", "Name three animals that live there."]
 NEW_TOKENS = 40
