@@ -200,12 +200,13 @@ def outcome_table(outcome: Outcome, cost: Cost) -> Table:
     return table(("", "original", "quantized"), rows)
 
 
-def estimate_table(estimate: Estimate) -> Table:
-    """What a run would take, stage by stage."""
+def estimate_table(estimate: Estimate, free: int | None) -> Table:
+    """What a run would take, stage by stage; free: bytes of memory."""
     rows = [(name, duration(seconds)) for name, seconds in estimate.stages.items()]
     rows += [
         ("in all, about", duration(estimate.seconds)),
         ("peak memory, about", size(estimate.memory)),
+        *([("memory free now", size(free))] if free is not None else []),
         ("bytes on disk", f"{estimate.bytes:,}"),
         ("bytes of the original", f"{estimate.original_bytes:,}"),
     ]

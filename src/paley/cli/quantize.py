@@ -53,6 +53,7 @@ def quantize_verb(
     from paley.cli.progress import watching
     from paley.cli.recipes import Request, numbers, slopes_of
     from paley.pipeline.any_model import check_device, is_paley
+    from paley.pipeline.machine import free_memory
     from paley.pipeline.run_directory import RunDirectory
 
     start = time.monotonic()
@@ -73,7 +74,7 @@ def quantize_verb(
         if as_json:
             display.emit({"model": model, **asdict(found), "seconds": found.seconds})
         else:
-            display.show(display.estimate_table(found))
+            display.show(display.estimate_table(found, free_memory()))
         return
     if output is None:
         raise PaleyError("missing option --output; --dry-run alone needs none")
