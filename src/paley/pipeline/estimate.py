@@ -37,21 +37,23 @@ class Text(Protocol):
 
 @dataclass(frozen=True)
 class Costs:
-    """Measured with SmolLM2-135M on two cores of an AMD EPYC, where products run at 1.9e11 operations a second.
+    """What one such thing costs, in operations and bytes.
 
-    Operations, of one such thing: as many as products do in its time.
+    Measured with SmolLM2-135M on two cores of an AMD EPYC, where products run at 1.9e11 operations a second.
     """
 
     turned: float = 200.0  # a value that a linear reads, its Hadamard block
     rounded: float = 600.0  # a value rounded to a grid and back
     logit: float = 1500.0  # softmax and comparison
-    sampled: float = 9e9  # a token that the model writes
+    sampled: float = 2.5  # times the products of a token that the model writes
     loop: tuple[float, ...] = (0.0, 1500.0, 3000.0, 9000.0, 16_000.0)  # a weight and pass of GPTQ, by its grid's p
-    nearest: float = 6000.0  # a weight rounded to the nearest point
-    packed: float = 4500.0  # a weight's codes packed, written and decoded
+    nearest: float = 5000.0  # a weight rounded to the nearest point
+    packed: float = 4500.0  # a weight's codes packed, decoded and kept
+    written: float = 450.0  # a weight's codes in the new checkpoint
     factor: float = 3.5  # of n³: the Hessian's Cholesky factor and its inverse, float64
     target: float = 11.0  # of out · in²: target, feedback, first residual
     sweep: float = 9.0  # of out · in²: a refit of scales and a descent
+    anew: float = 1.6  # forwards of a block, to each of its inputs from the beginning
     torch: float = 15.0  # times as long as the native library
     read: float = 500.0  # a byte of the original, as the model is loaded
 
@@ -159,7 +161,7 @@ class _Work:
         recipe, problem, test = self.recipe, self.problem, self.recipe.test
         calibrates = not problem.is_data_free
         if calibrates and recipe.calibration.source == SELF:
-            yield "sampling the calibration text", self.read + COSTS.sampled * _tokens(recipe.calibration)
+            yield "sampling the calibration text", self.read + COSTS.sampled * self._written(recipe.calibration)
         if test is not None:
             yield "measuring the original", self.read + self._scored(test, 1, rounded=False)
         if problem.budget is not None and not decided and not measured:
@@ -167,15 +169,19 @@ class _Work:
         if problem.search.method != "none" and not decided:
             yield "quantizing weights for the search", self.read + self._calibrated()
             yield "searching clip ratios", self._searched()
-        weights = sum(site.numel for site in self.sites.weights)
+        written = self.read + COSTS.written * sum(site.numel for site in self.sites.weights)
         if calibrates:
             yield "quantizing weights", self.read + self._calibrated() + self._outer()
-            yield "saving and reading back", self.read + 0.1 * COSTS.packed * weights
+            yield "saving and reading back", written
         else:
             yield "quantizing weights", self._outer() + sum(self._nearest(site) for site in self.linears)
-            yield "writing the checkpoint", self.read + 0.1 * COSTS.packed * weights
+            yield "writing the checkpoint", written
         if test is not None:
             yield "evaluating through the quantized cache", self._scored(test, 2, rounded=True)
+
+    def _written(self, text: Text) -> float:
+        head = 2 * _tokens(text) * self.sites.head.numel
+        return head + self._forward(_tokens(text), text.seq_len, rounded=False)
 
     def _forward(self, tokens: float, seq_len: int, *, rounded: bool) -> float:
         """All blocks once."""
@@ -205,10 +211,13 @@ class _Work:
         """Every block: two forwards, sums, and what GPTQ does to each weight."""
         text, schemes = self.recipe.calibration, self.problem.schemes
         tokens = _tokens(text)
-        total = 2 * self._forward(tokens, text.seq_len, rounded=True) + tokens * self._turned(2.0)
-        if any(s.diagonal for s in schemes.linears.values()) or self.recipe.center_keys:
-            some = min(tokens, 32 * text.seq_len)  # until each of the inputs
-            total += 1.7 * self._forward(some, text.seq_len, rounded=False)
+        held = COSTS.held * _FLOAT * tokens * self.sites.head.shape[1]
+        anew = COSTS.anew * max(0.0, 1 - KEPT / held)  # what is not held begins anew for each input
+        total = 2 * (1 + anew) * self._forward(tokens, text.seq_len, rounded=True) + tokens * self._turned(2.0)
+        centered = any(s.center_keys and s.keys is not None for s in schemes.attentions.values())
+        if centered or any(s.diagonal for s in schemes.linears.values()):
+            some = min(tokens, 32 * text.seq_len)
+            total += COSTS.anew * self._forward(some, text.seq_len, rounded=False)
         for site in self.sites.of("input"):
             readers = [self.sites[name] for name in site.readers if self.sites[name].kind == "linear"]
             readers = [reader for reader in readers if schemes.linears[reader.name].calibrated]
@@ -231,7 +240,7 @@ class _Work:
 
     def _nearest(self, site: Site) -> float:
         scheme = self.problem.schemes.linears[site.name].weight
-        return 0.0 if scheme is None else (COSTS.nearest * self.native + COSTS.packed) * site.numel
+        return 0.0 if scheme is None else COSTS.nearest * self.native * site.numel
 
     def _outer(self) -> float:
         return sum(self._nearest(site) for site in self.sites.of("embedding", "head") if site.stored_as == site.name)
