@@ -77,7 +77,7 @@ def test_a_dry_run_estimates_and_makes_nothing(made, tmp_path, monkeypatch):
     for row in ("quantizing weights", "in all, about", "peak memory, about", f"{found['bytes']:,}"):
         assert row in shown
     assert list(tmp_path.iterdir()) == []
-    assert "missing option --output" in paley_(*args[:-1], code=2).err
+    assert "Missing option '--output'" in paley_(*args[:-1], code=2).err
 
 
 def test_quantize_says_beforehand_what_it_will_take(made):

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from paley.cli.process import UsageError
+
 __all__ = [
     "Against",
     "AnyModel",
@@ -56,6 +58,13 @@ def _argument(metavar: str, text: str):
 
 def _option(name: str, text: str, metavar: str | None = None, panel: str | None = None, **limits: float):
     return typer.Option(name, metavar=metavar, help=text, rich_help_panel=panel, **limits)  # type: ignore[arg-type]
+
+
+def _needed(ctx: typer.Context, value: Path | None) -> Path | None:
+    """Raises if the folder is missing that everything but a dry run needs."""
+    if value is None and not ctx.params.get("dry_run"):
+        raise UsageError("Missing option '--output'", ctx)
+    return value
 
 
 Model = Annotated[str, _argument("MODEL", "The original model: a folder, or a Hub name (owner/name).")]
@@ -109,9 +118,13 @@ NoScore = Annotated[
 
 NewFolder = Annotated[Path, typer.Option("--output", help="The new folder.", show_default=False)]
 NewFolderOrNone = Annotated[
-    Path | None, typer.Option("--output", help="The new folder; required, but for --dry-run.", show_default=False)
+    Path | None,
+    typer.Option("--output", help="The new folder; required, but for --dry-run.", show_default=False, callback=_needed),
 ]
-DryRun = Annotated[bool, _option("--dry-run", "Only estimate time, memory and size on this machine, and make nothing.")]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Only estimate time, memory and size here, and make nothing.", is_eager=True),
+]
 Device = Annotated[str, _option("--device", "cpu or cuda.")]
 Workers = Annotated[int, _option("--workers", "Processes that share the weights of a data-free recipe.", min=1)]
 Resume = Annotated[bool, _option("--resume", "Go on with a run that was stopped.")]

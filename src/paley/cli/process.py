@@ -18,7 +18,8 @@ from typer.core import TyperCommand, TyperGroup
 from paley.core.errors import PaleyError
 
 __all__ = [
-    "STOPPED", "Verb", "Verbs", "how_to_resume", "line", "peak_memory", "say", "shell", "spread_settings", "typed",
+    "STOPPED", "UsageError", "Verb", "Verbs", "how_to_resume", "line", "peak_memory", "say", "shell",
+    "spread_settings", "typed",
 ]  # fmt: skip
 
 STOPPED = 130  # 128 + SIGINT, as shells have it
@@ -26,7 +27,7 @@ _SETTING = re.compile(r"[a-z_][a-z_.]*=")
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE}
 _NO_SPACE = re.compile(r"os error (28|122)\b")  # the same two, as the errors of safetensors spell them
-_UsageError: Any = typer.BadParameter.__mro__[1]  # click's, wherever this typer keeps its click
+UsageError: Any = typer.BadParameter.__mro__[1]  # click's, wherever this typer keeps its click
 _ALLOCATION = re.compile(r"DefaultCPUAllocator|can't allocate memory")
 
 
@@ -40,7 +41,7 @@ class Verbs(TyperGroup):
         ctx.meta[__name__] = list(args)
         try:
             return super().parse_args(ctx, spread_settings(args))
-        except _UsageError as error:
+        except UsageError as error:
             if not args:  # which shows the help
                 raise
             raise _misused(error) from None
@@ -58,7 +59,7 @@ class Verbs(TyperGroup):
             from paley.cli.words import spell
 
             message = error.render(lambda part: spell(part, ctx.invoked_subcommand))
-        except _UsageError as error:
+        except UsageError as error:
             raise _misused(error) from None
         except KeyboardInterrupt:
             say("stopped")

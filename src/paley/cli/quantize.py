@@ -76,8 +76,7 @@ def quantize_verb(
         else:
             display.show(display.estimate_table(found, free_memory()))
         return
-    if output is None:
-        raise PaleyError("missing option --output; --dry-run alone needs none")
+    assert output is not None  # options.NewFolderOrNone
     try:
         with watching() as monitor:
             outcome = paley.quantize(
