@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+
 from paley import kernels
 from paley.arch import Site
 from paley.core.defaults import SELF
@@ -53,14 +55,16 @@ class Costs:
     factor: float = 3.5  # of n³: the Hessian's Cholesky factor and its inverse, float64
     target: float = 11.0  # of out · in²: target, feedback, first residual
     sweep: float = 9.0  # of out · in²: a refit of scales and a descent
+    bfloat16: float = 0.55  # times a float32 product, where the machine multiplies bfloat16
     anew: float = 1.6  # forwards of a block, to each of its inputs from the beginning
     torch: float = 15.0  # times as long as the native library
     read: float = 500.0  # a byte of the original, as the model is loaded
 
     # Bytes.
     base: float = 0.45 * 2**30  # of Python, torch and transformers
-    model: float = 4.0  # times the float32 model, as it is calibrated
-    scored: float = 2.2  # times it, as it is scored
+    model: float = 1.5  # times the float32 model, as it is calibrated; it waits in 16 bits
+    folded: float = 3.0  # the same if something is folded first, in float32
+    scored: float = 2.4  # the same, as it is scored
     tensor: float = 6.0  # times the largest float32 tensor, as weights are streamed
     held: float = 10.0  # times the hidden states of what a forward keeps, see `steps`
 
@@ -154,6 +158,7 @@ class _Work:
     def __init__(self, problem: Problem, recipe: Recipe):
         self.problem, self.recipe, self.sites = problem, recipe, problem.sites
         self.native = 1.0 if kernels.backend() == "native" else COSTS.torch
+        self.calibrating = COSTS.bfloat16 if kernels.multiplies_bfloat16(torch.device("cpu")) else 1.0
         self.linears, self.read = self.sites.of("linear"), COSTS.read * problem.source.checkpoint.nbytes
 
     def stages(self, decided: bool, measured: bool) -> Iterator[tuple[str, float]]:
@@ -183,9 +188,9 @@ class _Work:
         head = 2 * _tokens(text) * self.sites.head.numel
         return head + self._forward(_tokens(text), text.seq_len, rounded=False)
 
-    def _forward(self, tokens: float, seq_len: int, *, rounded: bool) -> float:
-        """All blocks once."""
-        weights = sum(site.numel for site in self.linears)
+    def _forward(self, tokens: float, seq_len: int, *, rounded: bool, product: float = 1.0) -> float:
+        """All blocks once; product: of a linear, times that of float32."""
+        weights = product * sum(site.numel for site in self.linears)
         heads = self.problem.source.config.num_attention_heads
         reads = sum(heads * site.shape[1] * site.tokens(seq_len) for site in self.sites.of("keys"))
         return tokens * (2 * weights + 4 * reads + (self._turned(1.0) if rounded else 0))
@@ -213,19 +218,20 @@ class _Work:
         tokens = _tokens(text)
         held = COSTS.held * _FLOAT * tokens * self.sites.head.shape[1]
         anew = COSTS.anew * max(0.0, 1 - KEPT / held)  # what is not held begins anew for each input
-        total = 2 * (1 + anew) * self._forward(tokens, text.seq_len, rounded=True) + tokens * self._turned(2.0)
+        forward = self._forward(tokens, text.seq_len, rounded=True, product=self.calibrating)
+        total = 2 * (1 + anew) * forward + tokens * self._turned(2.0)
         centered = any(s.center_keys and s.keys is not None for s in schemes.attentions.values())
         if centered or any(s.diagonal for s in schemes.linears.values()):
             some = min(tokens, 32 * text.seq_len)
-            total += COSTS.anew * self._forward(some, text.seq_len, rounded=False)
+            total += COSTS.anew * self._forward(some, text.seq_len, rounded=False, product=self.calibrating)
         for site in self.sites.of("input"):
             readers = [self.sites[name] for name in site.readers if self.sites[name].kind == "linear"]
             readers = [reader for reader in readers if schemes.linears[reader.name].calibrated]
             if readers:
                 width = schemes.linears[readers[0].name].stored_width(site.shape[0])
                 alone = len(readers) == 1 and readers[0].adds_to_stream
-                total += 2 * tokens * width * (0.6 * width + (readers[0].shape[0] if alone else width))
-                total += COSTS.factor * width**3
+                sums = 2 * tokens * width * (0.5 * width + (readers[0].shape[0] if alone else width))
+                total += self.calibrating * sums + COSTS.factor * width**3
         return total + sum(self._gptq(site) for site in self.linears)
 
     def _gptq(self, site: Site) -> float:
@@ -293,5 +299,6 @@ def _memory(problem: Problem, recipe: Recipe) -> int:
         found.append(COSTS.tensor * _FLOAT * max(site.numel for site in sites.weights))
     else:
         hidden = _FLOAT * _tokens(recipe.calibration) * sites.head.shape[1]
-        found.append(COSTS.model * whole + 2 * hidden + 2 * min(KEPT, COSTS.held * hidden))
+        model = COSTS.folded if problem.folded else COSTS.model
+        found.append(model * whole + 2 * hidden + 2 * min(KEPT, COSTS.held * hidden))
     return math.ceil(COSTS.base + max(found))
