@@ -33,8 +33,11 @@ _FEW = 16  # sequences that a calibration should have
 class Text(Protocol):
     """Calibration, Search, Test, Budget of a recipe: so much text."""
 
-    sequences: int
-    seq_len: int
+    @property
+    def sequences(self) -> int: ...
+
+    @property
+    def seq_len(self) -> int: ...
 
 
 @dataclass(frozen=True)
