@@ -66,10 +66,12 @@ def _model() -> Path:
 
 
 def _table(results: dict[str, paley.Results], speeds: dict[str, float | None]) -> Table:
-    table = Table("", "perplexity", "KL, nats/token", "file, MB", "bits per weight", "tokens/s")
+    table = Table("", "perplexity", "KL, nats", "file, MB", "bits per weight", "tokens/s")
     first = next(iter(results.values()))
     before = first.evaluation.reference_perplexity
-    table.add_row("original", f"{before:.2f}", "0", _megabytes(first.original_bytes), "16", f"{speeds['original']:.1f}")
+    bits = 8 * first.original_bytes / first.parameters
+    size = _megabytes(first.original_bytes)
+    table.add_row("original", f"{before:.2f}", "0", size, f"{bits:.2f}", _rate(speeds["original"]))
     for title, r in results.items():
         e = r.evaluation
         table.add_row(
@@ -78,7 +80,7 @@ def _table(results: dict[str, paley.Results], speeds: dict[str, float | None]) -
             f"{e.kl:.4f} ± {e.kl_stderr:.4f}",
             _megabytes(r.bytes),
             f"{r.bits_per_weight:.2f}",
-            f"{speeds[title]:.1f}",
+            _rate(speeds[title]),
         )
     return table
 
@@ -87,8 +89,12 @@ def _megabytes(count: float) -> str:
     return f"{count / 1e6:.1f}"
 
 
+def _rate(speed: float | None) -> str:
+    return "" if speed is None else f"{speed:.1f}"
+
+
 def _speed(folder: Path) -> float | None:
-    """Tokens a second of generation."""
+    """Tokens a second of generation; None if the model ends at once."""
     return paley.generate(folder, "The history of the city", max_new_tokens=NEW_TOKENS).tokens_per_second
 
 

@@ -57,7 +57,7 @@ class Costs:
     written: float = 450.0  # a weight's codes in the new checkpoint
     factor: float = 3.5  # of n³: the Hessian's Cholesky factor and its inverse, float64
     target: float = 11.0  # of out · in²: target, feedback, first residual
-    sweep: float = 9.0  # of out · in²: a refit of scales and a descent
+    sweep: float = 3.0  # of out · in²: a refit of scales and a descent
     bfloat16: float = 0.55  # times a float32 product, where the machine multiplies bfloat16
     anew: float = 1.6  # forwards of a block, to each of its inputs from the beginning
     torch: float = 15.0  # times as long as the native library
