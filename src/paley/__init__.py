@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from paley.pipeline.run import Outcome, estimate, make_plan, quantize
     from paley.pipeline.score import score
     from paley.pipeline.sensitivities import measure_sensitivity
+    from paley.pipeline.verify import Verified, verify
     from paley.plan import Plan
     from paley.recipe import Recipe, load_recipe, preset
     from paley.results import EvalResult, Results
@@ -42,6 +43,7 @@ __all__ = [
     "Recipe",
     "Results",
     "Sensitivity",
+    "Verified",
     "__version__",
     "cache_argument",
     "dequantize",
@@ -58,6 +60,7 @@ __all__ = [
     "quantize",
     "register",
     "score",
+    "verify",
 ]
 
 __version__ = "0.1.0"
@@ -74,6 +77,7 @@ _HOMES = {  # name -> the module that has it
     "Recipe": "paley.recipe",
     "Results": "paley.results",
     "Sensitivity": "paley.sensitivity",
+    "Verified": "paley.pipeline.verify",
     "cache_argument": "paley.model.kv_cache",
     "dequantize": "paley.export.plain",
     "estimate": "paley.pipeline.run",
@@ -89,6 +93,7 @@ _HOMES = {  # name -> the module that has it
     "quantize": "paley.pipeline.run",
     "register": "paley.hf",
     "score": "paley.pipeline.score",
+    "verify": "paley.pipeline.verify",
 }
 
 

@@ -5,6 +5,7 @@ Without it transformers only warns about the unknown method and returns a model 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator, Iterable, Mapping
 from contextvars import ContextVar
 from pathlib import Path
@@ -23,16 +24,20 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from paley.core.errors import PaleyError, nearest_name
 from paley.format.checkpoint import Checkpoint
+from paley.format.digests import DIGESTS, Digests
 from paley.format.header import TensorInfo, read_header
 from paley.format.spec import DIAGONAL, PARTS, QUANT_METHOD, QuantizationConfig, check_values, expected_tensors
 from paley.model import attention
 from paley.model.adapter import Adapter
 from paley.model.coded import Coded
+from paley.model.checks import check_config, check_layers
 from paley.model.loading import tied_partners
 from paley.model.reading import build_, prepare_, tie_
 
 __all__ = ["PaleyConfig", "PaleyQuantizer", "load", "register"]
 
+
+_LOG = logging.getLogger(__name__)
 
 # The products that `from_pretrained` makes ready; None while `load` is at work, which does so on the right device.
 _PRODUCT: ContextVar[str | None] = ContextVar("product", default="auto")
@@ -47,7 +52,8 @@ class PaleyConfig(QuantizationConfigMixin):
         self.spec = QuantizationConfig.from_dict(fields)
 
     def to_dict(self) -> dict[str, Any]:
-        return self.spec.to_dict()
+        """For a model that is saved again: its files are others, which no digest is known of."""
+        return self.spec.model_copy(update={"digest": None}).to_dict()
 
     def __iter__(self) -> Generator[tuple[str, Any], None, None]:
         yield from self.to_dict().items()
@@ -66,13 +72,24 @@ class PaleyQuantizer(HfQuantizer):
             )
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        if (folder := Path(config._name_or_path)).is_dir():
+            _check_config(folder)
         asked = config._attn_implementation
-        if self.quantization_config.spec.attentions and asked not in (None, "sdpa", attention.NAME):
-            raise PaleyError(
-                f"attn_implementation={asked!r} would not round keys and values as this checkpoint "
-                f"wants: leave it out, or use {attention.NAME!r}"
-            )
+        attentions = self.quantization_config.spec.attentions.values()
+        if asked != "sdpa" and any(map(attention.rounds, attentions)):  # which is also what is asked by default
+            attention.check_implementation(asked)
         return config
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        spec = self.quantization_config.spec
+        inputs = any(scheme.input for scheme in spec.linears.values())
+        if dtype != torch.float32 and (inputs or any(map(attention.rounds, spec.attentions.values()))):
+            _LOG.warning(
+                "the scores of this model were measured in float32; in %s its inputs, keys and values are rounded at "
+                "other places, and predictions differ (dtype=torch.float32 is what paley.load takes)",
+                dtype,
+            )
+        return dtype
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -81,7 +98,8 @@ class PaleyQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise PaleyError("a Paley model is loaded from its safetensors files; a state_dict alone is not supported")
         build_(model, spec)
-        self._stored = _check_files(model, checkpoint_files)
+        self._stored = _check_files(model, checkpoint_files, spec.carried)
+        _check_digests(Path(checkpoint_files[0]).parent, self._stored, sealed=spec.digest is not None)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         tie_(Adapter(model))
@@ -124,7 +142,7 @@ def load(
     """
     register()
     folder = Path(path)
-    section = Checkpoint.open(folder).config.get("quantization_config")
+    section = _check_config(folder).config.get("quantization_config")
     method = section.get("quant_method") if isinstance(section, dict) else None
     if method != QUANT_METHOD:
         what = f"quantized by {method!r}" if method else "not quantized"
@@ -141,7 +159,30 @@ def load(
     return model
 
 
-def _check_files(model: PreTrainedModel, files: Iterable[str]) -> dict[str, TensorInfo]:
+def _check_config(folder: Path) -> Checkpoint:
+    """-> the folder's files; raises for a config.json that was changed, before anything is made of its numbers."""
+    checkpoint, file = Checkpoint.open(folder), folder / "config.json"
+    check_config(file, checkpoint.config)
+    check_layers(file, checkpoint.config, checkpoint.names)
+    if (folder / DIGESTS).exists():
+        Digests.load(folder).check_config(folder, checkpoint.config)
+    return checkpoint
+
+
+def _check_digests(folder: Path, stored: Mapping[str, TensorInfo], *, sealed: bool) -> None:
+    """Raises unless config and tensors are as they were written; a folder without digests is loaded with a warning."""
+    if not sealed and not (folder / DIGESTS).exists():
+        _LOG.warning(
+            "%s has no digests: an older Paley wrote it, or a loaded model was saved again; damage to its numbers or "
+            "its config would not be noticed",
+            folder,
+        )
+        return
+    _check_config(folder)
+    Digests.load(folder).check_tensors(folder, stored)
+
+
+def _check_files(model: PreTrainedModel, files: Iterable[str], carried: Iterable[str] = ()) -> dict[str, TensorInfo]:
     """Compares the names, shapes and types in the files' headers with what the model needs -> the headers' entries.
 
     transformers itself fills what is missing with random numbers and mentions it in a log.
@@ -156,12 +197,14 @@ def _check_files(model: PreTrainedModel, files: Iterable[str]) -> dict[str, Tens
     missing = [n for n in needed if n not in found and partners.get(n) not in found]
     if missing:
         raise PaleyError(f"{folder}: {_count(missing)} missing from the files; copy the whole folder again")
-    unexpected = [n for n in found if n not in needed]
+    carried = set(carried)
+    unexpected = [n for n in found if n not in needed and n not in carried]
     if unexpected:
         hint = nearest_name(unexpected[0], needed)
         raise PaleyError(f"{folder}: {_count(unexpected)} in the files, but not in the model{hint}")
     exact = _exact_dtypes(model)
-    for name, info in found.items():
+    for name in needed.keys() & found.keys():
+        info = found[name]
         shape, dtype = tuple(needed[name].shape), exact.get(name)
         if info.shape != shape:
             raise PaleyError(f"{info.file}: {name} has shape {info.shape}, must have {shape}")
@@ -185,7 +228,7 @@ def _check_values(model: PreTrainedModel, stored: Mapping[str, TensorInfo]) -> N
         if isinstance(module, Coded) and module.diagonal is not None and not bool((state[name + DIAGONAL] > 0).all()):
             raise PaleyError(f"{stored[name + DIAGONAL].file}: {name + DIAGONAL} must be positive; the file is damaged")
     for name, info in stored.items():
-        if state[name].is_floating_point() and not bool(state[name].isfinite().all()):
+        if name in state and state[name].is_floating_point() and not bool(state[name].isfinite().all()):
             if bool(info.read().isfinite().all()):
                 raise PaleyError(f"{info.file}: {name} has no place in {state[name].dtype}; load with another dtype")
             raise PaleyError(f"{info.file}: {name} holds a number that is not finite; the file is damaged")

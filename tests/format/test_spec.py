@@ -116,9 +116,9 @@ def test_a_grid_of_ones_own_is_written_once_and_read_by_name_or_by_points():
         (["linears"], [], r"linears: should be an? "),
         (["attentions", "model.layers.0.self_attn", "keys", "clip_ratio"], float("nan"), "clip_ratio"),
         (["quant_method"], "gptq", "quant_method must be 'paley', got 'gptq'"),
-        (["format_version"], 3, "format_version must be 2, got 3; install the paley that wrote"),
-        (["format_version"], True, "format_version must be 2, got True"),
-        (["format_version"], None, "format_version must be 2, got None"),
+        (["format_version"], 4, "format_version must be 3, got 4; install the paley that wrote"),
+        (["format_version"], True, "format_version must be 3, got True"),
+        (["format_version"], None, "format_version must be 3, got None"),
         (["linears", UP, "weight", "grid"], {1, 2}, "is not plain JSON data"),
     ],
 )

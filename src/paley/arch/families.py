@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from paley.arch.row import STREAM, Architecture, Linear, Norm
-from paley.core.errors import PaleyError, nearest_name
+from paley.core.errors import PaleyError
 
 __all__ = ["FAMILIES", "family"]
 
@@ -59,6 +59,6 @@ def family(model_type: str) -> Architecture:
     if model_type not in FAMILIES:
         raise PaleyError(
             f"architecture {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}"
-            f"{nearest_name(model_type, FAMILIES)} (docs/adding-a-model.md tells how to add one)"
+            " (docs/adding-a-model.md tells how to add one)"
         )
     return FAMILIES[model_type]

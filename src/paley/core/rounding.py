@@ -25,6 +25,7 @@ __all__ = [
     "Outliers",
     "Quantized",
     "check_groups",
+    "check_range",
     "codes_per_row",
     "dynamic_scales",
     "fitting_group_size",
@@ -36,7 +37,8 @@ __all__ = [
     "storable",
 ]
 
-
+_COARSE = 2.0**-20  # float16 has steps of 2^-24 there
+_LOST = 1e-3  # of a weight's energy
 OUTLIER_GRID = "int8"
 
 
@@ -147,6 +149,22 @@ def storable(scales: Tensor, dtype: torch.dtype = torch.float16) -> Tensor:
     info = torch.finfo(dtype)
     smallest = max(info.tiny * info.eps, torch.finfo(torch.float32).tiny)
     return scales.float().clamp(min=smallest, max=info.max).to(dtype).float()
+
+
+def check_range(weight: Tensor, grid: AnyGrid, where: str) -> None:
+    """Raises for a weight [out, in] whose rows float16 scales cannot hold: too large, or too small for its energy.
+
+    A small part of the energy may be lost: rows that are as good as zero occur in real models.
+    """
+    largest = torch.stack(weight.aminmax(dim=1)).abs().amax(0).double()
+    scales = largest / (1.0 if grid.free else grid.peak)  # what a row needs if nothing of it is clipped
+    energy = torch.linalg.vector_norm(weight / largest.max().clamp(min=1e-38).to(weight.dtype), dim=1).double().square()
+    lost = float(energy[(scales < _COARSE) & (scales > 0)].sum() / energy.sum().clamp(min=1e-38))
+    if float(scales.max()) > torch.finfo(torch.float16).max or lost > _LOST:
+        raise PaleyError(
+            f"{where}: its values reach {float(largest.max()):.3g}, and float16 has no room for its scales; "
+            "take a power of two out of the rows and into the weights that read them, or keep this layer unquantized"
+        )
 
 
 def quantize_dynamic(x: Tensor, scheme: ActivationScheme, scale_dtype: torch.dtype = torch.float16) -> Quantized:

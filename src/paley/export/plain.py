@@ -26,9 +26,11 @@ from paley.core.schemes import LinearScheme
 from paley.core.transforms import Transform
 from paley.format import spec
 from paley.format.checkpoint import Checkpoint
+from paley.format.digests import seal, seal_model
 from paley.format.dtypes import FLOATS, cast_to_store
 from paley.format.files import copy_companions, write_json
 from paley.format.publish import RESULTS, Work
+from paley.format.rope import with_older_keys
 from paley.format.writer import ShardWriter
 from paley.model.loading import check_fit, empty_model, join_tie, read_config
 
@@ -136,6 +138,7 @@ def dequantize(
             remedy=(Setting("weights_only", True), " leaves that out, and keeps the weights"),
         )
     config = {key: value for key, value in stored.config.items() if key != "quantization_config"}
+    config = with_older_keys(config)
     config["dtype"] = _dtype_name(folder, dtype, config)
     config.pop("torch_dtype", None)  # its older name
     if section.stream is not None:
@@ -154,8 +157,10 @@ def dequantize(
                     on_tensor(layout.tensors, name)
             write_json(new / "config.json", config)
             copy_companions(folder, new)
+            seal_model(new)
             made = Plain(output, (*dropped, *left_out), stored.nbytes, Checkpoint.open(new).nbytes)
             _describe(new, folder, section, config, made)
+            seal(new)
             return replace(made, leftover=work.publish())
     except OSError as error:
         raise PaleyError(f"{output}: cannot be written: {error.strerror or error}") from error

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from paley.core.errors import PaleyError, nearest_name
@@ -16,8 +16,9 @@ from paley.core.transforms import Transform
 
 __all__ = ["FORMAT_VERSION", "QUANT_METHOD", "QuantizationConfig"]
 
-FORMAT_VERSION = 2  # 1 had no embedding and no stream, and named the grids of users' files
-_READ = (1, 2)
+# 1 had no embedding and no stream, and named the grids of users' files; 2 had no digests.
+FORMAT_VERSION = 3
+_READ = (1, 2, 3)
 QUANT_METHOD = "paley"
 
 
@@ -25,15 +26,19 @@ class QuantizationConfig(BaseModel):
     """Keys of the two maps are module names, as in the transformers model; from a file by `from_dict`.
 
     stream: the rotation of the residual stream at run time, for a model whose head is tied to its embedding.
+    digest: what digests.json must have; None in folders that came without. carried: tensors of the original that no
+    module of the model reads, and that the files hold unchanged.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     quant_method: Literal["paley"] = QUANT_METHOD
-    format_version: Literal[2] = FORMAT_VERSION
+    format_version: Literal[3] = FORMAT_VERSION
     linears: dict[str, LinearScheme]
     attentions: dict[str, AttentionScheme]
     stream: Transform | None = None
+    digest: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    carried: tuple[str, ...] = ()
 
     @classmethod
     def from_dict(cls, data: object, where: str = "quantization_config") -> Self:
@@ -60,8 +65,9 @@ class QuantizationConfig(BaseModel):
     def to_dict(self) -> dict[str, Any]:
         """Plain data for config.json."""
         data = self.model_dump(mode="json")
-        if data["stream"] is None:
-            del data["stream"]
+        for name in ("stream", "digest", "carried"):
+            if not data[name]:
+                del data[name]
         return without_points(data)
 
 

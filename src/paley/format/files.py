@@ -1,7 +1,8 @@
-"""The files beside a model's weights: JSON files, and those of the tokenizer."""
+"""The files beside a model's weights: JSON files, those of the tokenizer, and whatever else came with them."""
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import shutil
 from pathlib import Path
@@ -9,12 +10,17 @@ from pathlib import Path
 from paley.core.errors import PaleyError
 from paley.core.files import disk, write_atomic
 
-__all__ = ["copy_companions", "write_json"]
+__all__ = ["OTHER_WEIGHTS", "all_files", "copy_companions", "write_json"]
 
-# Copied unchanged. Everything else in a model's folder is weights, or no part of the model.
-_COMPANIONS = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
+# Weights in formats that are not read here.
+OTHER_WEIGHTS = (
+    "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.gguf", "*.npz", "*.tflite",
+    "*.ot",
+)  # fmt: skip
+# What is not carried along: weights, and what is written anew.
+_NOT_COMPANIONS = (
+    *OTHER_WEIGHTS, "*.safetensors", "*.safetensors.index.json", "*.bin.index.json",
+    "config.json", "README.md", "plan.json", "results.json", "digests.json",
 )  # fmt: skip
 
 
@@ -28,8 +34,22 @@ def write_json(path: str | Path, obj: object) -> None:
 
 
 def copy_companions(source: Path, folder: Path) -> None:
-    """Copies tokenizer, generation config and chat template from the folder `source` into `folder`."""
-    for name in _COMPANIONS:
-        if (source / name).is_file():
-            with disk(folder / name, (source / name).stat().st_size):
-                shutil.copyfile(source / name, folder / name)
+    """Copies every file of the folder `source`, and of folders in it, that is neither weights nor written anew."""
+    for path in all_files(source):
+        if not any(fnmatch.fnmatchcase(path, pattern) for pattern in _NOT_COMPANIONS):
+            with disk(folder / path, (source / path).stat().st_size):
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source / path, folder / path)
+
+
+def all_files(folder: Path) -> list[str]:
+    """Paths of all files in the folder, "/" between their parts, sorted; hidden ones and links to folders left out."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            found += [] if path.is_symlink() else [f"{path.name}/{inner}" for inner in all_files(path)]
+        elif path.is_file():
+            found.append(path.name)
+    return found

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from paley.core.grids import FixedGrid, as_fixed
 from paley.core.metrics import rel_error
-from paley.core.rounding import Quantized, dynamic_scales, joined, quantized, split_groups, storable
+from paley.core.rounding import Quantized, check_range, dynamic_scales, joined, quantized, split_groups, storable
 from paley.core.schemes import WeightScheme
 from paley.core.transforms import Transform
 from paley.methods.binary import fit_centroids
@@ -152,6 +152,7 @@ def quantize_turned(
     """As `quantize_nearest`, of weight · Tᵀ, a few rows at a time; and the relative squared error."""
     parts: list[Quantized] = []
     error = norm = 0.0
+    check_range(weight, scheme.grid, where)
     for rows in weight.split(max(1, _CHUNK // weight.shape[1])):
         rows = (rows.double() if transform is None else transform.apply(rows.double())).float()
         parts.append(part := quantize_nearest(rows, scheme, where))

@@ -18,7 +18,7 @@ from paley.core.errors import PaleyError, nearest_name
 from paley.core.schemes import AttentionScheme
 from paley.ops.attention import PackedKV, centered, kv_attention
 
-__all__ = ["NAME", "attach_schemes", "attention", "register"]
+__all__ = ["NAME", "attach_schemes", "attention", "check_implementation", "register", "rounds"]
 
 NAME = "paley"
 
@@ -62,8 +62,14 @@ def attach_schemes(model: PreTrainedModel, attentions: Mapping[str, AttentionSch
             raise PaleyError(f"{name!r} is no attention module of this model{nearest_name(name, modules)}")
         _check_fit(name, modules[name], scheme)
     model.set_attn_implementation(NAME)  # only warns where it cannot
+    if any(map(rounds, attentions.values())):
+        for part in model.modules():  # whatever else is asked of it later
+            if isinstance(part, PreTrainedModel):
+                part.set_attn_implementation = check_implementation  # type: ignore[method-assign]
     for name, module in modules.items():
         module.kv_scheme = attentions.get(name)  # type: ignore[assignment]
+        if _check_still not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_check_still)
         module.register_buffer("key_mean", _empty_mean(module, attentions.get(name)))
         implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
         if module.kv_scheme is not None and implementation != NAME:
@@ -71,6 +77,31 @@ def attach_schemes(model: PreTrainedModel, attentions: Mapping[str, AttentionSch
                 f"{name}: {type(model).__name__} does not let its attention be replaced (it stays "
                 f"{implementation!r}); leave its keys and values unquantized"
             )
+
+
+def rounds(scheme: AttentionScheme) -> bool:
+    """Whether a layer's keys or values are quantized."""
+    return scheme.keys is not None or scheme.values is not None
+
+
+def check_implementation(asked: str | dict[str, Any] | None, *_: Any, **__: Any) -> None:
+    """Raises unless the attention asked for, by transformers' names, rounds keys and values: "paley" alone does."""
+    wanted = asked.values() if isinstance(asked, dict) else [asked]
+    for each in wanted:
+        if isinstance(each, dict):
+            check_implementation(each)
+        elif each not in (None, NAME):
+            raise PaleyError(
+                f"attn_implementation={each!r} would not round keys and values as this checkpoint wants: leave it out, "
+                f"or use {NAME!r}"
+            )
+
+
+def _check_still(module: nn.Module, _: Any) -> None:
+    """A hook of attentions: raises if the config was changed behind them."""
+    scheme = getattr(module, "kv_scheme", None)
+    if scheme is not None and rounds(scheme):
+        check_implementation(getattr(module.config, "_attn_implementation", NAME))
 
 
 def _empty_mean(module: nn.Module, scheme: AttentionScheme | None) -> Tensor | None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from paley.arch import Site
 from paley.core.errors import PaleyError
 from paley.core.metrics import rel_error
-from paley.core.rounding import Quantized
+from paley.core.rounding import Quantized, check_range
 from paley.core.schemes import AttentionScheme, LinearScheme, Schemes
 from paley.format.spec import DIAGONAL, check_outliers
 from paley.methods.diagonal import balance
@@ -301,6 +301,7 @@ class ModelQuantizer:
         assert isinstance(linear, Coded)
         assert scheme.weight is not None
         weight = linear.dequantize()
+        check_range(weight, scheme.weight.grid, site.name)
         if not scheme.calibrated:
             return quantize_nearest(weight, scheme.weight, where=site.name)
         if statistics is None:

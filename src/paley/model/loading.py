@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,22 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from paley.arch import Sites, family, sites
 from paley.core.errors import PaleyError, Setting, nearest_name
+from paley.core.reading import read_json
 from paley.format.checkpoint import Checkpoint
+from paley.format.config import QUANT_METHOD
+from paley.format.decoding import FLOAT8, Fp8, decode
+from paley.format.files import OTHER_WEIGHTS
+from paley.format.header import NAMES, TensorInfo
+from paley.model.checks import check_config, check_family, check_layers
+from paley.model.placing import belongs, place, summed_up
+from paley.model.text_part import text_part
 
 __all__ = [
     "Source", "check_fit", "check_seq_len", "empty_model", "is_ignored", "join_tie", "load_tokenizer", "open_source",
@@ -30,15 +39,18 @@ __all__ = [
 ]  # fmt: skip
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+# Names that packed weights end in, beside those of bitsandbytes, which are bytes under the name of the weight.
+_PACKED = ("_packed", ".absmax")
 
 
 @dataclass(frozen=True)
 class Source:
     """A checked checkpoint folder of a supported family; `fingerprint` names its contents.
 
-    In `checkpoint` a tied pair stands once, as the embedding, under whichever names the files hold it.
-    skeleton: the model without its weights. sites: its places where a tensor can be quantized.
+    `checkpoint` has just the tensors that fill the model, under its names for them, decoded as they are read; a tied
+    pair stands once, as the embedding. extra: tensors of the files that no module of the model reads.
+    skeleton: the model without its weights. sites: its places where a tensor can be quantized. notes: what of the
+    folder was read otherwise than it says.
     """
 
     path: Path
@@ -47,13 +59,16 @@ class Source:
     config: Any
     skeleton: PreTrainedModel
     sites: Sites
+    extra: Mapping[str, TensorInfo] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def load(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
         """The model in eval mode; raises where the files and the config disagree."""
+        tensors = {name: _Lazy(info) for name, info in self.checkpoint.infos.items()}
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                self.path, config=self.config, dtype=dtype, use_safetensors=True, local_files_only=True,
-                trust_remote_code=False, output_loading_info=True, attn_implementation="sdpa",
+                None, config=copy.deepcopy(self.config), state_dict=tensors, dtype=dtype, trust_remote_code=False,
+                output_loading_info=True, attn_implementation="sdpa",
             )  # fmt: skip
         except PaleyError:
             raise
@@ -66,12 +81,30 @@ class Source:
                     f"{self.path}: config.json and the weights disagree: {what.replace('_keys', '')} "
                     f"{len(names)} tensors, the first is {names[0]}; use the config.json these weights came with"
                 )
+        if (self.path / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(self.path, local_files_only=True)
         model.requires_grad_(False)
         return model.eval().to(device)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that came with the weights."""
         return load_tokenizer(self.path)
+
+
+class _Lazy:
+    """A tensor that transformers reads when it needs it, as it does those of safetensors files."""
+
+    def __init__(self, info: TensorInfo):
+        self.info = info
+
+    def __getitem__(self, part: Any) -> torch.Tensor:
+        return self.info.read()[part]
+
+    def get_shape(self) -> list[int]:
+        return list(self.info.shape)
+
+    def get_dtype(self) -> str:
+        return NAMES[self.info.dtype]
 
 
 def join_tie(path: Path, checkpoint: Checkpoint, config: Any) -> Checkpoint:
@@ -94,18 +127,30 @@ def join_tie(path: Path, checkpoint: Checkpoint, config: Any) -> Checkpoint:
 
 
 def read_config(path: Path) -> Any:
-    """The configuration in a local folder, as transformers understands it; PaleyError where it does not."""
+    """The configuration of the language model in a local folder, as transformers understands it.
+
+    Errors: PaleyError where transformers does not, and for numbers that no model can have.
+    """
+    file = path / "config.json"
+    raw = read_json(file)
+    check_config(file, raw)
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise PaleyError(f"{path}/config.json: transformers does not understand it: {error}") from error
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the file is anybody's, and what its values lead to differs from family to family
+        raise PaleyError(f"{file}: transformers does not understand it: {_one_line(error)}") from error
+    part = text_part(path, config, raw)
+    check_family(file, raw, config)
+    return part
 
 
 def empty_model(config: Any) -> PreTrainedModel:
     """The model that a config describes, without weights, in eval mode."""
     config = copy.deepcopy(config)  # from_config writes the dtype into what it is given
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    except Exception as error:  # see `read_config`
+        raise PaleyError(f"config.json: no {config.model_type} model can be made of it: {_one_line(error)}") from error
     return model.eval()
 
 
@@ -127,6 +172,10 @@ def check_fit(folder: Path, shapes: Mapping[str, tuple[int, ...]], model: PreTra
             f"{folder}: config.json and the weights disagree: {len(extra)} tensors too many, the first is "
             f"{extra[0]}; use the config.json these weights came with"
         )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def tied_partners(model: PreTrainedModel) -> dict[str, str]:
@@ -167,15 +216,58 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 def open_source(model: str | Path) -> Source:
     """Checks the folder or Hub name `model`: architecture, files, and that every weight is finite."""
     path = resolve(model)
-    checkpoint = Checkpoint.open(path)
+    files = Checkpoint.open(path)
+    check_layers(path / "config.json", files.config, files.names)
     config = read_config(path)
-    row = family(config.model_type)
-    if getattr(config, "quantization_config", None) is not None:
-        raise PaleyError(f"{path}: is quantized already; give the original, full-precision checkpoint")
-    fingerprint = checkpoint.fingerprint(check_finite=True)
-    checkpoint, skeleton = join_tie(path, checkpoint, config), empty_model(config)
+    row, skeleton = family(config.model_type), empty_model(config)
+    found, notes = _decoded(path, files, config, skeleton)
+    fingerprint = files.fingerprint(check_finite=True)
+    extra = {
+        name: info
+        for name, info in found.items()
+        if name not in skeleton.state_dict() and not is_ignored(name, skeleton) and not belongs(name, skeleton)
+    }
+    checkpoint = Checkpoint(path, files.config, {name: info for name, info in found.items() if name not in extra})
+    checkpoint = join_tie(path, checkpoint, config)
     check_fit(path, {name: info.shape for name, info in checkpoint.infos.items()}, skeleton)
-    return Source(path, checkpoint, fingerprint, config, skeleton, sites(row, config))
+    if (kind := files.config.get("model_type")) != config.model_type:
+        notes.append(f"the text part of this {kind} model is quantized, as an ordinary {config.model_type} model")
+    return Source(path, checkpoint, fingerprint, config, skeleton, sites(row, config), extra, tuple(notes))
+
+
+def _decoded(
+    path: Path, files: Checkpoint, config: Any, skeleton: PreTrainedModel
+) -> tuple[dict[str, TensorInfo], list[str]]:
+    """-> (the files' tensors under the model's names, notes on formats that were decoded); the config loses its entry.
+
+    Whether a model is quantized is told by its tensors: entries of the config are left over from other runs.
+    """
+    entry = next((found for c in (files.config, config.to_dict()) if (found := c.get("quantization_config"))), None)
+    method = entry.get("quant_method") if isinstance(entry, dict) else None
+    block = entry.get("weight_block_size") if isinstance(entry, dict) else None
+    pair = isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)
+    made = decode(files.infos, (block[0], block[1]) if pair else None)
+    found = place(made.infos, skeleton)
+    refusal = f"{path}: is quantized already{f' ({method})' if method else ''}"
+    for name, wanted in skeleton.state_dict().items():
+        info = found.get(name)
+        packed = info is not None and wanted.is_floating_point() and not info.dtype.is_floating_point
+        bare = info is not None and not isinstance(info, Fp8) and info.dtype in FLOAT8 and entry is not None
+        if method == QUANT_METHOD or packed or (entry is not None and any(name + end in found for end in _PACKED)):
+            raise PaleyError(f"{refusal}; give the original, full-precision checkpoint")
+        if bare:
+            raise PaleyError(
+                f"{refusal}, and {name} has no scale that it could be decoded with; get the whole checkpoint"
+            )
+    notes = [f"{count} weights are stored in {kind} and were decoded" for kind, count in made.kinds.items()]
+    if made.left_out:
+        notes.append(f"scales of inputs and caches are left out: {summed_up(made.left_out)}")
+    if entry is not None and not made.kinds:
+        notes.append("quantization_config of config.json is left over, as the weights are plain; it is dropped")
+    for each in (config, skeleton.config):
+        if hasattr(each, "quantization_config"):
+            del each.quantization_config
+    return found, notes
 
 
 def resolve(model: str | Path) -> Path:
@@ -188,7 +280,7 @@ def resolve(model: str | Path) -> Path:
     if not _HUB_NAME.fullmatch(str(model)):
         raise PaleyError(f"{model}: no such folder, and no Hub name (owner/name) either")
     try:
-        return Path(snapshot_download(str(model), allow_patterns=_FILES))
+        return Path(snapshot_download(str(model), ignore_patterns=[*OTHER_WEIGHTS, "consolidated*", "original/*"]))
     except LocalEntryNotFoundError as error:
         raise PaleyError(
             f"{model}: no such folder here, it is not in the local Hub cache, and the Hub cannot be reached; "

@@ -6,7 +6,7 @@ Budgets, searches, sensitivities, execution and accounting take the problem; non
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
@@ -17,6 +17,7 @@ from paley.core.rounding import check_groups
 from paley.core.schemes import LinearScheme, Rotation, Schemes
 from paley.core.transforms import Transform
 from paley.format import spec
+from paley.format.header import TensorInfo
 from paley.model.loading import Source
 from paley.recipe.models import Budget, Search
 
@@ -29,7 +30,8 @@ class Problem:
 
     dtype: of tensors that stay unquantized. wanted: the weights that the recipe quantizes, whatever a budget decides.
     settled: (module, field) pairs that an override of the recipe set, which no budget changes.
-    compensate: as in Recipe. fit_remedy: how a group size that fits no layer is put right, for errors.
+    carried: tensors that no module of the model reads, and that are stored unchanged. compensate: as in Recipe.
+    fit_remedy: how a group size that fits no layer is put right, for errors.
     """
 
     source: Source
@@ -44,6 +46,7 @@ class Problem:
     settled: frozenset[tuple[str, str]] = frozenset()
     notes: tuple[str, ...] = ()
     fit_remedy: str = ""
+    carried: Mapping[str, TensorInfo] = field(default_factory=dict)
 
     @property
     def sites(self) -> Sites:

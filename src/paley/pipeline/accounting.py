@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
+from types import MappingProxyType
 
 from paley.format.checkpoint import Checkpoint
+from paley.format.header import TensorInfo
 from paley.model.loading import Source
 from paley.model.problem import Problem
 
 __all__ = ["parameter_count", "quantized_bits", "untouched"]
 
 
-def parameter_count(source: Source) -> int:
-    """Values stored in the original checkpoint; a tied weight counts once, however often it is stored."""
-    return sum(prod(source.checkpoint.shape(name)) for name in source.checkpoint.names)
+def parameter_count(source: Source, carried: Mapping[str, TensorInfo] = MappingProxyType({})) -> int:
+    """Values of the original that are stored in some form; a tied weight counts once, however often it is stored."""
+    return sum(prod(info.shape) for info in (*source.checkpoint.infos.values(), *carried.values()))
 
 
 def quantized_bits(problem: Problem) -> float | None:

@@ -35,8 +35,12 @@ tags: [paley, quantized]
 import paley
 
 model = paley.load("THIS FOLDER")
-# or with transformers alone: paley.register(), then AutoModelForCausalLM.from_pretrained("THIS FOLDER")
+# or with transformers alone: paley.register(), then
+# AutoModelForCausalLM.from_pretrained("THIS FOLDER", dtype=torch.float32)
 ```
+
+`paley.load` computes in float32, and so were the scores measured. `from_pretrained` without a dtype computes in
+{dtype}{apart}.
 
 Without `paley.register()` transformers does not know this format: it only warns, and returns random weights.
 """
@@ -55,9 +59,11 @@ Nobody has measured this model: it was quantized without a test text. `paley eva
 """
 
 
-def model_card(results: Results, plan: Plan) -> str:
-    """The text of the folder's README.md."""
+def model_card(results: Results, plan: Plan, dtype: str) -> str:
+    """The text of the folder's README.md; dtype: the one that its config.json names."""
     recipe = plan.recipe
+    slots = (*plan.linears.values(), *plan.attentions.values())
+    rounds = any(getattr(slot, side, None) for slot in slots for side in ("input", "keys", "values"))
     residual = plan.rotation.stream if plan.rotation else None
     rotation = (
         "none" if recipe.hadamard is None else f"inputs in Hadamard blocks of up to {recipe.hadamard}, at run time"
@@ -77,6 +83,8 @@ def model_card(results: Results, plan: Plan) -> str:
         size=results.bytes,
         original_size=results.original_bytes,
         scores=_scores(results.evaluation),
+        dtype=dtype,
+        apart=", where inputs, keys and values are rounded at other places: its predictions differ" if rounds else "",
     )
 
 

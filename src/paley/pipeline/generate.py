@@ -16,6 +16,7 @@ from paley.core.errors import PaleyError, Setting
 from paley.model.kv_cache import PackedKVCache, cache_argument
 from paley.model.loading import load_tokenizer, resolve
 from paley.pipeline.any_model import check_device, load_any
+from paley.pipeline.texts import check_vocabulary
 
 __all__ = ["Generated", "generate"]
 
@@ -81,6 +82,7 @@ def generate(
     if tokenizer is None:
         raise PaleyError("generate: a model in memory comes without its tokenizer", remedy="give tokenizer=")
     ids = _ids(tokenizer, prompt).to(model.device)
+    check_vocabulary(ids, cast(Any, model.get_input_embeddings()).num_embeddings, "prompt")
     _check_room(model, ids.shape[1], max_new_tokens)
     cache, stream = PackedKVCache(model), _Stream(tokenizer, write)
     # The model's own top_k and top_p would be cuts that nobody asked for.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -13,8 +13,10 @@ from paley.arch import Architecture, Site, Sites
 from paley.core.errors import PaleyError, nearest_name
 from paley.core.schemes import LinearScheme, Schemes, WeightScheme
 from paley.format.dtypes import FLOATS
+from paley.format.header import TensorInfo
 from paley.model.budget import check_budget
 from paley.model.loading import Source
+from paley.model.placing import summed_up
 from paley.model.problem import Problem
 from paley.model.rotation import Turning, decide_turning
 from paley.pipeline.texts import calibrates
@@ -45,8 +47,11 @@ def resolve(source: Source, recipe: Recipe) -> Problem:
         notes.append(f"{sites.embedding.name}: rounded to nearest, as what is looked up has no inputs to calibrate on")
     if sites.tied and outer is not None and recipe.linear_scheme(sites.head.name, "head").weight is None:
         notes.append(f"{sites.head.name}: has the codes of {sites.embedding.name}, whose weight it shares")
+    carried, about = _carried(source, recipe)
+    notes += [*source.notes, *about]
     problem = Problem(
         source=source,
+        carried=carried,
         schemes=schemes,
         rotation=turning.rotation,
         dtype=storage_dtype(recipe, source),
@@ -72,8 +77,11 @@ def under_plan(source: Source, plan: Plan) -> Problem:
     """The problem that a plan has decided, in place of its recipe; raises if it does not fit the model."""
     plan.check_fingerprint(source.fingerprint)
     _check_names(source.sites, plan)
+    carried, about = _carried(source, plan.recipe)
     problem = Problem(
         source=source,
+        carried=carried,
+        notes=(*source.notes, *about),
         schemes=Schemes(plan.linears, plan.attentions),
         rotation=plan.rotation,
         dtype=storage_dtype(plan.recipe, source),
@@ -89,6 +97,16 @@ def under_plan(source: Source, plan: Plan) -> Problem:
     _check_transforms(problem)
     _check_data(problem.check(), plan.recipe)
     return problem
+
+
+def _carried(source: Source, recipe: Recipe) -> tuple[Mapping[str, TensorInfo], list[str]]:
+    """-> (the tensors beside the model that are stored unchanged, a note on what becomes of them)."""
+    if not source.extra:
+        return {}, []
+    names = summed_up(list(source.extra))
+    if recipe.extra_tensors == "carry":
+        return source.extra, [f"stored unchanged, as no module of the model reads them: {names}"]
+    return {}, [f"left out, as no module of the model reads them: {names} (extra_tensors=carry stores them unchanged)"]
 
 
 def storage_dtype(recipe: Recipe, source: Source) -> torch.dtype:

@@ -16,6 +16,7 @@ from paley.data import TokenBlocks
 from paley.eval.perplexity import evaluate
 from paley.eval.reference import Reference
 from paley.format.checkpoint import Checkpoint
+from paley.format.digests import seal
 from paley.format.publish import RESULTS
 from paley.model.loading import Source, open_source
 from paley.model.problem import Problem
@@ -31,7 +32,7 @@ from paley.pipeline.resolve import resolve, under_plan
 from paley.pipeline.run_directory import RunDirectory
 from paley.pipeline.saving import load_stored, sample_logits, save_checkpoint, verify
 from paley.pipeline.streaming import stream_checkpoint
-from paley.pipeline.texts import Texts, check_lengths, gather
+from paley.pipeline.texts import Texts, fit_lengths, gather
 from paley.plan import Plan
 from paley.recipe import Recipe, as_recipe
 from paley.results import EvalResult, LayerResult, Results
@@ -79,6 +80,7 @@ def quantize(
     monitor.stage("checking the checkpoint", 1)
     source = open_source(model)
     run.check_apart(source.path)
+    wanted = fit_lengths(wanted, source, monitor, measures=_measures(wanted, plan, sensitivity))
     problem = _problem(source, wanted, plan, sensitivity)
     estimated = _estimate(problem, wanted, plan, sensitivity)
     if device == "cpu":
@@ -91,6 +93,8 @@ def quantize(
     with run.open(key, resume=resume, overwrite=overwrite):
         if not (resume and run.finished) and not (run.checkpoint / RESULTS).exists():
             _make(problem, wanted, plan, sensitivity, run, monitor, device, workers)
+        if run.checkpoint.exists():
+            seal(run.checkpoint)
         for path in run.publish():
             monitor.note(f"{path}: cannot be deleted; delete it yourself")
     return Outcome(output, Plan.load(output / "plan.json"), Results.load(output / RESULTS))
@@ -122,10 +126,11 @@ def make_plan(
     """Decides only: the plan that `quantize` with this recipe (as there) would execute."""
     recipe = _as_measured(as_recipe(recipe), sensitivity)
     source = open_source(model)
-    check_lengths(recipe, source, measures=_measures(recipe, None, sensitivity))
+    monitor = monitor or Monitor()
+    recipe = fit_lengths(recipe, source, monitor, measures=_measures(recipe, None, sensitivity))
     problem = resolve(source, recipe)
     texts = gather(recipe, source, device, monitor)
-    return _as_plan(problem, recipe, decide(problem, texts, None, monitor or Monitor(), device, sensitivity))
+    return _as_plan(problem, recipe, decide(problem, texts, None, monitor, device, sensitivity))
 
 
 def _wanted(recipe: Recipe | str | Path | None, plan: Plan | None, sensitivity: Sensitivity | None) -> Recipe:
@@ -137,7 +142,6 @@ def _wanted(recipe: Recipe | str | Path | None, plan: Plan | None, sensitivity: 
 
 
 def _problem(source: Source, wanted: Recipe, plan: Plan | None, sensitivity: Sensitivity | None) -> Problem:
-    check_lengths(wanted, source, measures=_measures(wanted, plan, sensitivity))
     problem = resolve(source, wanted) if plan is None else under_plan(source, plan)
     if sensitivity is not None:
         sensitivity.check_fingerprint(source.fingerprint)
@@ -206,7 +210,7 @@ def _make(
     if model is not None and texts.test is not None:
         measured = _evaluate(model, texts.test, reference, monitor)
     stored = Checkpoint.open(run.checkpoint)
-    weights = parameter_count(source)
+    weights = parameter_count(source, problem.carried)
     bits = stored.nbytes * 8 / weights
     plan = plan.model_copy(update={"bits_per_weight": bits})
     plan.save(run.checkpoint / "plan.json")
@@ -223,7 +227,7 @@ def _make(
         evaluation=measured,
         layers={r.name: LayerResult(r.rel_error) for r in reports},
     )
-    write_atomic(run.checkpoint / "README.md", model_card(results, plan))
+    write_atomic(run.checkpoint / "README.md", model_card(results, plan, str(problem.dtype).removeprefix("torch.")))
     results.save(run.checkpoint / RESULTS)
 
 

@@ -14,7 +14,9 @@ from paley import hf
 from paley.core.errors import PaleyError
 from paley.core.metrics import kl_divergence
 from paley.format import spec
+from paley.format.digests import seal_model
 from paley.format.files import copy_companions, write_json
+from paley.format.rope import with_older_keys
 from paley.format.writer import ShardWriter
 from paley.model.adapter import Adapter
 from paley.model.coded import Coded
@@ -44,6 +46,8 @@ def save_checkpoint(folder: Path, model: PreTrainedModel, problem: Problem) -> N
             writer.add(name, tensor.half())
         else:
             writer.add(name, tensor if name in packed else tensor.to(problem.dtype))
+    for name, info in problem.carried.items():
+        writer.add(name, info.read(), own=True)
     writer.close()
     finish_checkpoint(folder, model, problem)
 
@@ -52,16 +56,19 @@ def finish_checkpoint(folder: Path, model: PreTrainedModel, problem: Problem) ->
     """Puts config.json and the source's tokenizer files beside the weights; model may be a skeleton."""
     write_json(folder / "config.json", _config(model, problem))
     copy_companions(problem.source.path, folder)
+    seal_model(folder)
 
 
 def _config(model: PreTrainedModel, problem: Problem) -> dict[str, Any]:
     """The config.json of the quantized model; an ordinary one if nothing is quantized."""
-    config = json.loads(model.config.to_json_string(use_diff=False))
+    config = with_older_keys(json.loads(model.config.to_json_string(use_diff=False)))
+    config["architectures"] = [type(model).__name__]
     config["dtype"] = str(problem.dtype).removeprefix("torch.")
     if problem.quantizes:
         config["quantization_config"] = spec.QuantizationConfig(
-            linears=problem.schemes.linears, attentions=problem.schemes.attentions, stream=problem.stream
-        ).to_dict()
+            linears=problem.schemes.linears, attentions=problem.schemes.attentions, stream=problem.stream,
+            carried=tuple(problem.carried),
+        ).to_dict()  # fmt: skip
     row = problem.sites.architecture
     if row.ragged and config["hidden_size"] % config["num_attention_heads"]:
         config |= row.ragged

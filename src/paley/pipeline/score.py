@@ -12,7 +12,7 @@ from paley.eval.reference import Reference
 from paley.model.loading import check_seq_len, load_tokenizer, open_source, read_config, resolve
 from paley.pipeline.any_model import check_device, load_any
 from paley.pipeline.monitor import Monitor
-from paley.pipeline.texts import is_tuned_on, test_blocks
+from paley.pipeline.texts import check_vocabulary, is_tuned_on, test_blocks
 from paley.plan import VERSION, Plan
 from paley.recipe import Recipe, Test
 
@@ -41,11 +41,13 @@ def score(
     monitor = monitor or Monitor()
     check_device(device)
     with renaming(_ARGUMENTS):
-        blocks = _text(model, data, sequences, seq_len)
+        blocks = _text(model, data, sequences, seq_len, monitor)
     reference = None
     if against is not None:
         monitor.stage("measuring the original", 1)
-        reference = Reference.of(open_source(against).load(device=device), blocks)
+        source = open_source(against)
+        _check_origin(model, against, source.fingerprint)
+        reference = Reference.of(source.load(device=device), blocks)
     monitor.stage("loading the model", 1)
     loaded = load_any(model, device)
     monitor.stage("evaluating", len(blocks.ids))
@@ -74,7 +76,20 @@ def _plan(file: Path, data: str | None) -> Plan | None:
     return None
 
 
-def _text(model: str | Path, data: str | None, sequences: int | None, seq_len: int | None) -> TokenBlocks:
+def _check_origin(model: str | Path, against: str | Path, fingerprint: str) -> None:
+    """Raises if the model's plan says that it was made from another one than `against`."""
+    file = resolve(str(model)) / "plan.json"
+    made_from = read_json(file).get("fingerprint", fingerprint) if file.is_file() else fingerprint
+    if made_from != fingerprint:
+        raise PaleyError(
+            f"{model}: was made from a model with fingerprint {str(made_from)[:16]}, {against} has {fingerprint[:16]}",
+            remedy="compare with the model that it was made from",
+        )
+
+
+def _text(
+    model: str | Path, data: str | None, sequences: int | None, seq_len: int | None, monitor: Monitor
+) -> TokenBlocks:
     path = resolve(str(model))
     plan = _plan(path / "plan.json", data)
     text = Setting("test.source", data)
@@ -86,6 +101,12 @@ def _text(model: str | Path, data: str | None, sequences: int | None, seq_len: i
     recipe = plan.recipe if plan is not None else Recipe()
     given = {"source": data, "sequences": sequences, "seq_len": seq_len}
     changes = {name: value for name, value in given.items() if value is not None}
-    test = (recipe.test or Test()).model_copy(update=changes)
-    check_seq_len(read_config(path), {"test.seq_len": test.seq_len})
-    return test_blocks(recipe.model_copy(update={"test": test}), load_tokenizer(path))
+    test, config = (recipe.test or Test()).model_copy(update=changes), read_config(path)
+    limit = getattr(config, "max_position_embeddings", None)
+    if seq_len is None and limit is not None and test.seq_len > limit:
+        monitor.note(f"sequences of {limit} tokens, as this model reads no more")
+        test = test.model_copy(update={"seq_len": limit})
+    check_seq_len(config, {"test.seq_len": test.seq_len})
+    blocks = test_blocks(recipe.model_copy(update={"test": test}), load_tokenizer(path))
+    check_vocabulary(blocks.ids, config.vocab_size, blocks.source)
+    return blocks

@@ -161,6 +161,8 @@ def _tensors(problem: Problem, files: dict[str, Path]) -> Iterator[tuple[str, Te
             if name.endswith(spec.WEIGHT) and layer in linears:
                 tensor = _rotated(tensor, linears[layer].transform)
             yield name, cast_to_store(name, tensor, problem.dtype)
+    for name, info in problem.carried.items():
+        yield name, info.read()
 
 
 def _rotated(weight: Tensor, transform: Transform | None) -> Tensor:

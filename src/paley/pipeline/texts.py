@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -23,7 +24,7 @@ from paley.pipeline.monitor import Monitor
 from paley.pipeline.run_directory import RunDirectory
 from paley.recipe import Recipe
 
-__all__ = ["SELF", "Texts", "calibrates", "check_lengths", "gather", "is_tuned_on", "test_blocks"]
+__all__ = ["SELF", "Texts", "calibrates", "check_vocabulary", "fit_lengths", "gather", "is_tuned_on", "test_blocks"]
 
 
 @dataclass(frozen=True)
@@ -75,15 +76,35 @@ def gather(
 
     texts = Texts(blocks("calibration"), blocks("search"), test)
     check_disjoint(*texts.all())
+    for each in texts.all():
+        check_vocabulary(each.ids, source.sites.embedding.shape[0], each.source)
     return texts
 
 
-def check_lengths(recipe: Recipe, source: Source, *, measures: bool) -> None:
-    """Raises where the recipe's sequences are longer than the model reads; measures: also those for slopes."""
-    parts = {role: getattr(recipe, role) for role in (*_tuning_sources(recipe), "test")}
-    if measures:
-        parts["budget"] = recipe.budget
-    check_seq_len(source.config, {f"{name}.seq_len": part.seq_len for name, part in parts.items() if part is not None})
+def fit_lengths(recipe: Recipe, source: Source, monitor: Monitor, *, measures: bool) -> Recipe:
+    """The recipe with no sequences longer than the model reads, if their length is a default; measures: also slopes'.
+
+    Raises for a length that was given and is beyond that.
+    """
+    limit = getattr(source.config, "max_position_embeddings", None) or math.inf
+    roles = (*_tuning_sources(recipe), "test", *(("budget",) if measures else ()))
+    parts = {role: part for role in roles if (part := getattr(recipe, role)) is not None}
+    shorter = {r: p for r, p in parts.items() if p.seq_len > limit and "seq_len" not in p.model_fields_set}
+    if shorter:
+        monitor.note(f"sequences of {limit} tokens ({', '.join(shorter)}), as this model reads no more")
+        fitted = {role: part.model_copy(update={"seq_len": limit}) for role, part in shorter.items()}
+        recipe, parts = recipe.model_copy(update=fitted), parts | fitted
+    check_seq_len(source.config, {f"{role}.seq_len": part.seq_len for role, part in parts.items()})
+    return recipe
+
+
+def check_vocabulary(ids: Tensor, vocabulary: int, where: str) -> None:
+    """Raises for token ids that the model has no embedding of."""
+    if ids.numel() and int(ids.max()) >= vocabulary:
+        raise PaleyError(
+            f"{where}: the tokenizer made token {int(ids.max())}, but the model's vocabulary has {vocabulary} tokens; "
+            "use the tokenizer that belongs to the model"
+        )
 
 
 def test_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> TokenBlocks:

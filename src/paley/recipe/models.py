@@ -184,6 +184,8 @@ class Recipe(_Frozen):
     nearest divisor (see `fitting_group_size`). The group_size of an override is not changed, and must divide.
     expand and expand_mlp: dimensions added to the residual stream and to down_proj's input.
     outliers: input columns of each quantized linear that stay in int8, see LinearScheme.
+    extra_tensors: what becomes of tensors in the files that no module of the model reads, such as heads that predict
+    further tokens (`mtp.*`): `drop` leaves them out, `carry` stores them unchanged; either way they are named.
     """
 
     weights: Weight = None
@@ -207,6 +209,7 @@ class Recipe(_Frozen):
     search: Search = Search()
     test: Test | None = Test()
     overrides: tuple[Override, ...] = ()
+    extra_tensors: Literal["drop", "carry"] = "drop"
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
     seed: int = 0
 

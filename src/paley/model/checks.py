@@ -1,0 +1,112 @@
+"""What a config.json must not say: checked before transformers, and before any model, is made of it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from paley.core.errors import PaleyError
+
+__all__ = ["check_config", "check_family", "check_layers"]
+
+_SIZES = {
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size", "max_position_embeddings",
+}  # fmt: skip
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_UNBOUNDED = {"time_step_limit"}  # of state-space models, whose configs do say Infinity
+# Keys of some families that change what a model computes. Where a family's own config class lacks one, it would be
+# passed over in silence.
+_TELLING = re.compile(
+    r"no_rope_layer(s|_interval)|\w*multipliers?|logits?_scal\w+|\w*softcap\w*|query_pre_attn_scalar|(use_)?qk_norm"
+    r"|clip_qkv|scale_(emb|depth)|dim_model_base|mup_\w+|(num|n)_(local_|routed_)?experts|(use_)?alibi|attn_temperature\w*"
+    r"|rope_local_base_freq|use_parallel_residual|parallel_attn|embedding_scale|residual_scale|cross_attention_layers"
+)
+_NEUTRAL = (None, False, 0, 1, "", [], {})
+
+
+def check_config(file: Path, config: dict[str, Any]) -> None:
+    """Raises for numbers that are none, sizes that are not positive, and two values for one rotary base."""
+    for path, value in _numbers(config):
+        key = path.rpartition(".")[2]
+        if isinstance(value, float) and not math.isfinite(value) and not (value > 0 and key in _UNBOUNDED):
+            raise PaleyError(f"{file}: {path} is {value}; put a number there")
+        if key.endswith(("_eps", "_epsilon", "rope_theta")) and (value < 0 or (value == 0 and "theta" in key)):
+            raise PaleyError(f"{file}: {path} must be positive, got {value}")
+    for where, part in (("", config), ("text_config.", config.get("text_config"))):
+        for key in _SIZES & part.keys() if isinstance(part, dict) else ():
+            if part[key] is not None and (type(part[key]) is not int or part[key] < 1):
+                raise PaleyError(f"{file}: {where}{key} must be a positive whole number, got {part[key]!r}")
+        if isinstance(part, dict):
+            _check_rope(file, part)
+
+
+def check_layers(file: Path, config: dict[str, Any], names: Iterable[str]) -> None:
+    """Raises if the config has more layers than the names of the tensors have numbers: making them takes for ever."""
+    numbered = {int(part) for name in names for part in name.split(".") if part.isdecimal() and len(part) < 9}
+    for part in (config, config.get("text_config")):
+        for key in _LAYERS if isinstance(part, dict) else ():
+            layers = part.get(key)
+            if type(layers) is int and layers > 1 + max(numbered, default=0):
+                raise PaleyError(
+                    f"{file}: {key} is {layers:,}, but the weights have {len(numbered):,} layers; use the config.json "
+                    "these weights came with"
+                )
+
+
+def check_family(file: Path, raw: dict[str, Any], config: Any) -> None:
+    """Raises if config.json is another family's with an edited model_type: it would compute something else."""
+    families: dict[str, set[str]] = {}
+    for kind, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+        for each in (name,) if isinstance(name, str) else name:
+            families.setdefault(each, set()).add(kind)
+    for name in raw.get("architectures") or ():
+        if raw.get("model_type") not in families.get(name, {raw.get("model_type")}):
+            raise PaleyError(
+                f"{file}: model_type is {raw.get('model_type')!r}, but the architecture {name}, which is another "
+                "family's; put the model_type back that these weights came with"
+            )
+    known = {*type(config).__dataclass_fields__, *config.attribute_map} if hasattr(config, "attribute_map") else set()
+    for key, value in raw.items():
+        if key not in known and _TELLING.fullmatch(key) and not _is_neutral(value):
+            raise PaleyError(
+                f"{file}: {key} is {value!r}, which a {config.model_type} model has no use for: it would compute "
+                f"something else than these weights were trained for; correct model_type, or remove {key}"
+            )
+
+
+def _check_rope(file: Path, config: dict[str, Any]) -> None:
+    """Raises where the old key and the new one give the rotary base two values: readers take one or the other."""
+    old, new = config.get("rope_theta"), config.get("rope_parameters")
+    if not isinstance(new, dict) or old is None:
+        return
+    bases = [part["rope_theta"] for part in (new, *new.values()) if isinstance(part, dict) and "rope_theta" in part]
+    if bases and old not in bases:
+        raise PaleyError(
+            f"{file}: rope_theta is {old}, but {bases[0]} in rope_parameters, and readers take one or the other; "
+            "make both the one that these weights were trained with"
+        )
+
+
+def _numbers(value: Any, path: str = "") -> Iterator[tuple[str, int | float]]:
+    """(path, number) of every number, at every depth."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _numbers(inner, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _numbers(inner, path)
+    elif type(value) in (int, float):
+        yield path, value
+
+
+def _is_neutral(value: Any) -> bool:
+    """Whether a setting changes nothing: a factor of 1, something switched off, or a list of such."""
+    if isinstance(value, list):
+        return all(map(_is_neutral, value))
+    return any(value == neutral for neutral in _NEUTRAL)
