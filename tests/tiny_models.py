@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,3 +73,30 @@ def store_tie_as(folder: Path, *names: str) -> Path:
 def higgs(*settings: str, name: str = "higgs-3") -> Recipe:
     """A preset that needs no text, unscored, in Hadamard blocks that fit the tiny models."""
     return apply_settings(preset(name), ["test=null", "hadamard=16", *settings])
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Path:
+    """Rewrites a folder's tensors, all of them in one file: change(old) -> new."""
+    files = sorted(folder.glob("*.safetensors"))
+    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    for file in (*files, *folder.glob("*.index.json")):
+        file.unlink()
+    new = {name: tensor.contiguous().clone() for name, tensor in change(tensors).items()}
+    save_file(new, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def change_config(folder: Path, **changes: object) -> Path:
+    """Sets keys of config.json; None removes one."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    return folder
+
+
+def unseal(folder: Path) -> Path:
+    """Takes a quantized folder's digests away, as in those that an older Paley wrote."""
+    (folder / "digests.json").unlink()
+    section = json.loads((folder / "config.json").read_text())["quantization_config"]
+    section.pop("digest", None)
+    return change_config(folder, quantization_config=section)

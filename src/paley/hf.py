@@ -29,8 +29,8 @@ from paley.format.header import TensorInfo, read_header
 from paley.format.spec import DIAGONAL, PARTS, QUANT_METHOD, QuantizationConfig, check_values, expected_tensors
 from paley.model import attention
 from paley.model.adapter import Adapter
-from paley.model.coded import Coded
 from paley.model.checks import check_config, check_layers
+from paley.model.coded import Coded
 from paley.model.loading import tied_partners
 from paley.model.reading import build_, prepare_, tie_
 

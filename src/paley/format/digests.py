@@ -94,7 +94,7 @@ class Digests(BaseModel):
             raise PaleyError(f"{folder / DIGESTS}: does not belong to this config.json, or is damaged; {_AGAIN}")
         if changed := differing(self.config, config_checksums(config)):
             raise PaleyError(
-                f"{folder / CONFIG}: {_listed(changed)} not as written; put the old value back, or quantize the model again"
+                f"{folder / CONFIG}: {_listed(changed)} not as written; put it back, or quantize the model again"
             )
 
     def check_tensors(self, folder: Path, infos: Mapping[str, TensorInfo]) -> None:

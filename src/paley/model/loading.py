@@ -39,8 +39,6 @@ __all__ = [
 ]  # fmt: skip
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-# Names that packed weights end in, beside those of bitsandbytes, which are bytes under the name of the weight.
-_PACKED = ("_packed", ".absmax")
 
 
 @dataclass(frozen=True)
@@ -66,9 +64,9 @@ class Source:
         """The model in eval mode; raises where the files and the config disagree."""
         tensors = {name: _Lazy(info) for name, info in self.checkpoint.infos.items()}
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                None, config=copy.deepcopy(self.config), state_dict=tensors, dtype=dtype, trust_remote_code=False,
-                output_loading_info=True, attn_implementation="sdpa",
+            loaded: Any = type(self.skeleton).from_pretrained(
+                None, config=copy.deepcopy(self.config), state_dict=tensors, dtype=dtype, output_loading_info=True,
+                attn_implementation="sdpa",
             )  # fmt: skip
         except PaleyError:
             raise
@@ -248,12 +246,13 @@ def _decoded(
     pair = isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)
     made = decode(files.infos, (block[0], block[1]) if pair else None)
     found = place(made.infos, skeleton)
+    modules = {name.rpartition(".")[0] for name in found}
     refusal = f"{path}: is quantized already{f' ({method})' if method else ''}"
     for name, wanted in skeleton.state_dict().items():
         info = found.get(name)
         packed = info is not None and wanted.is_floating_point() and not info.dtype.is_floating_point
         bare = info is not None and not isinstance(info, Fp8) and info.dtype in FLOAT8 and entry is not None
-        if method == QUANT_METHOD or packed or (entry is not None and any(name + end in found for end in _PACKED)):
+        if method == QUANT_METHOD or packed or (entry and info is None and name.rpartition(".")[0] in modules):
             raise PaleyError(f"{refusal}; give the original, full-precision checkpoint")
         if bare:
             raise PaleyError(
