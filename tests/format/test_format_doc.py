@@ -18,6 +18,7 @@ from paley.core.hadamard import hadamard
 from paley.core.rounding import Outliers, Quantized, codes_per_row
 from paley.core.schemes import LinearScheme, WeightScheme
 from paley.core.transforms import random_signs
+from paley.format.digests import Digests, seal_model
 from paley.format.files import write_json
 from paley.format.spec import QuantizationConfig, encode_linear
 from paley.format.writer import ShardWriter
@@ -42,6 +43,22 @@ def decode():
     space: dict = {}
     exec(compile(block("python"), "docs/format.md", "exec"), space)
     return space["weight"]
+
+
+def test_the_decoder_knows_a_changed_tensor(tmp_path):
+    space: dict = {}
+    exec(compile(block("python"), "docs/format.md", "exec"), space)
+    generator = torch.Generator().manual_seed(1)
+    write(tmp_path, {"up": random_linear(grids.load("int4"), 24, 3, generator)}, 2**30)
+    seal_model(tmp_path)
+    names = Digests.load(tmp_path).tensors
+    assert set(names) == {"up.bias", "up.codes", "up.scales"}
+    assert all(space["is_as_written"](tmp_path, name) for name in names)
+    section = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert section["digest"] == Digests.load(tmp_path).digest
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\xff")
+    assert [name for name in names if not space["is_as_written"](tmp_path, name)] == ["up.codes"]
 
 
 def random_linear(grid: AnyGrid, in_features: int, groups: int, generator: torch.Generator) -> Quantized:
@@ -105,7 +122,7 @@ def test_the_decoder_stands_alone():
         if isinstance(node, ast.Import | ast.ImportFrom)
         for alias in node.names
     }
-    assert imported == {"json", "struct", "numpy"}
+    assert imported == {"json", "struct", "zlib", "numpy"}
 
 
 def test_the_example_config_is_one():

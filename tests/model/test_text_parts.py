@@ -20,6 +20,7 @@ TEXT = {
     "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 3, "bos_token_id": 1, "eos_token_id": 2,
     "initializer_range": 0.1,
 }  # fmt: skip
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e3, "mrope_section": [2, 2, 2]}}
 SEEING = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 SIGLIP = SEEING | {"model_type": "siglip_vision_model", "image_size": 28, "patch_size": 14}
 QWEN = {"depth": 1, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
@@ -32,21 +33,20 @@ MODELS = {
     },
     "llava": {"text_config": TEXT | {"model_type": "llama"}, "vision_config": SIGLIP, "image_token_index": 10},
     "gemma3": {
-        "text_config": TEXT | {"model_type": "gemma3_text", "head_dim": 16, "sliding_window": 4, "query_pre_attn_scalar": 9},
+        "text_config": TEXT | {"model_type": "gemma3_text", "head_dim": 16, "sliding_window": 4},
         "vision_config": SIGLIP, "mm_tokens_per_image": 4, "image_token_index": 10,
     },
     "qwen2_vl": {
-        "text_config": TEXT | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e3, "mrope_section": [2, 2, 2]}},
+        "text_config": TEXT | MROPE,
         "vision_config": QWEN | {"embed_dim": 16, "hidden_size": 48}, "tie_word_embeddings": False,
     },
     "qwen2_5_vl": {
-        "text_config": TEXT | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e3, "mrope_section": [2, 2, 2]}},
-        "vision_config": QWEN | {"hidden_size": 16, "out_hidden_size": 48, "intermediate_size": 16, "fullatt_block_indexes": [0]},
+        "text_config": TEXT | MROPE,
+        "vision_config": QWEN | {"hidden_size": 16, "out_hidden_size": 48, "intermediate_size": 16},
         "tie_word_embeddings": True,
     },
     "qwen3_vl": {
-        "text_config": TEXT
-        | {"head_dim": 12, "rope_parameters": {"rope_type": "default", "rope_theta": 5e3, "mrope_section": [2, 2, 2]}},
+        "text_config": TEXT | MROPE | {"head_dim": 12},
         "vision_config": QWEN
         | {"hidden_size": 16, "out_hidden_size": 48, "intermediate_size": 16, "deepstack_visual_indexes": [0]},
         "tie_word_embeddings": False,
@@ -60,7 +60,7 @@ def saved(request, tmp_path, tiny_tokenizer):
     torch.manual_seed(0)
     settings = MODELS[request.param]
     model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(request.param, **settings)).eval()
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.dim() == 1:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
     model.save_pretrained(tmp_path / "whole")
@@ -103,5 +103,5 @@ def test_a_text_part_that_is_no_causal_model_is_named(tmp_path):
     config = AutoConfig.for_model("clip")
     config.save_pretrained(tmp_path)
     save_file({"text_model.layers.11.a": torch.ones(2)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(PaleyError, match="clip.* no causal language model"):
+    with pytest.raises(PaleyError, match=r"clip.* no causal language model"):
         open_source(tmp_path)

@@ -1,4 +1,4 @@
-"""Checkpoints as people have them: more tensors, other names, other formats, other files. Each is read by its tensors."""
+"""Checkpoints as people have them, with more tensors, other names, formats and files: read by their tensors."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from paley.core.errors import PaleyError
 from paley.format.checkpoint import Checkpoint
 from paley.model.loading import open_source
 from paley.pipeline import Monitor, quantize
+from paley.recipe import apply_settings
 from tiny_models import change_config, change_tensors, higgs, save_tiny
 
 IDS = torch.tensor([[7, 19, 250, 33, 8, 4, 90, 91, 92, 17]])
@@ -78,18 +79,9 @@ def test_tensors_that_no_module_reads_are_named_and_dropped_or_carried(folder, n
 def test_a_calibrated_run_carries_them_too(folder, tmp_path):
     (tmp_path / "text.txt").write_text("three bits are enough for anybody\n\n" * 400)
     change_tensors(folder, lambda tensors: tensors | EXTRA)
-    recipe = paley.preset("w4a16").model_copy(
-        update={"extra_tensors": "carry", "test": None, "search": {"method": "none"}}
-    )
-    recipe = paley.Recipe.model_validate(
-        recipe.model_dump(exclude={"calibration", "search"})
-        | {
-            "search": {"method": "none"},
-            "calibration": {"source": str(tmp_path / "text.txt"), "sequences": 4, "seq_len": 16},
-            "hadamard": 16,
-            "fit_groups": True,
-        }  # fmt: skip
-    )
+    text = f"calibration={{source: {tmp_path / 'text.txt'}, sequences: 4, seq_len: 16}}"
+    settings = ["test=null", "search.method=none", "hadamard=16", "fit_groups=true", "extra_tensors=carry", text]
+    recipe = apply_settings(paley.preset("w4a16"), settings)
     out, _ = make(folder, recipe=recipe)
     stored = Checkpoint.open(out)
     assert all(torch.equal(stored[name], tensor) for name, tensor in EXTRA.items())

@@ -40,6 +40,12 @@ class Checkpoint:
         if not folder.is_dir():
             what = "is a file" if folder.exists() else "no such folder"
             raise PaleyError(f"{folder}: {what}; give the folder of a Hugging Face checkpoint")
+        whole = (folder / SINGLE).is_file() or (folder / INDEX).is_file()
+        if (folder / "adapter_config.json").is_file() and not whole:
+            raise PaleyError(
+                f"{folder}: is an adapter (LoRA), not a model; merge it first, with peft: "
+                "AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(NEW_FOLDER)"
+            )
         if not (folder / "config.json").is_file():
             raise PaleyError(f"{folder}: no config.json here; give the folder of a Hugging Face checkpoint")
         return cls(folder, _read(folder / "config.json"), _find_tensors(folder))

@@ -25,9 +25,8 @@ _UNBOUNDED = {"time_step_limit"}  # of state-space models, whose configs do say 
 _TELLING = re.compile(
     r"no_rope_layer(s|_interval)|\w*multipliers?|logits?_scal\w+|\w*softcap\w*|query_pre_attn_scalar|(use_)?qk_norm"
     r"|clip_qkv|scale_(emb|depth)|dim_model_base|mup_\w+|(num|n)_(local_|routed_)?experts|(use_)?alibi|attn_temperature\w*"
-    r"|rope_local_base_freq|use_parallel_residual|parallel_attn|embedding_scale|residual_scale|cross_attention_layers"
+    r"|use_parallel_residual|parallel_attn|embedding_scale|residual_scale|cross_attention_layers"
 )
-_NEUTRAL = (None, False, 0, 1, "", [], {})
 
 
 def check_config(file: Path, config: dict[str, Any]) -> None:
@@ -71,7 +70,7 @@ def check_family(file: Path, raw: dict[str, Any], config: Any) -> None:
                 f"{file}: model_type is {raw.get('model_type')!r}, but the architecture {name}, which is another "
                 "family's; put the model_type back that these weights came with"
             )
-    known = {*type(config).__dataclass_fields__, *config.attribute_map} if hasattr(config, "attribute_map") else set()
+    known = {*type(config)().to_dict(), *config.attribute_map}
     for key, value in raw.items():
         if key not in known and _TELLING.fullmatch(key) and not _is_neutral(value):
             raise PaleyError(
@@ -106,7 +105,7 @@ def _numbers(value: Any, path: str = "") -> Iterator[tuple[str, int | float]]:
 
 
 def _is_neutral(value: Any) -> bool:
-    """Whether a setting changes nothing: a factor of 1, something switched off, or a list of such."""
+    """Whether a setting changes nothing: a factor of 1, something switched off, or a list of ones."""
     if isinstance(value, list):
-        return all(map(_is_neutral, value))
-    return any(value == neutral for neutral in _NEUTRAL)
+        return all(each == 1 for each in value)
+    return value is not True and value in (None, 0, 1, "", {})

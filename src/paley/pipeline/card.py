@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 
 from paley.core.schemes import ActivationScheme, WeightScheme
 from paley.eval.figures import with_error
@@ -96,14 +97,14 @@ def _outliers(plan: Plan) -> str:
 def _scores(measured: EvalResult | None) -> str:
     if measured is None:
         return _NO_SCORES
-    assert measured.kl is not None  # a run compares with the original
+    assert measured.kl is not None  # a run compares with the original; the path on this machine is not published
     return _SCORES.format(
         perplexity=with_error(measured.perplexity, measured.perplexity_stderr, ".4f"),
         reference=measured.reference_perplexity,
         kl=with_error(measured.kl, measured.kl_stderr, ".4f"),
         top1=measured.top1_agreement,
         tokens=measured.tokens,
-        source=measured.source,
+        source=Path(measured.source).name if Path(measured.source).exists() else measured.source,
     )
 
 

@@ -82,7 +82,7 @@ def generate(
     if tokenizer is None:
         raise PaleyError("generate: a model in memory comes without its tokenizer", remedy="give tokenizer=")
     ids = _ids(tokenizer, prompt).to(model.device)
-    check_vocabulary(ids, cast(Any, model.get_input_embeddings()).num_embeddings, "prompt")
+    check_vocabulary(ids, model.config.vocab_size, "prompt")
     _check_room(model, ids.shape[1], max_new_tokens)
     cache, stream = PackedKVCache(model), _Stream(tokenizer, write)
     # The model's own top_k and top_p would be cuts that nobody asked for.

@@ -12,7 +12,7 @@ from paley.eval.reference import Reference
 from paley.model.loading import check_seq_len, load_tokenizer, open_source, read_config, resolve
 from paley.pipeline.any_model import check_device, load_any
 from paley.pipeline.monitor import Monitor
-from paley.pipeline.texts import check_vocabulary, is_tuned_on, test_blocks
+from paley.pipeline.texts import SELF, check_vocabulary, is_tuned_on, test_blocks
 from paley.plan import VERSION, Plan
 from paley.recipe import Recipe, Test
 
@@ -107,6 +107,13 @@ def _text(
         monitor.note(f"sequences of {limit} tokens, as this model reads no more")
         test = test.model_copy(update={"seq_len": limit})
     check_seq_len(config, {"test.seq_len": test.seq_len})
+    source = test.source or recipe.calibration.source
+    named = data is not None or plan is None or source in ("pydoc", SELF) or source.startswith("hub:")
+    if not named and not Path(source).exists():
+        raise PaleyError(
+            f"{path}/plan.json: the text {source} that it sets apart for scores is not here",
+            remedy=("give its path with ", Setting("test.source")),
+        )
     blocks = test_blocks(recipe.model_copy(update={"test": test}), load_tokenizer(path))
     check_vocabulary(blocks.ids, config.vocab_size, blocks.source)
     return blocks

@@ -1,0 +1,231 @@
+"""What users run into with a model that is otherwise in order: extreme weights and losses, lengths, comparisons."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import paley
+from paley import hf
+from paley.core.errors import PaleyError
+from paley.pipeline import Monitor, quantize
+from paley.recipe import apply_settings
+from tiny_models import change_config, change_tensors, higgs, save_tiny
+
+IDS = torch.tensor([[7, 19, 250, 33, 8]])
+V, O = "model.layers.1.self_attn.v_proj.weight", "model.layers.1.self_attn.o_proj.weight"  # noqa: E741
+ROUNDED = ("inputs={grid: int4}", "keys={grid: int4}", "values={grid: int4}")
+
+
+class Notes(Monitor):
+    def __init__(self):
+        self.notes = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_tokenizer):
+    return save_tiny(tmp_path / "model", tiny_tokenizer, dtype=torch.bfloat16)
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("three bits are enough for anybody\n\n" * 400)
+    return file
+
+
+def tested(text, *settings):
+    return apply_settings(higgs(), [f"test={{source: {text}, sequences: 2}}", *settings])
+
+
+# --- scales beyond float16 ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["higgs-3", "higgs-4", "rtn-w4a16", "w4a16", "rtn-w2a16"])
+@pytest.mark.parametrize(
+    ("factors", "named"),
+    [({V: 1e-9}, V), ({V: 1e8, O: 1e-8}, V), ({O: 1e-8}, O), ({V: 1e-7}, V), ({V: 1e-30}, V), ({V: 1e25}, V)],
+)
+def test_a_layer_without_room_in_float16_is_refused_by_name(folder, text, tmp_path, preset, factors, named):
+    change_tensors(folder, lambda ts: ts | {name: (ts[name].float() * f).bfloat16() for name, f in factors.items()})
+    settings = ["test=null", "search.method=none", "hadamard=16", "fit_groups=true"]
+    settings += [f"calibration={{source: {text}, sequences: 2, seq_len: 16}}", "dtype=float32"]
+    with pytest.raises(PaleyError, match=rf"{named.removesuffix('.weight')}: .*float16 has no room for its scales"):
+        quantize(folder, apply_settings(paley.preset(preset), settings), output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@torch.no_grad()
+def test_rows_that_are_as_good_as_zero_are_not(folder, tmp_path):
+    def change(tensors):
+        tensors[V][3:5] = 1e-12
+        tensors["model.embed_tokens.weight"][7] = 0
+        return tensors
+
+    change_tensors(folder, change)
+    out = quantize(folder, higgs(name="higgs-4"), output=tmp_path / "out").output
+    assert paley.load(out)(IDS).logits.isfinite().all()
+
+
+def test_large_and_small_layers_within_float16_keep_the_grids_error(folder, tmp_path):
+    plain = quantize(folder, higgs(), output=tmp_path / "a").results.layers
+    change_tensors(folder, lambda ts: ts | {V: ts[V] * 2.0**12, O: ts[O] * 2.0**-8})
+    scaled = quantize(folder, higgs("dtype=float32"), output=tmp_path / "b").results.layers
+    for name in plain:
+        assert scaled[name].rel_error == pytest.approx(plain[name].rel_error, rel=0.01)
+
+
+# --- losses ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_beyond_what_exp_can_take_is_published(folder, text, tmp_path):
+    change_tensors(folder, lambda ts: ts | {"model.norm.weight": ts["model.norm.weight"] * 1e5})
+    outcome = quantize(folder, tested(text, "test.seq_len=32", "dtype=float32"), output=tmp_path / "out")
+    measured = outcome.results.evaluation
+    assert measured.nll > 709
+    assert measured.reference_nll > 709
+    assert measured.perplexity == float("inf")
+    assert "inf" in (outcome.output / "README.md").read_text()
+    assert paley.score(outcome.output, folder).nll == measured.nll
+
+
+# --- lengths -----------------------------------------------------------------------------------------------------
+
+
+def test_default_lengths_follow_the_models_context(folder, text, tmp_path):
+    change_config(folder, max_position_embeddings=48)
+    notes = Notes()
+    out = quantize(folder, tested(text), output=tmp_path / "out", monitor=notes)
+    assert out.plan.recipe.test.seq_len == 48
+    assert out.results.evaluation.tokens == 2 * 47
+    assert any("sequences of 48 tokens (test)" in note for note in notes.notes)
+    change_config(folder, model_type="llama")
+    plain = Notes()
+    assert paley.score(folder, data=str(text), sequences=2, monitor=plain).tokens == 2 * 47
+    assert any("sequences of 48 tokens" in note for note in plain.notes)
+
+
+def test_a_calibrated_run_follows_it_too(folder, text, tmp_path):
+    change_config(folder, max_position_embeddings=48)
+    settings = ["search.method=none", "hadamard=16", "fit_groups=true", f"calibration={{source: {text}, sequences: 2}}"]
+    notes = Notes()
+    outcome = quantize(
+        folder, apply_settings(paley.preset("w4a16"), [*settings, "test=null"]), output=tmp_path / "out", monitor=notes
+    )
+    assert outcome.plan.recipe.calibration.seq_len == 48
+    assert any("(calibration)" in note for note in notes.notes)
+
+
+def test_a_length_that_was_given_is_refused_beyond_it(folder, text, tmp_path):
+    change_config(folder, max_position_embeddings=48)
+    with pytest.raises(PaleyError, match=r"test\.seq_len=49: this model reads sequences of at most 48 tokens"):
+        quantize(folder, tested(text, "test.seq_len=49"), output=tmp_path / "out")
+    with pytest.raises(PaleyError, match="seq_len=49: this model reads"):
+        paley.score(folder, data=str(text), seq_len=49)
+
+
+# --- comparisons ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_another_model_is_no_original(folder, text, tmp_path, tiny_tokenizer, plain):
+    out = quantize(folder, higgs(), output=tmp_path / "out").output
+    if plain:
+        out = paley.dequantize(out, output=tmp_path / "plain").output
+    other = save_tiny(tmp_path / "other", tiny_tokenizer, dtype=torch.bfloat16, intermediate_size=40)
+    with pytest.raises(PaleyError, match=r"was made from a model with fingerprint .*; compare with the model"):
+        paley.score(out, other, data=str(text), sequences=2, seq_len=16)
+    assert paley.score(out, folder, data=str(text), sequences=2, seq_len=16).kl is not None
+    assert paley.score(folder, other, data=str(text), sequences=2, seq_len=16).kl is not None  # no plan, no claim
+
+
+def test_a_text_that_is_elsewhere_is_asked_for_and_its_path_is_not_published(folder, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = quantize(folder, tested("text.txt", "test.seq_len=16"), output=tmp_path / "out").output
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(
+        PaleyError, match=r"the text text\.txt that it sets apart for scores is not here; give its path"
+    ):
+        paley.score(out)
+    assert paley.score(out, data=str(text)).tokens == 30
+    absolute = quantize(folder, tested(text, "test.seq_len=16"), output=tmp_path / "absolute").output
+    card = (absolute / "README.md").read_text()
+    assert "`text.txt`" in card
+    assert str(tmp_path) not in card
+
+
+# --- attention ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("asked", ["eager", "sdpa", "flash_attention_2", {"": "eager"}, {"text_config": {"": "sdpa"}}])
+def test_the_attention_of_a_loaded_model_stays(folder, tmp_path, asked):
+    out = quantize(folder, higgs(*ROUNDED[1:]), output=tmp_path / "out").output
+    model = paley.load(out)
+    expected = model(IDS).logits
+    for part in (model, model.model):
+        with pytest.raises(PaleyError, match="would not round keys and values as this checkpoint wants"):
+            part.set_attn_implementation(asked)
+    model.set_attn_implementation("paley")
+    assert torch.equal(model(IDS).logits, expected)
+
+
+@torch.no_grad()
+def test_nor_can_it_be_changed_in_the_config(folder, tmp_path):
+    model = paley.load(quantize(folder, higgs(ROUNDED[2]), output=tmp_path / "out").output)
+    model.config._attn_implementation = "eager"
+    with pytest.raises(PaleyError, match="would not round keys and values"):
+        model(IDS)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("asked", ["eager", "sdpa"])
+def test_without_a_quantized_cache_any_attention_will_do(folder, tmp_path, asked):
+    out = quantize(folder, higgs(ROUNDED[0]), output=tmp_path / "out").output
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["attentions"]
+    hf.register()
+    expected = paley.load(out)(IDS).logits
+    model = AutoModelForCausalLM.from_pretrained(out, attn_implementation=asked, dtype=torch.float32)
+    torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-3, atol=1e-3)
+    model = paley.load(out)
+    model.set_attn_implementation(asked)
+    torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+# --- one folder, two types -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [(), ROUNDED])
+def test_what_16_bits_do_to_rounded_inputs_is_told(folder, tmp_path, caplog, settings):
+    out = quantize(folder, higgs(*settings), output=tmp_path / "out").output
+    hf.register()
+    with caplog.at_level(logging.WARNING, "paley.hf"):
+        model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.dtype == torch.bfloat16
+    assert ("measured in float32" in caplog.text) == bool(settings)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "paley.hf"), torch.no_grad():
+        same = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)(IDS).logits
+        assert torch.equal(same, paley.load(out)(IDS).logits)
+    assert caplog.text == ""
+    card = (out / "README.md").read_text()
+    assert "dtype=torch.float32" in card
+    assert ("its predictions differ" in card) == bool(settings)
+
+
+# --- adapters ------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_is_to_be_merged_first(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(PaleyError, match=r"is an adapter .*merge_and_unload\(\)"):
+        quantize(tmp_path, higgs(), output=tmp_path / "out")
