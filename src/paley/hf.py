@@ -20,11 +20,13 @@ from transformers.quantizers.auto import (
     register_quantizer,
 )
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from paley.core.errors import PaleyError, nearest_name
+from paley.format import digests
 from paley.format.checkpoint import Checkpoint
-from paley.format.digests import DIGESTS, Digests
+from paley.format.digests import DIGESTS
 from paley.format.header import TensorInfo, read_header
 from paley.format.spec import DIAGONAL, PARTS, QUANT_METHOD, QuantizationConfig, check_values, expected_tensors
 from paley.model import attention
@@ -72,7 +74,7 @@ class PaleyQuantizer(HfQuantizer):
             )
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        if (folder := Path(config._name_or_path)).is_dir():
+        if config._name_or_path and (folder := Path(config._name_or_path)).is_dir():
             _check_config(folder)
         asked = config._attn_implementation
         attentions = self.quantization_config.spec.attentions.values()
@@ -99,7 +101,7 @@ class PaleyQuantizer(HfQuantizer):
             raise PaleyError("a Paley model is loaded from its safetensors files; a state_dict alone is not supported")
         build_(model, spec)
         self._stored = _check_files(model, checkpoint_files, spec.carried)
-        _check_digests(Path(checkpoint_files[0]).parent, self._stored, sealed=spec.digest is not None)
+        _check_digests(Path(checkpoint_files[0]).parent, model.config)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         tie_(Adapter(model))
@@ -165,21 +167,24 @@ def _check_config(folder: Path) -> Checkpoint:
     check_config(file, checkpoint.config)
     check_layers(file, checkpoint.config, checkpoint.names)
     if (folder / DIGESTS).exists():
-        Digests.load(folder).check_config(folder, checkpoint.config)
+        digests.Digests.load(folder).check_config(folder, checkpoint.config)
     return checkpoint
 
 
-def _check_digests(folder: Path, stored: Mapping[str, TensorInfo], *, sealed: bool) -> None:
+def _check_digests(folder: Path, config: PreTrainedConfig) -> None:
     """Raises unless config and tensors are as they were written; a folder without digests is loaded with a warning."""
-    if not sealed and not (folder / DIGESTS).exists():
+    name = config._name_or_path
+    if not Path(name).is_dir():  # a name of the Hub's: transformers downloads what it knows itself
+        cached_file(
+            name, DIGESTS, revision=config._commit_hash, _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )  # fmt: skip
+    if not digests.check(Checkpoint.open(folder)):
         _LOG.warning(
             "%s has no digests: an older Paley wrote it, or a loaded model was saved again; damage to its numbers or "
             "its config would not be noticed",
             folder,
         )
-        return
-    _check_config(folder)
-    Digests.load(folder).check_tensors(folder, stored)
 
 
 def _check_files(model: PreTrainedModel, files: Iterable[str], carried: Iterable[str] = ()) -> dict[str, TensorInfo]:

@@ -229,3 +229,20 @@ def test_an_adapter_is_to_be_merged_first(tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
     with pytest.raises(PaleyError, match=r"is an adapter .*merge_and_unload\(\)"):
         quantize(tmp_path, higgs(), output=tmp_path / "out")
+
+
+# --- compilation ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("product", ["auto", "dense", "packed"])
+def test_a_compiled_model_computes_the_same(folder, tmp_path, product):
+    """What cannot be traced is left out of the graphs; `eager` compiles nothing, and so takes no C++ compiler."""
+    out = quantize(folder, higgs(*ROUNDED), output=tmp_path / "out").output
+    model = paley.load(out, product=product)
+    expected = model(IDS).logits
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    assert torch.equal(compiled(IDS).logits, expected)
+    ids = compiled.generate(IDS, max_new_tokens=4, do_sample=False, cache=paley.PackedKVCache(model))
+    assert ids.shape[1] == IDS.shape[1] + 4

@@ -158,8 +158,8 @@ def check_range(weight: Tensor, grid: AnyGrid, where: str) -> None:
     """
     largest = torch.stack(weight.aminmax(dim=1)).abs().amax(0).double()
     scales = largest / (1.0 if grid.free else grid.peak)  # what a row needs if nothing of it is clipped
-    energy = torch.linalg.vector_norm(weight / largest.max().clamp(min=1e-38).to(weight.dtype), dim=1).double().square()
-    lost = float(energy[(scales < _COARSE) & (scales > 0)].sum() / energy.sum().clamp(min=1e-38))
+    energy = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64).square()
+    lost = float(energy[(scales < _COARSE) & (scales > 0)].sum() / energy.sum().clamp(min=1e-300))
     if float(scales.max()) > torch.finfo(torch.float16).max or lost > _LOST:
         raise PaleyError(
             f"{where}: its values reach {float(largest.max()):.3g}, and float16 has no room for its scales; "

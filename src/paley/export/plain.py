@@ -24,9 +24,8 @@ from paley.core.files import write_atomic
 from paley.core.rounding import Quantized
 from paley.core.schemes import LinearScheme
 from paley.core.transforms import Transform
-from paley.format import spec
+from paley.format import digests, spec
 from paley.format.checkpoint import Checkpoint
-from paley.format.digests import seal, seal_model
 from paley.format.dtypes import FLOATS, cast_to_store
 from paley.format.files import copy_companions, write_json
 from paley.format.publish import RESULTS, Work
@@ -129,6 +128,7 @@ def dequantize(
     place.check_free(overwrite=overwrite)
     stored = Checkpoint.open(folder)
     section = spec.quantization_of(stored)
+    digests.check(stored)
     dropped, left_out = _rounded_at_run_time(section), _left_out(section)
     if (dropped or left_out) and not weights_only:
         cannot = "round what this model rounds" if dropped else "leave out what this model leaves out"
@@ -157,10 +157,10 @@ def dequantize(
                     on_tensor(layout.tensors, name)
             write_json(new / "config.json", config)
             copy_companions(folder, new)
-            seal_model(new)
+            digests.seal_model(new)
             made = Plain(output, (*dropped, *left_out), stored.nbytes, Checkpoint.open(new).nbytes)
             _describe(new, folder, section, config, made)
-            seal(new)
+            digests.seal(new)
             return replace(made, leftover=work.publish())
     except OSError as error:
         raise PaleyError(f"{output}: cannot be written: {error.strerror or error}") from error

@@ -23,7 +23,7 @@ from paley.format.checkpoint import VOLATILE, Checkpoint
 from paley.format.files import all_files, write_json
 from paley.format.header import NAMES, TensorInfo, as_bytes
 
-__all__ = ["DIGESTS", "Digests", "FileDigest", "seal", "seal_model", "sha256"]
+__all__ = ["DIGESTS", "Digests", "FileDigest", "check", "seal", "seal_model", "sha256"]
 
 DIGESTS = "digests.json"
 CONFIG, SECTION, DIGEST = "config.json", "quantization_config", "digest"
@@ -103,6 +103,17 @@ class Digests(BaseModel):
             found = infos.get(changed[0])
             place = folder if found is None else found.file
             raise PaleyError(f"{place}: {_listed(changed)} not as written: the file is damaged; {_AGAIN}")
+
+
+def check(checkpoint: Checkpoint) -> bool:
+    """Whether the folder has digests; raises unless config and tensors are then as they were written."""
+    folder = checkpoint.folder
+    if DIGEST not in _section(checkpoint.config) and not (folder / DIGESTS).exists():
+        return False
+    digests = Digests.load(folder)
+    digests.check_config(folder, checkpoint.config)
+    digests.check_tensors(folder, checkpoint.infos)
+    return True
 
 
 def seal_model(folder: Path) -> None:

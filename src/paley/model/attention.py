@@ -29,6 +29,7 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
+@torch.compiler.disable  # as of QuantLinear
 def attention(
     module: nn.Module,
     query: Tensor,

@@ -57,6 +57,7 @@ class QuantEmbedding(Coded):
             made.set_quantized_(q)
         return made
 
+    @torch.compiler.disable  # as of QuantLinear
     def forward(self, ids: Tensor) -> Tensor:
         if self.scheme.weight is None:
             assert self.weight is not None

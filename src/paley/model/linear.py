@@ -123,6 +123,7 @@ class QuantLinear(Coded):
         """x [..., in] (transform.in_dim if there is a transform) -> what meets the weight."""
         return round_input(x, self.scheme, self.outlier_columns, self.diagonal)
 
+    @torch.compiler.disable  # native kernels, and an input that layers share, are nothing that can be traced
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] (in: transform.in_dim if there is a transform) -> [..., out], in x's dtype."""
         product = self.product

@@ -220,10 +220,11 @@ def open_source(model: str | Path) -> Source:
     row, skeleton = family(config.model_type), empty_model(config)
     found, notes = _decoded(path, files, config, skeleton)
     fingerprint = files.fingerprint(check_finite=True)
+    wanted = skeleton.state_dict()
     extra = {
         name: info
         for name, info in found.items()
-        if name not in skeleton.state_dict() and not is_ignored(name, skeleton) and not belongs(name, skeleton)
+        if name not in wanted and not is_ignored(name, skeleton) and not belongs(name, skeleton)
     }
     checkpoint = Checkpoint(path, files.config, {name: info for name, info in found.items() if name not in extra})
     checkpoint = join_tie(path, checkpoint, config)

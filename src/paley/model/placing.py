@@ -29,10 +29,11 @@ def place(infos: Mapping[str, TensorInfo], model: PreTrainedModel) -> Infos:
         if prefix != base and name.startswith(prefix) and rest.partition(".")[0] in children:
             name = base + rest
         placed[name] = info
-    for name in wanted:  # the head
-        others = [n for n in placed if n.endswith(f".{name}")]
-        if not name.startswith(base) and name not in placed and len(others) == 1:
-            placed[name] = placed.pop(others[0])
+    for name in wanted:
+        if not name.startswith(base) and name not in placed:  # the head
+            others = [n for n in placed if n.endswith(f".{name}")]
+            if len(others) == 1:
+                placed[name] = placed.pop(others[0])
     return placed
 
 
