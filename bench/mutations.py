@@ -241,6 +241,7 @@ def judge(folder: Path) -> tuple[str, str, list[list[float]] | None, int]:
     import paley
     from paley.core.errors import PaleyError
 
+    torch.set_num_threads(1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
         model = paley.load(folder)
@@ -277,8 +278,9 @@ def _child(folder: Path, pipe: object) -> None:
 
 
 def examine(folder: Path, seconds: float = 60) -> tuple:
-    """`judge` and `verified` in a process of their own, forked from this one, which has the libraries."""
-    context = multiprocessing.get_context("fork")
+    """`judge` and `verified` in a process of their own, forked from a server that has the libraries."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["paley.hf", "paley.pipeline.verify"])
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(folder, there))
     process.start()
@@ -287,6 +289,7 @@ def examine(folder: Path, seconds: float = 60) -> tuple:
         found = here.recv() if here.poll(seconds) else ("crashed", f"no answer in {seconds} s", None, 0, None)
     except EOFError:
         found = ("crashed", "the process ended", None, 0, None)
+    process.join(2)
     process.kill()
     process.join()
     return found
@@ -294,14 +297,6 @@ def examine(folder: Path, seconds: float = 60) -> tuple:
 
 def run(out: Path, other: Path, count: int, seed: int, *, progress: bool = False) -> tuple[Counter, list[str]]:
     """-> (how many came out how, a line for each failure)."""
-    import torch
-
-    import paley
-
-    torch.set_num_threads(1)  # threads do not survive a fork
-    paley.load  # noqa: B018  imports
-    import paley.hf
-
     chance, outcomes, failures = random.Random(seed), Counter(), []
     _, _, sound, memory = examine(out)[:4]
     assert sound is not None, "the sound folder does not load"
