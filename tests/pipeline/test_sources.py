@@ -99,6 +99,15 @@ def test_a_tensor_inside_a_module_is_none_of_those(folder, name):
         open_source(folder)
 
 
+def test_the_head_of_another_part_is_no_head_of_the_model(tmp_path, tiny_tokenizer):
+    folder = save_tiny(tmp_path / "model", tiny_tokenizer, qwen=True)
+    plain, _ = make(folder)
+    change_tensors(folder, lambda tensors: tensors | {"mtp.lm_head.weight": torch.ones(260, 48)})
+    out, notes = make(folder)
+    assert weights(out) == weights(plain)
+    assert any("mtp.lm_head.weight" in note for note in notes)
+
+
 # --- names -------------------------------------------------------------------------------------------------
 
 

@@ -31,9 +31,9 @@ def place(infos: Mapping[str, TensorInfo], model: PreTrainedModel) -> Infos:
         placed[name] = info
     for name in wanted:
         if not name.startswith(base) and name not in placed:  # the head
-            others = [n for n in placed if n.endswith(f".{name}")]
-            if len(others) == 1:
-                placed[name] = placed.pop(others[0])
+            beside = [n for n in placed if n.endswith(f".{name}") and prefix.startswith(n.removesuffix(name))]
+            if beside:
+                placed[name] = placed.pop(beside[0])
     return placed
 
 
