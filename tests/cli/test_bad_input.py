@@ -73,8 +73,17 @@ def pickled(folder):
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04 not looked at")
 
 
+def packed(folder):
+    edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    edit_tensors(folder, lambda t: t.update({UP + ".qweight": t.pop(UP + ".weight").int()}))
+
+
+UP = "model.layers.0.mlp.up_proj"
 MODELS = {
-    "unknown architecture": (lambda f: edit_config(f, model_type="gpt_neox"), r"gpt_neox.*not supported.*llama"),
+    "unknown architecture": (
+        lambda f: edit_config(f, model_type="gpt_neox"),
+        r"gpt_neox.*LlamaForCausalLM.*another family's",
+    ),
     "missing shard": (shard_without_file, r"model-00002-of-00002\.safetensors"),
     "truncated shard": (truncate, r"model\.safetensors"),
     "corrupted shard": (corrupt, r"model\.safetensors"),
@@ -83,10 +92,7 @@ MODELS = {
     "missing tensor": (lambda f: edit_tensors(f, lambda t: t.pop("model.norm.weight")), r"model\.norm\.weight"),
     "nan": (poison(float("nan")), r"model\.layers\.0\.mlp\.up_proj\.weight.*(?i:nan)"),
     "inf": (poison(float("inf")), r"model\.layers\.0\.mlp\.up_proj\.weight.*(?i:inf)"),
-    "already quantized": (
-        lambda f: edit_config(f, quantization_config={"quant_method": "gptq", "bits": 4}),
-        r"quantized already",
-    ),
+    "already quantized": (packed, r"quantized already \(gptq\)"),
     "no config": (lambda f: (f / "config.json").unlink(), r"config\.json"),
     "unreachable width": (lambda f: None, r"(?s)hidden size 27.*expand"),
 }
@@ -234,7 +240,6 @@ def edit_json(file, change):
     file.write_text(json.dumps(data))
 
 
-UP = "model.layers.0.mlp.up_proj"
 SENSITIVITIES = {
     "another model": (lambda d: d.update(fingerprint="f00d"), r"of a llama model with fingerprint f00d.*paley sens"),
     "NaN slope": (lambda d: d["slots"][UP].update(alpha=float("nan")), r"up_proj'\]\.alpha: should be a finite"),

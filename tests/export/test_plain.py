@@ -26,7 +26,7 @@ from paley.format.writer import ShardWriter
 from paley.model.linear import QuantLinear
 from paley.pipeline import quantize
 from paley.recipe import apply_settings, preset
-from tiny_models import EMBEDDING, HEAD, higgs, save_tiny, store_tie_as
+from tiny_models import EMBEDDING, HEAD, higgs, save_tiny, store_tie_as, unseal
 
 IDS = torch.arange(3, 40)[None]
 
@@ -139,9 +139,8 @@ def test_a_process_without_paley_loads_it(model, tmp_path):
 @pytest.mark.parametrize("names", [(HEAD,), (HEAD, EMBEDDING)])
 def test_a_tied_pair_may_be_stored_under_either_name_or_both(tmp_path, tiny_tokenizer, names):
     model = save_tiny(tmp_path / "model", tiny_tokenizer, qwen=True)
-    out = store_tie_as(
-        quantize(model, higgs("dtype=float32", name="higgs-3e16h16"), output=tmp_path / "out").output, *names
-    )
+    out = quantize(model, higgs("dtype=float32", name="higgs-3e16h16"), output=tmp_path / "out").output
+    store_tie_as(unseal(out), *names)
     dequantize(out, output=tmp_path / "plain")
     assert_undone(out, tmp_path / "plain")
 
@@ -180,7 +179,7 @@ def made(tmp_path, tiny_tokenizer):
 
 
 def test_a_value_that_does_not_fit_is_named(made, tmp_path):
-    file = made / "model.safetensors"
+    file = unseal(made) / "model.safetensors"
     tensors = load_file(file)
     tensors["model.layers.1.mlp.up_proj.scales"][3] = 60000.0
     save_file(tensors, file, metadata={"format": "pt"})
@@ -334,7 +333,7 @@ UP = "model.layers.0.mlp.up_proj"
         (lambda c: c.pop("quantization_config"), "is no Paley checkpoint"),
         (lambda c: c.update(dtype="int8"), r"config\.json: dtype: must be float16, .* got 'int8'; dtype"),
         (lambda c: c.update(intermediate_size=38), "transform.in_dim=37, but the layer reads 38"),
-        (lambda c: c.update(num_hidden_layers=3), "no tensor 'model.layers.2"),
+        (lambda c: c.update(num_hidden_layers=3), "num_hidden_layers is 3, but the weights have 2 layers"),
         (lambda c: c.update(num_hidden_layers=1), "is no linear layer of this model; did you mean"),
         (lambda c: c["quantization_config"]["linears"][UP].update(weight=None), f"no tensor '{UP}.weight'"),
         (lambda c: c["quantization_config"]["linears"].pop(UP), f"no tensor '{UP}.weight'"),
@@ -343,10 +342,16 @@ UP = "model.layers.0.mlp.up_proj"
     ],
 )
 def test_folders_that_do_not_fit_together_are_refused(made, tmp_path, change, complaint):
-    edit(made / "config.json", change)
+    edit(unseal(made) / "config.json", change)
     with pytest.raises(PaleyError, match=complaint):
         dequantize(made, output=tmp_path / "plain")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
+
+
+def test_a_damaged_folder_is_not_decoded(made, tmp_path):
+    edit(made / "config.json", lambda c: c.update(rms_norm_eps=1e-3))
+    with pytest.raises(PaleyError, match=r"rms_norm_eps is not as written"):
+        dequantize(made, output=tmp_path / "plain")
 
 
 def test_what_stops_it_leaves_nothing(made, tmp_path, monkeypatch):
@@ -499,7 +504,7 @@ def test_the_verb_says_what_it_made_and_what_to_type_next(made, tmp_path):
 
 
 def test_the_verb_names_the_option_for_a_value_that_does_not_fit(made, tmp_path):
-    file = made / "model.safetensors"
+    file = unseal(made) / "model.safetensors"
     tensors = load_file(file)
     tensors["model.layers.1.mlp.up_proj.scales"][3] = 60000.0
     save_file(tensors, file, metadata={"format": "pt"})

@@ -89,6 +89,7 @@ def test_what_it_leaves(done, model_folder):
     outcome, written = done
     assert {
         "config.json",
+        "digests.json",
         "model.safetensors",
         "plan.json",
         "results.json",

@@ -55,6 +55,14 @@ EXTRA = {
 }  # fmt: skip
 
 
+def test_layers_beyond_the_config_are_named(folder):
+    change_config(folder, num_hidden_layers=1)
+    out, notes = make(folder)
+    assert any("model.layers.* (9 tensors)" in note for note in notes)
+    assert not any("layers.1." in name for name in Checkpoint.open(out).names)
+    paley.load(out)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("carry", [False, True])
 @pytest.mark.parametrize("name", [None, *EXTRA])

@@ -31,6 +31,7 @@ from paley.format.files import copy_companions, write_json
 from paley.format.publish import RESULTS, Work
 from paley.format.rope import with_older_keys
 from paley.format.writer import ShardWriter
+from paley.model.checks import check_layers
 from paley.model.loading import check_fit, empty_model, join_tie, read_config
 
 __all__ = ["Plain", "dequantize"]
@@ -129,6 +130,7 @@ def dequantize(
     stored = Checkpoint.open(folder)
     section = spec.quantization_of(stored)
     digests.check(stored)
+    check_layers(folder / "config.json", stored.config, stored.names)
     dropped, left_out = _rounded_at_run_time(section), _left_out(section)
     if (dropped or left_out) and not weights_only:
         cannot = "round what this model rounds" if dropped else "leave out what this model leaves out"
