@@ -112,7 +112,9 @@ def estimate(
     Errors: as there, for what can be known before texts are read.
     """
     wanted = _wanted(recipe, plan, sensitivity)
-    return _estimate(_problem(open_source(model), wanted, plan, sensitivity), wanted, plan, sensitivity)
+    source = open_source(model)
+    wanted = fit_lengths(wanted, source, Monitor(), measures=_measures(wanted, plan, sensitivity))
+    return _estimate(_problem(source, wanted, plan, sensitivity), wanted, plan, sensitivity)
 
 
 def make_plan(

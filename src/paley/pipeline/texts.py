@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -82,20 +83,24 @@ def gather(
 
 
 def fit_lengths(recipe: Recipe, source: Source, monitor: Monitor, *, measures: bool) -> Recipe:
-    """The recipe with no sequences longer than the model reads, if their length is a default; measures: also slopes'.
+    """The recipe with no sequences longer than the model reads, if their length is the default; measures: also slopes'.
 
     Raises for a length that was given and is beyond that.
     """
     limit = getattr(source.config, "max_position_embeddings", None) or math.inf
     roles = (*_tuning_sources(recipe), "test", *(("budget",) if measures else ()))
     parts = {role: part for role in roles if (part := getattr(recipe, role)) is not None}
-    shorter = {r: p for r, p in parts.items() if p.seq_len > limit and "seq_len" not in p.model_fields_set}
+    shorter = {r: p for r, p in parts.items() if p.seq_len > limit and p.seq_len == _default_length(p)}
     if shorter:
         monitor.note(f"sequences of {limit} tokens ({', '.join(shorter)}), as this model reads no more")
         fitted = {role: part.model_copy(update={"seq_len": limit}) for role, part in shorter.items()}
         recipe, parts = recipe.model_copy(update=fitted), parts | fitted
     check_seq_len(source.config, {f"{role}.seq_len": part.seq_len for role, part in parts.items()})
     return recipe
+
+
+def _default_length(part: BaseModel) -> int:
+    return type(part).model_fields["seq_len"].default
 
 
 def check_vocabulary(ids: Tensor, vocabulary: int, where: str) -> None:
