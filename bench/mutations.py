@@ -320,6 +320,7 @@ def run(out: Path, other: Path, count: int, seed: int, *, progress: bool = False
             outcomes[outcome] += 1
             if bad:
                 failures.append(f"{index} {mutation.__name__} {where}: {outcome}: {words[:300]}")
+                print(failures[-1], flush=True)
             if progress and not (index + 1) % 100:
                 print(index + 1, dict(outcomes), flush=True)
     return outcomes, failures
@@ -338,5 +339,3 @@ if __name__ == "__main__":
     asked = parser.parse_args()
     counts, failed = run(asked.out, asked.other, asked.count, asked.seed, progress=True)
     print(json.dumps({"count": asked.count, "seed": asked.seed, **counts, "failures": len(failed)}, indent=2))
-    for text in failed:
-        print(text)
