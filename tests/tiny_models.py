@@ -90,7 +90,8 @@ def change_config(folder: Path, **changes: object) -> Path:
     """Sets keys of config.json; None removes one."""
     file = folder / "config.json"
     config = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    removed = {key for key, value in changes.items() if value is None}
+    file.write_text(json.dumps({key: value for key, value in config.items() if key not in removed}))
     return folder
 
 

@@ -154,6 +154,12 @@ def load(
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
         )
+    except (PaleyError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # config.json and generation_config.json are anybody's
+        raise PaleyError(
+            f"{folder}: transformers cannot load this model: {' '.join(str(error).split())[:300]}"
+        ) from error
     finally:
         _PRODUCT.reset(token)
     model.to(device)  # type: ignore[arg-type]
