@@ -56,7 +56,7 @@ def test_a_tied_pair_that_is_not_there_is_missed(tmp_path, tiny_tokenizer):
     store_tie_as(tmp_path)
     with pytest.raises(PaleyError, match=f"no tensor '{EMBEDDING}'"):
         open_source(tmp_path)
-    with pytest.raises(PaleyError, match="disagree: missing 2 tensors, the first is"):
+    with pytest.raises(PaleyError, match="became shorter while it was read"):
         source.load()
 
 
