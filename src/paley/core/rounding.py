@@ -157,7 +157,7 @@ def check_range(weight: Tensor, grid: AnyGrid, where: str) -> None:
     A small part of the energy may be lost: rows that are as good as zero occur in real models.
     """
     largest = torch.stack(weight.aminmax(dim=1)).abs().amax(0).double()
-    scales = largest / (1.0 if grid.free else grid.peak)  # what a row needs if nothing of it is clipped
+    scales = largest / getattr(grid, "peak", 1.0)  # what a row needs if nothing is clipped; free grids store values
     energy = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64).square()
     lost = float(energy[(scales < _COARSE) & (scales > 0)].sum() / energy.sum().clamp(min=1e-300))
     if float(scales.max()) > torch.finfo(torch.float16).max or lost > _LOST:

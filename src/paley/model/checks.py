@@ -38,19 +38,20 @@ def check_config(file: Path, config: dict[str, Any]) -> None:
         if key.endswith(("_eps", "_epsilon", "rope_theta")) and (value < 0 or (value == 0 and "theta" in key)):
             raise PaleyError(f"{file}: {path} must be positive, got {value}")
     for where, part in (("", config), ("text_config.", config.get("text_config"))):
-        for key in _SIZES & part.keys() if isinstance(part, dict) else ():
+        if not isinstance(part, dict):
+            continue
+        for key in _SIZES & part.keys():
             if part[key] is not None and (type(part[key]) is not int or part[key] < 1):
                 raise PaleyError(f"{file}: {where}{key} must be a positive whole number, got {part[key]!r}")
-        if isinstance(part, dict):
-            _check_rope(file, part)
+        _check_rope(file, part)
 
 
 def check_layers(file: Path, config: dict[str, Any], names: Iterable[str]) -> None:
     """Raises if the config has more layers than the names of the tensors have numbers: making them takes for ever."""
     numbered = {int(part) for name in names for part in name.split(".") if part.isdecimal() and len(part) < 9}
     for part in (config, config.get("text_config")):
-        for key in _LAYERS if isinstance(part, dict) else ():
-            layers = part.get(key)
+        for key in _LAYERS:
+            layers = part.get(key) if isinstance(part, dict) else None
             if type(layers) is int and layers > 1 + max(numbered, default=0):
                 raise PaleyError(
                     f"{file}: {key} is {layers:,}, but the weights have {len(numbered):,} layers; use the config.json "

@@ -58,7 +58,7 @@ class QuantEmbedding(Coded):
         return made
 
     @torch.compiler.disable  # as of QuantLinear
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor) -> Tensor:  # type: ignore[override]
         if self.scheme.weight is None:
             assert self.weight is not None
             rows = nn.functional.embedding(ids, self.weight)

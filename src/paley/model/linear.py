@@ -124,7 +124,7 @@ class QuantLinear(Coded):
         return round_input(x, self.scheme, self.outlier_columns, self.diagonal)
 
     @torch.compiler.disable  # native kernels, and an input that layers share, are nothing that can be traced
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """x [..., in] (in: transform.in_dim if there is a transform) -> [..., out], in x's dtype."""
         product = self.product
         if self.shared_input is None:

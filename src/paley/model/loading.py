@@ -243,9 +243,7 @@ def _decoded(
     """
     entry = next((found for c in (files.config, config.to_dict()) if (found := c.get("quantization_config"))), None)
     method = entry.get("quant_method") if isinstance(entry, dict) else None
-    block = entry.get("weight_block_size") if isinstance(entry, dict) else None
-    pair = isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)
-    made = decode(files.infos, (block[0], block[1]) if pair else None)
+    made = decode(files.infos, _block(entry))
     found = place(made.infos, skeleton)
     modules = {name.rpartition(".")[0] for name in found}
     refusal = f"{path}: is quantized already{f' ({method})' if method else ''}"
@@ -265,9 +263,16 @@ def _decoded(
     if entry is not None and not made.kinds:
         notes.append("quantization_config of config.json is left over, as the weights are plain; it is dropped")
     for each in (config, skeleton.config):
-        if hasattr(each, "quantization_config"):
-            del each.quantization_config
+        vars(each).pop("quantization_config", None)
     return found, notes
+
+
+def _block(entry: Any) -> tuple[int, int] | None:
+    """Rows and columns of an FP8 block, as an entry of the config has them; None if it does not."""
+    sizes = entry.get("weight_block_size") if isinstance(entry, dict) else None
+    if not isinstance(sizes, list) or len(sizes) != 2 or not all(type(n) is int and n > 0 for n in sizes):
+        return None
+    return sizes[0], sizes[1]
 
 
 def resolve(model: str | Path) -> Path:

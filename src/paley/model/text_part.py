@@ -28,7 +28,7 @@ def text_part(folder: Path, config: Any, raw: dict[str, Any]) -> Any:
     inner = config.get_text_config(decoder=True)
     if inner is config:
         return config
-    kind = _SAME_AS.get(inner.model_type, inner.model_type)
+    kind = str(_SAME_AS.get(inner.model_type, inner.model_type))
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise PaleyError(
             f"{folder}: the text part of this {config.model_type} model is a {inner.model_type}, which has no "
