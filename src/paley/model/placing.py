@@ -31,9 +31,10 @@ def place(infos: Mapping[str, TensorInfo], model: PreTrainedModel) -> Infos:
         placed[name] = info
     for name in wanted:
         if not name.startswith(base) and name not in placed:  # the head
-            beside = [n for n in placed if n.endswith(f".{name}") and prefix.startswith(n.removesuffix(name))]
-            if beside:
-                placed[name] = placed.pop(beside[0])
+            heads = [n for n in placed if n.endswith(f".{name}")]
+            own = [n for n in heads if prefix.startswith(n.removesuffix(name))]
+            if own or (len(heads) == 1 and name not in model.all_tied_weights_keys):  # a tied one need not be there
+                placed[name] = placed.pop((own or heads)[0])
     return placed
 
 
