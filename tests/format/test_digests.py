@@ -224,3 +224,11 @@ def test_checksums_cover_name_type_shape_and_bytes(out):
     zeros = change_tensors(out, lambda _: {"a": torch.zeros(4), "b": torch.zeros(4), "c": torch.zeros(2, 2)})
     seal_model(zeros)
     assert len(set(Digests.load(zeros).tensors.values())) == 3
+
+
+@pytest.mark.parametrize("change", [{"pad_token_id": 10**30}, {"pad_token_id": "x"}, {"eos_token_id": {}}])
+def test_what_transformers_cannot_take_is_one_line(out, change):
+    change_config(out, **change)
+    with pytest.raises(PaleyError, match="transformers cannot load this model") as caught:
+        paley.load(out)
+    assert "\n" not in str(caught.value)
