@@ -41,7 +41,7 @@ def text(tmp_path):
     return file
 
 
-def tested(text, *settings):
+def scored_on(text, *settings):
     return apply_settings(higgs(), [f"test={{source: {text}, sequences: 2}}", *settings])
 
 
@@ -87,7 +87,7 @@ def test_large_and_small_layers_within_float16_keep_the_grids_error(folder, tmp_
 
 def test_a_loss_beyond_what_exp_can_take_is_published(folder, text, tmp_path):
     change_tensors(folder, lambda ts: ts | {"model.norm.weight": ts["model.norm.weight"] * 1e5})
-    outcome = quantize(folder, tested(text, "test.seq_len=32", "dtype=float32"), output=tmp_path / "out")
+    outcome = quantize(folder, scored_on(text, "test.seq_len=32", "dtype=float32"), output=tmp_path / "out")
     measured = outcome.results.evaluation
     assert measured.nll > 709
     assert measured.reference_nll > 709
@@ -102,7 +102,7 @@ def test_a_loss_beyond_what_exp_can_take_is_published(folder, text, tmp_path):
 def test_default_lengths_follow_the_models_context(folder, text, tmp_path):
     change_config(folder, max_position_embeddings=48)
     notes = Notes()
-    out = quantize(folder, tested(text), output=tmp_path / "out", monitor=notes)
+    out = quantize(folder, scored_on(text), output=tmp_path / "out", monitor=notes)
     assert out.plan.recipe.test.seq_len == 48
     assert out.results.evaluation.tokens == 2 * 47
     assert any("sequences of 48 tokens (test)" in note for note in notes.notes)
@@ -126,7 +126,7 @@ def test_a_calibrated_run_follows_it_too(folder, text, tmp_path):
 def test_a_length_that_was_given_is_refused_beyond_it(folder, text, tmp_path):
     change_config(folder, max_position_embeddings=48)
     with pytest.raises(PaleyError, match=r"test\.seq_len=49: this model reads sequences of at most 48 tokens"):
-        quantize(folder, tested(text, "test.seq_len=49"), output=tmp_path / "out")
+        quantize(folder, scored_on(text, "test.seq_len=49"), output=tmp_path / "out")
     with pytest.raises(PaleyError, match="seq_len=49: this model reads"):
         paley.score(folder, data=str(text), seq_len=49)
 
@@ -148,7 +148,7 @@ def test_another_model_is_no_original(folder, text, tmp_path, tiny_tokenizer, pl
 
 def test_a_text_that_is_elsewhere_is_asked_for_and_its_path_is_not_published(folder, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    out = quantize(folder, tested("text.txt", "test.seq_len=16"), output=tmp_path / "out").output
+    out = quantize(folder, scored_on("text.txt", "test.seq_len=16"), output=tmp_path / "out").output
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     with pytest.raises(
@@ -156,7 +156,7 @@ def test_a_text_that_is_elsewhere_is_asked_for_and_its_path_is_not_published(fol
     ):
         paley.score(out)
     assert paley.score(out, data=str(text)).tokens == 30
-    absolute = quantize(folder, tested(text, "test.seq_len=16"), output=tmp_path / "absolute").output
+    absolute = quantize(folder, scored_on(text, "test.seq_len=16"), output=tmp_path / "absolute").output
     card = (absolute / "README.md").read_text()
     assert "`text.txt`" in card
     assert str(tmp_path) not in card
