@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -162,7 +163,8 @@ class ModelQuantizer:
                 self.hidden, self.original = both.finish()
         for site in block.linears():
             self.adapter.module(site.module).prepare_("packed")
-            reference.get_submodule(block.local(site.module)).retire_()
+            original: Any = reference.get_submodule(block.local(site.module))
+            original.retire_()
         return reports
 
     @torch.no_grad()
