@@ -19,6 +19,21 @@ PALEY_INLINE Mask greater(Floats a, Floats b) { return _mm256_cmp_ps(a, b, _CMP_
 PALEY_INLINE Ints select(Mask m, Ints yes, Ints no) { return _mm256_blendv_epi8(no, yes, _mm256_castps_si256(m)); }
 PALEY_INLINE uint32_t bits(Mask m) { return static_cast<uint32_t>(_mm256_movemask_ps(m)); }
 
+PALEY_INLINE Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
+
+// table[at] of each lane; the first has sixteen entries.
+PALEY_INLINE Floats pick_of_16(const float* table, Ints at) {
+  const Floats low = _mm256_permutevar8x32_ps(load(table), at), high = _mm256_permutevar8x32_ps(load(table + 8), at);
+  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(at, 28)));
+}
+PALEY_INLINE Floats pick(const float* table, Ints at) { return _mm256_i32gather_ps(table, at, 4); }
+
+using Doubles = __m256d;
+PALEY_INLINE Doubles load(const double* p) { return _mm256_loadu_pd(p); }
+PALEY_INLINE void store(double* p, Doubles a) { _mm256_storeu_pd(p, a); }
+PALEY_INLINE Doubles all(double a) { return _mm256_set1_pd(a); }
+PALEY_INLINE Doubles fma(Doubles a, Doubles b, Doubles c) { return _mm256_fmadd_pd(a, b, c); }
+
 // Writes the lanes of `which` side by side. -> how many.
 template <class T, class Lanes>
 PALEY_INLINE int keep(T* p, Lanes a, uint32_t which) {

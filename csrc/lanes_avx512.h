@@ -19,6 +19,18 @@ PALEY_INLINE Mask greater(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, 
 PALEY_INLINE Ints select(Mask m, Ints yes, Ints no) { return _mm512_mask_mov_epi32(no, m, yes); }
 PALEY_INLINE uint32_t bits(Mask m) { return m; }
 
+PALEY_INLINE Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+
+// table[at] of each lane; the first has sixteen entries.
+PALEY_INLINE Floats pick_of_16(const float* table, Ints at) { return _mm512_permutexvar_ps(at, load(table)); }
+PALEY_INLINE Floats pick(const float* table, Ints at) { return _mm512_i32gather_ps(at, table, 4); }
+
+using Doubles = __m512d;
+PALEY_INLINE Doubles load(const double* p) { return _mm512_loadu_pd(p); }
+PALEY_INLINE void store(double* p, Doubles a) { _mm512_storeu_pd(p, a); }
+PALEY_INLINE Doubles all(double a) { return _mm512_set1_pd(a); }
+PALEY_INLINE Doubles fma(Doubles a, Doubles b, Doubles c) { return _mm512_fmadd_pd(a, b, c); }
+
 // Writes the lanes of `which` side by side, and anything after them, W in all. -> how many.
 PALEY_INLINE int keep(float* p, Floats a, uint32_t which) {
   store(p, _mm512_maskz_compress_ps(static_cast<Mask>(which), a));

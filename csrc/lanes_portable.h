@@ -31,6 +31,24 @@ PALEY_INLINE uint32_t bits(Mask m) {
   return (m[0] & 1u) | (m[1] & 2u) | (m[2] & 4u) | (m[3] & 8u);
 }
 
+PALEY_INLINE Ints add(Ints a, Ints b) { return a + b; }
+
+// table[at] of each lane; the first has sixteen entries.
+PALEY_INLINE Floats pick(const float* table, Ints at) {
+  return Floats{table[at[0]], table[at[1]], table[at[2]], table[at[3]]};
+}
+PALEY_INLINE Floats pick_of_16(const float* table, Ints at) { return pick(table, at); }
+
+typedef double Doubles __attribute__((vector_size(16)));
+PALEY_INLINE Doubles load(const double* p) {
+  Doubles a;
+  std::memcpy(&a, p, sizeof a);
+  return a;
+}
+PALEY_INLINE void store(double* p, Doubles a) { std::memcpy(p, &a, sizeof a); }
+PALEY_INLINE Doubles all(double a) { return Doubles{a, a}; }
+PALEY_INLINE Doubles fma(Doubles a, Doubles b, Doubles c) { return a * b + c; }
+
 // Writes the lanes of `which` side by side. -> how many.
 template <class T, class Lanes>
 PALEY_INLINE int keep(T* p, Lanes a, uint32_t which) {

@@ -7,7 +7,7 @@
 
 #include <stdint.h>
 
-#define PALEY_ABI_VERSION 4
+#define PALEY_ABI_VERSION 5
 
 #if defined(_WIN32)
 #define PALEY_EXPORT __declspec(dllexport)
@@ -103,6 +103,30 @@ PALEY_EXPORT int32_t paley_follow(int32_t rows, int32_t columns, int32_t width, 
 PALEY_EXPORT int32_t paley_products(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row,
                                     int64_t b_column, int64_t m, int64_t n, int64_t k, int32_t add, int32_t upper,
                                     int32_t level, int32_t threads, float* c);
+
+// What is done to the values of a token: division by a diagonal, a Hadamard transform in blocks, rounding in groups.
+struct paley_rounding {
+  int32_t in_dim, out_dim;  // values of a token before and after zeros are appended
+  int32_t order, m;         // of a block H = Sylvester_(order / m) x H_m, which divides out_dim
+  const double* dense;      // H_m transposed: +-1, [m, stride], zeros up to the next multiple of 8; null: no transform
+  const float* signs;       // [out_dim], or null: multiplied with the values before the transform
+  const paley_table* table;  // p = 1; null: nothing is rounded
+  int32_t group_size;        // values that share a scale
+  int32_t affine;            // the scale reaches from the least to the greatest value, and there is a zero point
+  int32_t by_rms;            // else: the scale follows the root mean square, not the greatest absolute value
+  int32_t half;              // scales are rounded to float16
+  int32_t refit;             // each group becomes the least-squares line through its points
+  float factor;              // of both ends; of the greatest value or the root mean square
+  float peak;                // the last code of an affine grid
+};
+
+// x [tokens, in_dim], diagonal [in_dim] or null -> values [tokens, out_dim], or, if that is null, codes [tokens, out_dim]
+// of a table of up to 256 points, with scales and zeros (affine grids only) [tokens, groups]. Sums in a transform are
+// exact, and all else is float32 in the order of the torch code (src/paley/core): results depend on neither level nor
+// threads.
+PALEY_EXPORT int32_t paley_round(const paley_rounding* how, const float* x, int64_t tokens, const float* diagonal,
+                                 int32_t level, int32_t threads, float* values, uint8_t* codes, float* scales,
+                                 uint8_t* zeros);
 
 // How paley_planes_matmul computes. All paths give the same bits, also on a level that does not implement them.
 enum paley_path {

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from paley.core import rounding
 from paley.core.schemes import ActivationScheme, LinearScheme
 from paley.core.transforms import Transform
 from paley.model.linear import QuantLinear
+from paley.ops import rounding
 from paley.ops.inputs import SharedInput
 
 READERS = ("q", "k", "v")
@@ -91,13 +91,13 @@ def test_the_readers_of_a_copy_stay_together_and_leave_the_others_alone():
 @torch.no_grad()
 def test_linears_round_what_they_share_once(monkeypatch, transform):
     calls, plain = [], rounding.round_trip
-    monkeypatch.setattr(rounding, "round_trip", lambda x, scheme: calls.append(0) or plain(x, scheme))
+    monkeypatch.setattr(rounding, "round_trip", lambda *how: calls.append(0) or plain(*how))
     scheme, shared = LinearScheme(input=ActivationScheme("int2"), transform=transform), SharedInput(2)
     source, x = nn.Linear(8, 4), torch.randn(3, 8)
     layers = [QuantLinear.from_linear(source, scheme, None) for _ in range(2)]
     for layer in layers:
         layer.shared_input = shared
-    want = plain(x if transform is None else transform.apply(x), scheme.input) @ source.weight.T + source.bias
+    want = plain(x, scheme.input, transform) @ source.weight.T + source.bias
     for rounds in (1, 2):  # the second forward makes it anew
         for layer in layers:
             torch.testing.assert_close(layer(x), want)

@@ -26,6 +26,7 @@ __all__ = ["factor", "hadamard", "nearest_orders", "transform"]
 _STAGE = 5
 _SINGLE = 96  # up to this order one matmul is the fastest
 _WIDEST = 32  # the first matmul also takes Sylvester steps until its matrix is this wide
+_PART = 2**18  # values at a time: 2 MB of float64 stay in a CPU's cache
 
 
 def hadamard(n: int) -> Tensor:
@@ -72,10 +73,12 @@ def _fast_above(n: int) -> int:
 def transform(x: Tensor, order: int, *, inverse: bool = False) -> Tensor:
     """x [..., blocks·order] -> H·x/√order on each block of the last dim; `inverse` applies Hᵀ/√order.
 
-    Equals x @ H.T/√order for a single block, in O(m + log(order/m)) work per element. Half-width floats are
-    computed in float32 and cast back. PaleyError unless x is floating and its width a multiple of order.
+    Equals x @ H.T/√order for a single block, in O(m + log(order/m)) work per element. Results other than float64 do
+    not depend on the order of summation: each value is rounded to a step of some 3·order·2⁻⁵³ of its block's largest
+    one, float64 sums of such values are exact, and the result is cast to float32, then to the dtype of x. A block
+    with NaN or an infinity becomes NaN. PaleyError unless x is floating and its width a multiple of order.
     """
-    m, k = factor(order)
+    factor(order)
     if not x.is_floating_point():
         raise PaleyError(f"hadamard transform: got {x.dtype}; convert the input to a float dtype")
     if x.dim() == 0 or x.shape[-1] % order or x.shape[-1] == 0:
@@ -83,25 +86,41 @@ def transform(x: Tensor, order: int, *, inverse: bool = False) -> Tensor:
             f"hadamard transform: the last dimension of shape {tuple(x.shape)} is not a multiple of "
             f"order={order}; nothing is padded or cut: expand the input or use an order that divides it"
         )
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    parts = x.reshape(-1, order).split(max(1, _PART // order))
+    return torch.cat([_turned(part, order, inverse) for part in parts]).view(x.shape)
+
+
+def _turned(blocks: Tensor, order: int, inverse: bool) -> Tensor:
+    """blocks [N, order] -> transformed, in their dtype."""
+    m, k = factor(order)
+    y = blocks.double()
+    if blocks.dtype != torch.float64:
+        # y + far has so few bits left for y that it becomes a multiple of one step, of which far less than 2^53 add up.
+        far = blocks.detach().abs().amax(-1, keepdim=True).double() * (3 * order)
+        y = (y + far).sub_(far)
     first = k if order <= _SINGLE else min(k, max(0, (_WIDEST // m).bit_length() - 1))
-    dense = _scaled(m, first, order, dtype, x.device)
-    y = x.to(dtype).contiguous().reshape(-1, m << first) @ (dense if inverse else dense.T)
+    dense = _signs(m, first, y.device)
+    y = y.reshape(-1, m << first) @ (dense if inverse else dense.T)
     while first < k:  # Sylvester matrices are symmetric: the same stages serve both directions
         stages = -(-(k - first) // _STAGE)
         bits = (k - first) // stages
-        y = _scaled(1, bits, 1, dtype, x.device) @ y.reshape(-1, 2**bits, m << first)
+        y = _signs(1, bits, y.device) @ y.reshape(-1, 2**bits, m << first)
         first += bits
-    return y.reshape(x.shape).to(x.dtype)
+    y = y.view(blocks.shape).mul_(1 / math.sqrt(order))
+    return y if blocks.dtype == torch.float64 else y.float().to(blocks.dtype)
+
+
+def dense_part(order: int) -> Tensor:
+    """int8 [m, m] of `factor(order)`, a copy."""
+    return _dense(factor(order)[0]).clone()
 
 
 @lru_cache(maxsize=64)
-def _scaled(m: int, k: int, order: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Sylvester_(2^k) ⊗ H_m / √order, shared by all calls: never write to it."""
+def _signs(m: int, k: int, device: torch.device) -> Tensor:
+    """Sylvester_(2^k) ⊗ H_m in float64, shared by all calls: never write to it."""
     # An inference tensor in the cache could not be saved for a backward pass later.
     with torch.inference_mode(False):
-        h = torch.kron(_sylvester(k), _dense(m)).to(torch.float64)
-        return (h / math.sqrt(order)).to(device=device, dtype=dtype)
+        return torch.kron(_sylvester(k), _dense(m)).to(device=device, dtype=torch.float64)
 
 
 def _sylvester(k: int) -> Tensor:

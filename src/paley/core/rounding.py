@@ -137,11 +137,21 @@ def dynamic_scales(
         scales = groups.abs().amax(-1, keepdim=True) * (clip_ratio / grid.peak)
     else:
         low = None
-        scales = groups.square().mean(-1, keepdim=True).sqrt() * (clip_ratio * grid.gaussian_scale)
+        # Some libraries' float32 roots are not the nearest floats.
+        scales = mean(groups.square()).double().sqrt().float() * (clip_ratio * grid.gaussian_scale)
     scales = storable(scales, dtype)
     if low is not None:
         zeros = torch.round(-low / scales).clamp_(0, grid.peak)
     return scales, zeros
+
+
+def mean(x: Tensor) -> Tensor:
+    """x [..., k] -> [..., 1], summed by halves: the same bits whatever the machine. Writes to x."""
+    k = n = x.shape[-1]
+    while n > 1:
+        x[..., : n // 2] += x[..., n - n // 2 : n]
+        n -= n // 2
+    return x[..., :1] / k
 
 
 def storable(scales: Tensor, dtype: torch.dtype = torch.float16) -> Tensor:
@@ -230,7 +240,7 @@ def round_trip(x: Tensor, scheme: ActivationScheme, scale_dtype: torch.dtype = t
 
 def _on_fitted_line(points: Tensor, groups: Tensor) -> Tensor:
     """points, groups [..., g, k] -> a * points + b, with a and b fitted to each group by least squares."""
-    mean = groups.mean(-1, keepdim=True)
-    around, points = groups - mean, points - points.mean(-1, keepdim=True)
-    slope = (points * around).sum(-1, keepdim=True) / points.square().sum(-1, keepdim=True).clamp(min=1e-30)
-    return points * slope + mean
+    middle = mean(groups.clone())
+    around, points = groups - middle, points - mean(points.clone())
+    slope = mean(points * around) / mean(points.square()).clamp(min=1e-30)
+    return points * slope + middle

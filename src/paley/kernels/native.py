@@ -32,7 +32,7 @@ __all__ = [
     "why_missing",
 ]
 
-ABI_VERSION = 4  # PALEY_ABI_VERSION in csrc/paley.h
+ABI_VERSION = 5  # PALEY_ABI_VERSION in csrc/paley.h
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")  # paley_level there
 PATHS = ("auto", "popcount", "dots", "tables")  # paley_path there
 _STATUS = ("ok", "bad argument", "out of memory", "internal error")
@@ -71,6 +71,10 @@ _SIGNATURES: dict[str, list[Any]] = {
         ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64,
         ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32,
         ctypes.c_void_p,
+    ],
+    "paley_round": [
+        ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32,
+        ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p,
     ],
     "paley_pack_planes": [
         ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32, ctypes.c_int64,

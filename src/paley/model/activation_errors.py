@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from paley.core.rounding import round_trip
 from paley.core.schemes import ActivationScheme, AttentionScheme, LinearScheme, Schemes
 from paley.model.adapter import Adapter
 from paley.model.capture import capture_inputs
 from paley.model.kv_cache import cache_argument
 from paley.ops.attention import SCALE_DTYPE, centered
+from paley.ops.rounding import round_trip
 
 __all__ = ["MeasuredErrors", "Place", "measure_errors"]
 
@@ -86,7 +86,6 @@ def _error(
     x: Tensor, turned: Tensor, scheme: ActivationScheme, scale_dtype: torch.dtype, apart: Tensor | None = None
 ) -> float:
     """Each vector counts alike: one of huge values would else be all that is seen. apart: columns that do not count."""
-    turned = turned.contiguous()
     off = round_trip(turned, scheme, scale_dtype).double() - turned
     lost = (off if apart is None else off.index_fill(-1, apart, 0.0)).square().sum(-1)
     return float((lost / x.double().square().sum(-1).clamp(min=torch.finfo(torch.float64).tiny)).mean())

@@ -15,12 +15,13 @@ import torch
 from paley.arch import Site
 from paley.core import grids, packing, tables
 from paley.core.grids import AnyGrid
-from paley.core.rounding import codes_per_row, round_trip
+from paley.core.rounding import codes_per_row
 from paley.core.schemes import ActivationScheme, LinearScheme, WeightScheme
 from paley.methods.nearest import gaussian_error
 from paley.model.activation_errors import Place
 from paley.model.problem import Problem
 from paley.model.sensitivity import noise_kind
+from paley.ops.rounding import round_trip
 
 __all__ = ["KEEP", "Errors", "Item", "gaussian_errors", "items", "kept", "weight_candidates"]
 

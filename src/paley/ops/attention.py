@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from paley.core import packing, rounding
+from paley.core import packing
 from paley.core.errors import PaleyError
+from paley.core.rounding import codes_per_row
 from paley.core.schemes import ActivationScheme, AttentionScheme
 from paley.core.transforms import Transform
+from paley.ops import rounding
 
 __all__ = ["SCALE_DTYPE", "PackedKV", "centered", "kv_attention", "pack_kv"]
 
@@ -50,18 +52,15 @@ class PackedKV:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """-> [batch, kv_heads, tokens, width] in `dtype`, still in transform's coordinates."""
         grid = self.scheme.grid
-        codes = packing.unpack_codes(self.codes, grid.size, rounding.codes_per_row(self.width, grid.p))
+        codes = packing.unpack_codes(self.codes, grid.size, codes_per_row(self.width, grid.p))
         return grid.dequantize(codes, self.scales, self.zeros, self.width).to(dtype)
 
 
 def pack_kv(x: Tensor, scheme: ActivationScheme, transform: Transform | None = None) -> PackedKV:
     """x [batch, kv_heads, tokens, head_dim] -> codes and scales per token and head (and group), detached."""
-    x = x.detach()
-    if transform is not None:
-        x = transform.apply(x)
-    q = rounding.quantize_dynamic(x.contiguous(), scheme, SCALE_DTYPE)  # uneven grids are searched in contiguous rows
+    q = rounding.encode(x.detach(), scheme, transform, scale_dtype=SCALE_DTYPE)
     codes = packing.pack_codes(q.codes, scheme.grid.size)
-    return PackedKV(codes, q.scales, q.zeros, x.shape[-1], scheme, transform)
+    return PackedKV(codes, q.scales, q.zeros, q.width, scheme, transform)
 
 
 def centered(keys: Tensor, scheme: AttentionScheme, mean: Tensor | None) -> Tensor:
@@ -87,8 +86,7 @@ def kv_attention(
     """
     # Unquantized keys need no rotation: it cancels in q . k, and leaving it out is exact.
     transform = scheme.transform if scheme.keys is not None else None
-    if transform is not None:
-        query = transform.apply(query)
+    query = rounding.round_trip(query, None, transform)
     key = _read(key, scheme.keys, transform, query, "keys")
     value = _read(value, scheme.values, None, query, "values")
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -111,6 +109,4 @@ def _read(
         return x.dequantize(query.dtype)
     if scheme is None:
         return x
-    if transform is not None:
-        x = transform.apply(x)
-    return rounding.round_trip(x.contiguous(), scheme, SCALE_DTYPE)
+    return rounding.round_trip(x, scheme, transform, scale_dtype=SCALE_DTYPE)

@@ -6,12 +6,11 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
-from paley.core import rounding
 from paley.core.rounding import OUTLIER_GRID
 from paley.core.schemes import ActivationScheme, LinearScheme
+from paley.ops import rounding
 
 __all__ = ["InputCodes", "SharedInput", "encode_input", "round_input"]
 
@@ -58,20 +57,11 @@ def round_input(
     outlier_columns: integers [k], those that have a grid and a scale of their own, as their weights do.
     diagonal: [transform.in_dim], what x is divided by first.
     """
-    x = _turned(x, scheme, diagonal)
-    if scheme.input is None:
-        return x
-    if outlier_columns is None:
-        return rounding.round_trip(x, scheme.input)
-    own, rest, index = _apart(x, outlier_columns)
+    if scheme.input is None or outlier_columns is None:
+        return rounding.round_trip(x, scheme.input, scheme.transform, diagonal)
+    turned = rounding.round_trip(x, None, scheme.transform, diagonal)
+    own, rest, index = _apart(turned, outlier_columns)
     return rounding.round_trip(rest, scheme.input).index_copy(-1, index, own)
-
-
-def _turned(x: Tensor, scheme: LinearScheme, diagonal: Tensor | None) -> Tensor:
-    """x [..., in] -> H D⁻¹ x [..., out_dim]."""
-    if scheme.transform is None:
-        return x
-    return scheme.transform.apply(x if diagonal is None else x / diagonal.to(x.dtype))
 
 
 def _apart(x: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,9 +90,10 @@ def encode_input(
     """As `round_input`, for an affine grid and without the last step; x [..., in] is flattened to tokens."""
     assert scheme.input is not None
     x, own = x.reshape(-1, x.shape[-1]), None
-    x = _turned(x, scheme, diagonal)
-    if outlier_columns is not None:
-        own, x, _ = _apart(x, outlier_columns)
-    q = rounding.quantize_dynamic(x.contiguous(), scheme.input, torch.float32)
+    if outlier_columns is None:
+        q = rounding.encode(x, scheme.input, scheme.transform, diagonal)
+    else:
+        own, rest, _ = _apart(rounding.round_trip(x, None, scheme.transform, diagonal), outlier_columns)
+        q = rounding.encode(rest, scheme.input)
     assert q.zeros is not None
     return InputCodes(q.codes, q.scales, q.zeros, own)

@@ -1,0 +1,24 @@
+#include "platform.h"
+
+#if PALEY_X86
+#include <immintrin.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cfloat>
+#include <cmath>
+#include <cstring>
+#include <memory>
+
+#include "parallel.h"
+#include "rounding.h"
+
+PALEY_TARGET_BEGIN("avx2,fma")
+namespace paley::avx2 {
+#include "lanes_avx2.h"
+
+#include "rounding_turn.h"
+#include "rounding_token.h"
+}  // namespace paley::avx2
+PALEY_TARGET_END
+#endif
