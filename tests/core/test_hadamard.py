@@ -128,6 +128,39 @@ def test_half_precision_is_computed_in_float32_and_cast_once(dtype):
     assert torch.equal(y, transform(x.float(), 896).to(dtype))
 
 
+@pytest.mark.parametrize("order", [1, 2, 12, 64, 96, 112, 172, 288, 1536])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_sums_of_floats_are_exact_whatever_their_order(order, inverse):
+    g = torch.Generator().manual_seed(order)
+    x = torch.randn(3, order, generator=g) * torch.logspace(-9, 6, order)[torch.randperm(order, generator=g)]
+    h = hadamard(order).double()
+    far = x.double().abs().amax(1, keepdim=True) * 3 * order
+    steps = (x.double() + far) - far
+    assert (steps - x).abs().max() <= float(far.max()) * 2**-53
+    terms = steps[:, None] * (h.T if inverse else h)
+    sums = torch.tensor([[math.fsum(row) for row in rows] for rows in terms.tolist()], dtype=torch.float64)
+    assert torch.equal(terms.flip(-1).cumsum(-1)[..., -1], sums)  # a plain loop from the end is exact as well
+    assert torch.equal(transform(x, order, inverse=inverse), (sums * (1 / math.sqrt(order))).float())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_block_with_a_number_that_is_not_finite_becomes_nan(value):
+    x = torch.randn(2, 3 * 12)
+    x[0, 17] = value
+    y = transform(x, 12)
+    assert y[0, 12:24].isnan().all()
+    assert torch.equal(y[1], transform(x[1], 12))
+    assert torch.equal(y[0, :12], transform(x[0, :12], 12))
+
+
+def test_a_long_input_is_transformed_in_parts(monkeypatch):
+    x = torch.randn(7, 3 * 28)
+    whole = transform(x, 28), transform(x.double(), 28)
+    monkeypatch.setattr(module, "_PART", 100)
+    assert torch.equal(transform(x, 28), whole[0])
+    torch.testing.assert_close(transform(x.double(), 28), whole[1], rtol=0, atol=1e-14)
+
+
 def test_transform_of_a_transposed_and_an_empty_input():
     x = torch.randn(28, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).T
     assert torch.equal(transform(x, 28), transform(x.contiguous(), 28))

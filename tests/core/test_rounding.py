@@ -12,6 +12,7 @@ from paley.core.rounding import (
     Quantized,
     check_groups,
     fitting_group_size,
+    mean,
     quantize_dynamic,
     round_trip,
 )
@@ -152,6 +153,20 @@ def test_clip_ratios_scale_the_scales(name):
         rms = quantize_dynamic(x, ActivationScheme(name, "rms", 0.5), torch.float32)
         expected = 0.5 * x.square().mean(-1).sqrt() * grids.load(name).gaussian_scale
         torch.testing.assert_close(rms.scales[:, 0], expected)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 30, 64, 577])
+def test_a_mean_is_summed_by_halves(k):
+    x, single = normal(5, k), lambda value: float(torch.tensor(value))  # to float32
+    sums = x[0].tolist()
+    while len(sums) > 1:
+        half = len(sums) // 2
+        folded = [single(a + b) for a, b in zip(sums[:half], sums[-half:], strict=True)]
+        sums = folded + sums[half:-half]
+    got = mean(x.clone())
+    assert got.shape == (5, 1)
+    assert float(got[0]) == single(sums[0] / k)
+    torch.testing.assert_close(got.double(), x.double().mean(-1, keepdim=True), rtol=1e-5, atol=1e-3)
 
 
 def test_an_affine_grid_reaches_both_ends():

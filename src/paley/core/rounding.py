@@ -29,6 +29,7 @@ __all__ = [
     "codes_per_row",
     "dynamic_scales",
     "fitting_group_size",
+    "mean",
     "joined",
     "quantize_dynamic",
     "quantized",
