@@ -9,21 +9,14 @@ constexpr int WD = W / 2;  // doubles in a vector
 class Turn {
  public:
   explicit Turn(const paley_rounding& how)
-      : wide_(how.out_dim), order_(how.order), m_(how.m), scale_(1 / std::sqrt(static_cast<double>(how.order))) {
-    // Small matrices take Sylvester steps until they fill a vector.
-    while (m_ < 8 && m_ < order_) m_ *= 2;
-    stride_ = (m_ + 7) / 8 * 8;
-    dense_.reset(new double[int64_t{m_} * stride_]());
-    const int stride = (how.m + 7) / 8 * 8;
-    for (int j = 0; j < m_; ++j) {
-      for (int i = 0; i < m_; ++i) {
-        const double sign = __builtin_parity(static_cast<unsigned>(j / how.m & i / how.m)) ? -1.0 : 1.0;
-        dense_[int64_t{j} * stride_ + i] = sign * how.dense[int64_t{j % how.m} * stride + i % how.m];
-      }
-    }
-    from_.reset(new double[wide_]);
-    to_.reset(new double[wide_ + 8]);
-  }
+      : wide_(how.out_dim),
+        order_(how.order),
+        m_(how.m),
+        stride_((how.m + 7) / 8 * 8),
+        scale_(1 / std::sqrt(static_cast<double>(how.order))),
+        dense_(how.dense),
+        from_(new double[wide_]),
+        to_(new double[wide_]) {}
 
   // x [wide], in place.
   void apply(float* x) const {
@@ -74,7 +67,7 @@ class Turn {
     for (int r = 0; r < R; ++r) {
       for (int v = 0; v < V; ++v) sums[r][v] = all(0.0);
     }
-    const double* h = dense_.get() + i;
+    const double* h = dense_ + i;
     for (int j = 0; j < m_; ++j, h += stride_) {
       Doubles signs[V];
       for (int v = 0; v < V; ++v) signs[v] = load(h + v * WD);
@@ -138,8 +131,8 @@ class Turn {
     }
   }
 
-  const int wide_, order_;
-  int m_, stride_;
+  const int wide_, order_, m_, stride_;
   const double scale_;
-  std::unique_ptr<double[]> dense_, from_, to_;
+  const double* const dense_;
+  const std::unique_ptr<double[]> from_, to_;
 };

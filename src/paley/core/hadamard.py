@@ -73,10 +73,11 @@ def _fast_above(n: int) -> int:
 def transform(x: Tensor, order: int, *, inverse: bool = False) -> Tensor:
     """x [..., blocks·order] -> H·x/√order on each block of the last dim; `inverse` applies Hᵀ/√order.
 
-    Equals x @ H.T/√order for a single block, in O(m + log(order/m)) work per element. Results other than float64 do
-    not depend on the order of summation: each value is rounded to a step of some 3·order·2⁻⁵³ of its block's largest
-    one, float64 sums of such values are exact, and the result is cast to float32, then to the dtype of x. A block
-    with NaN or an infinity becomes NaN. PaleyError unless x is floating and its width a multiple of order.
+    Equals x @ H.T/√order for a single block, in O(m + log(order/m)) work per element. For dtypes other than float64,
+    values are first rounded to multiples of one step, at most 3·order·2⁻⁵² of the largest one of their block. Float64
+    sums of these are exact in any order, so every device and kernel gives the same bits, cast to float32 and then to
+    the dtype of x; a block with NaN or an infinity becomes NaN. PaleyError unless x is floating and its width a
+    multiple of order.
     """
     factor(order)
     if not x.is_floating_point():
@@ -95,7 +96,7 @@ def _turned(blocks: Tensor, order: int, inverse: bool) -> Tensor:
     m, k = factor(order)
     y = blocks.double()
     if blocks.dtype != torch.float64:
-        # y + far has so few bits left for y that it becomes a multiple of one step, of which far less than 2^53 add up.
+        # All values become multiples of the step between floats near `far`: their sums have at most 53 bits.
         far = blocks.detach().abs().amax(-1, keepdim=True).double() * (3 * order)
         y = (y + far).sub_(far)
     first = k if order <= _SINGLE else min(k, max(0, (_WIDEST // m).bit_length() - 1))
@@ -108,11 +109,6 @@ def _turned(blocks: Tensor, order: int, inverse: bool) -> Tensor:
         first += bits
     y = y.view(blocks.shape).mul_(1 / math.sqrt(order))
     return y if blocks.dtype == torch.float64 else y.float().to(blocks.dtype)
-
-
-def dense_part(order: int) -> Tensor:
-    """int8 [m, m] of `factor(order)`, a copy."""
-    return _dense(factor(order)[0]).clone()
 
 
 @lru_cache(maxsize=64)

@@ -23,7 +23,7 @@ from paley.kernels import columns, native
 __all__ = ["encode", "round_trip", "takes"]
 
 _SHARE = 2**17  # least number of values for a thread: some 0.2 ms
-_LANES = 8  # rows of the dense matrix are padded to a multiple of it
+_LANES = 8  # doubles of the widest vectors: rows of the dense matrix are padded to a multiple of it
 
 
 class _Rounding(ctypes.Structure):
@@ -131,8 +131,11 @@ def _how(width: int, scheme: ActivationScheme | None, transform: Transform | Non
 def _turn(raw: _Rounding, transform: Transform, width: int) -> list[object]:
     if width != transform.in_dim:
         raise PaleyError(f"transform: last dimension is {width}, expected in_dim={transform.in_dim}")
-    raw.out_dim, raw.order, raw.m = transform.out_dim, transform.order, hadamard.factor(transform.order)[0]
-    dense = hadamard.dense_part(transform.order).T.double()
+    raw.out_dim, raw.order = transform.out_dim, transform.order
+    raw.m, steps = hadamard.factor(transform.order)
+    while raw.m < _LANES and steps:  # a small matrix takes Sylvester steps until it fills vectors
+        raw.m, steps = 2 * raw.m, steps - 1
+    dense = hadamard.hadamard(raw.m).T.double()
     dense = torch.nn.functional.pad(dense, (0, -raw.m % _LANES)).contiguous()
     raw.dense = dense.data_ptr()
     if transform.seed is None:
