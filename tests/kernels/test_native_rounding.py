@@ -85,9 +85,9 @@ def check(x: Tensor, scheme, transform=None, diagonal=None, scale_dtype=SINGLE) 
     if scheme is not None and scheme.grid.size <= 256:
         coded = rounding.quantize_dynamic(turned.contiguous(), scheme, scale_dtype)
     for how in ways():
-        assert same(kernel.round_trip(x, scheme, transform, diagonal, scale_dtype, **how), want), how
+        assert same(kernel.round_trip(x, scheme, scale_dtype, transform=transform, diagonal=diagonal, **how), want), how
         if coded is not None:
-            made = kernel.encode(x, scheme, transform, diagonal, scale_dtype, **how)
+            made = kernel.quantize_dynamic(x, scheme, scale_dtype, transform=transform, diagonal=diagonal, **how)
             assert same(made.codes, coded.codes), how
             assert same(made.scales, coded.scales), how
             assert (made.zeros is None) == (coded.zeros is None)
@@ -140,7 +140,7 @@ def test_numbers_that_are_not_finite(case, transform):
         for scale_dtype in (SINGLE, HALF):
             want = rounding.round_trip(turned, scheme, scale_dtype)
             for how in ways():
-                assert same(kernel.round_trip(x, scheme, transform, None, scale_dtype, **how), want)
+                assert same(kernel.round_trip(x, scheme, scale_dtype, transform=transform, **how), want)
 
 
 def test_views_are_read_as_they_are():
@@ -148,7 +148,7 @@ def test_views_are_read_as_they_are():
     check(x, scheme_of("uint4", "absmax", 1.0, None))
     check(normal(24, 9).T, scheme_of("uint4", "absmax", 1.0, None))
     before = x.clone()
-    kernel.round_trip(x.contiguous(), scheme_of("int4", "absmax", 1.0, None), Transform(24, 24, 12, 1))
+    kernel.round_trip(x.contiguous(), scheme_of("int4", "absmax", 1.0, None), transform=Transform(24, 24, 12, 1))
     assert torch.equal(x, before)
 
 
@@ -170,11 +170,11 @@ def test_what_the_kernels_cannot_read_is_refused():
     scheme, x = scheme_of("uint4", "absmax", 1.0, None), torch.randn(3, 24)
     for call in (
         lambda: kernel.round_trip(x.double(), scheme),
-        lambda: kernel.round_trip(x, scheme, Transform(12, 12, 12)),
-        lambda: kernel.round_trip(x, scheme, None, torch.ones(23)),
+        lambda: kernel.round_trip(x, scheme, transform=Transform(12, 12, 12)),
+        lambda: kernel.round_trip(x, scheme, diagonal=torch.ones(23)),
         lambda: kernel.round_trip(x, scheme_of("uint4", "absmax", 1.0, 7)),
-        lambda: kernel.encode(x, scheme_of(UNEVEN, "rms", 1.0, None)),
-        lambda: kernel.round_trip(x, scheme, scale_dtype=torch.float64),
+        lambda: kernel.quantize_dynamic(x, scheme_of(UNEVEN, "rms", 1.0, None)),
+        lambda: kernel.round_trip(x, scheme, torch.float64),
     ):
         with pytest.raises(PaleyError):
             call()

@@ -91,13 +91,13 @@ def test_the_readers_of_a_copy_stay_together_and_leave_the_others_alone():
 @torch.no_grad()
 def test_linears_round_what_they_share_once(monkeypatch, transform):
     calls, plain = [], rounding.round_trip
-    monkeypatch.setattr(rounding, "round_trip", lambda *how: calls.append(0) or plain(*how))
+    monkeypatch.setattr(rounding, "round_trip", lambda *a, **k: calls.append(0) or plain(*a, **k))
     scheme, shared = LinearScheme(input=ActivationScheme("int2"), transform=transform), SharedInput(2)
     source, x = nn.Linear(8, 4), torch.randn(3, 8)
     layers = [QuantLinear.from_linear(source, scheme, None) for _ in range(2)]
     for layer in layers:
         layer.shared_input = shared
-    want = plain(x, scheme.input, transform) @ source.weight.T + source.bias
+    want = plain(x, scheme.input, transform=transform) @ source.weight.T + source.bias
     for rounds in (1, 2):  # the second forward makes it anew
         for layer in layers:
             torch.testing.assert_close(layer(x), want)

@@ -20,7 +20,7 @@ from paley.core.schemes import ActivationScheme
 from paley.core.transforms import Transform, random_signs
 from paley.kernels import columns, native
 
-__all__ = ["encode", "round_trip", "takes"]
+__all__ = ["quantize_dynamic", "round_trip", "takes"]
 
 _SHARE = 2**17  # least number of values for a thread: some 0.2 ms
 _LANES = 8  # doubles of the widest vectors: rows of the dense matrix are padded to a multiple of it
@@ -62,8 +62,9 @@ def _on_a_table(grid: FixedGrid) -> bool:
 
 
 def round_trip(
-    x: Tensor, scheme: ActivationScheme | None, transform: Transform | None = None, diagonal: Tensor | None = None,
-    scale_dtype: torch.dtype = torch.float32, *, level: str | None = None, threads: int | None = None,
+    x: Tensor, scheme: ActivationScheme | None, scale_dtype: torch.dtype = torch.float32, *,
+    transform: Transform | None = None, diagonal: Tensor | None = None,
+    level: str | None = None, threads: int | None = None,
 ) -> Tensor:  # fmt: skip
     """x float32 [..., in] -> divided by `diagonal`, transformed, and rounded unless scheme is None, [..., out]."""
     how = _how(x.shape[-1], scheme, transform, scale_dtype)
@@ -72,9 +73,10 @@ def round_trip(
     return values
 
 
-def encode(
-    x: Tensor, scheme: ActivationScheme, transform: Transform | None = None, diagonal: Tensor | None = None,
-    scale_dtype: torch.dtype = torch.float32, *, level: str | None = None, threads: int | None = None,
+def quantize_dynamic(
+    x: Tensor, scheme: ActivationScheme, scale_dtype: torch.dtype = torch.float16, *,
+    transform: Transform | None = None, diagonal: Tensor | None = None,
+    level: str | None = None, threads: int | None = None,
 ) -> Quantized:  # fmt: skip
     """As `round_trip`, without the last step -> codes [..., out], scales and zeros [..., groups]."""
     how = _how(x.shape[-1], scheme, transform, scale_dtype)

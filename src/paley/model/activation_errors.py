@@ -86,6 +86,6 @@ def _error(
     x: Tensor, turned: Tensor, scheme: ActivationScheme, scale_dtype: torch.dtype, apart: Tensor | None = None
 ) -> float:
     """Each vector counts alike: one of huge values would else be all that is seen. apart: columns that do not count."""
-    off = round_trip(turned, scheme, scale_dtype=scale_dtype).double() - turned
+    off = round_trip(turned, scheme, scale_dtype).double() - turned
     lost = (off if apart is None else off.index_fill(-1, apart, 0.0)).square().sum(-1)
     return float((lost / x.double().square().sum(-1).clamp(min=torch.finfo(torch.float64).tiny)).mean())

@@ -58,7 +58,7 @@ class PackedKV:
 
 def pack_kv(x: Tensor, scheme: ActivationScheme, transform: Transform | None = None) -> PackedKV:
     """x [batch, kv_heads, tokens, head_dim] -> codes and scales per token and head (and group), detached."""
-    q = rounding.encode(x.detach(), scheme, transform, scale_dtype=SCALE_DTYPE)
+    q = rounding.quantize_dynamic(x.detach(), scheme, SCALE_DTYPE, transform=transform)
     codes = packing.pack_codes(q.codes, scheme.grid.size)
     return PackedKV(codes, q.scales, q.zeros, q.width, scheme, transform)
 
@@ -86,7 +86,7 @@ def kv_attention(
     """
     # Unquantized keys need no rotation: it cancels in q . k, and leaving it out is exact.
     transform = scheme.transform if scheme.keys is not None else None
-    query = rounding.round_trip(query, None, transform)
+    query = rounding.round_trip(query, None, transform=transform)
     key = _read(key, scheme.keys, transform, query, "keys")
     value = _read(value, scheme.values, None, query, "values")
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -109,4 +109,4 @@ def _read(
         return x.dequantize(query.dtype)
     if scheme is None:
         return x
-    return rounding.round_trip(x, scheme, transform, scale_dtype=SCALE_DTYPE)
+    return rounding.round_trip(x, scheme, SCALE_DTYPE, transform=transform)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from paley.core.rounding import OUTLIER_GRID
@@ -58,8 +59,8 @@ def round_input(
     diagonal: [transform.in_dim], what x is divided by first.
     """
     if scheme.input is None or outlier_columns is None:
-        return rounding.round_trip(x, scheme.input, scheme.transform, diagonal)
-    turned = rounding.round_trip(x, None, scheme.transform, diagonal)
+        return rounding.round_trip(x, scheme.input, transform=scheme.transform, diagonal=diagonal)
+    turned = rounding.round_trip(x, None, transform=scheme.transform, diagonal=diagonal)
     own, rest, index = _apart(turned, outlier_columns)
     return rounding.round_trip(rest, scheme.input).index_copy(-1, index, own)
 
@@ -91,9 +92,10 @@ def encode_input(
     assert scheme.input is not None
     x, own = x.reshape(-1, x.shape[-1]), None
     if outlier_columns is None:
-        q = rounding.encode(x, scheme.input, scheme.transform, diagonal)
+        q = rounding.quantize_dynamic(x, scheme.input, torch.float32, transform=scheme.transform, diagonal=diagonal)
     else:
-        own, rest, _ = _apart(rounding.round_trip(x, None, scheme.transform, diagonal), outlier_columns)
-        q = rounding.encode(rest, scheme.input)
+        turned = rounding.round_trip(x, None, transform=scheme.transform, diagonal=diagonal)
+        own, rest, _ = _apart(turned, outlier_columns)
+        q = rounding.quantize_dynamic(rest, scheme.input, torch.float32)
     assert q.zeros is not None
     return InputCodes(q.codes, q.scales, q.zeros, own)

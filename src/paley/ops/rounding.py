@@ -15,39 +15,35 @@ from paley.core.schemes import ActivationScheme
 from paley.core.transforms import Transform
 from paley.kernels import rounding as kernel
 
-__all__ = ["encode", "round_trip"]
+__all__ = ["quantize_dynamic", "round_trip"]
 
 
 def round_trip(
-    x: Tensor, scheme: ActivationScheme | None, transform: Transform | None = None, diagonal: Tensor | None = None,
-    scale_dtype: torch.dtype = torch.float32,
+    x: Tensor, scheme: ActivationScheme | None, scale_dtype: torch.dtype = torch.float32, *,
+    transform: Transform | None = None, diagonal: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """x [..., in] -> T x rounded (unless scheme is None) as `core.rounding.round_trip` does, [..., out], in x's dtype.
-
-    diagonal: [in], what x is divided by first; it needs a transform.
-    """
-    if scheme is None and transform is None:
+    """x [..., in] -> T (x / diagonal) [..., out], rounded as of `core.rounding` unless scheme is None, in x's dtype."""
+    if scheme is None and transform is None and diagonal is None:
         return x
     if _native(x, scheme):
-        return kernel.round_trip(x, scheme, transform, diagonal, scale_dtype)
-    x = _turn(x, transform, diagonal)
+        return kernel.round_trip(x, scheme, scale_dtype, transform=transform, diagonal=diagonal)
+    x = _turned(x, transform, diagonal)
     return x if scheme is None else rounding.round_trip(x.contiguous(), scheme, scale_dtype)
 
 
-def encode(
-    x: Tensor, scheme: ActivationScheme, transform: Transform | None = None, diagonal: Tensor | None = None,
-    scale_dtype: torch.dtype = torch.float32,
+def quantize_dynamic(
+    x: Tensor, scheme: ActivationScheme, scale_dtype: torch.dtype = torch.float16, *,
+    transform: Transform | None = None, diagonal: Tensor | None = None,
 ) -> Quantized:  # fmt: skip
-    """As `round_trip`, but to codes and scales, as `core.rounding.quantize_dynamic` does."""
+    """x [..., in] -> codes and scales of T (x / diagonal), as of `core.rounding`."""
     if scheme.grid.size <= 2**8 and _native(x, scheme):
-        return kernel.encode(x, scheme, transform, diagonal, scale_dtype)
-    return rounding.quantize_dynamic(_turn(x, transform, diagonal).contiguous(), scheme, scale_dtype)
+        return kernel.quantize_dynamic(x, scheme, scale_dtype, transform=transform, diagonal=diagonal)
+    return rounding.quantize_dynamic(_turned(x, transform, diagonal).contiguous(), scheme, scale_dtype)
 
 
-def _turn(x: Tensor, transform: Transform | None, diagonal: Tensor | None = None) -> Tensor:
-    if transform is None:
-        return x
-    return transform.apply(x if diagonal is None else x / diagonal.to(x.dtype))
+def _turned(x: Tensor, transform: Transform | None, diagonal: Tensor | None) -> Tensor:
+    x = x if diagonal is None else x / diagonal.to(x.dtype)
+    return x if transform is None else transform.apply(x)
 
 
 def _native(x: Tensor, scheme: ActivationScheme | None) -> bool:
