@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Builds the native kernels with sanitizers, beside the sources, and runs their tests: addresses and undefined
-# behaviour, then data races. Arguments go to pytest. PYTHON=/path/to/python picks the interpreter, CXX the compiler.
+# Builds the native kernels with sanitizers in a temporary folder, and runs their tests: addresses and undefined
+# behaviour, then data races. The first report ends it. Arguments go to pytest. PYTHON=/path/to/python picks the
+# interpreter, CXX the compiler.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -19,6 +20,6 @@ for kind in address,undefined thread; do
     flags=(-std=c++17 -O1 -g -fPIC -shared -pthread -ffp-contract=off -fno-math-errno -fno-trapping-math)
     "$compiler" "${flags[@]}" -fno-omit-frame-pointer -fsanitize=$kind csrc/*.cpp -o "$library"
     runtime=$("$compiler" -print-file-name="lib${kind:0:1}san.so")
-    LD_PRELOAD=$runtime "$python" -m pytest -q -p no:cacheprovider tests/kernels "$@"
+    LD_PRELOAD=$runtime "$python" -m pytest -q -s -p no:cacheprovider tests/kernels "$@"
     echo "sanitize: $kind is clean"
 done
