@@ -87,7 +87,7 @@ def transform(x: Tensor, order: int, *, inverse: bool = False) -> Tensor:
             f"hadamard transform: the last dimension of shape {tuple(x.shape)} is not a multiple of "
             f"order={order}; nothing is padded or cut: expand the input or use an order that divides it"
         )
-    parts = x.reshape(-1, order).split(max(1, _PART // order))
+    parts = x.contiguous().view(-1, order).split(max(1, _PART // order))
     return torch.cat([_turned(part, order, inverse) for part in parts]).view(x.shape)
 
 
