@@ -23,6 +23,7 @@ from paley.kernels import columns, native
 __all__ = ["quantize_dynamic", "round_trip", "takes"]
 
 _SHARE = 2**17  # least number of values for a thread: some 0.2 ms
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _LANES = 8  # doubles of the widest vectors: rows of the dense matrix are padded to a multiple of it
 
 
@@ -46,10 +47,11 @@ class _How:
 
 
 def takes(x: Tensor, scheme: ActivationScheme | None) -> bool:
-    """Whether the kernels round such values; they have no gradients."""
-    plain = x.dtype == torch.float32 and x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter)
+    """Whether the kernels round such values, as float32; they have no gradients."""
     return (
-        plain
+        x.dtype in _FLOATS
+        and x.device.type == "cpu"
+        and type(x) in (Tensor, torch.nn.Parameter)
         and x.shape[-1] > 0
         and not (x.requires_grad and torch.is_grad_enabled())
         and not torch.compiler.is_compiling()

@@ -25,10 +25,15 @@ def round_trip(
     """x [..., in] -> T (x / diagonal) [..., out], rounded as of `core.rounding` unless scheme is None, in x's dtype."""
     if scheme is None and transform is None and diagonal is None:
         return x
-    if _native(x, scheme):
+    native = _native(x, scheme)
+    if native and x.dtype == torch.float32:
         return kernel.round_trip(x, scheme, scale_dtype, transform=transform, diagonal=diagonal)
     x = _turned(x, transform, diagonal)
-    return x if scheme is None else rounding.round_trip(x.contiguous(), scheme, scale_dtype)
+    if scheme is None:
+        return x
+    if native:
+        return kernel.round_trip(x.float(), scheme, scale_dtype).to(x.dtype)
+    return rounding.round_trip(x.contiguous(), scheme, scale_dtype)
 
 
 def quantize_dynamic(
@@ -36,15 +41,24 @@ def quantize_dynamic(
     transform: Transform | None = None, diagonal: Tensor | None = None,
 ) -> Quantized:  # fmt: skip
     """x [..., in] -> codes and scales of T (x / diagonal), as of `core.rounding`."""
-    if scheme.grid.size <= 2**8 and _native(x, scheme):
+    native = scheme.grid.size <= 2**8 and _native(x, scheme)
+    if native and x.dtype == torch.float32:
         return kernel.quantize_dynamic(x, scheme, scale_dtype, transform=transform, diagonal=diagonal)
-    return rounding.quantize_dynamic(_turned(x, transform, diagonal).contiguous(), scheme, scale_dtype)
+    x = _turned(x, transform, diagonal)
+    quantize = kernel.quantize_dynamic if native else rounding.quantize_dynamic
+    return quantize(x.float().contiguous(), scheme, scale_dtype)
 
 
 def _turned(x: Tensor, transform: Transform | None, diagonal: Tensor | None) -> Tensor:
+    """x [..., in] -> T (x / diagonal) [..., out]: each step rounds its result to x's dtype."""
     x = x if diagonal is None else x / diagonal.to(x.dtype)
-    return x if transform is None else transform.apply(x)
+    if transform is None:
+        return x
+    return (
+        kernel.round_trip(x.float(), None, transform=transform).to(x.dtype) if _native(x, None) else transform.apply(x)
+    )
 
 
 def _native(x: Tensor, scheme: ActivationScheme | None) -> bool:
+    """Whether kernels round such values: in one pass if they are float32, else in steps as the torch code."""
     return kernels.backend() == "native" and kernel.takes(x, scheme)
