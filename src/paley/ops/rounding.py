@@ -54,9 +54,9 @@ def _turned(x: Tensor, transform: Transform | None, diagonal: Tensor | None) -> 
     x = x if diagonal is None else x / diagonal.to(x.dtype)
     if transform is None:
         return x
-    return (
-        kernel.round_trip(x.float(), None, transform=transform).to(x.dtype) if _native(x, None) else transform.apply(x)
-    )
+    if _native(x, None):
+        return kernel.round_trip(x.float(), None, transform=transform).to(x.dtype)
+    return transform.apply(x)
 
 
 def _native(x: Tensor, scheme: ActivationScheme | None) -> bool:
