@@ -43,9 +43,7 @@ def milliseconds(run: Callable[[], object], repetitions: int) -> dict[str, float
     return {backend: round(statistics.median(taken), 4) for backend, taken in times.items()}
 
 
-def case(
-    shape: tuple[int, ...], name: str, scheme: ActivationScheme, scale_dtype: torch.dtype, repetitions: int
-) -> dict:
+def case(shape: tuple[int, ...], name: str, scale_dtype: torch.dtype, repetitions: int) -> dict:
     x, width = torch.randn(shape), shape[-1]
     transform = input_blocks(width, BLOCK, seed=1)
     ms = milliseconds(lambda: round_trip(x, SCHEMES[name], scale_dtype, transform=transform), repetitions)
