@@ -108,9 +108,10 @@ PALEY_EXPORT int32_t paley_products(const float* a, int64_t a_row, int64_t a_col
 struct paley_rounding {
   int32_t in_dim, out_dim;  // values of a token before and after zeros are appended
   int32_t order, m;         // of a block H = Sylvester_(order / m) x H_m, which divides out_dim
-  const double* dense;      // H_m transposed: +-1, [m, stride], zeros up to the next multiple of 8; null: no transform
+  const double* dense;      // H_m, transposed unless `back`: +-1, [m, stride], zeros up to the next multiple of 8; null: no transform
   const float* signs;       // [out_dim], or null: multiplied with the values before the transform
   const paley_table* table;  // p = 1; null: nothing is rounded
+  int32_t back;              // nothing is rounded, and the transform is undone: x [tokens, out_dim] -> values [.., in_dim]
   int32_t group_size;        // values that share a scale
   int32_t affine;            // the scale reaches from the least to the greatest value, and there is a zero point
   int32_t by_rms;            // else: the scale follows the root mean square, not the greatest absolute value

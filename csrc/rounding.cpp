@@ -13,6 +13,7 @@ bool valid(const paley::RoundingTask& task) {
   const int32_t steps = how.order / how.m;
   if (steps & (steps - 1)) return false;
   if (task.tokens == 0) return true;
+  if (how.back && (how.table || !how.dense)) return false;
   if (!how.table) return task.values;
   const paley_table& t = *how.table;
   if (t.p != 1 || t.own || t.n < 2 || t.n > 65536 || (t.step <= 0 && !t.edges)) return false;

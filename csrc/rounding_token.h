@@ -76,6 +76,7 @@ class TokenRounder {
   }
 
   void round(int64_t token) const {
+    if (how_.back) return turn_back(token);
     const int wide = how_.out_dim;
     float* row = how_.table ? row_.get() : task_.values + token * wide;
     read(task_.x + token * how_.in_dim, row);
@@ -127,6 +128,15 @@ class TokenRounder {
     if (signs) {
       for (int i = 0; i < narrow; ++i) row[i] *= signs[i];
     }
+  }
+
+  void turn_back(int64_t token) const {
+    float* row = row_.get();
+    const float* x = task_.x + token * how_.out_dim;
+    float* values = task_.values + token * how_.in_dim;
+    std::copy(x, x + how_.out_dim, row);
+    turn_->apply(row);
+    for (int i = 0; i < how_.in_dim; ++i) values[i] = how_.signs ? row[i] * how_.signs[i] : row[i];
   }
 
   Scale scale_of(const float* x) const {

@@ -109,6 +109,14 @@ def test_transforms(dims, seed):
     check(x, scheme_of("gauss4", "rms", 1.0, None), Transform(*dims, seed))
 
 
+@pytest.mark.parametrize("dims", [*TRANSFORMS, *LARGE], ids=str)
+@pytest.mark.parametrize("seed", [None, 5])
+def test_transforms_back(dims, seed):
+    transform, y = Transform(*dims, seed), normal(19, dims[1])
+    for how in ways():
+        assert same(kernel.turn_back(y, transform, **how), transform.adjoint(y)), how
+
+
 @pytest.mark.parametrize("case", ROUNDINGS, ids=str)
 def test_all_at_once(case):
     diagonal = torch.rand(113, generator=torch.Generator().manual_seed(1)) + 0.5
@@ -172,6 +180,7 @@ def test_what_the_kernels_cannot_read_is_refused():
         lambda: kernel.round_trip(x.double(), scheme),
         lambda: kernel.round_trip(x, scheme, transform=Transform(12, 12, 12)),
         lambda: kernel.round_trip(x, scheme, diagonal=torch.ones(23)),
+        lambda: kernel.turn_back(x, Transform(24, 48, 12)),
         lambda: kernel.round_trip(x, scheme_of("uint4", "absmax", 1.0, 7)),
         lambda: kernel.quantize_dynamic(x, scheme_of(UNEVEN, "rms", 1.0, None)),
         lambda: kernel.round_trip(x, scheme, torch.float64),

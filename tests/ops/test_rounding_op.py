@@ -29,7 +29,7 @@ SCHEMES = [
 def taken(monkeypatch):
     """The names of the kernels that ran."""
     names = []
-    for name in ("round_trip", "quantize_dynamic"):
+    for name in ("round_trip", "quantize_dynamic", "turn_back"):
         plain = getattr(kernel, name)
         monkeypatch.setattr(kernel, name, lambda *a, n=name, f=plain, **k: (names.append(n), f(*a, **k))[1])
     return names
@@ -99,6 +99,16 @@ def test_it_is_the_torch_code(scheme):
     want = reference.round_trip(TURN.apply(x), scheme)
     assert torch.equal(rounding.round_trip(x, scheme, transform=TURN), want)
     assert torch.equal(rounding.quantize_dynamic(x, scheme, torch.float32, transform=TURN).dequantize(), want)
+
+
+@native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_what_is_turned_back_is_the_same_without_native_kernels(monkeypatch, taken, dtype):
+    x = torch.randn(2, 3, 48).to(dtype)
+    a, b = by_each_backend(monkeypatch, lambda: rounding.turn_back(x, TURN))
+    assert torch.equal(a, b)
+    assert torch.equal(a, TURN.adjoint(x))
+    assert bool(taken) == (dtype == torch.float32)
 
 
 def test_nothing_to_do_changes_nothing():

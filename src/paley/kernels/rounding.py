@@ -20,7 +20,7 @@ from paley.core.schemes import ActivationScheme
 from paley.core.transforms import Transform, random_signs
 from paley.kernels import columns, native
 
-__all__ = ["quantize_dynamic", "round_trip", "takes"]
+__all__ = ["quantize_dynamic", "round_trip", "takes", "turn_back"]
 
 _SHARE = 2**17  # least number of values for a thread: some 0.2 ms
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -33,8 +33,9 @@ class _Rounding(ctypes.Structure):
     _fields_ = [
         ("in_dim", ctypes.c_int32), ("out_dim", ctypes.c_int32), ("order", ctypes.c_int32), ("m", ctypes.c_int32),
         ("dense", ctypes.c_void_p), ("signs", ctypes.c_void_p), ("table", ctypes.c_void_p),
-        ("group_size", ctypes.c_int32), ("affine", ctypes.c_int32), ("by_rms", ctypes.c_int32),
-        ("half", ctypes.c_int32), ("refit", ctypes.c_int32), ("factor", ctypes.c_float), ("peak", ctypes.c_float),
+        ("back", ctypes.c_int32), ("group_size", ctypes.c_int32), ("affine", ctypes.c_int32),
+        ("by_rms", ctypes.c_int32), ("half", ctypes.c_int32), ("refit", ctypes.c_int32), ("factor", ctypes.c_float),
+        ("peak", ctypes.c_float),
     ]  # fmt: skip
 
 
@@ -92,10 +93,18 @@ def quantize_dynamic(
     return Quantized(codes, scales.to(scale_dtype), zeros, scheme.grid, width)
 
 
+def turn_back(x: Tensor, transform: Transform, *, level: str | None = None, threads: int | None = None) -> Tensor:
+    """x float32 [..., out] -> Tᵀ x [..., in], as `Transform.adjoint`."""
+    how = _how(x.shape[-1], None, transform, torch.float32, back=True)
+    values = torch.empty(*x.shape[:-1], how.raw.in_dim, device="cpu")
+    _run(how, x, None, level, threads, values=values)
+    return values
+
+
 def _run(
     how: _How, x: Tensor, diagonal: Tensor | None, level: str | None, threads: int | None, **results: Tensor | None
 ) -> None:
-    width = how.raw.in_dim
+    width = how.raw.out_dim if how.raw.back else how.raw.in_dim
     if x.dtype != torch.float32 or x.device.type != "cpu" or x.shape[-1] != width:
         raise PaleyError(
             f"rounding: native kernels read float32 [..., {width}] on the CPU, got {x.dtype} {list(x.shape)} on "
@@ -121,10 +130,16 @@ def _run(
 
 
 @functools.lru_cache(maxsize=256)
-def _how(width: int, scheme: ActivationScheme | None, transform: Transform | None, scale_dtype: torch.dtype) -> _How:
+def _how(
+    width: int,
+    scheme: ActivationScheme | None,
+    transform: Transform | None,
+    scale_dtype: torch.dtype,
+    back: bool = False,
+) -> _How:
     """Shared by all calls that round so."""
     with torch.inference_mode(False), torch.device("cpu"):
-        raw, kept = _Rounding(width, width, 1, 1), []
+        raw, kept = _Rounding(width, width, 1, 1, back=back), []
         if transform is not None:
             kept += _turn(raw, transform, width)
         if scheme is not None:
@@ -133,13 +148,15 @@ def _how(width: int, scheme: ActivationScheme | None, transform: Transform | Non
 
 
 def _turn(raw: _Rounding, transform: Transform, width: int) -> list[object]:
-    if width != transform.in_dim:
-        raise PaleyError(f"transform: last dimension is {width}, expected in_dim={transform.in_dim}")
-    raw.out_dim, raw.order = transform.out_dim, transform.order
+    name = "out_dim" if raw.back else "in_dim"
+    if width != getattr(transform, name):
+        raise PaleyError(f"transform: last dimension is {width}, expected {name}={getattr(transform, name)}")
+    raw.in_dim, raw.out_dim, raw.order = transform.in_dim, transform.out_dim, transform.order
     raw.m, steps = hadamard.factor(transform.order)
     while raw.m < _LANES and steps:  # a small matrix takes Sylvester steps until it fills vectors
         raw.m, steps = 2 * raw.m, steps - 1
-    dense = hadamard.hadamard(raw.m).T.double()
+    dense = hadamard.hadamard(raw.m).double()
+    dense = dense if raw.back else dense.T
     dense = torch.nn.functional.pad(dense, (0, -raw.m % _LANES)).contiguous()
     raw.dense = dense.data_ptr()
     if transform.seed is None:

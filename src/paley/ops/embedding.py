@@ -8,6 +8,7 @@ from torch import Tensor
 from paley.core import packing
 from paley.core.rounding import Quantized, codes_per_row
 from paley.core.schemes import LinearScheme
+from paley.ops.rounding import turn_back
 
 __all__ = ["embed"]
 
@@ -29,5 +30,5 @@ def embed(ids: Tensor, parts: dict[str, Tensor], scheme: LinearScheme, width: in
         width,
     ).dequantize()
     if scheme.transform is not None:
-        rows = scheme.transform.adjoint(rows)
+        rows = turn_back(rows, scheme.transform)
     return rows.to(dtype).view(*ids.shape, rows.shape[-1])

@@ -15,7 +15,7 @@ from paley.core.schemes import ActivationScheme
 from paley.core.transforms import Transform
 from paley.kernels import rounding as kernel
 
-__all__ = ["quantize_dynamic", "round_trip"]
+__all__ = ["quantize_dynamic", "round_trip", "turn_back"]
 
 
 def round_trip(
@@ -47,6 +47,13 @@ def quantize_dynamic(
     x = _turned(x, transform, diagonal)
     quantize = kernel.quantize_dynamic if native else rounding.quantize_dynamic
     return quantize(x.float().contiguous(), scheme, scale_dtype)
+
+
+def turn_back(x: Tensor, transform: Transform) -> Tensor:
+    """x [..., out] -> Tᵀ x [..., in] in x's dtype, as of `Transform.adjoint`."""
+    if x.dtype == torch.float32 and _native(x, None):
+        return kernel.turn_back(x, transform)
+    return transform.adjoint(x)
 
 
 def _turned(x: Tensor, transform: Transform | None, diagonal: Tensor | None) -> Tensor:
