@@ -19,6 +19,12 @@ PALEY_INLINE Mask greater(Floats a, Floats b) { return _mm256_cmp_ps(a, b, _CMP_
 PALEY_INLINE Ints select(Mask m, Ints yes, Ints no) { return _mm256_blendv_epi8(no, yes, _mm256_castps_si256(m)); }
 PALEY_INLINE uint32_t bits(Mask m) { return static_cast<uint32_t>(_mm256_movemask_ps(m)); }
 
+PALEY_INLINE Mask is_nan(Floats a) { return _mm256_cmp_ps(a, a, _CMP_UNORD_Q); }
+PALEY_INLINE float greatest(Floats a) {
+  __m128 b = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  b = _mm_max_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_max_ss(b, _mm_movehdup_ps(b)));
+}
 PALEY_INLINE Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
 
 // table[at] of each lane; the first has sixteen entries.

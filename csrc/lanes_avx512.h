@@ -19,6 +19,8 @@ PALEY_INLINE Mask greater(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, 
 PALEY_INLINE Ints select(Mask m, Ints yes, Ints no) { return _mm512_mask_mov_epi32(no, m, yes); }
 PALEY_INLINE uint32_t bits(Mask m) { return m; }
 
+PALEY_INLINE Mask is_nan(Floats a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
+PALEY_INLINE float greatest(Floats a) { return _mm512_reduce_max_ps(a); }
 PALEY_INLINE Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 
 // table[at] of each lane; the first has sixteen entries.

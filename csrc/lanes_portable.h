@@ -31,6 +31,11 @@ PALEY_INLINE uint32_t bits(Mask m) {
   return (m[0] & 1u) | (m[1] & 2u) | (m[2] & 4u) | (m[3] & 8u);
 }
 
+PALEY_INLINE Mask is_nan(Floats a) { return (Mask)(a != a); }
+PALEY_INLINE float greatest(Floats a) {
+  const float b = a[0] > a[1] ? a[0] : a[1], c = a[2] > a[3] ? a[2] : a[3];
+  return b > c ? b : c;
+}
 PALEY_INLINE Ints add(Ints a, Ints b) { return a + b; }
 
 // table[at] of each lane; the first has sixteen entries.

@@ -7,12 +7,14 @@
 constexpr float ROUNDER = 0x1.8p23f;  // (x + ROUNDER) - ROUNDER rounds to whole numbers, halves to even: 0 <= x < 2^22
 
 // x > 0, float32 -> the nearest float16, which must not overflow; NaN stays.
-inline float to_half(float x) {
-  if (!(x == x)) return x;
-  int exponent;
-  std::frexp(x, &exponent);
-  const float rounder = std::ldexp(1.5f, std::max(exponent - 1, -14) - 10 + 23);
-  return (x + rounder) - rounder;
+PALEY_INLINE float to_half(float x) {
+  int32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  // Next to 1.5 * 2^(e + 13) floats are as far apart as halves next to 2^e.
+  const int32_t rounder_bits = ((std::max(bits >> 23, 127 - 14) + 13) << 23) | 1 << 22;
+  float rounder;
+  std::memcpy(&rounder, &rounder_bits, sizeof rounder);
+  return x == x ? (x + rounder) - rounder : x;
 }
 
 // The mean of x [size], summed by halves in place.
@@ -28,29 +30,28 @@ inline float mean_of(float* x, int size) {
 // Least and greatest of x [size], and whether one is NaN.
 struct Range {
   float low, high;
-  bool nan = false;
+  bool nan;
 
-  Range(const float* x, int size) : low(x[0]), high(x[0]) {
+  Range(const float* x, int size) : low(x[0]), high(x[0]), nan(false) {
     int i = 0;
     if (size >= W) {
       Floats lows = load(x), highs = lows;
+      uint32_t nans = 0;
       for (; i + W <= size; i += W) {
-        lows = min(lows, load(x + i));
-        highs = max(highs, load(x + i));
+        const Floats a = load(x + i);
+        lows = min(lows, a);
+        highs = max(highs, a);
+        nans |= bits(is_nan(a));
       }
-      float l[W], h[W];
-      store(l, lows);
-      store(h, highs);
-      low = *std::min_element(l, l + W);
-      high = *std::max_element(h, h + W);
+      low = -greatest(sub(all(0.0f), lows));
+      high = greatest(highs);
+      nan = nans != 0;
     }
     for (; i < size; ++i) {
       low = std::min(low, x[i]);
       high = std::max(high, x[i]);
+      nan |= x[i] != x[i];
     }
-    int found = 0;
-    for (i = 0; i < size; ++i) found |= x[i] != x[i];
-    nan = found;
   }
 };
 
@@ -168,12 +169,17 @@ class TokenRounder {
   // x [size] -> points of a table of one step, or their codes.
   template <bool CODES, class To>
   void even(const float* x, Scale scale, To* to) const {
+    return how_.table->step == 1.0f ? even<CODES, true>(x, scale, to) : even<CODES, false>(x, scale, to);
+  }
+
+  template <bool CODES, bool WHOLE, class To>
+  void even(const float* x, Scale scale, To* to) const {
     const float first = how_.table->first, step = how_.table->step, last = static_cast<float>(how_.table->n - 1);
     const float zero = scale.zero;
     for (int i = 0; i < size_; ++i) {
       float y = x[i] / scale.scale;
       if (how_.affine) y += zero;
-      y = (y - first) / step;
+      y = WHOLE ? y - first : (y - first) / step;
       y = y > 0.0f ? y : 0.0f;  // NaN too; the scale keeps it
       y = y < last ? y : last;
       y = (y + ROUNDER) - ROUNDER;

@@ -37,9 +37,7 @@ class Turn {
     if (order_ >= W) {
       Floats top = all(0.0f);
       for (; i + W <= order_; i += W) top = max(top, abs(load(x + i)));
-      float lanes[W];
-      store(lanes, top);
-      largest = *std::max_element(lanes, lanes + W);
+      largest = greatest(top);
     }
     for (; i < order_; ++i) largest = std::max(largest, std::fabs(x[i]));
     const double far = static_cast<double>(largest) * (3.0 * order_);
