@@ -181,7 +181,7 @@ def test_the_default_is_gbs_without_a_search_on_inputs_rotated_at_run_time():
         ("w3a4kv4", [], "online", True),
         ("w4a8kv8", [], "online", False),  # inputs of eight bits lose nothing that weights could make up for
         ("w4a16", [], "online", False),
-        ("w16a16kv4", [], "folded", False),  # values rotate inside the weights alone
+        ("w16a16kv4", [], "online", False),
         ("w4a4kv4", ["expand=64"], "folded", False),
         ("w4a4kv4", ["rotate=folded"], "folded", False),
         ("w4a4kv4", ["diagonal=false"], "online", False),

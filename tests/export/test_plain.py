@@ -149,12 +149,12 @@ def test_a_tied_pair_may_be_stored_under_either_name_or_both(tmp_path, tiny_toke
 def rounding(tmp_path, tiny_tokenizer, text):
     """A model that rounds inputs, keys and values, with a mean taken off the keys."""
     model = save_tiny(tmp_path / "model", tiny_tokenizer, intermediate_size=40)
-    recipe = with_text("w4a4kv4", text, "search.method=none", "center_keys=true", "dtype=float32")
+    recipe = with_text("w4a4kv4", text, "search.method=none", "center_keys=mean", "dtype=float32")
     return quantize(model, recipe, output=tmp_path / "out").output
 
 
 def test_rounding_at_run_time_is_refused_or_dropped(rounding, tmp_path):
-    assert any(name.endswith("key_mean") for name in Checkpoint.open(rounding))
+    assert any(name.endswith("key_offset") for name in Checkpoint.open(rounding))
     with pytest.raises(PaleyError, match=r"14 linear inputs to \w+; 2 layers' cached keys .*; weights_only=True"):
         dequantize(rounding, output=tmp_path / "plain")
     assert not (tmp_path / "plain").exists()

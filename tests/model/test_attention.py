@@ -62,24 +62,37 @@ def tiny(name: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
             )
         ),
     }[name]()
-    return model.to(dtype).eval()
+    model = model.to(dtype).eval()
+    for block in model.model.layers:
+        if (bias := block.self_attn.k_proj.bias) is not None:
+            bias.data.normal_(0.0, 3.0)
+    return model
 
 
 def head_dim(model: PreTrainedModel) -> int:
     return model.model.layers[0].self_attn.head_dim
 
 
-def scheme_for(model: PreTrainedModel, keys: str = "uint3", values: str = "int4") -> AttentionScheme:
+def scheme_for(
+    model: PreTrainedModel, keys: str = "uint3", values: str = "int4", center: bool | str = False
+) -> AttentionScheme:
     n = head_dim(model)
     return AttentionScheme(
         ActivationScheme(keys, clip_ratio=0.95),
         ActivationScheme(values, group_size=n // 2),
         Transform(n, n, n, seed=7),
+        center,
+        rotate_values=center is not False,
     )
 
 
 def attach(model: PreTrainedModel, scheme: AttentionScheme) -> PreTrainedModel:
+    """Mean keys, if the scheme wants some, are random and large."""
     attach_schemes(model, {f"model.layers.{i}.self_attn": scheme for i in range(2)})
+    generator = torch.Generator().manual_seed(3)
+    for name, buffer in model.named_buffers():
+        if name.endswith(("key_offset", "key_mean")):
+            buffer.normal_(0.0, 3.0, generator=generator)
     return model
 
 
@@ -93,13 +106,16 @@ def in_chunks(model: PreTrainedModel, ids: torch.Tensor, size: int) -> torch.Ten
     return torch.cat([model(chunk, **cache_argument(model, cache)).logits for chunk in ids.split(size, 1)], 1)
 
 
-@pytest.mark.parametrize("name", NAMES)
+CENTERED = [(name, center) for name in NAMES for center in (False, "mean")] + [("qwen2", "bias"), ("llama", True)]
+
+
+@pytest.mark.parametrize(("name", "center"), CENTERED)
 @torch.no_grad()
-def test_one_long_forward_is_the_forward_in_chunks_and_token_by_token(name):
+def test_one_long_forward_is_the_forward_in_chunks_and_token_by_token(name, center):
     model = tiny(name)
     ids = some_ids(2, 23)
     exact = model(ids, use_cache=False).logits
-    attach(model, scheme_for(model))
+    attach(model, scheme_for(model, center=center))
     long = model(ids, use_cache=False).logits
     assert (long - exact).abs().max() > 0.1  # quantized indeed
     foreign = model(ids, use_cache=True).logits  # transformers' own DynamicCache, which holds plain tensors
@@ -107,12 +123,13 @@ def test_one_long_forward_is_the_forward_in_chunks_and_token_by_token(name):
         torch.testing.assert_close(other, long, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("how", ["plain", "rounded", "centred"])
 @pytest.mark.parametrize("name", WINDOWS)
 @torch.no_grad()
-def test_a_window_is_all_that_its_layer_keeps_and_chunks_of_any_size_agree(name, plain):
+def test_a_window_is_all_that_its_layer_keeps_and_chunks_of_any_size_agree(name, how):
     model = tiny(name)
-    attach(model, AttentionScheme() if plain else scheme_for(model))
+    center = "mean" if how == "centred" else False
+    attach(model, AttentionScheme() if how == "plain" else scheme_for(model, center=center))
     ids = some_ids(2, 40)
     long = model(ids, use_cache=False).logits
     for size in (1, 3, 11):
@@ -155,21 +172,23 @@ def test_without_schemes_nothing_changes_by_a_bit(name):
     assert torch.equal(in_chunks(model, ids, 11), exact)
 
 
+@pytest.mark.parametrize("rotate_values", [False, True])
 @pytest.mark.parametrize("width", [8, 12])
 @torch.no_grad()
-def test_attention_by_hand(width):
-    """softmax(q . T'round(T k) / sqrt(d)) round(v), with the heads repeated, written out."""
+def test_attention_by_hand(width, rotate_values):
+    """softmax(q . T'round(T k) / sqrt(d)) T'round(T v), with the heads repeated, written out; or without T for v."""
     scheme_k, scheme_v = ActivationScheme("int3"), ActivationScheme("uint2", group_size=4)
     transform = Transform(8, width, 4, seed=2)
     module = nn.Module()
     module.num_key_value_groups, module.is_causal, module.training = 2, True, False
-    module.kv_scheme = AttentionScheme(scheme_k, scheme_v, transform)
+    module.kv_scheme = AttentionScheme(scheme_k, scheme_v, transform, rotate_values=rotate_values)
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, heads, 6, 8, generator=g, dtype=torch.float64) for heads in (4, 2, 2))
     got, _ = attention(module, q, k, v, None, scaling=1 / math.sqrt(8))
 
     k_hat = transform.adjoint(rounding.round_trip(transform.apply(k), scheme_k, torch.float16))
-    v_hat = rounding.round_trip(v, scheme_v, torch.float16)
+    v_hat = rounding.round_trip(transform.apply(v) if rotate_values else v, scheme_v, torch.float16)
+    v_hat = transform.adjoint(v_hat) if rotate_values else v_hat
     scores = q @ k_hat.repeat_interleave(2, 1).mT / math.sqrt(8)
     scores = scores.masked_fill(torch.ones(6, 6, dtype=torch.bool).triu(1), -torch.inf)
     want = (scores.softmax(-1) @ v_hat.repeat_interleave(2, 1)).transpose(1, 2)
@@ -183,9 +202,10 @@ def generate(model: PreTrainedModel, ids: torch.Tensor, *, packed: bool, **optio
     return model.generate(ids, **cache, **options)
 
 
+@pytest.mark.parametrize("center", [False, "mean"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gemma3"])
-def test_greedy_generation_is_that_of_the_default_cache(name):
-    model = attach(tiny(name), scheme_for(tiny(name)))
+def test_greedy_generation_is_that_of_the_default_cache(name, center):
+    model = attach(tiny(name), scheme_for(tiny(name), center=center))
     ids = some_ids(2, 9)
     assert torch.equal(generate(model, ids, packed=True), generate(model, ids, packed=False))
 
@@ -193,16 +213,18 @@ def test_greedy_generation_is_that_of_the_default_cache(name):
 @pytest.mark.parametrize(
     "options", [{"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True, "num_return_sequences": 3}]
 )
-def test_beams_and_samples_are_those_of_the_default_cache(options):
-    model = attach(tiny("llama"), scheme_for(tiny("llama")))
+@pytest.mark.parametrize("center", [False, "mean"])
+def test_beams_and_samples_are_those_of_the_default_cache(options, center):
+    model = attach(tiny("llama"), scheme_for(tiny("llama"), center=center))
     ids = some_ids(2, 7)
     packed = generate(model, ids, packed=True, **options)
     assert torch.equal(packed, generate(model, ids, packed=False, **options))
     assert len(packed) == 2 * options["num_return_sequences"]
 
 
-def test_a_cache_goes_on_after_a_crop():
-    model = attach(tiny("llama"), scheme_for(tiny("llama")))
+@pytest.mark.parametrize("center", [False, "mean"])
+def test_a_cache_goes_on_after_a_crop(center):
+    model = attach(tiny("llama"), scheme_for(tiny("llama"), center=center))
     ids = some_ids(1, 12)
     cache = PackedKVCache(model)
     with torch.no_grad():
@@ -212,9 +234,10 @@ def test_a_cache_goes_on_after_a_crop():
         torch.testing.assert_close(again, model(ids, use_cache=False).logits[:, 8:], rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral"])
-def test_left_padding_changes_no_row(name):
-    model = attach(tiny(name), scheme_for(tiny(name)))
+@pytest.mark.parametrize("center", [False, "mean"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
+def test_left_padding_changes_no_row(name, center):
+    model = attach(tiny(name), scheme_for(tiny(name), center=center))
     long, short = some_ids(1, 10), some_ids(1, 6)
     batch = torch.cat([long, torch.cat([torch.zeros(1, 4, dtype=torch.long), short], 1)])
     mask = (batch != 0).long()

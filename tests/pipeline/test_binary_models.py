@@ -50,7 +50,7 @@ def test_what_the_presets_decide():
     assert (w1a16.weights, w1a16.inputs, w1a16.keys, w1a16.values) == (weights, None, None, None)
     for made in (w1a4, w1a16):
         assert (made.rotate, made.hadamard, made.expand, made.expand_mlp) == ("auto", 1024, 0, "auto")
-        assert (made.outliers, made.center_keys, made.search.method) == (0, True, "none")
+        assert (made.outliers, made.center_keys, made.search.method) == (0, "mean", "none")
 
 
 COMPOSED = {

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["HEAD_INPUT", "STREAM", "Architecture", "Linear", "Norm", "Part", "window"]
+__all__ = ["HEAD_INPUT", "STREAM", "Architecture", "Linear", "Norm", "Part", "rope_follows_length", "window"]
 
 STREAM = "stream"  # the residual stream
 HEAD_INPUT = "head_input"  # what the final norm gives to the head
@@ -43,7 +43,7 @@ Part = Norm | Linear
 
 @dataclass(frozen=True)
 class Architecture:
-    """A family. Paths of `embedding`, `blocks`, `norm` and `head` start at the model, the others at a block.
+    """A family. Paths of `embedding`, `blocks`, `norm`, `head` and `rotary` start at the model, the others at a block.
 
     block: its parts in the order of computation. Attention turns the wires `queries`, `keys` and `values` into
     `attended`; the gated MLP turns `gate` and `up` into `gated`.
@@ -58,6 +58,7 @@ class Architecture:
     blocks: str = "model.layers"
     norm: str = "model.norm"
     head: str = "lm_head"
+    rotary: str = "model.rotary_emb"
     attention: str = "self_attn"
     queries: str = "queries"
     keys: str = "keys"
@@ -80,6 +81,10 @@ class Architecture:
     def writer(self, wire: str) -> Linear:
         """The linear that makes `wire`."""
         return next(part for part in self.linears() if part.writes == wire)
+
+    def made_by(self, wire: str) -> str:
+        """Path of the last part that writes `wire`."""
+        return [part.path for part in self.block if part.writes == wire][-1]
 
     def norm_of(self, wire: str) -> Norm | None:
         """The norm whose output `wire` is; None if another part makes it."""
@@ -127,3 +132,10 @@ def window(config: Any, block: int) -> int | None:
     kinds = getattr(config, "layer_types", None)
     slides = kinds[block] == "sliding_attention" if kinds else tokens is not None
     return tokens if slides else None
+
+
+def rope_follows_length(config: Any) -> bool:
+    """Whether RoPE turns a token by other angles in a longer text, so that its place alone does not tell them."""
+    found = getattr(config, "rope_parameters", None) or {}
+    kinds = [found, *(part for part in found.values() if isinstance(part, Mapping))]
+    return any(part.get("rope_type") in ("dynamic", "longrope") for part in kinds)

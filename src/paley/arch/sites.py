@@ -146,7 +146,7 @@ def _walk_block(row: Architecture, config: Any, sizes: dict[str, int], index: in
     for part in row.linears():
         if part.reads == row.attended:
             for kind in ("keys", "values"):
-                made_by = f"{name}.{_made_by(row, getattr(row, kind))}"
+                made_by = f"{name}.{row.made_by(getattr(row, kind))}"
                 yield Site(
                     f"{name}.{kind}", kind, heads, index, attention, made_by=made_by, window=window(config, index)
                 )
@@ -164,8 +164,3 @@ def _walk_block(row: Architecture, config: Any, sizes: dict[str, int], index: in
             path, "linear", (width(part.writes), width(part.reads)), index, path, reads=f"{name}.{part.reads}",
             writes=part.writes, norm=before, stored_as=path,
         )  # fmt: skip
-
-
-def _made_by(row: Architecture, wire: str) -> str:
-    """The last part of the block that writes a wire."""
-    return [part.path for part in row.block if part.writes == wire][-1]

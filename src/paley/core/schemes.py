@@ -175,8 +175,13 @@ class LinearScheme:
 class AttentionScheme:
     """One attention layer's cache: keys (after RoPE and `transform`, which queries get too) and values.
 
-    center_keys: the layer stores a mean key of each head and subtracts it from every key before rounding. This changes
-    all scores of a query by the same q . mean, so softmax gives the same result. The rest has a smaller range.
+    rotate_values: values get the transform, too, and attention's output its inverse.
+    center_keys: what is taken off every key of a head before rounding, so that the rest has a smaller range. `mean`:
+    the mean key before RoPE, turned by RoPE to the place of each key, and added back when the key is read; the first
+    token of a text has a mean of its own. `bias`: the bias of the linear that makes keys, in the same way; it needs no
+    text. True: the mean key after RoPE.
+    balance_keys: pairs of dimensions that RoPE turns together are made equally large, as far as queries allow it. That
+    is in the weights, and a reader need not know (`model.key_statistics`). It is measured with `mean`.
     """
 
     __pydantic_config__: ClassVar = _STRICT
@@ -184,9 +189,36 @@ class AttentionScheme:
     keys: ActivationScheme | None = None
     values: ActivationScheme | None = None
     transform: Transform | None = None
-    center_keys: bool = False
+    center_keys: bool | Literal["mean", "bias"] = False
+    balance_keys: bool = False
+    rotate_values: bool = False
+
+    @property
+    def key_transform(self) -> Transform | None:
+        """Of keys that are rounded. Unrounded ones need none: it cancels in q . k, and leaving it out is exact."""
+        return None if self.keys is None else self.transform
+
+    @property
+    def value_transform(self) -> Transform | None:
+        """Of values that are rounded."""
+        return self.transform if self.rotate_values and self.values is not None else None
+
+    @property
+    def mean_keys(self) -> int:
+        """How many mean keys the layer stores for each head."""
+        return 0 if self.keys is None else {True: 1, "mean": 2}.get(self.center_keys, 0)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether there are mean keys to be measured."""
+        return self.mean_keys > 0
 
     def __post_init__(self) -> None:
+        if self.balance_keys and self.center_keys != "mean":
+            raise PaleyError(
+                f"attention scheme: balance_keys is measured with center_keys 'mean', got {self.center_keys!r}; set it "
+                "to false, or center_keys=mean"
+            )
         if any(scheme is not None and scheme.refit for scheme in (self.keys, self.values)):
             raise PaleyError(
                 "attention scheme: a cache stores no fitted offsets; refit is for linear inputs, set it to false here"

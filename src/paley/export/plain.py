@@ -32,6 +32,7 @@ from paley.format.publish import RESULTS, Work
 from paley.format.rope import with_older_keys
 from paley.format.writer import ShardWriter
 from paley.model.checks import check_layers
+from paley.model.keys import MEAN_KEYS
 from paley.model.loading import check_fit, empty_model, join_tie, read_config
 
 __all__ = ["Plain", "dequantize"]
@@ -146,7 +147,7 @@ def dequantize(
     if section.stream is not None:
         config["tie_word_embeddings"] = False
     # Softmax does not notice what all scores of a query have in common, so keys need no mean taken off.
-    means = {f"{name}.key_mean" for name, slot in section.attentions.items() if slot.keys and slot.center_keys}
+    means = {f"{name}.{part}" for name, slot in section.attentions.items() if slot.needs_data for part in MEAN_KEYS}
     model_config = read_config(folder)
     checkpoint = join_tie(folder, stored, model_config)
     layout = _layout(checkpoint, section, model_config, means)

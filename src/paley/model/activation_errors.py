@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from paley.core.schemes import ActivationScheme, AttentionScheme, LinearScheme, Schemes
+from paley.core.schemes import ActivationScheme, LinearScheme, Schemes
+from paley.core.transforms import Transform
 from paley.model.adapter import Adapter
-from paley.model.capture import capture_inputs
+from paley.model.capture import BlockRunner, capture_inputs
+from paley.model.key_statistics import KeySettler
+from paley.model.keys import KeyBase
 from paley.model.kv_cache import cache_argument
-from paley.ops.attention import SCALE_DTYPE, centered
+from paley.ops.attention import SCALE_DTYPE
 from paley.ops.rounding import round_trip
 
 __all__ = ["MeasuredErrors", "Place", "measure_errors"]
@@ -44,6 +47,9 @@ def measure_errors(
 
     Keys are those behind RoPE. Errors are relative to what a slope's noise was relative to: the key with its mean.
     """
+    settler = KeySettler(BlockRunner(adapter), ids, schemes.attentions)
+    for block in adapter.blocks:
+        settler.settle(block, {})
     table: dict[tuple[Place, ActivationScheme], float] = {}
     model = adapter.model
 
@@ -64,7 +70,8 @@ def measure_errors(
             if place not in options:
                 continue
             assert x is not None
-            rounded = _turned_keys(x, schemes.attentions[path]) if field == "keys" else x
+            scheme, base = schemes.attentions[path], adapter.module(path).key_base
+            rounded = _turned(x, scheme.key_transform, base) if field == "keys" else _turned(x, scheme.value_transform)
             table.update({(place, s): _error(x, rounded, s, SCALE_DTYPE) for s in options[place]})
     return MeasuredErrors(table)
 
@@ -76,10 +83,10 @@ def _turned_input(x: Tensor, scheme: LinearScheme) -> tuple[Tensor, Tensor]:
     return x.index_fill(-1, columns, 0.0), columns
 
 
-def _turned_keys(keys: Tensor, scheme: AttentionScheme) -> Tensor:
-    """keys [batch, kv_heads, tokens, head_dim] -> less their mean, and rotated, where the scheme says so."""
-    keys = centered(keys, scheme, keys.double().mean((0, 2)).half())
-    return keys if scheme.transform is None else scheme.transform.apply(keys)
+def _turned(x: Tensor, transform: Transform | None, base: KeyBase | None = None) -> Tensor:
+    """Keys or values [batch, kv_heads, tokens, head_dim] -> rotated, and less what keys have in common."""
+    x = x if transform is None else transform.apply(x)
+    return x if base is None else x - base.new(x)
 
 
 def _error(

@@ -6,7 +6,6 @@ It enters transformers by AttentionInterface and AttentionMaskInterface; nothing
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import chain
 from typing import Any
 
 import torch
@@ -16,7 +15,8 @@ from transformers.masking_utils import sdpa_mask
 
 from paley.core.errors import PaleyError, nearest_name
 from paley.core.schemes import AttentionScheme
-from paley.ops.attention import PackedKV, centered, kv_attention
+from paley.model.keys import KeyBase, attach_base_
+from paley.ops.attention import PackedKV, kv_attention
 
 __all__ = ["NAME", "attach_schemes", "attention", "check_implementation", "register", "rounds"]
 
@@ -43,11 +43,23 @@ def attention(
     kwargs are those of transformers' sdpa attention, which does the rest. A module without `kv_scheme` is sdpa.
     """
     scheme = getattr(module, "kv_scheme", None) or AttentionScheme()
-    if isinstance(key, Tensor):
-        if (observer := getattr(module, "key_observer", None)) is not None:
-            observer(key)
-        key = centered(key, scheme, getattr(module, "key_mean", None))
-    return kv_attention(module, query, key, value, scheme, attention_mask, **kwargs)
+    if (observer := getattr(module, "key_observer", None)) is not None:
+        observer(query, key)
+    base: KeyBase | None = getattr(module, "key_base", None) if scheme.keys is not None else None
+    held = None
+    if base is not None and isinstance(key, PackedKV) and query.shape[2] == 1:  # scores are fewer than keys
+        scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        attention_mask = _added(attention_mask, base.scores(query * scaling, key.shape[2]))
+    elif base is not None:
+        held = base.held(key.shape[2], query)
+    return kv_attention(module, query, key, value, scheme, attention_mask, held, **kwargs)
+
+
+def _added(mask: Tensor | None, scores: Tensor | None) -> Tensor | None:
+    """A mask, true where attention looks or added to scores, with these scores [batch, heads, 1, tokens] added."""
+    if mask is None or scores is None:
+        return mask if scores is None else scores
+    return scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
 
 
 def attach_schemes(model: PreTrainedModel, attentions: Mapping[str, AttentionScheme]) -> None:
@@ -71,7 +83,7 @@ def attach_schemes(model: PreTrainedModel, attentions: Mapping[str, AttentionSch
         module.kv_scheme = attentions.get(name)  # type: ignore[assignment]
         if _check_still not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(_check_still)
-        module.register_buffer("key_mean", _empty_mean(module, attentions.get(name)))
+        attach_base_(model, module, attentions.get(name))
         implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
         if module.kv_scheme is not None and implementation != NAME:
             raise PaleyError(
@@ -105,14 +117,6 @@ def _check_still(module: nn.Module, _: Any) -> None:
         check_implementation(getattr(module.config, "_attn_implementation", NAME))
 
 
-def _empty_mean(module: nn.Module, scheme: AttentionScheme | None) -> Tensor | None:
-    """Zeros [kv_heads, head_dim] where the scheme wants a mean key, to be calibrated or read from a file."""
-    if scheme is None or scheme.keys is None or not scheme.center_keys:
-        return None
-    heads, head_dim = int(module.config.num_key_value_heads), int(module.head_dim)  # type: ignore[union-attr, arg-type]
-    return torch.zeros(heads, head_dim, device=next(chain(module.parameters(), module.buffers())).device)
-
-
 def _is_attention(module: nn.Module) -> bool:
     """What transformers' attention modules have in common: a place in the cache and a causality."""
     return isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "is_causal")
@@ -120,12 +124,11 @@ def _is_attention(module: nn.Module) -> bool:
 
 def _check_fit(name: str, module: nn.Module, scheme: AttentionScheme) -> None:
     head_dim = int(module.head_dim)  # type: ignore[arg-type]
-    key_width = head_dim
-    if scheme.transform is not None:
-        if scheme.transform.in_dim != head_dim:
-            raise PaleyError(f"{name}: transform.in_dim={scheme.transform.in_dim}, but head_dim={head_dim}")
-        key_width = scheme.transform.out_dim
-    for what, side, width in (("keys", scheme.keys, key_width), ("values", scheme.values, head_dim)):
+    if scheme.transform is not None and scheme.transform.in_dim != head_dim:
+        raise PaleyError(f"{name}: transform.in_dim={scheme.transform.in_dim}, but head_dim={head_dim}")
+    sides = ("keys", scheme.keys, scheme.key_transform), ("values", scheme.values, scheme.value_transform)
+    for what, side, transform in sides:
+        width = head_dim if transform is None else transform.out_dim
         if side is not None and side.group_size is not None and width % side.group_size:
             raise PaleyError(
                 f"{name}: {what} of width {width} are not a multiple of group_size={side.group_size}; use a divisor"

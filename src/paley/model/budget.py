@@ -235,8 +235,8 @@ def _other_bytes(problem: Problem, found: Sequence[Item]) -> int:
     decided = {item.site.stored_as for item in found if item.kind == "weight"}
     parameters = problem.source.skeleton.named_parameters()
     values = sum(p.numel() for name, p in parameters if name.removesuffix(".weight") not in decided)
-    centered = sum(s.center_keys and s.keys is not None for s in problem.schemes.attentions.values())
-    return values * problem.dtype.itemsize + centered * 2 * problem.sites.of("keys")[0].numel
+    means = sum(scheme.mean_keys for scheme in problem.schemes.attentions.values())
+    return values * problem.dtype.itemsize + means * 2 * problem.sites.of("keys")[0].numel
 
 
 def _other_reads(problem: Problem, found: Sequence[Item]) -> int:

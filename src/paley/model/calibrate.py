@@ -32,6 +32,7 @@ from paley.model.capture import BlockRunner, capture_inputs
 from paley.model.coded import Coded
 from paley.model.compared import ComparedBlock
 from paley.model.embedding import QuantEmbedding
+from paley.model.key_statistics import KeySettler
 from paley.model.linear import QuantLinear
 from paley.model.reading import share_inputs_, tie_head_
 from paley.ops.matmul import CALIBRATION
@@ -100,14 +101,15 @@ class ModelQuantizer:
     """Walks a wrapped model: `embedding`, each `block` in order, `head`; or takes their codes, if they exist already.
 
     ids [sequences, seq_len]: the calibration tokens; None if no weight needs any. compensate: as in Recipe.
+    keys: what measures keys, and balances them, before a block's weights are quantized.
     begin: called with each block before its turn, if blocks are wrapped only then.
     """
 
     def __init__(
         self, runner: BlockRunner, ids: Tensor | None, schemes: Schemes, *, compensate: str,
-        begin: Callable[[Block], None] = lambda _: None,
+        keys: KeySettler | None = None, begin: Callable[[Block], None] = lambda _: None,
     ):  # fmt: skip
-        self.runner, self.adapter, self.ids, self.begin = runner, runner.adapter, ids, begin
+        self.runner, self.adapter, self.ids, self.keys, self.begin = runner, runner.adapter, ids, keys, begin
         self.linears, self.attentions, self.compensate = schemes.linears, schemes.attentions, compensate
         self.hidden: Tensor | None = None
         self.original: Tensor | None = None
@@ -137,16 +139,15 @@ class ModelQuantizer:
         """
         block = self.adapter.blocks[index]
         self.begin(block)
+        if self.keys is not None:
+            self.keys.settle(block, beside)
         if self.original is not None:
             for site in block.linears():
                 self.adapter.module(site.module).prepare_(CALIBRATION)
         self._balance(block, beside)
         reference = copy.deepcopy(block.module)
         if not known:
-            self._center_keys(block)
             self._choose_outliers(block, reference)
-        elif (mean := beside.get(f"{block.attention}.key_mean")) is not None:
-            self.adapter.module(block.attention).key_mean.copy_(mean)
         self._activate(block)
         groups = {site: self._alike(site) for site in block.inputs()}
         wanted = {site: [] if known else [g for g in groups[site] if self._is_calibrated(g)] for site in groups}
@@ -189,10 +190,10 @@ class ModelQuantizer:
         return [report]
 
     def beside(self, index: int) -> dict[str, Tensor]:
-        """What block `index` stores beside its codes: mean keys and diagonals, by the name of the tensor."""
-        block = self.adapter.blocks[index]
-        found = {f"{block.attention}.key_mean": self.adapter.module(block.attention).key_mean}
-        found |= {site.name + DIAGONAL: self.adapter.module(site.module).diagonal for site in block.linears()}
+        """What block `index` stores beside its codes: diagonals, and what was settled of its keys, by name."""
+        linears = self.adapter.blocks[index].linears()
+        found = {site.name + DIAGONAL: self.adapter.module(site.module).diagonal for site in linears}
+        found |= {} if self.keys is None else self.keys.settled
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def _balance(self, block: Block, known: Mapping[str, Tensor]) -> None:
@@ -257,25 +258,6 @@ class ModelQuantizer:
         set_attention_(self.adapter, block, self.attentions.get(block.attention))
         for site in block.linears():
             set_input_(self.adapter.module(site.module), self.linears[site.name])
-
-    def _center_keys(self, block: Block) -> None:
-        """Sets the block's mean keys, from the original's: the part that every query sees alike."""
-        attention, scheme = self.adapter.module(block.attention), self.attentions.get(block.attention)
-        if scheme is None or scheme.keys is None or not scheme.center_keys:
-            return
-        if self.original is None:
-            raise PaleyError(f"{block.attention}: center_keys needs calibration text; set center_keys=false")
-        sums: list[Tensor] = []
-        attention.key_observer = lambda keys: sums.append(keys.double().sum((0, 2)))
-        behind = block.behind_attention()
-        try:
-            sample = self.original[: 4 * self.runner.batch]  # a mean needs few tokens
-            for hidden in sample.split(self.runner.batch):
-                self.runner.until(self.adapter.module(behind.module), block.module, block.index, hidden)
-        finally:
-            attention.key_observer = None
-        mean = torch.stack(sums).sum(0) / (sample.shape[0] * sample.shape[1])
-        attention.key_mean.copy_(mean.half())  # as it is stored
 
     def _choose_outliers(self, block: Block, reference: nn.Module) -> None:
         """Gives each linear the columns of most energy of its scheme's number, by what it reads in the original."""

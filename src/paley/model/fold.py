@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from paley.arch import Site
 from paley.core.transforms import Transform
-from paley.model.adapter import Adapter
+from paley.model.adapter import Adapter, Block
 from paley.model.embedding import QuantEmbedding
 
-__all__ = ["StreamBack", "fold_norms_", "rotate_input_", "rotate_stream_", "rotate_values_"]
+__all__ = ["StreamBack", "fold_norms_", "rotate_input_", "rotate_stream_", "rotate_values_", "scale_keys_"]
 
 
 def _set(linear: Any, name: str, value: Tensor) -> None:
@@ -127,6 +127,21 @@ def rotate_values_(adapter: Adapter, transform: Transform) -> None:
         for linear in row.linears():
             if linear.reads == row.attended:
                 _map_inputs_(block.module.get_submodule(linear.path), per_head)
+
+
+def scale_keys_(adapter: Adapter, block: Block, scale: Tensor) -> None:
+    """Keys divided by scale [kv_heads, head_dim], and the queries that meet them multiplied by it, in the last modules
+    that make them. A norm over heads takes the scale of the first head.
+    """
+    row = adapter.architecture
+    group = adapter.model.config.num_attention_heads // len(scale)
+    for wire, factor in ((row.keys, 1 / scale), (row.queries, scale.repeat_interleave(group, 0))):
+        module: Any = block.module.get_submodule(row.made_by(wire))
+        if any(norm.path == row.made_by(wire) for norm in row.norms()):
+            offset = row.gain_offset
+            _set(module, "weight", (module.weight.double() + offset) * factor[0].double() - offset)
+        else:
+            _map_outputs_(module, lambda w, factor=factor: w * factor.double().flatten())
 
 
 def rotate_input_(linear: Any, transform: Transform) -> None:

@@ -18,7 +18,8 @@ from paley.arch import window
 from paley.core.errors import PaleyError
 from paley.core.schemes import ActivationScheme, AttentionScheme
 from paley.core.transforms import Transform
-from paley.ops.attention import PackedKV, centered, pack_kv
+from paley.model.keys import KeyBase, map_held
+from paley.ops.attention import PackedKV, pack_kv
 
 __all__ = ["PackedKVCache", "PackedKVLayer", "cache_argument"]
 
@@ -73,12 +74,12 @@ class _Side:
         self.stores: list[_Store] = []
         self.width = 0
 
-    def append(self, x: Tensor) -> None:
-        """x [batch, kv_heads, new tokens, head_dim]."""
+    def append(self, x: Tensor, base: KeyBase | None = None) -> None:
+        """x [batch, kv_heads, new tokens, head_dim]; base: what it is stored without."""
         if self.scheme is None:
             parts, self.width = [x.detach()], x.shape[-1]
         else:
-            packed = pack_kv(x, self.scheme, self.transform)
+            packed = pack_kv(x, self.scheme, self.transform, None if base is None else base.new(x))
             parts, self.width = packed.parts(), packed.width
         if not self.stores:
             self.stores = [_Store(part) for part in parts]
@@ -104,10 +105,10 @@ class PackedKVLayer(CacheLayerMixin):
     is_compileable = False
 
     def __init__(
-        self, scheme: AttentionScheme | None = None, key_mean: Tensor | None = None, window: int | None = None
+        self, scheme: AttentionScheme | None = None, key_base: KeyBase | None = None, window: int | None = None
     ):  # fmt: skip
         super().__init__()
-        self.scheme, self.key_mean, self.window = scheme or AttentionScheme(), key_mean, window
+        self.scheme, self.key_base, self.window = scheme or AttentionScheme(), key_base, window
         self.is_sliding = window is not None
         self.reset()
 
@@ -126,7 +127,7 @@ class PackedKVLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._seen += key_states.shape[2]
-        self._keys.append(centered(key_states, self.scheme, self.key_mean))
+        self._keys.append(key_states, self.key_base)
         self._values.append(value_states)
         visible = self._keys.read(), self._values.read()
         if self.window is not None:
@@ -146,8 +147,8 @@ class PackedKVLayer(CacheLayerMixin):
         return -1 if self.window is None else self.window
 
     def reset(self) -> None:
-        self._keys = _Side(self.scheme.keys, self.scheme.transform)
-        self._values = _Side(self.scheme.values)
+        self._keys = _Side(self.scheme.keys, self.scheme.key_transform)
+        self._values = _Side(self.scheme.values, self.scheme.value_transform)
         self._seen = 0
         self.is_initialized = False
 
@@ -203,14 +204,14 @@ class PackedKVCache(Cache):
             raise PaleyError(
                 f"PackedKVCache: {config.model_type} has {what}; only causal attention layers are supported"
             )
-        schemes: dict[int, tuple[AttentionScheme, Tensor | None]] = {}
+        schemes: dict[int, tuple[AttentionScheme, KeyBase | None]] = {}
         for name, module in model.named_modules():
             if (scheme := getattr(module, "kv_scheme", None)) is None:
                 continue
             index = int(module.layer_idx)  # type: ignore[arg-type]
             if not 0 <= index < config.num_hidden_layers or index in schemes:
                 raise PaleyError(f"PackedKVCache: {name} claims cache layer {index}, which is taken or does not exist")
-            schemes[index] = scheme, getattr(module, "key_mean", None)
+            schemes[index] = scheme, getattr(module, "key_base", None)
         layers: list[Any] = [
             PackedKVLayer(*schemes.get(i, (None, None)), window=window(config, i))
             for i in range(config.num_hidden_layers)
@@ -222,7 +223,19 @@ class PackedKVCache(Cache):
         for layer in sorted(self.layers, key=lambda layer: layer.is_croppable):
             layer.crop(tokens_to_remove)
 
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        map_held(self, lambda rows: rows.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        map_held(self, lambda rows: rows[indices.to(rows.device)])
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        super().reorder_cache(beam_idx)
+        map_held(self, lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+
     @property
     def nbytes(self) -> int:
-        """Bytes of the tokens held, over all layers; the room for coming ones is not counted."""
+        """Bytes of the tokens held, over all layers; without the room for coming ones, and a position for each."""
         return sum(layer.nbytes for layer in self.layers)

@@ -64,8 +64,8 @@ class Problem:
 
     @property
     def needs_calibration(self) -> bool:
-        centered = any(scheme.center_keys and scheme.keys for scheme in self.schemes.attentions.values())
-        return centered or any(scheme.needs_data for scheme in self.schemes.linears.values())
+        schemes = (*self.schemes.attentions.values(), *self.schemes.linears.values())
+        return any(scheme.needs_data for scheme in schemes)
 
     @property
     def quantizes(self) -> bool:

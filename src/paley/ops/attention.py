@@ -16,7 +16,7 @@ from paley.core.schemes import ActivationScheme, AttentionScheme
 from paley.core.transforms import Transform
 from paley.ops import rounding
 
-__all__ = ["SCALE_DTYPE", "PackedKV", "centered", "kv_attention", "pack_kv"]
+__all__ = ["SCALE_DTYPE", "PackedKV", "kv_attention", "pack_kv"]
 
 SCALE_DTYPE = torch.float16
 
@@ -56,18 +56,17 @@ class PackedKV:
         return grid.dequantize(codes, self.scales, self.zeros, self.width).to(dtype)
 
 
-def pack_kv(x: Tensor, scheme: ActivationScheme, transform: Transform | None = None) -> PackedKV:
-    """x [batch, kv_heads, tokens, head_dim] -> codes and scales per token and head (and group), detached."""
-    q = rounding.quantize_dynamic(x.detach(), scheme, SCALE_DTYPE, transform=transform)
+def pack_kv(
+    x: Tensor, scheme: ActivationScheme, transform: Transform | None = None, base: Tensor | None = None
+) -> PackedKV:
+    """x [batch, kv_heads, tokens, head_dim] -> codes and scales per token and head (and group), detached.
+
+    base [1 or batch, kv_heads, tokens, width]: taken off first, in transform's coordinates.
+    """
+    x, ahead = _without(x.detach(), transform, base)
+    q = rounding.quantize_dynamic(x, scheme, SCALE_DTYPE, transform=ahead)
     codes = packing.pack_codes(q.codes, scheme.grid.size)
     return PackedKV(codes, q.scales, q.zeros, q.width, scheme, transform)
-
-
-def centered(keys: Tensor, scheme: AttentionScheme, mean: Tensor | None) -> Tensor:
-    """keys [batch, kv_heads, tokens, head_dim] less mean [kv_heads, head_dim], if the scheme asks for it."""
-    if scheme.keys is None or not scheme.center_keys or mean is None:
-        return keys
-    return keys - mean.to(keys.dtype)[:, None]
 
 
 def kv_attention(
@@ -77,25 +76,29 @@ def kv_attention(
     value: Tensor | PackedKV,
     scheme: AttentionScheme,
     attention_mask: Tensor | None,
+    base: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """query [batch, heads, q, d], key and value [batch, kv_heads, tokens, d] -> ([batch, q, heads, d], None).
 
     Plain keys and values are rounded to what a cache would hold. The meaning of every kernel: decode, then the
     attention of transformers, whose arguments `module`, `attention_mask` and `kwargs` are.
+    base [1 or batch, kv_heads, tokens, width]: what keys are rounded without, in the coordinates of scheme.transform;
+    packed keys lack it already.
     """
-    # Unquantized keys need no rotation: it cancels in q . k, and leaving it out is exact.
-    transform = scheme.transform if scheme.keys is not None else None
-    query = rounding.round_trip(query, None, transform=transform)
-    key = _read(key, scheme.keys, transform, query, "keys")
-    value = _read(value, scheme.values, None, query, "values")
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    query = rounding.round_trip(query, None, transform=scheme.key_transform)
+    key = _read(key, scheme.keys, scheme.key_transform, base, query, "keys")
+    value = _read(value, scheme.values, scheme.value_transform, None, query, "values")
+    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    back = scheme.value_transform
+    return output if back is None else rounding.turn_back(output, back), None
 
 
 def _read(
     x: Tensor | PackedKV,
     scheme: ActivationScheme | None,
     transform: Transform | None,
+    base: Tensor | None,
     query: Tensor,
     what: str,
 ) -> Tensor:
@@ -106,7 +109,15 @@ def _read(
                 f"attention: the cache holds {what} as {x.scheme}, {x.transform}, but the module's scheme says "
                 f"{scheme}, {transform}; build a new PackedKVCache after changing schemes"
             )
-        return x.dequantize(query.dtype)
-    if scheme is None:
+        x = x.dequantize(query.dtype)
+    elif scheme is None:
         return x
-    return rounding.round_trip(x, scheme, SCALE_DTYPE, transform=transform)
+    else:
+        x, ahead = _without(x, transform, base)
+        x = rounding.round_trip(x, scheme, SCALE_DTYPE, transform=ahead)
+    return x if base is None else x + base
+
+
+def _without(x: Tensor, transform: Transform | None, base: Tensor | None) -> tuple[Tensor, Transform | None]:
+    """-> x without base, if there is one, and the transform that is still ahead of it."""
+    return (x, transform) if base is None else (rounding.round_trip(x, None, transform=transform) - base, None)

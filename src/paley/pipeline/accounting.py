@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 from paley.format.checkpoint import Checkpoint
 from paley.format.header import TensorInfo
+from paley.model.keys import MEAN_KEYS
 from paley.model.loading import Source
 from paley.model.problem import Problem
 
@@ -38,6 +39,6 @@ def untouched(checkpoint: Checkpoint, problem: Problem) -> dict[str, int]:
         layer, _, part = name.rpartition(".")
         if layer in quantized and part != "bias":
             continue
-        entry = "mean keys" if part == "key_mean" else name if len(info.shape) > 1 else "norms and biases"
+        entry = "mean keys" if part in MEAN_KEYS else name if len(info.shape) > 1 else "norms and biases"
         found[entry] = found.get(entry, 0) + prod(info.shape)
     return found

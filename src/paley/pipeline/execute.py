@@ -20,6 +20,7 @@ from paley.format.writer import write_tensors
 from paley.model.adapter import Adapter, Block
 from paley.model.calibrate import LayerReport, ModelQuantizer, wrap_block_, wrap_outer_
 from paley.model.capture import BlockRunner
+from paley.model.key_statistics import KeySettler
 from paley.model.problem import Problem
 from paley.model.rotation import fold_, rotate_inputs_
 from paley.pipeline.monitor import Monitor
@@ -65,8 +66,12 @@ def _prepare_outer_(problem: Problem, adapter: Adapter) -> None:
 def _prepare_block_(problem: Problem, adapter: Adapter, block: Block) -> None:
     block.module.float()
     rotate_inputs_(adapter, block.linears(), problem.inputs())
-    _cast_(problem, ((f"{block.name}.{n}", p) for n, p in block.module.named_parameters()))
+    _cast_block_(problem, block)
     wrap_block_(adapter, block, problem.schemes)
+
+
+def _cast_block_(problem: Problem, block: Block) -> None:
+    _cast_(problem, ((f"{block.name}.{n}", p) for n, p in block.module.named_parameters()))
 
 
 def _cast_(problem: Problem, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
@@ -92,7 +97,10 @@ def quantize_steps(
     """
     adapter = runner.adapter
     ids = calibration.ids.to(adapter.model.device) if calibration is not None else None
-    quantizer = ModelQuantizer(runner, ids, problem.schemes, compensate=problem.compensate, begin=begin)
+    keys = KeySettler(runner, ids, problem.schemes.attentions, partial(_cast_block_, problem))
+    if not any(scheme.needs_data for scheme in problem.schemes.linears.values()):
+        ids = None  # for keys alone
+    quantizer = ModelQuantizer(runner, ids, problem.schemes, compensate=problem.compensate, keys=keys, begin=begin)
     count = sum(scheme.weight is not None for _, scheme in problem.weights())
     monitor.stage("quantizing weights" if stage == "final" else "quantizing weights for the search", count)
     reports: list[LayerReport] = []

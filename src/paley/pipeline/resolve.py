@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from paley.arch import Architecture, Site, Sites
+from paley.arch import Architecture, Site, Sites, rope_follows_length
 from paley.core.errors import PaleyError, nearest_name
 from paley.core.schemes import LinearScheme, Schemes, WeightScheme
 from paley.format.dtypes import FLOATS
@@ -40,7 +40,8 @@ def resolve(source: Source, recipe: Recipe) -> Problem:
     turning = _turning(sites, recipe)
     schemes = _schemes(sites, recipe, turning)
     recipe.check_overrides((site.name for site in sites.weights), schemes.attentions)
-    notes = [f"fit_groups: {text}"] if (text := _fitted_groups(sites, recipe, turning, schemes)) else []
+    schemes, notes = _centered(source, schemes)
+    notes += [f"fit_groups: {text}"] if (text := _fitted_groups(sites, recipe, turning, schemes)) else []
     outer = schemes.linears[sites.embedding.name].weight
     asked = recipe.linear_scheme(sites.embedding.name, "embedding").weight
     if outer is not None and asked is not None and outer.method != asked.method:
@@ -141,10 +142,27 @@ def _schemes(sites: Sites, recipe: Recipe, turning: Turning) -> Schemes:
         site.name: _linear_scheme(recipe, site, turning, sites.shape_in(site, width)[1]) for site in sites.weights
     }
     heads = turning.rotation.heads if turning.rotation is not None else None
+    # Folded, values are rotated inside the weights (R2).
     attentions = {
-        site.module: recipe.attention_scheme(site.module, heads) for site in sites.of("keys")
-    }  # fmt: skip
+        site.module: recipe.attention_scheme(site.module, heads, rotate_values=heads is not None and stream is None)
+        for site in sites.of("keys")
+    }
     return Schemes(linears, attentions)
+
+
+def _centered(source: Source, schemes: Schemes) -> tuple[Schemes, list[str]]:
+    """The schemes with what the model's keys can be centred by; and a note, if that is less than was asked for."""
+    follows, attentions = rope_follows_length(source.config), {}
+    for site in source.sites.of("keys"):
+        scheme = schemes.attentions[site.module]
+        if scheme.center_keys == "bias" and (follows or f"{site.made_by}.bias" not in source.checkpoint):
+            scheme = replace(scheme, center_keys=False)
+        elif scheme.center_keys == "mean" and follows:
+            scheme = replace(scheme, center_keys=True, balance_keys=False)
+        attentions[site.module] = scheme
+    asked = {s.center_keys for s in schemes.attentions.values() if s.keys is not None}
+    notes = ["center_keys: not before RoPE, whose angles depend on the length of the text in this model"]
+    return Schemes(schemes.linears, attentions), notes if follows and asked & {"mean", "bias"} else []
 
 
 def _linear_scheme(recipe: Recipe, site: Site, turning: Turning, in_features: int) -> LinearScheme:
@@ -231,7 +249,7 @@ def _check_data(problem: Problem, recipe: Recipe) -> None:
     if calibrates(recipe):
         return
     wanting = [name for name, scheme in problem.schemes.linears.items() if scheme.needs_data]
-    wanting += [n for n, scheme in problem.schemes.attentions.items() if scheme.keys is not None and scheme.center_keys]
+    wanting += [name for name, scheme in problem.schemes.attentions.items() if scheme.needs_data]
     if wanting:
         raise PaleyError(
             f"plan: {wanting[0]} needs calibration text, which nothing in the plan's own recipe asks for; change "

@@ -20,6 +20,7 @@ from paley.format.rope import with_older_keys
 from paley.format.writer import ShardWriter
 from paley.model.adapter import Adapter
 from paley.model.coded import Coded
+from paley.model.keys import MEAN_KEYS
 from paley.model.problem import Problem
 from paley.ops.matmul import EXACT
 
@@ -42,7 +43,7 @@ def save_checkpoint(folder: Path, model: PreTrainedModel, problem: Problem) -> N
     for name, tensor in model.state_dict().items():
         if tied is not None and name.startswith(tied) and name != f"{head.name}.bias":
             continue
-        if name.endswith(".key_mean"):
+        if name.rpartition(".")[2] in MEAN_KEYS:
             writer.add(name, tensor.half())
         else:
             writer.add(name, tensor if name in packed else tensor.to(problem.dtype))

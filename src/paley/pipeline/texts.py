@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from paley.core.defaults import SELF
 from paley.core.errors import PaleyError, Setting
-from paley.core.schemes import LinearScheme
+from paley.core.schemes import ActivationScheme, AttentionScheme, LinearScheme
 from paley.data import Role, TokenBlocks, blocks_from_ids, check_disjoint, token_blocks
 from paley.eval.sampling import sample_documents
 from paley.format.checkpoint import read_tensors
@@ -151,13 +151,17 @@ def calibrates(recipe: Recipe) -> bool:
     weights = [recipe.weights, recipe.head, *(o.weight for o in recipe.overrides)]
     outliers = max(recipe.outliers, *(o.outliers for o in recipe.overrides), 0)
     wanting = any(scheme is not None and (scheme.needs_data or outliers > 0) for scheme in weights)
-    centers = recipe.center_keys and any([recipe.keys, *(o.keys for o in recipe.overrides)])
+    centers = any(AttentionScheme(keys, center_keys=recipe.center_keys).needs_data for keys in _keys(recipe))
     # Overrides may meet in one layer: any weight with any input.
     pairs = product(
         {recipe.weights, *(o.weight for o in recipe.overrides)}, {recipe.inputs, *(o.input for o in recipe.overrides)}
     )
     balances = any(recipe.wants_diagonal(LinearScheme(*pair)) for pair in pairs)
     return recipe.search.method != "none" or wanting or centers or balances
+
+
+def _keys(recipe: Recipe) -> list[ActivationScheme | None]:
+    return [recipe.keys, *(override.keys for override in recipe.overrides)]
 
 
 def _tuning_sources(recipe: Recipe) -> dict[Role, str]:

@@ -171,7 +171,7 @@ class Recipe(_Frozen):
     rotate: `folded` rotates the residual stream and the value heads inside the weights (QuaRot, arXiv:2404.00456), and
     the inputs of o and down at run time; `online` rotates the input of every quantized linear at run time, which needs
     no data and no other tensor of the model (HIGGS, arXiv:2411.17525); `auto` is `folded` if an expansion asks for it,
-    or if only keys and values are rounded (values rotate inside the weights alone), else `online`.
+    else `online`. Both rotate keys and values of the cache.
     diagonal: divide inputs that rotate at run time by sqrt(x / w) first, and multiply the weight's columns by it, so
     that both have less error (docs/methods.md); measured on the calibration text. `auto`: under `online`, where inputs
     have so few bits that they lose about as much as weights, by the recipe's own grids; nowhere if a budget is to find
@@ -179,7 +179,8 @@ class Recipe(_Frozen):
     hadamard: the largest block that `online` rotates, also the largest for rows of a tied pair; the weights of a block
     share a scale. compensate: GPTQ aims at the outputs for its own inputs (plain), at the original outputs given
     quantized inputs (quantized_inputs: GPTAQ, arXiv:2504.02692), or at the original residual stream (residual_stream).
-    rotate_output: also rotate the input of o_proj, over all heads, at run time. center_keys: see AttentionScheme.
+    rotate_output: also rotate the input of o_proj, over all heads, at run time. center_keys,
+    balance_keys: see AttentionScheme; the latter does nothing without `center_keys: mean`.
     fit_groups: if the group_size of weights or inputs does not divide a layer's stored width, the layer gets the
     nearest divisor (see `fitting_group_size`). The group_size of an override is not changed, and must divide.
     expand and expand_mlp: dimensions added to the residual stream and to down_proj's input.
@@ -200,7 +201,8 @@ class Recipe(_Frozen):
     diagonal: bool | Literal["auto"] = False
     fit_groups: bool = False
     budget: Budget | None = None
-    center_keys: bool = False
+    center_keys: bool | Literal["mean", "bias"] = False
+    balance_keys: bool = False
     expand: Expansion = 0
     expand_mlp: Expansion = 0
     outliers: Annotated[int, Field(ge=0)] = 0
@@ -230,8 +232,7 @@ class Recipe(_Frozen):
         """`rotate`, decided, for a family that can be folded."""
         if self.rotate != "auto":
             return self.rotate
-        cache_alone = not (self.weights or self.inputs or any(o.weight or o.input for o in self.overrides))
-        return "folded" if self.widens or cache_alone else "online"
+        return "folded" if self.widens else "online"
 
     def wants_diagonal(self, scheme: LinearScheme) -> bool:
         """Whether a linear of this scheme is to have a diagonal if its input turns at run time."""
@@ -259,9 +260,14 @@ class Recipe(_Frozen):
         # The inputs of embedding and head are never rounded.
         return scheme if kind == "linear" else replace(scheme, input=None, outliers=0)
 
-    def attention_scheme(self, name: str, transform: Transform | None = None) -> AttentionScheme:
+    def attention_scheme(
+        self, name: str, transform: Transform | None = None, *, rotate_values: bool = False
+    ) -> AttentionScheme:
         """What is done to the keys and values of an attention: the recipe's schemes, then each fitting override."""
-        scheme = AttentionScheme(self.keys, self.values, transform, self.center_keys)
+        scheme = AttentionScheme(
+            self.keys, self.values, transform, self.center_keys, self.balance_keys and self.center_keys == "mean",
+            rotate_values,
+        )  # fmt: skip
         for override in self.overrides:
             scheme = override.apply(name, scheme)
         return scheme

@@ -21,18 +21,17 @@ from paley.recipe.validation import problems, validate
 
 __all__ = ["as_recipe", "examples", "preset", "preset_methods", "under_budget"]
 
-PATTERN = "[METHOD-]W<bits>[G<group size>]A<bits>[KV<bits>][E<bits>][H<bits>]"
+PATTERN = "[METHOD-]W<bits>[G<group size>]A<bits>[KV<bits> or K<bits>V<bits>][E<bits>][H<bits>]"
 GRAMMAR = (
-    f"{PATTERN}, for example w3a3kv3, w4g64a16e6h6 or "
+    f"{PATTERN}, for example w3a3kv3, w4g64a16e6h6, w4a16k4v2 or "
     "quarot-w4a4kv4; w1a4 or w1a16: binary weights with a grouping bit, KV4 unless said otherwise; "
     "or higgs-<bits>[E<bits>][H<bits>], for example higgs-4 or higgs-3.25: weights alone, without data"
 )
+_CACHE = r"(?:kv(?P<kv>\d{1,4})|k(?P<k>\d{1,4})v(?P<v>\d{1,4}))?"
 _OUTER = r"(?:e(?P<e>\d{1,4}))?(?:h(?P<h>\d{1,4}))?"
-NAME = re.compile(
-    rf"(?:(?P<method>.+)-)?w(?P<w>\d{{1,4}})(?:g(?P<group>\d{{1,6}}))?a(?P<a>\d{{1,4}})(?:kv(?P<kv>\d{{1,4}}))?{_OUTER}"
-)
+NAME = re.compile(rf"(?:(?P<method>.+)-)?w(?P<w>\d{{1,4}})(?:g(?P<group>\d{{1,6}}))?a(?P<a>\d{{1,4}}){_CACHE}{_OUTER}")
 WEIGHTS_ONLY = re.compile(rf"higgs-(?P<bits>\d{{1,2}}(?:\.\d{{1,4}})?){_OUTER}")
-LETTERS = ("w", "g", "a", "kv", "e", "h")
+LETTERS = ("w", "g", "a", "kv", "k", "v", "e", "h")
 DEFAULT_METHOD, BINARY_METHOD = "paley", "bwa"
 AS_PUBLISHED = ("quarot", "quarot-clipped", "rtn")  # methods that leave embedding and head unquantized unless asked
 UNQUANTIZED = 16
@@ -103,19 +102,21 @@ def preset(name: str) -> Recipe:
     if method not in files:
         near = nearest_name(method, files) or f"; did you mean {_meant(name)!r}?"
         raise PaleyError(f"preset {name!r}: unknown method {method!r}{near} Methods are {', '.join(sorted(files))}")
-    bits = {part: int(match[part] or UNQUANTIZED) for part in ("w", "a", "kv")}
+    bits = {part: int(match[part] or UNQUANTIZED) for part in ("w", "a")}
+    bits |= {part: int(match[part] or match["kv"] or UNQUANTIZED) for part in ("k", "v")}
     outer = UNQUANTIZED if method in AS_PUBLISHED or bits["w"] == UNQUANTIZED else max(_OUTER_BITS, bits["w"])
     bits |= {part: int(match[part] or outer) for part in ("e", "h")}
     if binary != (method == BINARY_METHOD):
         raise PaleyError(f"preset {name!r}: W1 and the method {BINARY_METHOD} need each other, as in w1a4")
-    if binary and match["kv"] is None and bits["a"] != UNQUANTIZED:
-        bits["kv"] = 4
+    if binary and not (match["kv"] or match["k"]) and bits["a"] != UNQUANTIZED:
+        bits |= {"k": 4, "v": 4}
     for part, value in bits.items():
         if binary and part == "w":
             continue
         if not (MIN_BITS <= value <= MAX_BITS or value == UNQUANTIZED):
+            letters = "KV" if part in ("k", "v") and match["kv"] else part.upper()
             raise PaleyError(
-                f"preset {name!r}: {part.upper()}{value} has no grid; bits are {MIN_BITS} to {MAX_BITS}, "
+                f"preset {name!r}: {letters}{value} has no grid; bits are {MIN_BITS} to {MAX_BITS}, "
                 f"or {UNQUANTIZED} for unquantized"
             )
     data = yaml_value(files[method].read_text(encoding="utf-8"), f"preset {method}")
@@ -124,7 +125,7 @@ def preset(name: str) -> Recipe:
 
 def _fill(data: dict[str, Any], bits: dict[str, int], group: str | None, name: str) -> dict[str, Any]:
     """A method's data with its bits filled in, and null for tensors that stay unquantized."""
-    places = {"weights": "w", "embedding": "e", "head": "h", "inputs": "a", "keys": "kv", "values": "kv"}
+    places = {"weights": "w", "embedding": "e", "head": "h", "inputs": "a", "keys": "k", "values": "v"}
     for key, part in places.items():
         if bits[part] == UNQUANTIZED:
             data[key] = None
@@ -138,7 +139,7 @@ def _fill(data: dict[str, Any], bits: dict[str, int], group: str | None, name: s
             if part is data["weights"] or (part is not None and "group_size" in part):
                 part["group_size"] = int(group)
         data["fit_groups"] = False  # an explicit number is used or refused
-    if bits["a"] == bits["kv"] == UNQUANTIZED:
+    if bits["a"] == bits["k"] == bits["v"] == UNQUANTIZED:
         data["search"]["method"] = "none"  # no activation site has a clip ratio to search
     return data
 
