@@ -82,6 +82,9 @@ class Source:
         if (self.path / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(self.path, local_files_only=True)
         model.requires_grad_(False)
+        embedding: Any = model.get_input_embeddings()
+        if (scale := getattr(embedding, "scalar_embed_scale", None)) is not None:
+            embedding.embed_scale = torch.tensor(scale)  # a type of 16 bits has rounded it, which no .float() undoes
         return model.eval().to(device)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
