@@ -38,11 +38,6 @@ class Block:
         """Path of the attention module."""
         return next(site.module for site in self.sites if site.kind == "keys")
 
-    def behind_attention(self) -> Site:
-        """The linear that reads what attention makes."""
-        places = [site.kind for site in self.sites]
-        return next(site for site in self.sites[places.index("values") :] if site.kind == "linear")
-
 
 class Adapter:
     """A model with its row and its sites, whose shapes are those of the model as it was when this was made."""
