@@ -196,6 +196,27 @@ def test_where_inputs_turn_and_have_a_diagonal(name, settings, rotation, diagona
     assert recipe.wants_diagonal(recipe.linear_scheme("model.layers.0.mlp.up_proj", "linear")) == diagonal
 
 
+@pytest.mark.parametrize(
+    ("name", "keys", "values"),
+    [
+        ("w4a4k4v2", 4, 2),
+        ("w16a16k3v16", 3, None),
+        ("higgs-w4a16k16v4e6h6", None, 4),
+        ("w1a4k3v2", 3, 2),
+        ("w1a4", 4, 4),
+    ],
+)
+def test_keys_and_values_may_have_bits_of_their_own(name, keys, values):
+    made = preset(name)
+    assert [s and s.grid.bits for s in (made.keys, made.values)] == [keys, values]
+
+
+@pytest.mark.parametrize(("name", "meant"), [("w4a4k4", "w4a4kv4"), ("w4a4v3", "w4a4kv3"), ("w4a4kv4v2", "w4a4kv4")])
+def test_keys_or_values_alone_are_no_name(name, meant):
+    with pytest.raises(PaleyError, match=f"did you mean '{meant}'"):
+        preset(name)
+
+
 def test_the_facts_of_gbs():
     recipe = preset("gbs-w3a4kv2")
     assert recipe.weights is not None

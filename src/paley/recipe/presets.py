@@ -159,6 +159,9 @@ def _meant(name: str) -> str:
         if letter not in LETTERS or letter in bits:
             letter = "w" if "w" not in bits else "kv" if "k" in letter or "a" in bits else "a"
         bits.setdefault(letter, number)
+    if "kv" in bits or ("k" in bits) != ("v" in bits):  # one of the two alone is no name
+        given = [bits.pop(letter, "") for letter in ("kv", "k", "v")]
+        bits["kv"] = next(filter(None, given))
     bits = {"w": "4", "a": str(UNQUANTIZED)} | bits
     best = "".join(letter + bits[letter] for letter in LETTERS if letter in bits)
     best = f"{method}-{best}" if method else best
