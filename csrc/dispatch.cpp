@@ -1,4 +1,5 @@
 #include "paley.h"
+#include "parallel.h"
 #include "platform.h"
 
 #if PALEY_X86
@@ -23,6 +24,11 @@ bool has_bf16() {
 #endif
 
 extern "C" int32_t paley_abi_version(void) { return PALEY_ABI_VERSION; }
+
+extern "C" int32_t paley_borrow_threads(void* parallel) {
+  paley::borrowed = reinterpret_cast<paley::Parallel>(parallel);
+  return PALEY_OK;
+}
 
 extern "C" int32_t paley_best_level(void) {
 #if PALEY_X86

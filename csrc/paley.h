@@ -7,7 +7,7 @@
 
 #include <stdint.h>
 
-#define PALEY_ABI_VERSION 5
+#define PALEY_ABI_VERSION 6
 
 #if defined(_WIN32)
 #define PALEY_EXPORT __declspec(dllexport)
@@ -36,6 +36,9 @@ enum paley_level {
 };
 
 PALEY_EXPORT int32_t paley_abi_version(void);
+
+// parallel: GOMP_parallel of the libgomp whose threads the kernels are to use, or null for threads of their own.
+PALEY_EXPORT int32_t paley_borrow_threads(void* parallel);
 
 // The best level of this machine for paley_nearest_points.
 PALEY_EXPORT int32_t paley_best_level(void);

@@ -12,7 +12,7 @@ cp -r src/paley "$work"
 library=$work/paley/kernels/libpaley.so
 # Other libraries synchronize in ways that ThreadSanitizer does not see; what they start is theirs.
 printf 'called_from_lib:%s\n' libtorch_cpu.so libgomp libtorch_python.so libmkl > "$work/theirs"
-export PYTHONPATH=$work PALEY_BACKEND=native OMP_NUM_THREADS=1
+export PYTHONPATH=$work PALEY_BACKEND=native PALEY_THREADS=own OMP_NUM_THREADS=1
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 export TSAN_OPTIONS=halt_on_error=1:report_signal_unsafe=0:ignore_noninstrumented_modules=1:suppressions=$work/theirs
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +33,7 @@ __all__ = [
     "why_missing",
 ]
 
-ABI_VERSION = 5  # PALEY_ABI_VERSION in csrc/paley.h
+ABI_VERSION = 6  # PALEY_ABI_VERSION in csrc/paley.h
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")  # paley_level there
 PATHS = ("auto", "popcount", "dots", "tables")  # paley_path there
 _STATUS = ("ok", "bad argument", "out of memory", "internal error")
@@ -43,6 +44,7 @@ LIBRARY = Path(__file__).with_name("libpaley" + {"win32": ".dll", "darwin": ".dy
 _BUILD = "install a C++ compiler and run `make setup` (or `pip install -e .`) again"
 
 _SIGNATURES: dict[str, list[Any]] = {
+    "paley_borrow_threads": [ctypes.c_void_p],
     "paley_best_level": [],
     "paley_best_planes_level": [],
     "paley_best_products_level": [],
@@ -101,9 +103,25 @@ def _open(path: Path) -> ctypes.CDLL | str:
         for name, arguments in _SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, ctypes.c_int32
+        if os.environ.get("PALEY_THREADS") != "own" and (parallel := _gomp_parallel()) is not None:
+            library.paley_borrow_threads(parallel)
+            os.register_at_fork(
+                after_in_child=lambda: library.paley_borrow_threads(None)
+            )  # a child has no such threads
     except (OSError, AttributeError) as error:
         return f"{path} cannot be loaded ({error}): {_BUILD}"
     return library
+
+
+def _gomp_parallel() -> int | None:
+    """Where GOMP_parallel is in the libgomp that PyTorch computes with; None if PyTorch has other threads."""
+    for name in (*map(str, Path(torch.__file__).parent.glob("lib/libgomp*.so*")), "libgomp.so.1"):
+        try:
+            gomp = ctypes.CDLL(name, mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+            return ctypes.cast(gomp.GOMP_parallel, ctypes.c_void_p).value
+        except (OSError, AttributeError):  # not loaded, or no Linux
+            continue
+    return None
 
 
 def load() -> ctypes.CDLL:
