@@ -47,7 +47,8 @@ def recipe(name: str, *settings: str) -> Recipe:
 def test_the_score_of_a_run_is_on_test_blocks(files, tiny_tokenizer, name, settings, split):
     settings = [s.replace("=B", f"={files[1]}").replace(" B}", f" {files[1]}}}") for s in settings]
     made = recipe(name, f"calibration.source={files[0]}", *settings)
-    source: Any = SimpleNamespace(tokenizer=lambda: tiny_tokenizer)
+    embedding = SimpleNamespace(shape=(len(tiny_tokenizer), 8))
+    source: Any = SimpleNamespace(tokenizer=lambda: tiny_tokenizer, sites=SimpleNamespace(embedding=embedding))
     blocks = texts.test_blocks(made, tiny_tokenizer)
     assert blocks.sha256 == texts.gather(made, source).test.sha256
     start = tiny_tokenizer.decode(blocks.ids[0][1:4])

@@ -31,7 +31,7 @@ def test_score_repeats_what_the_run_measured(made):
 
 def test_score_speaks_of_its_own_arguments(made):
     _, outcome, text = made
-    with pytest.raises(paley.PaleyError, match=r"\(sequences, seq_len\), a longer text, .*\(data\)"):
+    with pytest.raises(paley.PaleyError, match=r"use sequences=\d+, or a longer text, .*\(data\)"):
         paley.score(outcome.output, data=str(text), sequences=10**6)
     with pytest.raises(paley.PaleyError, match=r"^seq_len=\d+: this model reads .*; set seq_len=\d+, or less"):
         paley.score(outcome.output, data=str(text), seq_len=10**6)

@@ -278,7 +278,7 @@ def _bytes(problem: Problem) -> int:
     weights = {f"{site.name}.weight" for site, _ in problem.weights()}
     others = {name: p.numel() for name, p in problem.source.skeleton.named_parameters() if name not in weights}
     rest = sum(_values(problem, name, count) for name, count in others.items()) * problem.dtype.itemsize
-    centered = sum(s.center_keys and s.keys is not None for s in problem.schemes.attentions.values())
+    centered = sum(scheme.mean_keys for scheme in problem.schemes.attentions.values())
     means = centered * 2 * problem.sites.of("keys")[0].numel  # float16
     return sum(problem.stored_bytes(site) for site, _ in problem.weights()) + rest + means
 
