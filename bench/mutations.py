@@ -330,7 +330,7 @@ def _same(a: Path, b: Path) -> bool:
     return {p.name: p.read_bytes() for p in _files(a)} == {p.name: p.read_bytes() for p in _files(b)}
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("other", type=Path)
@@ -339,3 +339,7 @@ if __name__ == "__main__":
     asked = parser.parse_args()
     counts, failed = run(asked.out, asked.other, asked.count, asked.seed, progress=True)
     print(json.dumps({"count": asked.count, "seed": asked.seed, **counts, "failures": len(failed)}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
