@@ -138,7 +138,7 @@ def readme() -> None:
     r = read("quality-ref-llama.json")
     assert r is not None
     lines = [
-        "Loss gained over the original, nats per token (± one standard error), on the demo model, 11.9 million",
+        "Loss gained over the original, nats per token (± one standard error), on the model in `assets/`, 11.9 million",
         "parameters with real outliers, through the quantized cache:",
         "",
         "| | round to nearest | QuaRot, 1.0 | QuaRot, 0.9 / 0.95 | Paley, folded rotations | with 64 columns more |",
