@@ -35,6 +35,7 @@ from paley.model.checks import check_config, check_layers
 from paley.model.coded import Coded
 from paley.model.loading import tied_partners
 from paley.model.reading import build_, prepare_, tie_
+from paley.ops.matmul import CALIBRATION
 
 __all__ = ["PaleyConfig", "PaleyQuantizer", "load", "register"]
 
@@ -143,6 +144,8 @@ def load(
     Errors: not a Paley folder; tensors that are missing, too many, of the wrong shape or type, or damaged.
     """
     register()
+    if product == CALIBRATION:
+        raise PaleyError(f"product {product!r} is for calibration alone; use product='auto'")
     folder = Path(path)
     section = _check_config(folder).config.get("quantization_config")
     method = section.get("quant_method") if isinstance(section, dict) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -265,3 +266,18 @@ def test_a_tied_head_may_follow_or_be_left_alone(folders, text):
         plan = make_plan(folders["qwen2 tied"], recipe("w4a16", text, *settings))
         assert plan.linears["model.embed_tokens"].weight is not None
         assert "lm_head" not in plan.linears
+
+
+def test_codes_do_not_depend_on_the_bits_that_hold_the_model(text, tiny_tokenizer, tmp_path):
+    """Files of 16 bits wait in 16 bits, but what is turned is float32: of an untied head, too."""
+    half = save_tiny(tmp_path / "half", tiny_tokenizer, gains=True, dtype=torch.bfloat16)
+    full = shutil.copytree(half, tmp_path / "full", ignore=shutil.ignore_patterns("*.safetensors*"))
+    AutoModelForCausalLM.from_pretrained(half, dtype=torch.float32).save_pretrained(full)
+    wanted, made = recipe("w4a4kv4", text, *ONLINE, "dtype=bfloat16"), []
+    for folder in (half, full):
+        source = open_source(folder)
+        problem = resolve(source, wanted)
+        model, _ = execute(problem, gather(wanted, source).calibration, None, Monitor(), "cpu")
+        made.append({name: t for name, t in model.state_dict().items() if name.endswith((".codes", ".scales"))})
+    assert "lm_head.codes" in made[0]
+    assert {name: t for name, t in made[0].items() if not torch.equal(t, made[1][name])} == {}

@@ -1,6 +1,6 @@
 """The product of two matrices whose entries are rounded to bfloat16, with float32 sums in one order.
 
-Everything that sums over many tokens goes by it: the sums, and the checkpoint's bytes, are the same with any number of
+Sums over the tokens of a calibration text go by it on the CPU: of the same inputs they are the same with any number of
 threads, on every machine, and without the native kernels (`paley.kernels.products`), which must agree with this code.
 """
 
@@ -32,5 +32,5 @@ def reference(a: Tensor, b: Tensor, out: Tensor | None = None, *, upper: bool = 
 
 
 def _rounded(x: Tensor) -> Tensor:
-    x = x.bfloat16().float()
-    return torch.where(x.abs() < torch.finfo(torch.float32).tiny, 0.0, x)
+    small = x.abs() < torch.finfo(torch.float32).tiny
+    return torch.where(small, torch.zeros_like(x).copysign(x), x.bfloat16().float())

@@ -83,7 +83,10 @@ def descent(
 
 def follow_(pull: Tensor, moves: Tensor, gram: Tensor) -> None:
     """pull [out, in] -= moves [out, k] @ gram [k, in], in place, one column of moves after the other."""
-    if pull.device.type == "cpu" and kernels.backend() == "native":
+    if pull.device.type != "cpu":
+        pull.addmm_(moves, gram, alpha=-1)
+        return
+    if kernels.backend() == "native":
         kernel.follow_(pull, moves, gram)
         return
     for column, row in zip(moves.unbind(1), gram, strict=True):

@@ -1,6 +1,6 @@
 """Statistics of a linear's inputs, from which GPTQ works: their second moments, and the outputs to aim at.
 
-Sums over tokens are of values rounded to bfloat16: that is noise of 2⁻⁹ in an input, far below that of any rounding.
+On the CPU, values are rounded to bfloat16 before they are summed over tokens: noise of 2⁻⁹, far below any rounding's.
 """
 
 from __future__ import annotations
@@ -118,16 +118,16 @@ def _factored(gram: Tensor) -> tuple[Tensor, Tensor, float]:
 
     Of a matrix read backwards, the Cholesky factor backwards is such an R.
     """
-    for share in (0.0, *RAISED):
-        damped = gram + share * gram.diagonal().mean() * torch.eye(len(gram)).to(gram) if share else gram
-        backwards, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if not failed:
-            return damped, backwards.flip(0, 1), share
     if not gram.isfinite().all():
         raise PaleyError(
             "gptq: what it reads is NaN or infinite on the calibration text",
             remedy=("look for NaN in the weights before it, or use another text (", Setting("calibration.source"), ")"),
         )
+    for share in (0.0, *RAISED):
+        damped = gram + share * gram.diagonal().mean() * torch.eye(len(gram)).to(gram) if share else gram
+        backwards, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not failed:
+            return damped, backwards.flip(0, 1), share
     raise PaleyError(
         f"gptq: the Hessian is not positive definite, even with {RAISED[-1]:g} of its mean added to its diagonal",
         remedy=(

@@ -303,7 +303,7 @@ class ModelQuantizer:
         assert isinstance(linear, QuantLinear)
         made = QuantLinear.from_linear(linear, self.linears[site.name], q, name=site.name)
         made.shared_input = linear.shared_input
-        made.prepare_(CALIBRATION if site.kind == "linear" else "packed")
+        made.prepare_(CALIBRATION if site.kind == "linear" and self.original is not None else "packed")
         self.adapter.model.set_submodule(site.module, made)
         linear.retire_()
         return LayerReport(site.name, rel_error(linear.dequantize(), made.dequantize()), q)

@@ -1,7 +1,7 @@
 """grid_matmul: the product of an input with a coded weight, y = round(T x) · Ŵᵀ, and its implementations.
 
 A product is one implementation. `PRODUCTS` lists them, the fastest first; the list is walked once for each layer, when
-a model is loaded. Each must equal `grid_matmul`, its meaning, to float32 rounding.
+a model is loaded. Each must equal `grid_matmul`, its meaning, to float32 rounding; `Bfloat`, for calibration, need not.
 """
 
 from __future__ import annotations
@@ -194,8 +194,8 @@ class Packed:
 class Bfloat(Dense):
     """As `Dense`, also of an unquantized weight, but weight and input are rounded to bfloat16 when they are multiplied.
 
-    Calibration text runs through it: that noise of 2⁻⁹ is far below any rounding's. `auto` never takes it. If the
-    machine has no instructions for it, this is `Dense`.
+    Calibration text runs through it: that noise of 2⁻⁹ is far below any rounding's. `auto` never takes it, and no model
+    is loaded with it. If the machine has no instructions for it, this is `Dense`: codes are those of the machine.
     """
 
     name = "bfloat16"
@@ -205,7 +205,8 @@ class Bfloat(Dense):
         return True
 
     def run(self, encoded: Tensor, x: Tensor) -> Tensor:
-        if encoded.dtype != torch.float32 or encoded.requires_grad or not kernels.multiplies_bfloat16(encoded.device):
+        exact = encoded.dtype != torch.float32 or self.weight.dtype != torch.float32 or encoded.requires_grad
+        if exact or not kernels.multiplies_bfloat16(encoded.device):
             return super().run(encoded, x)
         y = products(encoded.reshape(-1, encoded.shape[-1]), self.weight)
         return y.view(*encoded.shape[:-1], len(self.weight))

@@ -57,7 +57,10 @@ def prepare_(problem: Problem, adapter: Adapter) -> None:
 
 def _prepare_outer_(problem: Problem, adapter: Adapter) -> None:
     """What is not in a block: embedding, final norm, head."""
-    rotate_inputs_(adapter, [adapter.sites.head], problem.inputs())
+    head = adapter.sites.head
+    if head.stored_as == head.name and head.name in problem.inputs():
+        adapter.head.float()  # 16 bits would round what is turned
+    rotate_inputs_(adapter, [head], problem.inputs())
     blocks = f"{adapter.architecture.blocks}."
     _cast_(problem, ((n, p) for n, p in adapter.model.named_parameters() if not n.startswith(blocks)))
     wrap_outer_(adapter, problem.schemes)
