@@ -20,7 +20,7 @@ def test_no_damaged_folder_loads_as_garbage(tmp_path, tiny_tokenizer):
     change_tensors(other, lambda tensors: {name: torch.randn_like(t) / 4 for name, t in tensors.items()})
     settings = ["inputs={grid: int8}", "keys={grid: int4}", "values={grid: int4}"]
     out, mixed = (quantize(m, higgs(*settings), output=tmp_path / f"{m.name}.out").output for m in (model, other))
-    outcomes, failures = mutations.run(out, mixed, 40, 7)
+    outcomes, failures = mutations.run(out, mixed, 20, 7)
     assert not failures
-    assert outcomes["refused"] > 12
-    assert outcomes["loads as before, named by verify"] > 4
+    assert outcomes["refused"] > 5
+    assert outcomes["loads as before, named by verify"] > 2
