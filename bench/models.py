@@ -76,6 +76,7 @@ def fetch(package: str, wheels: Path) -> Path:
             "-m",
             "pip",
             "download",
+            "--quiet",
             "--no-deps",
             "--retries",
             "2",

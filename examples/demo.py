@@ -76,8 +76,8 @@ def _table(results: dict[str, paley.Results], speeds: dict[str, float | None]) -
         e = r.evaluation
         table.add_row(
             title,
-            f"{e.perplexity:.2f} ± {e.perplexity_stderr:.2f}",
-            f"{e.kl:.4f} ± {e.kl_stderr:.4f}",
+            f"{e.perplexity:.1f} ± {e.perplexity_stderr:.1f}",
+            f"{e.kl:.3f} ± {e.kl_stderr:.3f}",
             _megabytes(r.bytes),
             f"{r.bits_per_weight:.2f}",
             _rate(speeds[title]),

@@ -122,7 +122,7 @@ def test_damping_is_raised_until_the_hessian_is_positive_definite(caplog):
     s = statistics(inputs, reference)
     values, vectors = torch.linalg.eigh(s.gram.double())
     values[0] = -0.05 * values.mean()
-    s._upper = (vectors * values @ vectors.T).float()
+    s.gram = (vectors * values @ vectors.T).float()
     metric = s.metric(0.01)
     assert metric.raised == 0.1
     mean = float((s.gram.diagonal().double() * 1.01).mean())
@@ -155,3 +155,13 @@ def test_a_hopeless_hessian_is_refused_with_its_layer(spoil, said):
     spoil(s._upper)
     with pytest.raises(PaleyError, match=f"model.layers.7.mlp.up_proj: gptq: .*{said}"):
         quantize_gptq(weight, s, WeightScheme("int4"), where="model.layers.7.mlp.up_proj")
+
+
+def test_nearest_with_outliers_needs_no_factor_of_the_hessian(monkeypatch):
+    """Of a dead layer's inputs there is none, and rounding to nearest has no use for it."""
+    monkeypatch.setattr("paley.methods.statistics._factored", None)
+    s = statistics(torch.zeros(8, 32), torch.zeros(8, 32))
+    q = quantize_gptq(
+        torch.randn(4, 32), s, WeightScheme("int4", method="nearest"), outlier_columns=torch.tensor([3, 9]).int()
+    )
+    assert q.dequantize().isfinite().all()

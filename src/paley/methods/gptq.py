@@ -46,28 +46,32 @@ def quantize_gptq(
     outputs that the statistics name; else at W x. damp: added to gram's diagonal, as a share of its mean. A scheme of
     method "nearest" uses the statistics only for its scales.
     """
-    metric = _metric(statistics, damp, where)
+    metric = statistics.metric(damp)
     compensate = compensate and scheme.method == "gptq"
+    order = torch.arange(weight.shape[1], device=weight.device)
+    if scheme.method == "gptq" or scheme.scale_search == "em_inverse":
+        _check_damping(metric, damp, where)
+    importance = _importance(metric, scheme.scale_search)
+    if outlier_columns is not None:
+        chosen = torch.zeros_like(order, dtype=torch.bool).index_fill(0, outlier_columns.long(), True)
+        order = torch.cat([order[~chosen], order[chosen]])
+        importance = None if importance is None else importance[order]
+        metric = metric.ordered(order) if scheme.method == "gptq" else metric
     few, parts = max(1, VALUES // weight.shape[1]), []
     for start in range(0, len(weight), few):
         rows = slice(start, start + few)
         target = statistics.target(weight[rows], damp, compensate, rows)
-        parts.append(_round_rows(target, metric, scheme, outlier_columns, where))
+        target = target if outlier_columns is None else target[:, order]
+        parts.append(_round_rows(target, metric, scheme, order, importance, outlier_columns, where))
     return joined(parts)
 
 
 def _round_rows(
-    target: Tensor, metric: Metric, scheme: WeightScheme, outlier_columns: Tensor | None, where: str
-) -> Quantized:
-    """target [out, in] -> the codes that come nearest to it in the metric."""
+    target: Tensor, metric: Metric, scheme: WeightScheme, order: Tensor, importance: Tensor | None,
+    outlier_columns: Tensor | None, where: str,
+) -> Quantized:  # fmt: skip
+    """target [out, in], metric, importance: of the columns in `order` -> the codes that come nearest in the metric."""
     grid, columns = scheme.grid, target.shape[1]
-    importance = _importance(metric, scheme.scale_search)
-    order = torch.arange(columns, device=target.device)
-    if outlier_columns is not None:
-        chosen = torch.zeros_like(order, dtype=torch.bool).index_fill(0, outlier_columns.long(), True)
-        order = torch.cat([order[~chosen], order[chosen]])
-        metric, target = metric.ordered(order), target[:, order]
-        importance = None if importance is None else importance[order]
     book = _codebook(target, scheme, order, 0 if outlier_columns is None else len(outlier_columns), importance, where)
     if scheme.method == "nearest":
         codes = _one_by_one(target, book)
@@ -84,18 +88,17 @@ def _round_rows(
     return replace(rest, outliers=own)
 
 
-def _metric(statistics: InputStatistics, damp: float, where: str) -> Metric:
+def _check_damping(metric: Metric, damp: float, where: str) -> None:
     """Says for which layer the damping had to be raised, or was not enough."""
     try:
-        metric = statistics.metric(damp)
+        raised = metric.raised
     except PaleyError as error:
         raise error.at(where) from None
-    if metric.raised:
+    if raised:
         _LOG.warning(
             "%s: the Hessian is not positive definite; damping raised from %g to %g of its mean diagonal",
-            where, damp, damp + metric.raised,
+            where, damp, damp + raised,
         )  # fmt: skip
-    return metric
 
 
 def _codebook(
@@ -135,7 +138,7 @@ def _scales_of(
 def _importance(metric: Metric, scale_search: str) -> Tensor | None:
     """Weights [in] of the squared errors for fitting the points of free grids."""
     if scale_search == "em_diagonal":
-        return metric.gram.diagonal()
+        return metric.diagonal
     if scale_search == "em_inverse":
         return metric.inverse_diagonal.square().reciprocal()
     return None

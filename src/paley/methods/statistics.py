@@ -37,13 +37,14 @@ class InputStatistics:
         """inputs, reference [tokens, in], outputs [tokens, out]: one batch; the same of the two in every batch."""
         x = inputs.float()
         self._metrics.clear()
+        self.__dict__.pop("gram", None)
         self._upper = _add(self._upper, x, x, upper=True)
         if reference is not None:
             self.cross = _add(self.cross, reference.float(), x)
         if outputs is not None:
             self.aim = _add(self.aim, outputs.float(), x)
 
-    @property
+    @functools.cached_property
     def gram(self) -> Tensor:
         """Xᵀ X [in, in]."""
         if self._upper is None:
@@ -79,21 +80,33 @@ class InputStatistics:
 
 
 class Metric:
-    """A damped gram matrix G [in, in], float64 when it comes, and what GPTQ needs of it, computed once.
+    """A damped gram matrix G [in, in], float64 when it comes, and what GPTQ needs of it, computed once and when needed.
 
-    raised: what had to be added to its diagonal to make it positive definite, as a share of its mean; else 0. Errors:
-    PaleyError if RAISED is not enough.
+    diagonal [in]: of G as it came. Errors of all else: PaleyError if G is not finite, or RAISED is not enough.
     """
 
     def __init__(self, gram: Tensor):
-        self._exact, self._factor, self.raised = _factored(gram)
-        self.gram = self._exact.float()
+        self._given, self.diagonal = gram, gram.diagonal().float()
+
+    @functools.cached_property
+    def _factored(self) -> tuple[Tensor, Tensor, float]:
+        return _factored(self._given)
+
+    @property
+    def raised(self) -> float:
+        """What had to be added to the diagonal to make G positive definite, as a share of its mean; else 0."""
+        return self._factored[2]
+
+    @functools.cached_property
+    def gram(self) -> Tensor:
+        """G with that, float32 [in, in]."""
+        return self._factored[0].float()
 
     @functools.cached_property
     def spread(self) -> Tensor:
         """U float32 [in, in], upper triangular, with G^-1 = U^T U: its rows say where a column's error should go."""
-        unit = torch.eye(len(self._factor)).to(self._factor)
-        return torch.linalg.solve_triangular(self._factor, unit, upper=True).float()
+        factor = self._factored[1]
+        return torch.linalg.solve_triangular(factor, torch.eye(len(factor)).to(factor), upper=True).float()
 
     @property
     def inverse_diagonal(self) -> Tensor:
@@ -102,7 +115,7 @@ class Metric:
 
     def ordered(self, order: Tensor) -> Metric:
         """Of the columns in another order."""
-        return Metric(self._exact[order][:, order])
+        return Metric(self._factored[0][order][:, order])
 
 
 def _add(sums: Tensor | None, left: Tensor, right: Tensor, upper: bool = False) -> Tensor:
