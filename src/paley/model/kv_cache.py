@@ -25,6 +25,7 @@ __all__ = ["PackedKVCache", "PackedKVLayer", "cache_argument"]
 
 _STEP = 64  # tokens; a store grows by an eighth, rounded up to whole steps
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
+LayerMark = tuple[int, list[tuple[Tensor, int, int]]]  # tokens seen; of each store its data, start and end
 
 
 def cache_argument(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
@@ -166,6 +167,20 @@ class PackedKVLayer(CacheLayerMixin):
             store.end -= self._seen - kept
         self._seen = kept
 
+    def mark(self) -> LayerMark:
+        """What is held now. Nothing is copied: a store only ever writes behind what it holds, or into new memory."""
+        return self._seen, [(store.data, store.start, store.end) for store in self._stores()]
+
+    def rewind(self, mark: LayerMark) -> None:
+        """Back to a mark since which there were updates alone."""
+        seen, held = mark
+        if not held:
+            self.reset()
+            return
+        for store, (data, start, end) in zip(self._stores(), held, strict=True):
+            store.data, store.start, store.end = data, start, end
+        self._seen = seen
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._map_data(lambda data: data.index_select(0, beam_idx.to(data.device)))
 
@@ -222,6 +237,15 @@ class PackedKVCache(Cache):
         """As `PackedKVLayer.crop`; if a layer cannot go back, none does."""
         for layer in sorted(self.layers, key=lambda layer: layer.is_croppable):
             layer.crop(tokens_to_remove)
+
+    def mark(self) -> list[LayerMark]:
+        """What is held now, without a copy, for `rewind`."""
+        return [layer.mark() for layer in self.layers]
+
+    def rewind(self, mark: list[LayerMark]) -> None:
+        """Undoes the updates since a mark, also in layers with a window, and those of a forward that stopped midway."""
+        for layer, held in zip(self.layers, mark, strict=True):
+            layer.rewind(held)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from paley.core.errors import PaleyError, Setting
-from paley.model.kv_cache import PackedKVCache, cache_argument
-from paley.model.loading import load_tokenizer, resolve
-from paley.pipeline.any_model import check_device, load_any
-from paley.pipeline.texts import check_vocabulary
+from paley.core.errors import PaleyError
+from paley.pipeline.continuation import Continuation, check_room, step
+from paley.pipeline.conversation import chat_ids
+from paley.pipeline.opening import TextModel, open_text_model
+from paley.pipeline.sampling import Sampling
 
-__all__ = ["Generated", "generate"]
+__all__ = ["Generated", "generate", "prompt_ids", "run"]
 
 
 @dataclass(frozen=True)
 class Generated:
-    """What came after the prompt; prompt_seconds: to the first new token, seconds: from it to the last."""
+    """What came after the prompt; prompt_seconds: to the first new token, seconds: from it to the last.
+
+    finish: "stop" after the end of the text or a stop string, "length" after max_new_tokens. reused_tokens: those of
+    the prompt that a cache held already.
+    """
 
     text: str
     prompt_tokens: int
@@ -31,6 +32,8 @@ class Generated:
     prompt_seconds: float
     seconds: float
     kv_cache_bytes: int
+    finish: str
+    reused_tokens: int = 0
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -42,92 +45,90 @@ class Generated:
         return vars(self) | {"tokens_per_second": self.tokens_per_second}
 
 
-class _Stream(TextStreamer):
-    """Hands finished words to `write`, and notes when each token came."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None] | None):
-        super().__init__(cast(Any, tokenizer), skip_prompt=True, skip_special_tokens=True)
-        self.write, self.times, self.pieces = write, list[float](), list[str]()
-
-    def put(self, value: Tensor) -> None:
-        self.times.append(time.perf_counter())  # first of all for the prompt
-        super().put(value)
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.pieces.append(text)
-        if self.write is not None:
-            self.write(text)
-
-
 def generate(
-    model: PreTrainedModel | str | Path,
+    model: PreTrainedModel | TextModel | str | Path,
     prompt: str,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_new_tokens: int = 100,
     temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
+    stop: Sequence[str] = (),
+    chat: bool = False,
+    system: str | None = None,
     device: str = "cpu",
     write: Callable[[str], None] | None = None,
 ) -> Generated:
-    """Continues the prompt; temperature 0 takes the most likely token each time, else `seed` draws.
+    """Continues the prompt; temperature 0 takes the most likely token each time, else `seed` draws (see `Sampling`).
 
-    model: a quantized folder, any other model's folder or Hub name, which is put on `device`; or a model in memory,
-    with its tokenizer. write gets each finished word as it comes. torch's own random state is left as it was.
+    model: a quantized folder, any other model's folder or Hub name, which is put on `device`; a model in memory with
+    its tokenizer; or what `open_text_model` gave. chat: the prompt is what a user says, and the model's chat template
+    is put around it and `system`. stop: texts that end the answer, without being a part of it.
+    write gets each piece of the text as it comes. torch's own random state is left as it was.
     """
-    if not isinstance(model, PreTrainedModel):
-        check_device(device)
-        tokenizer = tokenizer or load_tokenizer(resolve(str(model)))
-        model = load_any(model, device, kernels=True)
-    if tokenizer is None:
-        raise PaleyError("generate: a model in memory comes without its tokenizer", remedy="give tokenizer=")
-    ids = _ids(tokenizer, prompt).to(model.device)
-    check_vocabulary(ids, model.config.vocab_size, "prompt")
-    _check_room(model, ids.shape[1], max_new_tokens)
-    cache, stream = PackedKVCache(model), _Stream(tokenizer, write)
-    # The model's own top_k and top_p would be cuts that nobody asked for.
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    # transformers draws from torch's global generator alone.
-    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        whole = cast(Any, model).generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            **cache_argument(model, cache),
-            streamer=stream,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            **(sampling if temperature else {"do_sample": False}),
-        )
+    sampling = Sampling(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed
+    )
+    if system is not None and not chat:
+        raise PaleyError("a system prompt belongs to a chat", remedy="give chat=True as well")
+    if not isinstance(model, TextModel):
+        model = open_text_model(model, device, tokenizer)
+    if chat:
+        ids = chat_ids(model.tokenizer, [*_system(system), {"role": "user", "content": prompt}])
+    else:
+        ids = prompt_ids(model.tokenizer, prompt)
+    check_tokens(model, ids)
+    check_room(model.decoder, len(ids), max_new_tokens)
+    text = Continuation(model, ids, sampling=sampling, max_new_tokens=max_new_tokens, stop=stop)
+    try:
+        return run(model, text, write)
+    finally:
+        text.context.close()
+
+
+def run(model: TextModel, text: Continuation, write: Callable[[str], None] | None = None) -> Generated:
+    """Continues a text to its end."""
+    pieces: list[str] = []
+    while text.finish is None:
+        (piece,) = step(model.decoder, [text])
+        if piece:
+            pieces.append(piece)
+            if write is not None:
+                write(piece)
     return Generated(
-        text="".join(stream.pieces),
-        prompt_tokens=ids.shape[1],
-        tokens=whole.shape[1] - ids.shape[1],
-        prompt_seconds=stream.times[1] - stream.times[0],
-        seconds=stream.times[-1] - stream.times[1],
-        kv_cache_bytes=cache.nbytes,
+        text="".join(pieces),
+        prompt_tokens=text.prompt_tokens,
+        tokens=len(text.drawn),
+        prompt_seconds=text.first - text.began,
+        seconds=text.last - text.first,
+        kv_cache_bytes=text.context.nbytes,
+        finish=text.finish,
+        reused_tokens=text.reused_tokens,
     )
 
 
-def _check_room(model: PreTrainedModel, prompt_tokens: int, new: int) -> None:
-    """Raises if prompt and continuation are longer than what the model was made to read."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and prompt_tokens + new > limit:
+def _system(text: str | None) -> list[dict[str, str]]:
+    return [] if text is None else [{"role": "system", "content": text}]
+
+
+def check_tokens(model: TextModel, ids: Sequence[int]) -> None:
+    """Raises for tokens that the model has no embedding of."""
+    if max(ids) >= model.decoder.vocabulary:
         raise PaleyError(
-            Setting("max_new_tokens", new),
-            f": with a prompt of {prompt_tokens} tokens that is more than the {limit} tokens that this model reads "
-            "(max_position_embeddings)",
-            remedy=("use ", Setting("max_new_tokens", limit - prompt_tokens))
-            if prompt_tokens < limit
-            else "use a shorter prompt",
+            f"prompt: the tokenizer made token {max(ids)}, but the model's vocabulary has {model.decoder.vocabulary} "
+            "tokens; use the tokenizer that belongs to the model"
         )
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
-    """int64 [1, tokens]; a prompt without any becomes BOS."""
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """The prompt's tokens; a prompt without any becomes BOS."""
     ids = cast(list[int], tokenizer(prompt, verbose=False)["input_ids"])
     if not ids and isinstance(tokenizer.bos_token_id, int):
-        ids = [tokenizer.bos_token_id]
+        return [tokenizer.bos_token_id]
     if not ids:
         raise PaleyError("the prompt is empty, and this model has no BOS token to begin with; give a prompt")
-    return torch.tensor([ids])
+    return ids

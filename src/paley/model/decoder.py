@@ -1,0 +1,101 @@
+"""A decoder on a transformers model: each context is a PackedKVCache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from paley.core.errors import PaleyError
+from paley.model.kv_cache import PackedKVCache, cache_argument
+
+__all__ = ["ModelContext", "ModelDecoder"]
+
+
+class ModelContext:
+    """One text in a cache of its own."""
+
+    def __init__(self, model: PreTrainedModel):
+        self._cache: PackedKVCache | None = PackedKVCache(model)
+
+    @property
+    def cache(self) -> PackedKVCache:
+        if self._cache is None:
+            raise PaleyError("context: it was closed; start a new one")
+        return self._cache
+
+    @property
+    def length(self) -> int:
+        """Tokens read so far."""
+        return self.cache.get_seq_length()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tokens held."""
+        return self.cache.nbytes
+
+    def truncate(self, length: int) -> None:
+        """Forgets all tokens from place `length` on; PaleyError where a layer's window has moved beyond it."""
+        if not 0 <= length <= self.length:
+            raise PaleyError(f"context: holds {self.length} tokens", got=length)
+        if length < self.length:
+            self.cache.crop(length - self.length)
+
+    def close(self) -> None:
+        """Frees the cache."""
+        self._cache = None
+
+
+class ModelDecoder:
+    """Reads each part in a forward of its own, so that no row depends on its neighbours."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of logits."""
+        return self.model.config.vocab_size
+
+    @property
+    def limit(self) -> int | None:
+        """max_position_embeddings."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    def start(self) -> ModelContext:
+        """An empty context."""
+        return ModelContext(self.model)
+
+    @torch.no_grad()
+    def read(self, parts: Sequence[tuple[Any, Sequence[int]]]) -> Tensor:
+        """See `pipeline.decoder.Decoder.read`; the contexts are those of `start`, the logits on the CPU."""
+        self._check(parts)
+        marks = [(context.cache, context.cache.mark()) for context, _ in parts]
+        try:
+            rows = [self._last_logits(context, tokens) for context, tokens in parts]
+        except BaseException:
+            for cache, mark in marks:
+                cache.rewind(mark)
+            raise
+        return torch.stack(rows)
+
+    def _last_logits(self, context: ModelContext, tokens: Sequence[int]) -> Tensor:
+        """float32 [vocabulary]"""
+        ids = torch.tensor([list(tokens)], device=self.model.device)
+        cache = cache_argument(self.model, context.cache)
+        return self.model(ids, use_cache=True, logits_to_keep=1, **cache).logits[0, -1].float().cpu()
+
+    def _check(self, parts: Sequence[tuple[ModelContext, Sequence[int]]]) -> None:
+        if not parts or len({id(context) for context, _ in parts}) < len(parts):
+            raise PaleyError("decoder: wants at least one part, and no context twice")
+        for context, tokens in parts:
+            if not tokens or not 0 <= min(tokens) <= max(tokens) < self.vocabulary:
+                raise PaleyError(f"decoder: wants one or more tokens from 0 to {self.vocabulary - 1}")
+            if self.limit is not None and context.length + len(tokens) > self.limit:
+                raise PaleyError(
+                    f"decoder: a context of {context.length} tokens and {len(tokens)} more are beyond the {self.limit} "
+                    "that this model reads (max_position_embeddings)"
+                )

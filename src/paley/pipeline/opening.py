@@ -1,0 +1,55 @@
+"""Opens a model for reading and writing text: its decoder, its tokenizer, and the tokens that end a text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from paley.core.errors import PaleyError
+from paley.core.reading import read_json
+from paley.model.decoder import ModelDecoder
+from paley.model.loading import load_tokenizer, resolve
+from paley.pipeline.any_model import check_device, load_any
+from paley.pipeline.decoder import Decoder
+
+__all__ = ["TextModel", "open_decoder", "open_text_model"]
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """What generation needs of a model; ends: the tokens after which a text is finished."""
+
+    decoder: Decoder
+    tokenizer: PreTrainedTokenizerBase
+    ends: frozenset[int]
+
+
+def open_decoder(path: str | Path, device: str = "cpu") -> Decoder:
+    """The fastest decoder there is here for a quantized folder, or any other model's folder or Hub name."""
+    check_device(device)
+    return ModelDecoder(load_any(path, device, kernels=True))
+
+
+def open_text_model(
+    model: PreTrainedModel | str | Path, device: str = "cpu", tokenizer: PreTrainedTokenizerBase | None = None
+) -> TextModel:
+    """Of a folder or Hub name, which is put on `device`; or of a model in memory, with its tokenizer."""
+    if isinstance(model, PreTrainedModel):
+        if tokenizer is None:
+            raise PaleyError("a model in memory comes without its tokenizer", remedy="give tokenizer=")
+        named = [getattr(part, "eos_token_id", None) for part in (model.generation_config, model.config)]
+        return TextModel(ModelDecoder(model), tokenizer, _ends(tokenizer, *named))
+    check_device(device)
+    path = resolve(str(model))
+    tokenizer = tokenizer or load_tokenizer(path)
+    files = [path / name for name in ("generation_config.json", "config.json")]
+    named = [read_json(file).get("eos_token_id") for file in files if file.is_file()]
+    return TextModel(open_decoder(path, device), tokenizer, _ends(tokenizer, *named))
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase, *named: object) -> frozenset[int]:
+    """Of the tokenizer and of what configs name: a token, a list of tokens, or nothing."""
+    found = [tokenizer.eos_token_id, *named]
+    return frozenset(t for each in found for t in (each if isinstance(each, list) else [each]) if type(t) is int)
