@@ -44,7 +44,8 @@ class ScriptedDecoder:
     """next_token(all ids read) -> token; `reads` notes the parts of each call, `open` the contexts not closed."""
 
     def __init__(
-        self, next_token: Callable[[list[int]], int], *, limit: int | None = None, seconds: float = 0, fixed: bool = False
+        self, next_token: Callable[[list[int]], int], *, limit: int | None = None, seconds: float = 0,
+        fixed: bool = False,
     ):  # fmt: skip
         self._next, self.limit, self._seconds, self._fixed = next_token, limit, seconds, fixed
         self.vocabulary = 260
