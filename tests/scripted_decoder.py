@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from paley.core.errors import PaleyError
 from paley.pipeline.opening import TextModel
 
-__all__ = ["ScriptedDecoder", "scripted_model"]
+__all__ = ["ScriptedDecoder", "chatting", "scripted_model"]
 
 
 @dataclass(eq=False)
@@ -93,3 +94,14 @@ def scripted_model(
         script = next_token
     decoder = ScriptedDecoder(script, **options)  # type: ignore[arg-type]
     return TextModel(decoder, tokenizer, frozenset([2])), decoder
+
+
+def chatting(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A copy with a chat template: `role:content|` for each message, and `a>` where the answer begins."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] %}"
+        "{{ raise_exception('unknown role ' + m.role) }}{% endif %}{{ m.role + ':' + m.content + '|' }}{% endfor %}"
+        "{% if add_generation_prompt %}a>{% endif %}"
+    )
+    return tokenizer

@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from paley.export.plain import dequantize
     from paley.hf import load, register
     from paley.model.kv_cache import PackedKVCache, cache_argument
+    from paley.pipeline.chat import Chat
     from paley.pipeline.estimate import Estimate
     from paley.pipeline.generate import Generated, generate
     from paley.pipeline.inspect import Inspection, inspect
     from paley.pipeline.monitor import Monitor
     from paley.pipeline.run import Outcome, estimate, make_plan, quantize
+    from paley.pipeline.sampling import Sampling
     from paley.pipeline.score import score
     from paley.pipeline.sensitivities import measure_sensitivity
     from paley.pipeline.verify import Verified, verify
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from paley.sensitivity import Sensitivity
 
 __all__ = [
+    "Chat",
     "Estimate",
     "EvalResult",
     "Generated",
@@ -42,6 +45,7 @@ __all__ = [
     "Plan",
     "Recipe",
     "Results",
+    "Sampling",
     "Sensitivity",
     "Verified",
     "__version__",
@@ -66,6 +70,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {  # name -> the module that has it
+    "Chat": "paley.pipeline.chat",
     "Estimate": "paley.pipeline.estimate",
     "EvalResult": "paley.results",
     "Generated": "paley.pipeline.generate",
@@ -76,6 +81,7 @@ _HOMES = {  # name -> the module that has it
     "Plan": "paley.plan",
     "Recipe": "paley.recipe",
     "Results": "paley.results",
+    "Sampling": "paley.pipeline.sampling",
     "Sensitivity": "paley.sensitivity",
     "Verified": "paley.pipeline.verify",
     "cache_argument": "paley.model.kv_cache",

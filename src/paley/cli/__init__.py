@@ -3,7 +3,9 @@
 Files import what is heavy in the verbs' bodies alone, so that --help and a mistyped option take no seconds.
 """
 
-from paley.cli import quantize, plan, sensitivity, eval, generate, inspect, dequantize, verify, presets  # noqa: I001  as in --help
+from paley.cli import quantize, plan, sensitivity, eval, generate, chat, inspect, dequantize, verify, presets  # noqa: I001  as in --help
 from paley.cli.app import app
 
-__all__ = ["app", "dequantize", "eval", "generate", "inspect", "plan", "presets", "quantize", "sensitivity", "verify"]
+__all__ = [
+    "app", "chat", "dequantize", "eval", "generate", "inspect", "plan", "presets", "quantize", "sensitivity", "verify",
+]  # fmt: skip

@@ -13,6 +13,8 @@ __all__ = [
     "Against",
     "AnyModel",
     "Calibration",
+    "ChatFlag",
+    "ChatModel",
     "Data",
     "Device",
     "DrawSeed",
@@ -24,6 +26,7 @@ __all__ = [
     "Json",
     "KvBpw",
     "MaxNewTokens",
+    "MinP",
     "Model",
     "NewFolder",
     "NewFolderOrNone",
@@ -33,17 +36,22 @@ __all__ = [
     "Preset",
     "Prompt",
     "RecipeFile",
+    "RepetitionPenalty",
     "Resume",
     "Seed",
     "Sensitivity",
     "SeqLen",
     "Sequences",
     "Settings",
+    "Stop",
+    "System",
     "TargetBpw",
     "TargetBpws",
     "TargetSize",
     "Temperature",
     "Test",
+    "TopK",
+    "TopP",
     "WeightsOnly",
     "Workers",
 ]
@@ -70,7 +78,8 @@ def _needed(ctx: typer.Context, value: Path | None) -> Path | None:
 Model = Annotated[str, _argument("MODEL", "The original model: a folder, or a Hub name (owner/name).")]
 AnyModel = Annotated[str, _argument("OUT", "A quantized folder, or any model.")]
 Folder = Annotated[Path, _argument("OUT", "A folder that `paley quantize` wrote.")]
-Prompt = Annotated[str, _argument("PROMPT", "The text to continue.")]
+ChatModel = Annotated[str, _argument("OUT", "A quantized folder, or any model, that was trained to answer.")]
+Prompt = Annotated[str, _argument("PROMPT", "The text to continue; - reads it from stdin.")]
 
 Preset = Annotated[str | None, _option("--preset", "A packaged recipe; see `paley presets`.", "NAME", _HOW)]
 RecipeFile = Annotated[Path | None, _option("--recipe", "Your own recipe, YAML or JSON.", "FILE", _HOW)]
@@ -136,9 +145,21 @@ Data = Annotated[str | None, _option("--data", f"Text: {_SOURCES}.", "SOURCE")]
 Sequences = Annotated[int | None, _option("--sequences", "How many sequences.", min=1)]
 SeqLen = Annotated[int | None, _option("--seq-len", "Tokens of each.", min=2)]
 
+_DRAW = "How tokens are drawn"
 MaxNewTokens = Annotated[int, _option("--max-new-tokens", "Stop after so many.", min=1)]
-Temperature = Annotated[float, _option("--temperature", "0: the most likely token each time.", min=0)]
-DrawSeed = Annotated[int, _option("--seed", "Draws the tokens at temperatures above 0.")]
+Temperature = Annotated[float, _option("--temperature", "0: the most likely token each time.", None, _DRAW, min=0)]
+TopK = Annotated[int, _option("--top-k", "Among so many of the most likely; 0: all.", None, _DRAW, min=0)]
+TopP = Annotated[float, _option("--top-p", "Among the fewest whose chances reach this together.", None, _DRAW)]
+MinP = Annotated[float, _option("--min-p", "Among those with this part of the largest chance.", None, _DRAW)]
+RepetitionPenalty = Annotated[
+    float, _option("--repetition-penalty", "Above 1: tokens of prompt and answer become less likely.", None, _DRAW)
+]
+DrawSeed = Annotated[int, _option("--seed", "Draws the tokens at temperatures above 0.", panel=_DRAW)]
+Stop = Annotated[
+    list[str] | None, _option("--stop", "A text that ends the answer; may be given several times.", "TEXT")
+]
+ChatFlag = Annotated[bool, _option("--chat", "The prompt is a question: put the model's chat template around it.")]
+System = Annotated[str | None, _option("--system", "What the model is told before a chat begins.", "TEXT")]
 
 WeightsOnly = Annotated[
     bool,

@@ -19,13 +19,14 @@ from paley.core.errors import PaleyError
 
 __all__ = [
     "STOPPED", "UsageError", "Verb", "Verbs", "how_to_resume", "line", "peak_memory", "say", "shell",
-    "spread_settings", "typed",
+    "spread_settings", "stream", "typed",
 ]  # fmt: skip
 
 STOPPED = 130  # 128 + SIGINT, as shells have it
 _SETTING = re.compile(r"[a-z_][a-z_.]*=")
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE}
+_CONTROL = re.compile(r"[^\n\t -~\u00a0-\U0010ffff]")
 _NO_SPACE = re.compile(r"os error (28|122)\b")  # the same two, as the errors of safetensors spell them
 UsageError: Any = typer.BadParameter.__mro__[1]  # click's, wherever this typer keeps its click
 _ALLOCATION = re.compile(r"DefaultCPUAllocator|can't allocate memory")
@@ -123,6 +124,13 @@ def how_to_resume(ctx: Any, kept: Path) -> str:
 def line(text: str = "") -> None:
     """A line of stdout, never wrapped: paths and commands in it can be copied."""
     print(text)
+
+
+def stream(text: str) -> None:
+    """A piece of a model's text on stdout; on a terminal without the control characters that would steer it."""
+    if sys.stdout.isatty():
+        text = _CONTROL.sub("\ufffd", text)
+    print(text, end="", flush=True)
 
 
 def say(text: str) -> None:

@@ -18,19 +18,27 @@ _OPTIONS = {
     "expand": "--expand",
     "fold": "--fold",
     "max_new_tokens": "--max-new-tokens",
+    "min_p": "--min-p",
     "output": "--output",
     "plan": "--plan",
     "preset": "--preset",
     "recipe": "--recipe",
+    "repetition_penalty": "--repetition-penalty",
     "seq_len": "--seq-len",
     "sequences": "--sequences",
     "source": "--text",
+    "stop": "--stop",
+    "system": "--system",
+    "temperature": "--temperature",
     "test.source": "--test",
+    "top_k": "--top-k",
+    "top_p": "--top-p",
     "weights.grid": "--grid",
     "workers": "--workers",
 }
 # Of options without a value.
 _FLAGS = {
+    "chat=True": "--chat",
     "fold=False": "--no-fold",
     "fold=True": "--fold",
     "kinds": "--activations",
@@ -38,7 +46,7 @@ _FLAGS = {
     "resume": "--resume",
     "weights_only": "--weights-only",
 }
-_OF_VERBS = {"dequantize": {"dtype": "--dtype"}}
+_OF_VERBS = {"dequantize": {"dtype": "--dtype"}, "generate": {"seed": "--seed"}, "chat": {"seed": "--seed"}}
 _VERBS = {"measure_sensitivity": "sensitivity", "score": "eval"}
 
 

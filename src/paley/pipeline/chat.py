@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from paley.core.errors import PaleyError
 from paley.pipeline.continuation import ContextPool, Continuation
 from paley.pipeline.conversation import Message, chat_ids
+from paley.pipeline.detokenizing import StopFinder
 from paley.pipeline.generate import Generated, check_tokens, run
 from paley.pipeline.opening import TextModel, open_text_model
 from paley.pipeline.sampling import Sampling
@@ -32,6 +33,7 @@ class Chat:
         self.model = model if isinstance(model, TextModel) else open_text_model(model, device, tokenizer)
         self.system, self.sampling = system, sampling or Sampling()
         self.max_new_tokens, self.stop = max_new_tokens, tuple(stop)
+        StopFinder(self.stop)  # refuses empty ones now
         self._pool = ContextPool(self.model.decoder, 1)
         self.reset()
         chat_ids(self.model.tokenizer, [*self.messages, {"role": "user", "content": "Hello"}])  # can it chat at all?
@@ -59,7 +61,7 @@ class Chat:
         if room < 1:
             raise PaleyError(
                 f"the conversation has {len(ids)} tokens, and this model reads {limit} (max_position_embeddings)",
-                remedy="begin a new one (/reset), or say less",
+                remedy="reset the conversation, or say less",
             )
         pieces: list[str] = []
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from paley.core.errors import PaleyError
+from paley.core.errors import Call, PaleyError
 
 __all__ = ["Message", "chat_ids"]
 
@@ -23,7 +23,7 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) ->
     if tokenizer.chat_template is None:
         raise PaleyError(
             "this model has no chat template: it continues texts, and was not trained to answer",
-            remedy="use `paley generate`, or an instruct model",
+            remedy=("use ", Call("generate"), ", or an instruct model"),
         )
     try:
         text = cast(

@@ -9,13 +9,13 @@ from typing import Any, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from paley.core.errors import PaleyError
+from paley.core.errors import PaleyError, Setting
 from paley.pipeline.continuation import Continuation, check_room, step
 from paley.pipeline.conversation import chat_ids
 from paley.pipeline.opening import TextModel, open_text_model
 from paley.pipeline.sampling import Sampling
 
-__all__ = ["Generated", "generate", "prompt_ids", "run"]
+__all__ = ["Generated", "check_tokens", "generate", "prompt_ids", "run"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def generate(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed
     )
     if system is not None and not chat:
-        raise PaleyError("a system prompt belongs to a chat", remedy="give chat=True as well")
+        raise PaleyError(Setting("system"), ": belongs to a chat", remedy=("give ", Setting("chat", True), " as well"))
     if not isinstance(model, TextModel):
         model = open_text_model(model, device, tokenizer)
     if chat:
