@@ -16,6 +16,7 @@ from paley.eval import perplexity
 from paley.eval.perplexity import EvalResult, evaluate
 from paley.eval.reference import Reference
 from paley.eval.sampling import sample_documents
+from paley.eval.scoring import scores
 from paley.model.attention import attach_schemes
 from paley.model.kv_cache import PackedKV
 from paley.model.linear import QuantLinear
@@ -181,15 +182,41 @@ def test_cache_bytes_of_a_model_that_is_quantized_in_one_layer():
     assert evaluate(model, random_blocks(), chunk=5).kv_cache_bytes_per_token == expected
 
 
-@pytest.mark.parametrize(("make", "seen_at_once"), [(tiny, [44, 22]), (with_quantized_cache, [20, 20, 4, 10, 10, 2])])
-def test_logits_are_made_for_a_few_tokens_at_a_time(make, seen_at_once, monkeypatch):
-    model, blocks, seen = make(), random_blocks(count=3), []
-    whole = evaluate(model, blocks, chunk=10, batch=2)
-    monkeypatch.setattr("paley.eval.scoring.LOGITS", 7 * VOCAB)
-    model.lm_head.register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape)))
-    few = evaluate(model, blocks, chunk=10, batch=2)
-    assert seen == [(min(7, n - at), VOCAB) for n in seen_at_once for at in range(0, n, 7)]
-    assert few.nll == pytest.approx(whole.nll, abs=1e-6)
+@pytest.mark.parametrize("make", [tiny, with_quantized_cache])
+@pytest.mark.parametrize("whole_head", [False, True])
+def test_logits_in_tiles_give_the_same_scores(make, whole_head, monkeypatch):
+    model, blocks = make(), random_blocks(count=3)
+    reference = Reference.of(perturbed(), blocks)
+    want = evaluate(model, blocks, reference, chunk=10, batch=2)
+    monkeypatch.setattr("paley.eval.scoring.TOKENS", 7)
+    monkeypatch.setattr("paley.eval.scoring.VOCABULARY", 9)  # of 61: seven slices, the last of seven tokens
+    seen = []
+    if whole_head:  # a head that is no plain matrix is computed at once, for a few tokens
+        model.lm_head = nn.Sequential(model.lm_head)
+        model.lm_head.register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape)))
+    got = evaluate(model, blocks, reference, chunk=10, batch=2)
+    assert {tokens for tokens, _ in seen} <= {1, 2, 3, 4, 5, 6, 7}
+    assert bool(seen) == whole_head
+    for name in ("nll", "kl", "kl_stderr", "top1_agreement", "gap"):
+        assert getattr(got, name) == pytest.approx(getattr(want, name), rel=1e-5, abs=1e-7), name
+
+
+def test_scores_are_those_by_hand_in_any_slices():
+    g = torch.Generator().manual_seed(0)
+    a, b = 30 * torch.randn(2, 6, 50, generator=g)
+    a[0, 7] = a[1, 7] = 900  # e^900 is no float64
+    targets = torch.tensor([0, 49, 7, 20, 21, 3])
+    p, q = b.double().log_softmax(-1), a.double().log_softmax(-1)
+    want = torch.stack(
+        [-q.gather(-1, targets[:, None])[:, 0], (p.exp() * (p - q)).sum(-1), (a.argmax(-1) == b.argmax(-1)).double()]
+    )
+    for width in (1, 7, 21, 50, 64):
+
+        def cut(x, width=width):
+            return ((i, x[:, i : i + width].clone()) for i in range(0, 50, width))
+
+        torch.testing.assert_close(scores(cut(a), cut(b), targets), want.float(), rtol=2e-6, atol=2e-5)
+        torch.testing.assert_close(scores(cut(a), None, targets), want[:1].float(), rtol=2e-6, atol=2e-5)
 
 
 def test_progress_counts_sequences():
@@ -248,6 +275,7 @@ def test_logits_that_are_not_finite_name_the_first_sequence(bad, batch):
 
 def test_one_infinite_logit_is_enough():
     model, blocks = tiny(), random_blocks()
+    model.lm_head = nn.Sequential(model.lm_head)
     model.lm_head.register_forward_hook(lambda module, args, out: out.index_fill(-1, torch.tensor([60]), -math.inf))
     with pytest.raises(PaleyError, match="first in sequence 0"):
         evaluate(model, blocks)

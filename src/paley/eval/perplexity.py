@@ -10,13 +10,13 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from paley.core.errors import PaleyError
 from paley.data import TokenBlocks, require
 from paley.eval.reference import Reference
-from paley.eval.scoring import CHUNK, check_finite, check_scorable, few_tokens, scores
+from paley.eval.scoring import CHUNK, check_finite, check_scorable, few_tokens, head_slices, scores
 from paley.model.adapter import Adapter
 from paley.model.kv_cache import PackedKVCache, cache_argument
 from paley.results import EvalResult
@@ -69,24 +69,26 @@ def _score(
     sequences: slice,
 ) -> Tensor:
     """ids [batch, seq_len] -> [1 or 3, batch, seq_len - 1]: nll and, with a reference, KL and agreement."""
-    adapter, columns, start = Adapter(model), [], 0
+    head, columns, start = Adapter(model).head, [], 0
     for hidden in _hidden(model, ids, cache, chunk):
         batch, count, _ = hidden.shape
+        places = slice(start, start + count)
         targets = ids[:, start + 1 : start + count + 1].flatten()
-        before = None if reference is None else reference.hidden[sequences, start : start + count].flatten(0, 1)
-        pieces = _pieces(adapter, hidden.flatten(0, 1), reference, before, targets)
-        columns.append(scores(pieces).view(-1, batch, count))
+        before = None if reference is None else reference.hidden[sequences, places].flatten(0, 1)
+        columns.append(_scores(head, hidden.flatten(0, 1), targets, reference, before).view(-1, batch, count))
         start += count
     return torch.cat(columns, -1)
 
 
-def _pieces(
-    adapter: Adapter, hidden: Tensor, reference: Reference | None, before: Tensor | None, targets: Tensor
-) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
-    """hidden, before [n, hidden], targets [n] -> logits, the original's, and targets, a few tokens at a time."""
-    for few in few_tokens(len(targets), adapter.sites.head.shape[0]):
-        original = None if reference is None or before is None else reference.logits(before[few])
-        yield adapter.head(hidden[few]), original, targets[few]
+def _scores(
+    head: nn.Module, hidden: Tensor, targets: Tensor, reference: Reference | None, before: Tensor | None
+) -> Tensor:
+    """hidden, before [n, hidden], targets [n] -> [1 or 3, n]."""
+    pieces = []
+    for few in few_tokens(len(targets)):
+        originals = None if reference is None or before is None else reference.slices(before[few])
+        pieces.append(scores(head_slices(head, hidden[few]), originals, targets[few]))
+    return torch.cat(pieces, -1)
 
 
 def _hidden(model: PreTrainedModel, ids: Tensor, cache: PackedKVCache | None, chunk: int) -> Iterator[Tensor]:

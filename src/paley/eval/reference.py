@@ -12,7 +12,16 @@ from transformers import PreTrainedModel
 
 from paley.core.errors import PaleyError
 from paley.data import TokenBlocks
-from paley.eval.scoring import CHUNK, check_finite, check_scorable, few_tokens, scores
+from paley.eval.scoring import (
+    CHUNK,
+    Slices,
+    check_finite,
+    check_scorable,
+    few_tokens,
+    head_slices,
+    scores,
+    slices,
+)
 from paley.format.writer import write_tensors
 from paley.model.adapter import Adapter
 
@@ -68,15 +77,15 @@ class Reference:
             last = model.base_model(ids, use_cache=False).last_hidden_state
             hidden[at : at + batch] = last
             inputs, targets = last[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
-            slices = few_tokens(len(targets), head.out_features)
-            nll[at : at + batch] = scores((head(inputs[few]), None, targets[few]) for few in slices).view(len(ids), -1)
+            pieces = [scores(head_slices(head, inputs[few]), None, targets[few]) for few in few_tokens(len(targets))]
+            nll[at : at + batch] = torch.cat(pieces, -1).view(len(ids), -1)
             check_finite(nll[at : at + batch], at, blocks.source)
         weight = head.weight.detach().to("cpu", copy=True).contiguous()
         return cls(hidden, weight, nll, blocks.source, blocks.sha256)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Some of `hidden` [..., hidden] -> logits [..., vocab] in the model's dtype, on head's device."""
-        return nn.functional.linear(hidden.to(self.head), self.head)
+    def slices(self, hidden: Tensor) -> Slices:
+        """Some of `hidden` [n, hidden] -> logits in the model's dtype, on head's device; as of `scoring.slices`."""
+        return slices(hidden.to(self.head), self.head)
 
     def to(self, device: torch.device | str) -> Reference:
         """A copy with head on `device`, where `logits` are then computed; hidden states are moved in slices."""

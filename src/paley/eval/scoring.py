@@ -2,47 +2,106 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from paley.core.errors import PaleyError
 from paley.data import TokenBlocks
 from paley.model.adapter import Adapter
+from paley.model.linear import QuantLinear
 
-__all__ = ["CHUNK", "check_finite", "check_mode", "check_scorable", "few_tokens", "scores"]
+__all__ = [
+    "CHUNK",
+    "check_finite",
+    "check_mode",
+    "check_scorable",
+    "few_tokens",
+    "head_slices",
+    "scores",
+    "slices",
+]
 
 CHUNK = 128  # tokens of a sequence that pass through a quantized cache at a time
-LOGITS = 2**21  # that exist at a time: 8 MB
+TOKENS, VOCABULARY = 512, 4096  # of the logits that exist at a time: 8 MB
+
+Slices = Iterator[tuple[int, Tensor]]  # the first token's number, and the logits [n, some] from there on
 
 
-def scores(logits: Iterable[tuple[Tensor, Tensor | None, Tensor]]) -> Tensor:
-    """Of (logits, the original's logits or None, targets) of a few tokens at a time -> float32 [1 or 3, all tokens].
+def scores(logits: Slices, originals: Slices | None, targets: Tensor) -> Tensor:
+    """Of the same slices of logits of a model and, with `originals`, of the original's -> float32 [1 or 3, n].
 
-    Nats of each target; with the original also KL(original || logits), and 1 where the same token is most likely to
+    Nats of each target [n]; with the original also KL(original || logits), and 1 where the same token is most likely to
     both. Nats are NaN at positions with a logit that is NaN or infinite; `check_finite` finds these.
     """
-    return torch.cat([_scores(*few) for few in logits], -1)
+    q, p = _Softmax(targets), _Softmax(targets)
+    apart = torch.zeros_like(q.total)  # sum over tokens of e^original * (original - logits)
+    for start, few in logits:
+        few = few.float()
+        q.add(start, few)
+        if originals is not None:
+            _, own = next(originals)
+            shares, shrunk = p.add(start, own := own.float())
+            apart = apart * shrunk + shares.mul_(own.sub_(few)).sum(-1)
+    nll = (q.log_total() - q.target).masked_fill(~q.finite, torch.nan)
+    if originals is None:
+        return nll.float()[None]
+    kl = apart / p.total - p.log_total() + q.log_total()
+    return torch.stack([nll, kl, (p.best == q.best).double()]).float()
 
 
-def _scores(logits: Tensor, original: Tensor | None, targets: Tensor) -> Tensor:
-    """logits [n, vocab], original [n, vocab] or None, targets [n] -> [1 or 3, n]."""
-    q = logits.float().log_softmax(-1)
-    nll = -q.gather(-1, targets[:, None])[:, 0]
-    nll = nll.masked_fill(~logits.isfinite().all(-1), torch.nan)
-    if original is None:
-        return nll[None]
-    p = original.float().log_softmax(-1)
-    agrees = (p.argmax(-1) == q.argmax(-1)).float()
-    return torch.stack([nll, (p.exp() * p.sub_(q)).sum(-1), agrees])
+class _Softmax:
+    """The sum of e^logit of n rows that come in slices, their largest logits, and the logits of their targets [n]."""
+
+    def __init__(self, targets: Tensor):
+        self._targets = targets
+        self.total, self.target = torch.zeros(2, len(targets), dtype=torch.float64, device=targets.device)
+        self._largest = torch.full_like(self.total, -torch.inf, dtype=torch.float32)
+        self.best = torch.zeros_like(targets)
+        self.finite = torch.ones_like(targets, dtype=torch.bool)
+
+    def add(self, start: int, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """float32 [n, some] -> e^(logits - largest so far), and what sums of such terms until now shrink by."""
+        low, (high, at) = logits.amin(-1), logits.max(-1)
+        self.finite &= low.isfinite() & high.isfinite()
+        self.best = torch.where(high > self._largest, at + start, self.best)
+        largest = torch.maximum(self._largest, high)
+        shrunk, self._largest = (self._largest - largest).double().exp(), largest
+        terms = (logits - largest[:, None]).exp_()
+        self.total = self.total * shrunk + terms.sum(-1)
+        inside = (self._targets - start).clamp(0, logits.shape[1] - 1)
+        here = inside == self._targets - start
+        self.target = torch.where(here, logits.gather(-1, inside[:, None])[:, 0].double(), self.target)
+        return terms, shrunk
+
+    def log_total(self) -> Tensor:
+        """float64 [n]: the logarithm of the whole sum."""
+        return self._largest.double() + self.total.log()
 
 
-def few_tokens(tokens: int, vocabulary: int) -> Iterator[slice]:
-    """Slices of so few tokens that their logits stay in a CPU's caches."""
-    few = max(1, LOGITS // vocabulary)
-    return (slice(start, min(start + few, tokens)) for start in range(0, tokens, few))
+def slices(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Slices:
+    """x [n, hidden], weight [vocab, hidden] -> the logits x Wᵀ + bias, some of the vocabulary at a time."""
+    for start in range(0, len(weight), VOCABULARY):
+        some = slice(start, start + VOCABULARY)
+        yield start, linear(x, weight[some], None if bias is None else bias[some])
+
+
+def head_slices(head: nn.Module, hidden: Tensor) -> Slices:
+    """hidden [n, hidden] -> the logits of a model's head, some of the vocabulary at a time."""
+    if type(head) is nn.Linear:  # a class of its own may do more than multiply
+        return slices(hidden, head.weight, head.bias)
+    if isinstance(head, QuantLinear) and (parts := head.parts(hidden)) is not None:
+        return slices(*parts)
+    logits = head(hidden)
+    return ((start, logits[:, start : start + VOCABULARY]) for start in range(0, logits.shape[1], VOCABULARY))
+
+
+def few_tokens(tokens: int) -> Iterator[slice]:
+    """Slices of so few tokens that a slice of their logits is small."""
+    return (slice(start, min(start + TOKENS, tokens)) for start in range(0, tokens, TOKENS))
 
 
 def check_finite(nll: Tensor, first: int, source: str) -> None:

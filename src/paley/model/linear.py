@@ -14,7 +14,7 @@ from paley.core.rounding import Quantized, check_groups
 from paley.core.schemes import ActivationScheme, LinearScheme
 from paley.model.coded import Coded, parameter
 from paley.ops.inputs import SharedInput, round_input
-from paley.ops.matmul import Packed, Product, choose
+from paley.ops.matmul import Dense, Packed, Product, choose
 
 __all__ = ["QuantLinear"]
 
@@ -122,6 +122,11 @@ class QuantLinear(Coded):
     def round_input(self, x: Tensor) -> Tensor:
         """x [..., in] (transform.in_dim if there is a transform) -> what meets the weight."""
         return round_input(x, self.scheme, self.outlier_columns, self.diagonal)
+
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """x [..., in] -> (x', W, bias) of y = x' Wᵀ + bias, to multiply some rows of W alone; None if W is in codes."""
+        product = self.product
+        return (product.encode(x), product.weight, self.bias) if isinstance(product, Dense) else None
 
     @torch.compiler.disable  # native kernels, and an input that layers share, are nothing that can be traced
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
