@@ -21,6 +21,7 @@ UNIX_FLAGS = [
     "-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-pthread",
     "-ffp-contract=off",  # a sum is fused where the code says so: results are the same on every machine
     "-Wno-maybe-uninitialized",  # false alarms in gcc 12's own AVX-512 header
+    "-Wno-psabi",  # vectors of 32 bytes, which no function of another file takes
 ]  # fmt: skip
 WINDOWS_FLAGS = ["/std:c++17", "/O2", "/EHsc", "/clang:-ffp-contract=off"]  # as clang-cl reads them
 

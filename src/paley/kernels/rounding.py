@@ -20,7 +20,7 @@ from paley.core.schemes import ActivationScheme
 from paley.core.transforms import Transform, random_signs
 from paley.kernels import columns, native
 
-__all__ = ["quantize_dynamic", "round_trip", "takes", "turn_back"]
+__all__ = ["quantize_dynamic", "round_trip", "rounding_of", "takes", "turn_back"]
 
 _SHARE = 2**17  # least number of values for a thread: some 0.2 ms
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -70,7 +70,7 @@ def round_trip(
     level: str | None = None, threads: int | None = None,
 ) -> Tensor:  # fmt: skip
     """x float32 [..., in] -> divided by `diagonal`, transformed, and rounded unless scheme is None, [..., out]."""
-    how = _how(x.shape[-1], scheme, transform, scale_dtype)
+    how = rounding_of(x.shape[-1], scheme, transform, scale_dtype)
     values = torch.empty(*x.shape[:-1], how.raw.out_dim, device="cpu")
     _run(how, x, diagonal, level, threads, values=values)
     return values
@@ -82,7 +82,7 @@ def quantize_dynamic(
     level: str | None = None, threads: int | None = None,
 ) -> Quantized:  # fmt: skip
     """As `round_trip`, without the last step -> codes [..., out], scales and zeros [..., groups]."""
-    how = _how(x.shape[-1], scheme, transform, scale_dtype)
+    how = rounding_of(x.shape[-1], scheme, transform, scale_dtype)
     width, rows = how.raw.out_dim, x.shape[:-1]
     if scheme.grid.size > 2**8:
         raise PaleyError(f"rounding: native kernels give codes of at most 8 bits, grid {scheme.grid.name!r} has more")
@@ -95,7 +95,7 @@ def quantize_dynamic(
 
 def turn_back(x: Tensor, transform: Transform, *, level: str | None = None, threads: int | None = None) -> Tensor:
     """x float32 [..., out] -> Tᵀ x [..., in], as `Transform.adjoint`."""
-    how = _how(x.shape[-1], None, transform, torch.float32, back=True)
+    how = rounding_of(x.shape[-1], None, transform, torch.float32, back=True)
     values = torch.empty(*x.shape[:-1], how.raw.in_dim, device="cpu")
     _run(how, x, None, level, threads, values=values)
     return values
@@ -130,7 +130,7 @@ def _run(
 
 
 @functools.lru_cache(maxsize=256)
-def _how(
+def rounding_of(
     width: int,
     scheme: ActivationScheme | None,
     transform: Transform | None,

@@ -1,0 +1,159 @@
+"""What the engine runs: why a folder is left to transformers, and the model's facts for one that is not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from paley.arch import FAMILIES, Architecture, Sites, rope_follows_length, sites, window
+from paley.core.errors import PaleyError
+from paley.core.grids import Grid
+from paley.core.schemes import ActivationScheme, AttentionScheme
+from paley.format.checkpoint import Checkpoint
+from paley.format.spec import QuantizationConfig, quantization_of
+from paley.kernels import native
+from paley.runtime.native import ACTIVATIONS
+from paley.runtime.rope import KINDS, rope_settings
+
+__all__ = ["CHECKED", "Facts", "facts_of", "why_not"]
+
+# Families whose logits the tests compare with those of transformers. A row alone is not enough: a family may do what
+# no row tells.
+CHECKED = ("gemma3_text", "llama", "mistral", "qwen2", "qwen3")
+_NEEDED = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
+    "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings",
+)  # fmt: skip
+_PARTIAL = ()  # families whose default RoPE turns a part of a head
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A quantized folder, described. config: the keys of config.json as attributes."""
+
+    checkpoint: Checkpoint
+    config: Any
+    row: Architecture
+    sites: Sites
+    spec: QuantizationConfig
+
+    @property
+    def head_dim(self) -> int:
+        return self.row.head_dim(self.config)
+
+    @property
+    def limit(self) -> int:
+        return int(self.config.max_position_embeddings)
+
+    @property
+    def activation(self) -> str:
+        return _activation(self.row, self.config)
+
+    def number(self, name: str, default: float) -> float:
+        """The config's value of a row's attribute, such as `residual_multiplier`; default if it has none."""
+        return _number(self.row, self.config, name, default)
+
+    @property
+    def attention_scale(self) -> float:
+        """What scores are multiplied by."""
+        multiplier = self.number("attention_multiplier", 0.0)
+        return multiplier or self.number("query_scalar", float(self.head_dim)) ** -0.5
+
+    def window(self, block: int) -> int | None:
+        return window(self.config, block)
+
+    def layer_type(self, block: int) -> str | None:
+        kinds = getattr(self.config, "layer_types", None)
+        return kinds[block] if kinds else None
+
+
+def why_not(folder: str | Path) -> str | None:
+    """Why the engine does not run the quantized model in `folder`, in a few words; None if it does.
+
+    Errors: PaleyError for a folder that is damaged, or not Paley's.
+    """
+    if (reason := native.why_missing()) is not None:
+        return reason
+    return facts_of(Path(folder))[1]
+
+
+def facts_of(folder: Path) -> tuple[Facts | None, str | None]:
+    """-> the facts of a folder that the engine runs, or why it does not."""
+    checkpoint = Checkpoint.open(folder)
+    spec = quantization_of(checkpoint)
+    config = SimpleNamespace(**checkpoint.config)
+    if (reason := _why_not_config(config)) is not None:
+        return None, reason
+    row = FAMILIES[config.model_type]
+    facts = Facts(checkpoint, config, row, sites(row, config), spec)
+    for name, scheme in spec.attentions.items():
+        if (reason := _why_not_attention(scheme)) is not None:
+            return None, f"{name}: {reason}"
+    return facts, None
+
+
+def _why_not_config(config: Any) -> str | None:
+    kind = getattr(config, "model_type", None)
+    if kind not in CHECKED or kind not in FAMILIES:
+        return f"the engine does not know the family {kind!r}, only {', '.join(CHECKED)}"
+    if missing := [name for name in _NEEDED if getattr(config, name, None) is None]:
+        return f"config.json does not have {missing[0]}"
+    row = FAMILIES[kind]
+    if kind == "gemma3_text" and not getattr(row, "query_scalar", ""):
+        return "the row of gemma3_text does not tell the scale of scores"
+    for name in ("clip", "query_growth", "residual_multiplier"):
+        if (attribute := getattr(row, name, "")) and getattr(config, attribute, None) is not None:
+            return f"{attribute} is not supported"
+    if getattr(row, "rotary_pairs", "halves") != "halves" or getattr(row, "rope_layers", ""):
+        return "this kind of RoPE is not supported"
+    if getattr(config, "use_bidirectional_attention", False):
+        return "attention that sees later tokens is not supported"
+    if _activation(row, config) not in ACTIVATIONS:
+        return f"the activation {_activation(row, config)!r} is not supported"
+    if getattr(config, "pretraining_tp", 1) not in (1, None):
+        return "pretraining_tp is not supported"
+    return _why_not_rope(config)
+
+
+def _why_not_rope(config: Any) -> str | None:
+    if rope_follows_length(config):
+        return "RoPE that follows the length of the text is not supported"
+    for kind in set(getattr(config, "layer_types", None) or [None]):
+        try:
+            settings = rope_settings(config, kind)
+        except PaleyError as error:
+            return str(error)
+        if settings.get("rope_type", "default") not in KINDS:
+            return f"RoPE of type {settings.get('rope_type')!r} is not supported"
+        if settings.get("partial_rotary_factor") not in (None, 1, 1.0) and config.model_type not in _PARTIAL:
+            return "RoPE of a part of each head is not supported"
+    return None
+
+
+def _why_not_attention(scheme: AttentionScheme) -> str | None:
+    for what, side in (("keys", scheme.keys), ("values", scheme.values)):
+        if side is not None and (reason := why_not_rounded(side)) is not None:
+            return f"{what}: {reason}"
+        if side is not None and side.grid.size not in [2**b for b in range(2, 9)]:
+            return f"{what}: {side.grid.name} has not 2 to 8 whole bits"
+    return None
+
+
+def why_not_rounded(scheme: ActivationScheme) -> str | None:
+    """Why values cannot be rounded so while the model runs; None if they can."""
+    grid = scheme.grid
+    return None if isinstance(grid, Grid) and grid.p == 1 else f"rounding to {grid.name} is not supported"
+
+
+def _activation(row: Architecture, config: Any) -> str:
+    names = (getattr(row, "activation", ""), "hidden_activation", "hidden_act")
+    found = next((getattr(config, name) for name in names if name and getattr(config, name, None) is not None), None)
+    return str(found)
+
+
+def _number(row: Architecture, config: Any, name: str, default: float) -> float:
+    value = getattr(config, getattr(row, name, "") or "", None)
+    return default if value is None or isinstance(value, Mapping) else float(value)
