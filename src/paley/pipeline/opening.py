@@ -5,16 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from paley import kernels
 from paley.core.errors import PaleyError
 from paley.core.reading import read_json
 from paley.model.decoder import ModelDecoder
 from paley.model.loading import load_tokenizer, resolve
-from paley.pipeline.any_model import check_device, load_any
+from paley.pipeline.any_model import check_device, is_paley, load_any
 from paley.pipeline.decoder import Decoder
+from paley.runtime import Engine, why_not
 
-__all__ = ["TextModel", "open_decoder", "open_text_model"]
+__all__ = ["TextModel", "open_decoder", "open_text_model", "why_no_engine"]
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,21 @@ class TextModel:
 
 def open_decoder(path: str | Path, device: str = "cpu") -> Decoder:
     """The fastest decoder there is here for a quantized folder, or any other model's folder or Hub name."""
-    check_device(device)
-    return ModelDecoder(load_any(path, device, kernels=True))
+    folder = resolve(str(path))
+    if why_no_engine(folder, device) is None:
+        return Engine.open(folder)
+    return ModelDecoder(load_any(folder, device, kernels=True))
+
+
+def why_no_engine(folder: Path, device: str = "cpu") -> str | None:
+    """Why transformers runs the model in `folder`, and not the engine; None if the engine does."""
+    if torch.device(check_device(device)).type != "cpu":
+        return f"the engine runs on the CPU, not on {device}"
+    if kernels.backend() != "native":
+        return kernels.native.why_missing() or "PALEY_BACKEND=reference"
+    if not is_paley(folder):
+        return "the model is not quantized by Paley"
+    return why_not(folder)
 
 
 def open_text_model(

@@ -11,8 +11,8 @@ from typing import Any
 from paley.kernels import native
 
 __all__ = [
-    "ACTIVATIONS", "BASES", "STORED", "AttentionStruct", "EmbeddingStruct", "InputStruct", "LinearStruct", "ModelStruct",
-    "PartStruct", "SideStruct", "StepStruct", "WireStruct", "array", "library",
+    "ACTIVATIONS", "BASES", "STEPS", "STORED", "AttentionStruct", "EmbeddingStruct", "InputStruct", "LinearStruct",
+    "ModelStruct", "PartStruct", "SideStruct", "StepStruct", "WireStruct", "array", "library",
 ]  # fmt: skip
 
 STORED = {"float32": 0, "bfloat16": 1, "float16": 2, "codes": 3}  # paley_stored
@@ -128,6 +128,6 @@ def library() -> ctypes.CDLL:
     return found
 
 
-def array(kind: type[Any], items: Sequence[Any]) -> Any:
+def array(kind: Any, items: Sequence[Any]) -> Any:
     """A C array of structs or numbers."""
     return (kind * max(1, len(items)))(*items)

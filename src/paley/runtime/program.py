@@ -87,7 +87,7 @@ class Program:
         }  # fmt: skip
         arrays = {name: array(kind, self.parts.get(name, [])) for name, kind in kinds.items()}
         self.kept.append(arrays)
-        counts = [len(self.parts.get(n, [])) for n in ("widths", "wire", "input", "linear", "embedding", "attention", "step")]
+        counts = [len(self.parts.get(name, [])) for name in kinds]
         model = native.ModelStruct(*counts, facts.config.vocab_size, facts.sites.blocks, len(self.ropes), logits)
         for name, items in arrays.items():
             setattr(model, name, ctypes.addressof(items))
@@ -109,13 +109,14 @@ class _Builder:
         self.facts, self.tensors, self.row = facts, tensors, facts.row
         self.program = Program()
         self.sizes = facts.row.sizes(facts.config)
-        self.stream = facts.config.hidden_size
+        self.stream = int(facts.config.hidden_size)
         self.inputs: dict[Hashable, int] = {}
         self.ropes: dict[str, int] = {}
         self.pending: list[Site] = []
 
     def wire(self, name: str) -> int:
-        return self.program.wire(name, self.sizes.get(name, self.stream))
+        """A wire that is not in `sizes` is what a norm makes of the stream, or one turns into it."""
+        return self.program.wire(name, self.sizes.get(name) or self.stream)
 
     # --- outside of the blocks
 
