@@ -1,3 +1,7 @@
+#include <cstdlib>
+#include <cstring>
+
+#include "matmul.h"
 #include "paley.h"
 #include "parallel.h"
 #include "platform.h"
@@ -62,3 +66,35 @@ extern "C" int32_t paley_best_products_level(void) {
 #endif
   return paley_best_level();
 }
+
+extern "C" int32_t paley_matmul_levels(void) {
+  int32_t levels = 1 << PALEY_PORTABLE;
+#if PALEY_X86
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+  if (avx2) levels |= 1 << PALEY_AVX2;
+#endif
+  return levels;
+}
+
+extern "C" int32_t paley_best_matmul_level(void) {
+  // From the best down; a name that is unknown, or of a level that is missing, changes nothing.
+  static constexpr struct {
+    int32_t level;
+    const char* name;
+  } levels[] = {{PALEY_AMX, "amx"},   {PALEY_AVX512, "avx512"}, {PALEY_AVX2_VNNI, "avx2_vnni"},
+                {PALEY_AVX2, "avx2"}, {PALEY_NEON, "neon"},     {PALEY_PORTABLE, "portable"}};
+  const int32_t here = paley_matmul_levels();
+  const char* wanted = std::getenv("PALEY_ISA");
+  for (const auto& one : levels) {
+    if (wanted && (here >> one.level & 1) && !std::strcmp(wanted, one.name)) return one.level;
+  }
+  for (const auto& one : levels) {
+    if (here >> one.level & 1) return one.level;
+  }
+  return PALEY_PORTABLE;
+}
+
+namespace paley {
+int32_t best_matmul_level() { return paley_best_matmul_level(); }
+}  // namespace paley

@@ -33,6 +33,9 @@ enum paley_level {
   PALEY_AVX2 = 1,    // with FMA; planes: with F16C too
   PALEY_AVX512 = 2,  // AVX-512F; planes: with BW, VBMI, VNNI and VPOPCNTDQ too (Ice Lake, Zen 4 and later)
   PALEY_AVX512_BF16 = 3,  // products of bfloat16 (Cooper Lake, Zen 4 and later); only paley_products has it
+  PALEY_AVX2_VNNI = 4,  // as PALEY_AVX2, with AVX-VNNI (Alder Lake, Zen 5 and later); only paley_matmul has it and these
+  PALEY_AMX = 5,        // as PALEY_AVX512, with AMX-INT8 (Sapphire Rapids and later)
+  PALEY_NEON = 6,       // Arm, with DotProd (Armv8.4, and most of 8.2)
 };
 
 PALEY_EXPORT int32_t paley_abi_version(void);
@@ -154,6 +157,79 @@ PALEY_EXPORT int32_t paley_planes_matmul(const uint8_t* codes, const float* scal
                                          int64_t tokens, const uint8_t* blob, int64_t bytes, int32_t out,
                                          int32_t groups, int32_t group_size, int32_t path, int32_t level,
                                          int32_t threads, float* y);
+
+// How the codes of a matrix lie in memory and become integers.
+enum paley_matrix_kind {
+  PALEY_TABLE2 = 0,  // a code is one of 4, 8 or 16 points
+  PALEY_TABLE3 = 1,
+  PALEY_TABLE4 = 2,
+  PALEY_OWN2 = 3,    // as TABLE2, and each row has its own points in each group
+  PALEY_PAIRS4 = 4,  // a code of so many bits is one of that many points of two values
+  PALEY_PAIRS6 = 5,
+  PALEY_PAIRS8 = 6,
+  PALEY_LOOK8 = 7,   // a code of so many bits is one of that many points: of 4 or 3 values, of 2 if inputs are fine
+  PALEY_LOOK9 = 8,
+  PALEY_LOOK10 = 9,
+  PALEY_LOOK12 = 10,
+  PALEY_BYTES = 11,  // no codes: the values, as int8
+  PALEY_WORDS = 12,  // as int16; only if inputs are fine
+  PALEY_KINDS = 13,
+};
+
+// What paley_pack_matrix makes a blob of. A value is table_scale * scale * (point - zero).
+struct paley_matrix_source {
+  int32_t out, columns, group;  // group: columns that share a scale
+  int32_t segment;              // columns that share an input's scale, at most; a group's last ones may be fewer
+  int32_t kind, fine;           // fine: inputs are int16, not int8
+  int32_t p, affine;            // p: values of a code
+  int32_t points;               // of the table
+  float table_scale;
+  const int16_t* table;          // [points, p]: within 127; WORDS and LOOK if fine: within 4095
+  const int32_t* codes;          // [out, ceil(columns / p)]; also for BYTES and WORDS
+  const uint16_t* scales;        // float16 [out, groups]
+  const uint8_t* zeros;          // [out, groups] if affine
+  const int8_t* own;             // OWN2: [out, groups, 4] in place of the table
+  int32_t outliers;              // columns that have values of their own: the codes above do not count there
+  const int32_t* outlier_columns;  // [outliers], ascending
+  const int8_t* outlier_values;    // [out, outliers], within 127
+  const uint16_t* outlier_scales;  // float16 [out]
+};
+
+// How the values of tokens become the integers that meet a matrix. rounding: what is done to them before, or null. If
+// it rounds, its codes become map[code] - zero times map_scale times the group's scale; else, or if map is null, values
+// are rounded to int8, or to 13 bits if the inputs are fine, with a scale for each segment.
+struct paley_inputs_how {
+  const paley_rounding* rounding;
+  const float* diagonal;  // [in_dim], or null
+  const int16_t* map;     // [256]: within 127; within 4095 if fine
+  float map_scale;
+  const int32_t* outlier_columns;  // those of the matrix: they have a scale of their own for each token
+};
+
+// The best level of this machine for paley_matmul, or that which PALEY_ISA names if the machine has it.
+PALEY_EXPORT int32_t paley_best_matmul_level(void);
+
+// The levels of this machine for paley_matmul: bit i is set if it has level i.
+PALEY_EXPORT int32_t paley_matmul_levels(void);
+
+// -> bytes of the blob. Reads no arrays.
+PALEY_EXPORT int32_t paley_matrix_bytes(const paley_matrix_source* source, int64_t* bytes);
+
+// -> the blob, which any level reads.
+PALEY_EXPORT int32_t paley_pack_matrix(const paley_matrix_source* source, int64_t bytes, uint8_t* blob);
+
+// -> bytes of the inputs of so many tokens for this matrix, and for all of the same columns, groups and segments.
+PALEY_EXPORT int32_t paley_inputs_bytes(const uint8_t* blob, int64_t blob_bytes, int64_t tokens, int64_t* bytes);
+
+// x [tokens, in_dim] -> inputs. The blob gives the layout.
+PALEY_EXPORT int32_t paley_encode_inputs(const paley_inputs_how* how, const float* x, int64_t tokens,
+                                         const uint8_t* blob, int64_t blob_bytes, int32_t threads, int64_t bytes,
+                                         uint8_t* inputs);
+
+// inputs of these tokens, as of paley_encode_inputs -> y [tokens, out]. Sums within a segment are exact, the rest is
+// float32 in one order: y depends on neither level nor threads. A damaged header of the blob gives PALEY_BAD_ARGUMENT.
+PALEY_EXPORT int32_t paley_matmul(const uint8_t* inputs, int64_t inputs_bytes, int64_t tokens, const uint8_t* blob,
+                                  int64_t blob_bytes, int32_t level, int32_t threads, float* y);
 
 #ifdef __cplusplus
 }

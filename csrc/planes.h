@@ -8,13 +8,6 @@
 
 #include "platform.h"
 
-// Before a short loop: unrolled early, or GCC keeps the arrays that it runs over in memory instead of registers.
-#if defined(__clang__)
-#define PALEY_UNROLL PALEY_PRAGMA(unroll)
-#else
-#define PALEY_UNROLL PALEY_PRAGMA(GCC unroll 8)
-#endif
-
 namespace paley {
 
 struct PlanesTask {

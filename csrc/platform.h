@@ -25,6 +25,13 @@
 
 #define PALEY_INLINE inline __attribute__((always_inline))
 
+// Before a short loop: unrolled early, or GCC keeps the arrays that it runs over in memory instead of registers.
+#if defined(__clang__)
+#define PALEY_UNROLL PALEY_PRAGMA(unroll)
+#else
+#define PALEY_UNROLL PALEY_PRAGMA(GCC unroll 8)
+#endif
+
 namespace paley {
 
 // Position of the lowest set bit; bits != 0.

@@ -74,6 +74,19 @@ _SIGNATURES: dict[str, list[Any]] = {
         ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32,
         ctypes.c_void_p,
     ],
+    "paley_best_matmul_level": [],
+    "paley_matmul_levels": [],
+    "paley_matrix_bytes": [ctypes.c_void_p, ctypes.c_void_p],
+    "paley_pack_matrix": [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p],
+    "paley_inputs_bytes": [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p],
+    "paley_encode_inputs": [
+        ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32,
+        ctypes.c_int64, ctypes.c_void_p,
+    ],
+    "paley_matmul": [
+        ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32,
+        ctypes.c_int32, ctypes.c_void_p,
+    ],
     "paley_round": [
         ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32,
         ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p,

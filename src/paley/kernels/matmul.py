@@ -1,0 +1,327 @@
+"""The native product of integer inputs with a coded weight. `paley.ops.matmul.grid_matmul` has its meaning.
+
+A grid's points become integers: of 8 bits, or of 13 if the rounding of points and inputs to 8 bits would show beside the
+grid's own. Inputs become integers of as many bits: the codes of the scheme that rounds them if its points are such
+integers, else the values with a scale for each segment of columns. Sums of products are exact.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from paley.core.errors import PaleyError, nearest_name
+from paley.core.grids import AnyGrid, FreeGrid, Grid
+from paley.core.rounding import Quantized
+from paley.core.schemes import ActivationScheme, LinearScheme
+from paley.kernels import native, rounding
+
+__all__ = ["LEVELS", "PreparedMatrix", "best_level", "encode", "integers", "levels", "matmul", "plan", "prepare"]
+
+LEVELS = ("portable", "avx2", "avx512", "", "avx2_vnni", "amx", "neon")  # paley_level of csrc/paley.h
+KINDS = (
+    "table2", "table3", "table4", "own2", "pairs4", "pairs6", "pairs8", "look8", "look9", "look10", "look12",
+    "bytes", "words",
+)  # fmt: skip
+_LIMITS = (127, 4095)  # of integers: 8 bits, fine
+_SEGMENT = 64  # columns of inputs that share a scale, if the scheme does not say
+_LONGEST_FINE = 128
+_INPUT_ERROR = 0.0061  # of Gaussian values in such segments, rounded to 8 bits; relative
+_SEEN = 0.12  # what rounding to 8 bits may add to a grid's relative error, as a share of it
+_LEAST_SEGMENT = 16
+_SHARE = 2**22  # least number of products for a thread
+_PROBES = 2**14
+
+
+class _Source(ctypes.Structure):
+    """paley_matrix_source of csrc/paley.h."""
+
+    _fields_ = [
+        ("out", ctypes.c_int32), ("columns", ctypes.c_int32), ("group", ctypes.c_int32), ("segment", ctypes.c_int32),
+        ("kind", ctypes.c_int32), ("fine", ctypes.c_int32), ("p", ctypes.c_int32), ("affine", ctypes.c_int32),
+        ("points", ctypes.c_int32), ("table_scale", ctypes.c_float), ("table", ctypes.c_void_p),
+        ("codes", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("zeros", ctypes.c_void_p), ("own", ctypes.c_void_p),
+        ("outliers", ctypes.c_int32), ("outlier_columns", ctypes.c_void_p), ("outlier_values", ctypes.c_void_p),
+        ("outlier_scales", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+class _How(ctypes.Structure):
+    """paley_inputs_how of csrc/paley.h."""
+
+    _fields_ = [
+        ("rounding", ctypes.c_void_p), ("diagonal", ctypes.c_void_p), ("map", ctypes.c_void_p),
+        ("map_scale", ctypes.c_float), ("outlier_columns", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a weight of some scheme and width is stored, and its inputs. map: of the input's codes, or none."""
+
+    kind: str
+    fine: bool
+    group: int
+    segment: int
+    p: int
+    map: tuple[int, ...] | None = None
+    map_scale: float = 1.0
+
+    @property
+    def shared(self) -> Hashable:
+        """Weights whose plans agree in it, and whose inputs are turned and rounded alike, read the same inputs."""
+        return self.fine, self.group, self.segment, self.p if self.kind.startswith("look") else 0, self.map
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedMatrix:
+    """blob uint8 [bytes]: the weight [out, width] as kernels read it."""
+
+    plan: Plan
+    blob: Tensor = field(repr=False)
+    out: int
+    width: int
+    outlier_columns: Tensor | None = None
+
+
+def levels() -> list[str]:
+    """The LEVELS that this machine has."""
+    bits = native.load().paley_matmul_levels()
+    return [name for i, name in enumerate(LEVELS) if bits >> i & 1]
+
+
+def best_level() -> str:
+    """The fastest level of this machine, or the one that $PALEY_ISA names."""
+    return LEVELS[native.load().paley_best_matmul_level()]
+
+
+@functools.lru_cache(maxsize=128)
+def integers(grid: Grid, limit: int) -> tuple[Tensor, float, float]:
+    """-> points int16 [n, p] within ±limit, their scale, and their error relative to a Gaussian's rms."""
+    points = grid.points.double()
+    whole = points.round()
+    if torch.equal(whole, points) and -limit - 1 <= float(points.min()) and float(points.max()) <= limit:
+        return whole.short(), 1.0, 0.0
+    x = torch.randn(_PROBES, grid.p, generator=torch.Generator().manual_seed(0))
+    unit = 1.0 if grid.unit or grid.p > 1 else grid.gaussian_scale
+    often = grid.nearest(x / unit).long().bincount(minlength=grid.size).double()[:, None]
+    best, reach = (math.inf, 1.0), float(points.abs().max())
+    for tried in range(64):
+        scale = reach / (limit - tried * limit / 256)
+        whole = (points / scale).round()
+        error = float((often * (whole * scale - points).square()).sum())
+        best = min(best, (error, scale))
+    error, scale = best
+    return (points / scale).round().short(), scale, unit * math.sqrt(error / (_PROBES * grid.p))
+
+
+@functools.lru_cache(maxsize=256)
+def plan(scheme: LinearScheme, width: int) -> Plan | None:
+    """How a weight of this scheme, `width` columns wide as stored, is multiplied; None if it is not by these kernels."""
+    if scheme.weight is None or width > 2**16:
+        return None
+    grid, group = scheme.weight.grid, scheme.weight.group_size or width
+    fine = _is_fine(grid, scheme.input)
+    inputs = _map(scheme.input, fine)
+    if inputs is None and not fine and _is_fine(grid, None):  # values that 8 bits do not hold
+        fine = True
+        inputs = _map(scheme.input, fine)
+    kind = _kind(grid, fine, group)
+    p = grid.p if kind not in ("bytes", "words") else 1
+    segment = _SEGMENT // p * p
+    if inputs is not None and scheme.input is not None:
+        common = math.gcd(group, scheme.input.group_size or width)
+        most = _LONGEST_FINE if fine else common
+        segment = max(d for d in range(1, min(most, common) + 1) if common % d == 0)
+        if segment < min(_LEAST_SEGMENT, common) or segment % p:
+            inputs, segment = None, _SEGMENT // p * p
+    return Plan(kind, fine, group, min(segment, group), p, *(inputs or (None, 1.0)))
+
+
+def _is_fine(grid: AnyGrid, inputs: ActivationScheme | None) -> bool:
+    if isinstance(grid, FreeGrid):
+        return False
+    if grid.affine and grid.size > 16:
+        return True
+    own = math.sqrt(grid.mse)
+    error = 1 / 127
+    if isinstance(grid, Grid):
+        whole, _, error = integers(grid, _LIMITS[0])
+        if int(whole.min()) < -_LIMITS[0]:
+            return True
+    return math.hypot(error, 0.0 if inputs is not None else _INPUT_ERROR) > _SEEN * own
+
+
+def _kind(grid: AnyGrid, fine: bool, group: int) -> str:
+    """The smallest kind that holds the grid's codes."""
+    if isinstance(grid, FreeGrid):
+        return "own2" if grid.bits <= 2 else "bytes"
+    if not isinstance(grid, Grid) or group % grid.p:
+        return "words" if fine else "bytes"
+    look = next((bits for bits in (8, 9, 10, 12) if grid.size <= 2**bits), None)
+    if fine:
+        if grid.p == 2 and look:
+            return f"look{look}"
+        whole = integers(grid, _LIMITS[1])
+        return "bytes" if whole[1] == 1.0 and -128 <= int(whole[0].min()) and int(whole[0].max()) <= 127 else "words"
+    if grid.p <= 2:
+        sizes = {4: "table2", 8: "table3", 16: "table4"} if grid.p == 1 else {16: "pairs4", 64: "pairs6", 256: "pairs8"}
+        return next((kind for size, kind in sizes.items() if grid.size <= size), "bytes")
+    return f"look{look}" if grid.p <= 4 and look else "bytes"
+
+
+def _map(scheme: ActivationScheme | None, fine: bool) -> tuple[tuple[int, ...], float] | None:
+    """The integer of each code of a rounded input, and their scale; None if 8 or 13 bits do not hold them."""
+    if scheme is None or scheme.refit or not isinstance(scheme.grid, Grid) or scheme.grid.p > 1:
+        return None
+    grid = scheme.grid
+    if grid.size > 2**8 or (grid.affine and not fine and grid.size > 2**7):
+        return None
+    points, scale, error = integers(grid, _LIMITS[fine])
+    if error > 0.1 * math.sqrt(grid.mse):
+        return None
+    table = points[:, 0].tolist()
+    return (*table, *[table[-1]] * (256 - len(table))), scale
+
+
+def prepare(q: Quantized, scheme: LinearScheme) -> PreparedMatrix:
+    """A weight q of `scheme` -> what `matmul` reads. Errors: PaleyError if `plan` has none for it."""
+    made = plan(scheme, q.width)
+    if made is None:
+        raise PaleyError(f"matmul: native kernels take no weights such as {scheme}; take another product")
+    rows, groups = q.codes.shape[0], q.width // made.group
+    table, codes, table_scale, scales, own = _coded(q, made)
+    zeros = None if q.zeros is None else q.zeros.contiguous()
+    kept = [table, codes.int().contiguous(), scales.half().contiguous(), zeros, own]
+    outliers, values = q.outliers, (None, None, None)
+    if outliers is not None:
+        ints = outliers.codes.short() - 128
+        values = (outliers.columns.int(), ints.clamp(min=-127).to(torch.int8), outliers.scales.half().flatten())
+        values = tuple(value.contiguous() for value in values)
+    pointers = [None if x is None else x.data_ptr() for x in (*kept, *values)]
+    source = _Source(
+        rows, q.width, made.group, made.segment, KINDS.index(made.kind), made.fine, made.p, zeros is not None,
+        4 if own is not None else len(table), table_scale, *pointers[:5],
+        0 if outliers is None else len(outliers.columns), *pointers[5:],
+    )  # fmt: skip
+    assert kept[2] is not None and kept[2].numel() == rows * groups
+    size = ctypes.c_int64()
+    native.call(native.load().paley_matrix_bytes, ctypes.byref(source), ctypes.byref(size))
+    blob = aligned(size.value)
+    native.call(native.load().paley_pack_matrix, ctypes.byref(source), size.value, blob.data_ptr())
+    return PreparedMatrix(made, blob, rows, q.width, values[0])
+
+
+def _coded(q: Quantized, made: Plan) -> tuple[Tensor, Tensor, float, Tensor, Tensor | None]:
+    """-> table int16 [n, p], codes [out, c], the table's scale, scales [out, groups], own points int8 [.., groups, 4]."""
+    limit = _LIMITS[made.fine]
+    empty = torch.zeros(1, 1, dtype=torch.int16)
+    grid, codes = q.grid, q.codes
+    if isinstance(grid, FreeGrid):
+        points = grid.group_points(q.scales.float())
+        scales = (points.abs().amax(-1) / limit).half().clamp(min=2.0**-24)
+        whole = (points / scales.float()[..., None]).round().clamp(-limit, limit).to(torch.int8)
+        if made.kind == "own2":
+            return empty, codes, 1.0, scales, torch.nn.functional.pad(whole, (0, 4 - grid.size)).contiguous()
+        whole = whole.gather(-1, codes.unflatten(-1, (whole.shape[1], -1)).long()).flatten(1)
+        return *_listed(whole, made), 1.0, scales, None
+    if isinstance(grid, Grid):
+        table, scale, _ = integers(grid, limit)
+        if made.kind not in ("bytes", "words"):
+            return table.contiguous(), codes, scale, q.scales, None
+        whole = table.int()[codes.long()].flatten(1)[:, : q.width]
+    else:
+        values = grid.look_up(codes, q.width)
+        scale = float(values.abs().max()) / limit or 1.0
+        whole = (values / scale).round().int()
+    return *_listed(whole, made), scale, q.scales, None
+
+
+def _listed(values: Tensor, made: Plan) -> tuple[Tensor, Tensor]:
+    """Integers -> a table of all that a plain kind holds, int16 [n, 1], and where they are in it."""
+    low, high = (-_LIMITS[made.fine], _LIMITS[made.fine]) if made.kind == "words" or not made.fine else (-128, 127)
+    return torch.arange(low, high + 1, dtype=torch.int16)[:, None], values.int() - low
+
+
+def aligned(size: int) -> Tensor:
+    """uint8 [size], at a multiple of 64 bytes."""
+    room = torch.empty(size + 64, dtype=torch.uint8)
+    start = -room.data_ptr() % 64
+    return room[start : start + size]
+
+
+def encode(
+    x: Tensor, matrix: PreparedMatrix, scheme: LinearScheme | None = None, diagonal: Tensor | None = None, *,
+    threads: int | None = None,
+) -> Tensor:  # fmt: skip
+    """x float32 [tokens, in] -> the inputs of `matmul`, uint8 [bytes]; scheme None: x is turned and rounded already."""
+    made, library = matrix.plan, native.load()
+    turned = scheme is not None and (scheme.transform is not None or scheme.input is not None or diagonal is not None)
+    width = x.shape[-1] if turned else matrix.width
+    if x.dtype != torch.float32 or x.device.type != "cpu" or x.dim() != 2 or x.shape[1] != width:
+        raise PaleyError(
+            f"matmul: native kernels read float32 [tokens, {width}] on the CPU, got {x.dtype} {list(x.shape)} on "
+            f"{x.device}; convert it"
+        )
+    x = x.detach().contiguous()
+    how = _How(map_scale=made.map_scale)
+    kept: list[object] = [x]
+    if turned:
+        assert scheme is not None
+        raw = rounding.rounding_of(width, scheme.input, scheme.transform, torch.float32)
+        how.rounding = ctypes.addressof(raw.raw)
+        if raw.raw.out_dim != matrix.width:
+            raise PaleyError(
+                f"matmul: inputs become {raw.raw.out_dim} values, and the weight has {matrix.width} columns"
+            )
+        if diagonal is not None:
+            diagonal = diagonal.detach().float().contiguous()
+            how.diagonal = diagonal.data_ptr()
+        kept += [raw, diagonal]
+    if made.map is not None and scheme is not None and scheme.input is not None:
+        table = torch.tensor(made.map, dtype=torch.int16)
+        how.map = table.data_ptr()
+        kept.append(table)
+    if matrix.outlier_columns is not None:
+        how.outlier_columns = matrix.outlier_columns.data_ptr()
+    blob, size = matrix.blob, ctypes.c_int64()
+    native.call(library.paley_inputs_bytes, blob.data_ptr(), len(blob), len(x), ctypes.byref(size))
+    inputs = aligned(size.value)
+    if threads is None:
+        threads = max(1, min(torch.get_num_threads(), x.numel() // 2**16))
+    native.call(
+        library.paley_encode_inputs,
+        ctypes.byref(how), x.data_ptr(), len(x), blob.data_ptr(), len(blob), threads, len(inputs), inputs.data_ptr(),
+    )  # fmt: skip
+    del kept
+    return inputs
+
+
+def matmul(
+    inputs: Tensor, tokens: int, matrix: PreparedMatrix, *, level: str | None = None, threads: int | None = None
+) -> Tensor:
+    """inputs of `encode`, for this matrix or one of the same layout -> float32 [tokens, out].
+
+    The same bits on every level and with any number of threads.
+    """
+    library = native.load()
+    if level is not None and level not in LEVELS:
+        raise PaleyError(f"matmul: level {level!r} is none of {', '.join(levels())}{nearest_name(level, LEVELS)}")
+    level = best_level() if level is None else level
+    if level not in levels():
+        raise PaleyError(f"matmul: this machine lacks instructions of level {level!r}; it has {', '.join(levels())}")
+    if threads is None:
+        threads = max(1, min(torch.get_num_threads(), tokens * matrix.out * matrix.width // _SHARE))
+    y = torch.empty(tokens, matrix.out)
+    native.call(
+        library.paley_matmul,
+        inputs.data_ptr(), len(inputs), tokens, matrix.blob.data_ptr(), len(matrix.blob), LEVELS.index(level), threads,
+        y.data_ptr(),
+    )  # fmt: skip
+    return y
