@@ -1,7 +1,7 @@
 """The native product of integer inputs with a coded weight. `paley.ops.matmul.grid_matmul` has its meaning.
 
-A grid's points become integers: of 8 bits, or of 13 if the rounding of points and inputs to 8 bits would show beside the
-grid's own. Inputs become integers of as many bits: the codes of the scheme that rounds them if its points are such
+A grid's points become integers: of 8 bits, or of 13 if rounding points and inputs to 8 bits would show beside the grid's
+own. Inputs become integers of as many bits: the codes of the scheme that rounds them if its points are such
 integers, else the values with a scale for each segment of columns. Sums of products are exact.
 """
 
@@ -123,7 +123,7 @@ def integers(grid: Grid, limit: int) -> tuple[Tensor, float, float]:
 
 @functools.lru_cache(maxsize=256)
 def plan(scheme: LinearScheme, width: int) -> Plan | None:
-    """How a weight of this scheme, `width` columns wide as stored, is multiplied; None if it is not by these kernels."""
+    """How a weight of this scheme, `width` columns wide as stored, is multiplied; None if these kernels do not."""
     if scheme.weight is None or width > 2**16:
         return None
     grid, group = scheme.weight.grid, scheme.weight.group_size or width
@@ -168,8 +168,8 @@ def _kind(grid: AnyGrid, fine: bool, group: int) -> str:
     if fine:
         if grid.p == 2 and look:
             return f"look{look}"
-        whole = integers(grid, _LIMITS[1])
-        return "bytes" if whole[1] == 1.0 and -128 <= int(whole[0].min()) and int(whole[0].max()) <= 127 else "words"
+        whole, scale, _ = integers(grid, _LIMITS[1])
+        return "bytes" if scale == 1.0 and int(whole.min()) >= -128 and int(whole.max()) <= 127 else "words"
     if grid.p <= 2:
         sizes = {4: "table2", 8: "table3", 16: "table4"} if grid.p == 1 else {16: "pairs4", 64: "pairs6", 256: "pairs8"}
         return next((kind for size, kind in sizes.items() if grid.size <= size), "bytes")
@@ -195,7 +195,7 @@ def prepare(q: Quantized, scheme: LinearScheme) -> PreparedMatrix:
     made = plan(scheme, q.width)
     if made is None:
         raise PaleyError(f"matmul: native kernels take no weights such as {scheme}; take another product")
-    rows, groups = q.codes.shape[0], q.width // made.group
+    rows = q.codes.shape[0]
     table, codes, table_scale, scales, own = _coded(q, made)
     zeros = None if q.zeros is None else q.zeros.contiguous()
     kept = [table, codes.int().contiguous(), scales.half().contiguous(), zeros, own]
@@ -210,7 +210,6 @@ def prepare(q: Quantized, scheme: LinearScheme) -> PreparedMatrix:
         4 if own is not None else len(table), table_scale, *pointers[:5],
         0 if outliers is None else len(outliers.columns), *pointers[5:],
     )  # fmt: skip
-    assert kept[2] is not None and kept[2].numel() == rows * groups
     size = ctypes.c_int64()
     native.call(native.load().paley_matrix_bytes, ctypes.byref(source), ctypes.byref(size))
     blob = aligned(size.value)
@@ -219,7 +218,7 @@ def prepare(q: Quantized, scheme: LinearScheme) -> PreparedMatrix:
 
 
 def _coded(q: Quantized, made: Plan) -> tuple[Tensor, Tensor, float, Tensor, Tensor | None]:
-    """-> table int16 [n, p], codes [out, c], the table's scale, scales [out, groups], own points int8 [.., groups, 4]."""
+    """-> table int16 [n, p], codes [out, c], its scale, scales [out, groups], own points int8 [.., groups, 4]."""
     limit = _LIMITS[made.fine]
     empty = torch.zeros(1, 1, dtype=torch.int16)
     grid, codes = q.grid, q.codes
