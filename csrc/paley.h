@@ -7,7 +7,7 @@
 
 #include <stdint.h>
 
-#define PALEY_ABI_VERSION 7
+#define PALEY_ABI_VERSION 8
 
 #if defined(_WIN32)
 #define PALEY_EXPORT __declspec(dllexport)
