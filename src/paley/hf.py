@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -33,7 +33,7 @@ from paley.model import attention
 from paley.model.adapter import Adapter
 from paley.model.checks import check_config, check_layers
 from paley.model.coded import Coded
-from paley.model.loading import tied_partners
+from paley.model.loading import plain_attention, tied_partners
 from paley.model.reading import build_, prepare_, tie_
 from paley.ops.matmul import CALIBRATION
 
@@ -79,7 +79,8 @@ class PaleyQuantizer(HfQuantizer):
             _check_config(folder)
         asked = config._attn_implementation
         attentions = self.quantization_config.spec.attentions.values()
-        if asked != "sdpa" and any(map(attention.rounds, attentions)):  # which is also what is asked by default
+        default = "eager" if asked == "eager" and not _has_sdpa(config) else "sdpa"
+        if asked != default and any(map(attention.rounds, attentions)):  # the default need not have been asked for
             attention.check_implementation(asked)
         return config
 
@@ -168,6 +169,11 @@ def load(
     model.to(device)  # type: ignore[arg-type]
     prepare_(model, product, dtype)
     return model
+
+
+def _has_sdpa(config: PreTrainedConfig) -> bool:
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return kind is None or plain_attention(kind) == "sdpa"
 
 
 def _check_config(folder: Path) -> Checkpoint:

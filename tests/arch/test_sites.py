@@ -4,30 +4,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from family_configs import CONFIGS as MADE
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    MistralConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM
+from transformers.activations import ACT2FN
 
 from paley.arch import FAMILIES, family, sites, window
 from paley.core.errors import PaleyError
 from paley.model.embedding import scale_of
 
-SIZES = {
-    "vocab_size": 61, "hidden_size": 48, "intermediate_size": 88, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64,
-}  # fmt: skip
 CONFIGS = {
-    "llama": LlamaConfig(**SIZES, tie_word_embeddings=False),
-    "mistral": MistralConfig(**SIZES, sliding_window=8, head_dim=16),
-    "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=True),
-    "qwen3": Qwen3Config(**SIZES, head_dim=16),
-    "gemma3_text": Gemma3TextConfig(**SIZES, head_dim=16, sliding_window=8),
+    kind: make(num_hidden_layers=3, num_key_value_heads=2, tie_word_embeddings=kind in ("qwen2", "gemma3_text"))
+    for kind, make in MADE.items()
 }
 
 
@@ -56,7 +44,29 @@ def test_shapes_and_paths_are_those_of_the_modules(kind):
             assert model.get_submodule(site.made_by) is not None
     assert places.tied == CONFIGS[kind].tie_word_embeddings
     assert places.head.stored_as == ("model.embed_tokens" if places.tied else "lm_head")
-    assert len(places.weights) == 3 * 7 + (1 if places.tied else 2)
+    linear = [name for name, module in linears.items() if isinstance(module, nn.Linear) and name != "lm_head"]
+    assert len(places.weights) == len(linear) + (1 if places.tied else 2)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_row_says_what_the_modules_do(kind):
+    """What a decoder without these modules must know."""
+    config, row = CONFIGS[kind], family(kind)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    for index, block in enumerate(model.model.layers):
+        attention = block.self_attn
+        assert row.attention_scale(config) == pytest.approx(attention.scaling)
+        if kind != "gemma3_text":  # whose scores transformers does not cap, whatever its config says
+            assert row.number(config, "attention_softcap") == getattr(attention, "attn_logit_softcapping", None)
+        assert row.has_rope(config, index) == bool(getattr(attention, "use_rope", True))
+        assert window(config, index) == getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
+        assert row.number(config, "residual_multiplier", 1.0) == getattr(block, "residual_multiplier", 1.0)
+        act = getattr(block.mlp, "act_fn", getattr(block.mlp, "activation_fn", None))
+        assert type(act) is type(ACT2FN[getattr(config, row.activation)])
+        for norm in row.norms():
+            assert hasattr(block.get_submodule(norm.path), row.epsilon)
+    assert type(model.get_submodule(row.rotary)).__name__.endswith("RotaryEmbedding")
 
 
 def test_the_order_is_that_of_computation():

@@ -2,27 +2,18 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from family_configs import CONFIGS, plain_attention
+from transformers import AutoModelForCausalLM
 
 from paley.arch import FAMILIES
 from paley.core.errors import PaleyError
 from paley.core.schemes import AttentionScheme, LinearScheme, Schemes
 from paley.core.transforms import Transform
 from paley.model.adapter import Adapter
+from paley.model.attention import register
 from paley.model.calibrate import wrap_
 from paley.model.rotation import decide_turning, rotate_
 
-SIZES = {
-    "vocab_size": 61, "hidden_size": 48, "intermediate_size": 88, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "max_position_embeddings": 64,
-}  # fmt: skip
-CONFIGS = {
-    "llama": lambda **k: LlamaConfig(**SIZES, **k),
-    "mistral": lambda **k: MistralConfig(**SIZES, sliding_window=8, head_dim=16, **k),
-    "qwen2": lambda **k: Qwen2Config(**SIZES, **k),
-    "qwen3": lambda **k: Qwen3Config(**SIZES, head_dim=16, **k),
-    "gemma3_text": lambda **k: Gemma3TextConfig(**SIZES, head_dim=16, sliding_window=8, query_pre_attn_scalar=16, **k),
-}
 FOLDING = [kind for kind in CONFIGS if FAMILIES[kind].why_stream_is_fixed() is None]
 
 
@@ -44,12 +35,18 @@ def exact(model):
     for name, module in list(model.named_modules()):
         if type(module).__name__.endswith("RMSNorm"):
             model.set_submodule(name, ExactNorm(module, row))
+    if row.scaled_embedding:
+        embedding = model.model.embed_tokens
+        embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale, dtype=torch.float64)
+    if row.attention_softcap:  # the eager attention of transformers goes through float32
+        register()
+        model.set_attn_implementation("paley")
     return model
 
 
 def random_model(kind, **settings):
     torch.manual_seed(0)
-    config = CONFIGS[kind](attn_implementation="sdpa", rms_norm_eps=1e-3, **settings)
+    config = CONFIGS[kind](attn_implementation=plain_attention(kind), rms_norm_eps=1e-3, **settings)
     model = AutoModelForCausalLM.from_config(config).double().eval()
     row = FAMILIES[kind]
     for name, p in model.named_parameters():  # norms and biases too must matter

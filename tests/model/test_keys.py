@@ -28,10 +28,8 @@ SIZES = {
 class Exact(BlockRunner):
     """In the model's own type; a runner's hidden states have 32 bits."""
 
-    def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        hidden = self.adapter.embedding(ids)
-        self._prepare(hidden[:1])
-        return hidden
+    def look_up(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.adapter.embedding(ids)
 
 
 def settle(model: PreTrainedModel, ids: torch.Tensor, batch: int = 8) -> dict[str, torch.Tensor]:

@@ -4,10 +4,10 @@ Nothing here imports torch or transformers. A module's path, a wire's name or a 
 """
 
 from paley.arch.families import FAMILIES, family
-from paley.arch.row import Architecture, Linear, Norm, rope_follows_length, window
+from paley.arch.row import Architecture, Linear, Norm, Tap, rope_follows_length, window
 from paley.arch.sites import Kind, Site, Sites, sites
 
 __all__ = [
-    "FAMILIES", "Architecture", "Kind", "Linear", "Norm", "Site", "Sites", "family", "rope_follows_length", "sites",
-    "window",
+    "FAMILIES", "Architecture", "Kind", "Linear", "Norm", "Site", "Sites", "Tap", "family", "rope_follows_length",
+    "sites", "window",
 ]  # fmt: skip

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-__all__ = ["HEAD_INPUT", "STREAM", "Architecture", "Linear", "Norm", "Part", "rope_follows_length", "window"]
+__all__ = ["HEAD_INPUT", "STREAM", "Architecture", "Linear", "Norm", "Part", "Tap", "rope_follows_length", "window"]
 
 STREAM = "stream"  # the residual stream
 HEAD_INPUT = "head_input"  # what the final norm gives to the head
@@ -18,11 +18,14 @@ HEAD_INPUT = "head_input"  # what the final norm gives to the head
 
 @dataclass(frozen=True)
 class Norm:
-    """An RMSNorm at `path` (from the block). A norm over single heads reads and writes the same wire."""
+    """An RMSNorm at `path` (from the block). One that reads and writes the same wire is over single heads, each with
+    the same gain; `whole`: over all heads of a token together, with a gain for each value.
+    """
 
     path: str
     reads: str
     writes: str
+    whole: bool = False
 
     @property
     def over_heads(self) -> bool:
@@ -31,14 +34,29 @@ class Norm:
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer at `path` (from the block). One that writes to the stream adds to it."""
+    """A linear layer at `path` (from the block). One that writes to the stream adds to it.
+
+    parts: the wires that a fused layer makes, in the order of its rows; `writes` then names all of them together.
+    """
 
     path: str
     reads: str
     writes: str
+    parts: tuple[str, ...] = ()
+
+    def makes(self, wire: str) -> bool:
+        return wire == self.writes or wire in self.parts
 
 
-Part = Norm | Linear
+@dataclass(frozen=True)
+class Tap:
+    """Linears read the stream as it is, without a norm before them, on the wire `writes`."""
+
+    writes: str
+    reads: str = STREAM
+
+
+Part = Norm | Linear | Tap
 
 
 @dataclass(frozen=True)
@@ -51,6 +69,15 @@ class Architecture:
     scaled_embedding: rows are multiplied by the square root of the hidden size when they are looked up.
     ragged: what a config says instead if the hidden size is no multiple of the heads, which the family's config class
     refuses; and the settings that this excludes. Empty: the class takes it.
+
+    The rest names attributes of the config; "" if the family has none. activation: of the gate.
+    query_scalar, attention_multiplier: scores are multiplied by the first to the power -1/2, or by the second, in place
+    of the head's size to the power -1/2. attention_softcap, logit_softcap: c in c · tanh(x / c), of scores and logits.
+    embedding_multiplier: what looked-up rows are multiplied by. residual_multiplier: what a block's linears add is
+    multiplied by it. logit_divisor: logits are divided by it. clip: queries, keys and values are cut off at ±clip before
+    RoPE. rope_layers: a list with 1 for each layer that has RoPE. rotary: pairs (i, i + n/2) turn together, or
+    "interleaved" ones (2i, 2i + 1); rotary_half: the model's tables hold each angle once. query_growth: an entry of
+    rope_parameters by which queries grow with the position.
     """
 
     block: tuple[Part, ...]
@@ -64,6 +91,7 @@ class Architecture:
     keys: str = "keys"
     values: str = "values"
     attended: str = "o_input"
+    gate: str = "gate"
     up: str = "up"
     gated: str = "down_input"
     gain_offset: float = 0.0
@@ -71,6 +99,19 @@ class Architecture:
     scaled_embedding: bool = False
     ragged: Mapping[str, Any] = field(default_factory=dict)
     ragged_excludes: tuple[str, ...] = ()
+    activation: str = "hidden_act"
+    query_scalar: str = ""
+    attention_multiplier: str = ""
+    attention_softcap: str = ""
+    logit_softcap: str = ""
+    embedding_multiplier: str = ""
+    residual_multiplier: str = ""
+    logit_divisor: str = ""
+    clip: str = ""
+    rope_layers: str = ""
+    rotary_pairs: Literal["halves", "interleaved"] = "halves"
+    rotary_half: bool = False
+    query_growth: str = ""
 
     def linears(self) -> Iterator[Linear]:
         return (part for part in self.block if isinstance(part, Linear))
@@ -79,12 +120,23 @@ class Architecture:
         return (part for part in self.block if isinstance(part, Norm))
 
     def writer(self, wire: str) -> Linear:
-        """The linear that makes `wire`."""
-        return next(part for part in self.linears() if part.writes == wire)
+        """The linear that makes `wire`, alone or as a part."""
+        return next(part for part in self.linears() if part.makes(wire))
 
-    def made_by(self, wire: str) -> str:
-        """Path of the last part that writes `wire`."""
-        return [part.path for part in self.block if part.writes == wire][-1]
+    def maker(self, wire: str) -> Norm | Linear:
+        """The last part that writes `wire`."""
+        norms = [norm for norm in self.norms() if norm.writes == wire]
+        return norms[-1] if norms else self.writer(wire)
+
+    def rows(self, wire: str, config: Any) -> slice:
+        """Which outputs of the linear that makes `wire` are it."""
+        linear, sizes = self.writer(wire), self.sizes(config)
+        start = 0
+        for part in linear.parts if wire in linear.parts else ():
+            if part == wire:
+                break
+            start += sizes[part]
+        return slice(start, start + sizes[wire])
 
     def norm_of(self, wire: str) -> Norm | None:
         """The norm whose output `wire` is; None if another part makes it."""
@@ -102,24 +154,48 @@ class Architecture:
                 return f"the gain of {part.path} stands between a linear layer and the residual stream"
         return None
 
-    @property
-    def values_rotate(self) -> bool:
+    def values_rotate(self, config: Any) -> bool:
         """Whether a rotation of each value head can be folded into the linears around attention (R2)."""
-        return not any(norm.reads == self.values for norm in self.norms())
+        return not any(norm.reads == self.values for norm in self.norms()) and not self.clips(config)
+
+    def clips(self, config: Any) -> bool:
+        """Whether queries, keys and values are cut off, so that none of them may be rotated or scaled by folding."""
+        return bool(self.clip) and getattr(config, self.clip, None) is not None
 
     def sizes(self, config: Any) -> dict[str, int]:
         """Wire -> its width. config: the model's configuration as transformers has it, or anything like it."""
         head_dim = self.head_dim(config)
         queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-        return {
+        sizes = {
             STREAM: config.hidden_size, HEAD_INPUT: config.hidden_size,
             self.queries: queries, self.keys: keys, self.values: keys, self.attended: queries,
-            "gate": config.intermediate_size, self.up: config.intermediate_size, self.gated: config.intermediate_size,
+            self.gate: config.intermediate_size, self.up: config.intermediate_size,
+            self.gated: config.intermediate_size,
         }  # fmt: skip
+        return sizes | {part.writes: sum(sizes[wire] for wire in part.parts) for part in self.linears() if part.parts}
 
     def embedding_scale(self, config: Any) -> float:
-        """What rows of the embedding are multiplied by."""
-        return config.hidden_size**0.5 if self.scaled_embedding else 1.0
+        """What rows of the embedding are multiplied by as they are looked up."""
+        return self.scale_at(config.hidden_size)
+
+    def scale_at(self, width: int) -> float:
+        """The same of a model whose residual stream has so many values."""
+        return width**0.5 if self.scaled_embedding else 1.0
+
+    def number(self, config: Any, name: str, default: float | None = None) -> Any:
+        """The config's value of one of the row's attributes, such as `residual_multiplier`; default if it has none."""
+        attribute = getattr(self, name)
+        value = getattr(config, attribute, None) if attribute else None
+        return default if value is None else float(value)
+
+    def attention_scale(self, config: Any) -> float:
+        """What scores q · k are multiplied by."""
+        multiplier = self.number(config, "attention_multiplier")
+        return multiplier or self.number(config, "query_scalar", self.head_dim(config)) ** -0.5
+
+    def has_rope(self, config: Any, block: int) -> bool:
+        """Whether RoPE turns queries and keys of a block."""
+        return not self.rope_layers or bool(getattr(config, self.rope_layers)[block])
 
     def head_dim(self, config: Any) -> int:
         """From the config if it is explicit (Qwen3, Gemma), else hidden size / heads."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from paley.arch.row import HEAD_INPUT, STREAM, Architecture, window
+from paley.arch.row import HEAD_INPUT, STREAM, Architecture, Linear, window
 
 __all__ = ["Kind", "Site", "Sites", "sites"]
 
@@ -24,7 +24,8 @@ class Site:
     reads: of a linear and the head, the name of their input's site. readers: of an input, the linears that read it.
     writes: of a linear, the wire; STREAM if it adds to the residual stream.
     norm: of an input, path of the norm that makes it; of a linear that adds to the stream, of the norm that reads the
-    stream just before. made_by: of keys and values, path of the last module of their own: a linear, or a norm of heads.
+    stream just before. made_by: of keys and values, path of the last module that makes them: a linear, or a norm; and
+    rows: which of its outputs they are. fused: of a linear that makes several wires, these.
     window: of keys and values, the tokens that a layer keeps of them; None: all.
     stored_as: the name of its tensors in a file: of a tied head, the embedding's.
     """
@@ -39,6 +40,8 @@ class Site:
     writes: str | None = None
     norm: str | None = None
     made_by: str | None = None
+    rows: tuple[int, int] | None = None
+    fused: tuple[str, ...] = ()
     window: int | None = None
     stored_as: str = ""
 
@@ -49,6 +52,10 @@ class Site:
     @property
     def is_weight(self) -> bool:
         return self.kind in ("embedding", "linear", "head")
+
+    def makes(self, wire: str) -> bool:
+        """Whether a linear makes this wire, alone or among others."""
+        return wire == self.writes or wire in self.fused
 
     @property
     def adds_to_stream(self) -> bool:
@@ -146,10 +153,14 @@ def _walk_block(row: Architecture, config: Any, sizes: dict[str, int], index: in
     for part in row.linears():
         if part.reads == row.attended:
             for kind in ("keys", "values"):
-                made_by = f"{name}.{row.made_by(getattr(row, kind))}"
+                wire = getattr(row, kind)
+                maker = row.maker(wire)
+                rows = row.rows(wire, config) if isinstance(maker, Linear) and maker.parts else None
+                span = rows and (rows.start, rows.stop)
                 yield Site(
-                    f"{name}.{kind}", kind, heads, index, attention, made_by=made_by, window=window(config, index)
-                )
+                    f"{name}.{kind}", kind, heads, index, attention, made_by=f"{name}.{maker.path}", rows=span,
+                    window=window(config, index),
+                )  # fmt: skip
         if part.reads not in seen:
             seen.add(part.reads)
             readers = tuple(f"{name}.{other.path}" for other in row.linears() if other.reads == part.reads)
@@ -162,5 +173,5 @@ def _walk_block(row: Architecture, config: Any, sizes: dict[str, int], index: in
         before = f"{name}.{row.stream_norm_before(part).path}" if part.writes == STREAM else None
         yield Site(
             path, "linear", (width(part.writes), width(part.reads)), index, path, reads=f"{name}.{part.reads}",
-            writes=part.writes, norm=before, stored_as=path,
+            writes=part.writes, norm=before, stored_as=path, fused=part.parts,
         )  # fmt: skip

@@ -69,25 +69,25 @@ def _score(
     sequences: slice,
 ) -> Tensor:
     """ids [batch, seq_len] -> [1 or 3, batch, seq_len - 1]: nll and, with a reference, KL and agreement."""
-    head, columns, start = Adapter(model).head, [], 0
+    adapter, columns, start = Adapter(model), [], 0
     for hidden in _hidden(model, ids, cache, chunk):
         batch, count, _ = hidden.shape
         places = slice(start, start + count)
         targets = ids[:, start + 1 : start + count + 1].flatten()
         before = None if reference is None else reference.hidden[sequences, places].flatten(0, 1)
-        columns.append(_scores(head, hidden.flatten(0, 1), targets, reference, before).view(-1, batch, count))
+        columns.append(_scores(adapter, hidden.flatten(0, 1), targets, reference, before).view(-1, batch, count))
         start += count
     return torch.cat(columns, -1)
 
 
 def _scores(
-    head: nn.Module, hidden: Tensor, targets: Tensor, reference: Reference | None, before: Tensor | None
+    adapter: Adapter, hidden: Tensor, targets: Tensor, reference: Reference | None, before: Tensor | None
 ) -> Tensor:
     """hidden, before [n, hidden], targets [n] -> [1 or 3, n]."""
     pieces = []
     for few in few_tokens(len(targets)):
         originals = None if reference is None or before is None else reference.slices(before[few])
-        pieces.append(scores(head_slices(head, hidden[few]), originals, targets[few]))
+        pieces.append(scores(head_slices(adapter.head, hidden[few]), originals, targets[few], adapter.finish))
     return torch.cat(pieces, -1)
 
 

@@ -63,7 +63,8 @@ class Reference:
     def of(cls, model: PreTrainedModel, blocks: TokenBlocks, batch: int = 8) -> Reference:
         """Runs the unquantized `model` over `blocks` of any role, `batch` sequences at a time."""
         check_scorable(model, blocks, batch, CHUNK)
-        head = Adapter(model).head
+        adapter = Adapter(model)
+        head = adapter.head
         if not isinstance(head, nn.Linear) or head.bias is not None:
             raise PaleyError(
                 f"reference: the model's lm_head is a {head}, expected a Linear without bias; "
@@ -77,7 +78,10 @@ class Reference:
             last = model.base_model(ids, use_cache=False).last_hidden_state
             hidden[at : at + batch] = last
             inputs, targets = last[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
-            pieces = [scores(head_slices(head, inputs[few]), None, targets[few]) for few in few_tokens(len(targets))]
+            pieces = [
+                scores(head_slices(head, inputs[few]), None, targets[few], adapter.finish)
+                for few in few_tokens(len(targets))
+            ]
             nll[at : at + batch] = torch.cat(pieces, -1).view(len(ids), -1)
             check_finite(nll[at : at + batch], at, blocks.source)
         weight = head.weight.detach().to("cpu", copy=True).contiguous()

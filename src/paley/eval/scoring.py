@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -29,22 +29,23 @@ CHUNK = 128  # tokens of a sequence that pass through a quantized cache at a tim
 TOKENS, VOCABULARY = 512, 4096  # of the logits that exist at a time: 8 MB
 
 Slices = Iterator[tuple[int, Tensor]]  # the first token's number, and the logits [n, some] from there on
+Finish = Callable[[Tensor], Tensor]
 
 
-def scores(logits: Slices, originals: Slices | None, targets: Tensor) -> Tensor:
+def scores(logits: Slices, originals: Slices | None, targets: Tensor, finish: Finish = lambda x: x) -> Tensor:
     """Of the same slices of logits of a model and, with `originals`, of the original's -> float32 [1 or 3, n].
 
     Nats of each target [n]; with the original also KL(original || logits), and 1 where the same token is most likely to
-    both. Nats are NaN at positions with a logit that is NaN or infinite; `check_finite` finds these.
+    both. finish: what makes logits of what heads compute (`Adapter.finish`). Nats are NaN at positions with a logit that is NaN or infinite; `check_finite` finds these.
     """
     q, p = _Softmax(targets), _Softmax(targets)
     apart = torch.zeros_like(q.total)  # sum over tokens of e^original * (original - logits)
     for start, few in logits:
-        few = few.float()
+        few = finish(few.float())
         q.add(start, few)
         if originals is not None:
             _, own = next(originals)
-            shares, shrunk = p.add(start, own := own.float())
+            shares, shrunk = p.add(start, own := finish(own.float()))
             apart = apart * shrunk + shares.mul_(own.sub_(few)).sum(-1)
     nll = (q.log_total() - q.target).masked_fill(~q.finite, torch.nan)
     if originals is None:

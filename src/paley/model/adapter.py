@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from paley.arch import Site, Sites, family, sites
@@ -51,6 +51,15 @@ class Adapter:
             Block(i, f"{self.architecture.blocks}.{i}", block, tuple(s for s in self.sites.values() if s.block == i))
             for i, block in enumerate(stack.children())
         ]
+
+    def finish(self, logits: Tensor) -> Tensor:
+        """What the head computes [..., vocab] -> the model's logits: divided, and softly cut off, as the family does."""
+        row, config = self.architecture, self.model.config
+        if (divisor := row.number(config, "logit_divisor")) is not None:
+            logits = logits / divisor
+        if (cap := row.number(config, "logit_softcap")) is not None:
+            logits = (logits / cap).tanh() * cap
+        return logits
 
     def module(self, path: str) -> Any:
         return self.model.get_submodule(path)

@@ -47,7 +47,8 @@ def attention(
         observer(query, key)
     base: KeyBase | None = getattr(module, "key_base", None) if scheme.keys is not None else None
     held = None
-    if base is not None and isinstance(key, PackedKV) and query.shape[2] == 1:  # scores are fewer than keys
+    capped = kwargs.get("softcap") is not None  # what is added to capped scores is no part of them
+    if base is not None and isinstance(key, PackedKV) and query.shape[2] == 1 and not capped:  # fewer than keys
         scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
         attention_mask = _added(attention_mask, base.scores(query * scaling, key.shape[2]))
     elif base is not None:

@@ -34,9 +34,15 @@ class BlockRunner:
     @torch.no_grad()
     def embed(self, ids: Tensor) -> Tensor:
         """ids [sequences, seq_len] -> what the first block reads."""
-        hidden = _look_up(self.adapter.embedding, ids)
+        hidden = self.look_up(ids)
+        if (factor := self.adapter.architecture.number(self.adapter.model.config, "embedding_multiplier")) is not None:
+            hidden = hidden * factor
         self._prepare(hidden[:1])
         return hidden
+
+    def look_up(self, ids: Tensor) -> Tensor:
+        """ids [...] -> their rows of the embedding, in float32."""
+        return _look_up(self.adapter.embedding, ids)
 
     @torch.no_grad()
     def block(self, index: int, hidden: Tensor, out: Tensor | None = None) -> Tensor:
@@ -79,7 +85,7 @@ class BlockRunner:
     @torch.no_grad()
     def logits(self, hidden: Tensor, head: nn.Module | None = None) -> Tensor:
         """Outputs of the last block [..., hidden] -> logits [..., vocab], by the model's head or another."""
-        return (self.adapter.head if head is None else head)(self.adapter.norm(hidden))
+        return self.adapter.finish((self.adapter.head if head is None else head)(self.adapter.norm(hidden)))
 
     def arguments(self, index: int, seq_len: int) -> dict:
         """What the forward of block `index` takes beside hidden states: masks, rotary tables."""

@@ -30,7 +30,9 @@ class ComparedBlock:
         inputs: those that statistics are wanted of, in order of computation.
         """
         self._block, self._reference, self._compensate = block, reference, compensate
-        self._hidden, self._original, self._sites = hidden, original, runner.adapter.sites
+        adapter = runner.adapter
+        self._hidden, self._original, self._sites = hidden, original, adapter.sites
+        self._added = adapter.architecture.number(adapter.model.config, "residual_multiplier", 1.0)
         names = [self._first(site) for site in inputs]
         norms = {norm for site in inputs if (norm := self._norm(site)) is not None}
         self._now = Steps(runner, block.module, block.index, hidden, names, norms)
@@ -82,9 +84,9 @@ class ComparedBlock:
                 else:
                     # The next norm divides each token by its size: an error counts relative to it. Without this the
                     # few tokens with massive activations would decide everything.
-                    stream = (then[norm] + then[name]).flatten(0, -2)
+                    stream = (then[norm] + then[name] * self._added).flatten(0, -2)
                     scale = stream.square().mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()
-                    outputs = stream - seen[norm].flatten(0, -2)
+                    outputs = (stream - seen[norm].flatten(0, -2)) / self._added
                     outputs = outputs if original.bias is None else outputs - original.bias
                     statistics.add(rounded * scale, outputs=outputs * scale)
         return sums

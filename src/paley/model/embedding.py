@@ -13,7 +13,7 @@ from paley.core.transforms import Transform
 from paley.model.coded import Coded
 from paley.ops.embedding import embed
 
-__all__ = ["QuantEmbedding"]
+__all__ = ["QuantEmbedding", "rescale_", "scale_of"]
 
 
 class QuantEmbedding(Coded):
@@ -75,6 +75,13 @@ class QuantEmbedding(Coded):
 
     def extra_repr(self) -> str:
         return f"{self.rows}, {self.width}, weight={self.scheme.weight.grid.name if self.scheme.weight else 'float'}"
+
+
+def rescale_(embedding: Any, scale: float) -> None:
+    """Makes an embedding of transformers that multiplies its rows do so by another number."""
+    if hasattr(embedding, "scalar_embed_scale"):
+        embedding.scalar_embed_scale = scale
+        embedding.embed_scale = torch.tensor(scale, dtype=embedding.embed_scale.dtype)
 
 
 def scale_of(embedding: Any) -> float:

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paley.arch import Site
+from paley.arch import Norm, Site
 from paley.core.transforms import Transform
 from paley.model.adapter import Adapter, Block
-from paley.model.embedding import QuantEmbedding
+from paley.model.embedding import QuantEmbedding, rescale_
 
 __all__ = ["StreamBack", "fold_norms_", "rotate_input_", "rotate_stream_", "rotate_values_", "scale_keys_"]
 
@@ -35,12 +35,21 @@ def _map_inputs_(linear: Any, f: Callable[[Tensor], Tensor]) -> None:
         linear.in_features = linear.weight.shape[1]
 
 
-def _map_outputs_(linear: Any, f: Callable[[Tensor], Tensor]) -> None:
-    """weight [out, in] <- f along its columns, and along the bias."""
-    _set(linear, "weight", f(linear.weight.double().T).T.contiguous())
+def _map_outputs_(linear: Any, f: Callable[[Tensor], Tensor], rows: slice = slice(None)) -> None:
+    """weight [out, in] <- f along its columns, and along the bias; of some rows alone if f keeps their number."""
+    _set(linear, "weight", _mapped(linear.weight.double().T, f, rows).T.contiguous())
     if linear.bias is not None:
-        _set(linear, "bias", f(linear.bias.double()))
+        _set(linear, "bias", _mapped(linear.bias.double(), f, rows))
     linear.out_features = linear.weight.shape[0]
+
+
+def _mapped(x: Tensor, f: Callable[[Tensor], Tensor], part: slice) -> Tensor:
+    """x [..., n] -> f of a part of its last dimension, the rest as it is."""
+    if part == slice(None):
+        return f(x)
+    x = x.clone()
+    x[..., part] = f(x[..., part])
+    return x
 
 
 def _inputs_from_stream(adapter: Adapter) -> Iterator[Site]:
@@ -91,7 +100,9 @@ def rotate_stream_(adapter: Adapter, transform: Transform) -> None:
         adapter.norm.register_forward_pre_hook(StreamBack(transform))
         _shrink_epsilon_(adapter.norm, row.epsilon, n / wide)
     else:
-        _map_inputs_(adapter.embedding, transform.apply)
+        grown = row.embedding_scale(model.config) / row.scale_at(wide)  # the width tells readers the scale
+        _map_inputs_(adapter.embedding, lambda w: transform.apply(w) * grown)
+        rescale_(adapter.embedding, row.scale_at(wide))
     for site in _inputs_from_stream(adapter):
         assert site.norm is not None
         norm = adapter.module(site.norm)
@@ -105,7 +116,8 @@ def rotate_stream_(adapter: Adapter, transform: Transform) -> None:
     for block in adapter.blocks:
         for norm in row.norms():
             if norm.over_heads:  # the config holds one eps for all norms: shrinking what this one reads keeps it exact
-                _map_outputs_(block.module.get_submodule(row.writer(norm.reads).path), lambda w: w * shrink)
+                linear = block.module.get_submodule(row.writer(norm.reads).path)
+                _map_outputs_(linear, lambda w: w * shrink, row.rows(norm.reads, model.config))
                 _shrink_epsilon_(block.module.get_submodule(norm.path), row.epsilon, n / wide)
     config = model.config
     if getattr(config, "head_dim", None) is None:
@@ -121,9 +133,10 @@ def _shrink_epsilon_(norm: Any, name: str, factor: float) -> None:
 def rotate_values_(adapter: Adapter, transform: Transform) -> None:
     """R2: each head's values rotated where they are made (and in the bias), undone where attention's output is read."""
     row = adapter.architecture
+    rows = row.rows(row.values, adapter.model.config)
     per_head = lambda w: transform.apply(w.unflatten(-1, (-1, transform.in_dim))).flatten(-2)  # noqa: E731
     for block in adapter.blocks:
-        _map_outputs_(block.module.get_submodule(row.writer(row.values).path), per_head)
+        _map_outputs_(block.module.get_submodule(row.writer(row.values).path), per_head, rows)
         for linear in row.linears():
             if linear.reads == row.attended:
                 _map_inputs_(block.module.get_submodule(linear.path), per_head)
@@ -131,17 +144,18 @@ def rotate_values_(adapter: Adapter, transform: Transform) -> None:
 
 def scale_keys_(adapter: Adapter, block: Block, scale: Tensor) -> None:
     """Keys divided by scale [kv_heads, head_dim], and the queries that meet them multiplied by it, in the last modules
-    that make them. A norm over heads takes the scale of the first head.
+    that make them. A norm over single heads takes the scale of the first head.
     """
-    row = adapter.architecture
-    group = adapter.model.config.num_attention_heads // len(scale)
+    row, config = adapter.architecture, adapter.model.config
+    group = config.num_attention_heads // len(scale)
     for wire, factor in ((row.keys, 1 / scale), (row.queries, scale.repeat_interleave(group, 0))):
-        module: Any = block.module.get_submodule(row.made_by(wire))
-        if any(norm.path == row.made_by(wire) for norm in row.norms()):
-            offset = row.gain_offset
-            _set(module, "weight", (module.weight.double() + offset) * factor[0].double() - offset)
+        maker = row.maker(wire)
+        module: Any = block.module.get_submodule(maker.path)
+        if isinstance(maker, Norm):
+            offset, gain = row.gain_offset, (factor.flatten() if maker.whole else factor[0]).double()
+            _set(module, "weight", (module.weight.double() + offset) * gain - offset)
         else:
-            _map_outputs_(module, lambda w, factor=factor: w * factor.double().flatten())
+            _map_outputs_(module, lambda w, factor=factor: w * factor.double().flatten(), row.rows(wire, config))
 
 
 def rotate_input_(linear: Any, transform: Transform) -> None:

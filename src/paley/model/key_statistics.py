@@ -28,7 +28,9 @@ _BALANCE = ".key_balance"  # of a file in the run directory alone
 
 
 class _Sums:
-    """Sums over tokens of a text's keys and queries [kv_heads, head_dim], of keys before RoPE if the base is turned."""
+    """Sums over tokens of a text's keys and queries [kv_heads, head_dim], of keys before RoPE if the base is turned;
+    all `KeyBase.halved`.
+    """
 
     def __init__(self, base: KeyBase):
         self.base = base
@@ -41,14 +43,15 @@ class _Sums:
         self.first = self.first + key[:, :, 0].sum(0)
         self.others = self.others + key[:, :, 1:].sum((0, 2))
         self.squares = self.squares + key[:, :, 1:].square().sum((0, 2))
-        self.queries = self.queries + query.double().unflatten(1, (key.shape[1], -1)).square().sum((0, 2, 3))
+        query = self.base.halved(query.double()).unflatten(1, (key.shape[1], -1))
+        self.queries = self.queries + query.square().sum((0, 2, 3))
         self.texts += len(key)
         self.count += len(key) * (key.shape[2] - 1)
 
     def means(self) -> Tensor:
         """As the attention's buffer has them."""
         if self.base.turns:
-            return torch.stack([self.first / self.texts, self.others / self.count])
+            return self.base.unhalved(torch.stack([self.first / self.texts, self.others / self.count]))
         return (self.first + self.others) / (self.texts + self.count)
 
     def balance(self, *, over_heads: bool) -> Tensor:
@@ -61,7 +64,7 @@ class _Sums:
         if over_heads:
             energies = energies.sum(1, keepdim=True).expand_as(energies)
         keys, queries = energies.clamp(min=torch.finfo(torch.float32).tiny)
-        return (keys / queries).log2().div(4).round().clamp(-_LIMIT, _LIMIT).exp2()
+        return self.base.unhalved((keys / queries).log2().div(4).round().clamp(-_LIMIT, _LIMIT).exp2())
 
 
 class KeySettler:
@@ -110,7 +113,7 @@ class KeySettler:
     def _measured(self, block: Block, name: str, scheme: AttentionScheme, sums: _Sums) -> dict[str, Tensor]:
         row, mean, settled = self.runner.adapter.architecture, sums.means(), {}
         if scheme.balance_keys:
-            scale = sums.balance(over_heads=any(norm.reads == row.keys for norm in row.norms())).float()
+            scale = sums.balance(over_heads=any(norm.reads == row.keys and not norm.whole for norm in row.norms())).float()
             settled[block.attention + _BALANCE], mean = scale, mean / scale
         settled[name] = mean.half()  # as it is stored
         if not bool(settled[name].isfinite().all()):

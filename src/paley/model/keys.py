@@ -7,6 +7,7 @@ The first token of a text has a mean of its own: its key draws most of the atten
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import Cache, PreTrainedModel
 
-from paley.arch import family, rope_follows_length
+from paley.arch import Architecture, family, rope_follows_length
 from paley.core.errors import PaleyError
 from paley.core.schemes import AttentionScheme
 from paley.core.transforms import Transform
@@ -53,23 +54,25 @@ class _Held:
 
     positions: Tensor
     new: Tensor | None
-    tables: dict[str | None, Table] = field(default_factory=dict)
+    tables: dict[tuple[str | None, bool], Table] = field(default_factory=dict)
 
 
 class KeyBase:
     """What one attention's keys are stored without, given where the tokens of a forward are.
 
     transform: of the coordinates in which keys are rounded. rotary: the model's own module that makes cos and sin;
-    layer_type: which of its tables, if it has some. turns: whether RoPE turns what is taken off. bias: path of the
-    linear whose bias it is, in place of a buffer of the attention.
+    layer_type: which of its tables, if it has some. turns: whether what is taken off is turned as RoPE turns keys.
+    bias: path of the linear some of whose bias, `rows`, it is, in place of a buffer of the attention.
     """
 
     def __init__(
-        self, attention: Any, transform: Transform | None, rotary: nn.Module, layer_type: str | None,
-        *, turns: bool, bias: str | None,
+        self, attention: Any, row: Architecture, transform: Transform | None, rotary: nn.Module, layer_type: str | None,
+        *, turns: bool, bias: str | None, rows: slice,
     ):  # fmt: skip
         self._attention, self._transform, self._rotary, self._layer_type = attention, transform, rotary, layer_type
-        self.turns, self._bias = turns, bias
+        self.turns, self._bias, self._rows, self._row = turns, bias, rows, row
+        self._has_rope = row.has_rope(attention.config, attention.layer_idx)
+        self._key = self._layer_type, self._has_rope  # of tables that layers share
         self._new: _Held | None = None
         self._held: _Held | None = None
 
@@ -77,7 +80,9 @@ class KeyBase:
         """A copied attention gets its own; a copied cache goes on with that of the model."""
         if (attention := memo.get(id(self._attention))) is None:
             return self
-        return KeyBase(attention, self._transform, self._rotary, self._layer_type, turns=self.turns, bias=self._bias)
+        made = copy.copy(self)
+        made._attention, made._new, made._held = attention, None, None
+        return made
 
     def see(self, table: Table, positions: Tensor | None, cache: Any) -> None:
         """Notes where the tokens of this forward are, and those before them in its cache, which has not got them yet.
@@ -86,7 +91,7 @@ class KeyBase:
         """
         if positions is None:
             raise PaleyError("attention: transformers gave no position_ids, and keys are stored by position; update it")
-        self._new = self._held = _Held(positions, None, {self._layer_type: table})
+        self._new = self._held = _Held(positions, None, {self._key: self._doubled(table)})
         seen = 0 if cache is None else int(cache.get_seq_length(self._attention.layer_idx))
         if cache is None:
             return
@@ -102,14 +107,36 @@ class KeyBase:
     def width(self) -> int:
         """The values of a head that RoPE turns."""
         assert self._new is not None
-        return self._new.tables[self._layer_type][0].shape[-1]
+        return self._new.tables[self._key][0].shape[-1]
+
+    def halved(self, x: Tensor) -> Tensor:
+        """x [..., head_dim] with pairs that RoPE turns together at (i, i + width / 2), wherever the family has them."""
+        return self._reordered(x, lambda part: part.unflatten(-1, (-1, 2)).mT.flatten(-2))
+
+    def unhalved(self, x: Tensor) -> Tensor:
+        """Undoes `halved`."""
+        return self._reordered(x, lambda part: part.unflatten(-1, (2, -1)).mT.flatten(-2))
+
+    def _reordered(self, x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
+        if self._row.rotary_pairs == "halves" or not (self._has_rope and self.turns):
+            return x
+        width = self.width
+        return torch.cat([f(x[..., :width]), x[..., width:]], -1)
+
+    def _doubled(self, table: Table) -> Table:
+        """The model's cos and sin with each angle once for each value of its pair; of no turn where there is no RoPE."""
+        cos, sin = table
+        if not self._has_rope:
+            shape = (*cos.shape[:-1], self._attention.head_dim)
+            return cos.new_ones(shape), sin.new_zeros(shape)
+        return (torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)) if self._row.rotary_half else table
 
     def back(self, keys: Tensor) -> Tensor:
-        """keys [batch, kv_heads, tokens, head_dim] of this forward -> float64, as they were before RoPE."""
+        """keys [batch, kv_heads, tokens, head_dim] of this forward -> float64, as they were before RoPE, `halved`."""
         assert self._new is not None
-        cos, sin = (part.double() for part in self._new.tables[self._layer_type])
+        cos, sin = (part.double() for part in self._new.tables[self._key])
         square = cos.square() + sin.square()  # 1, unless RoPE scales what it turns
-        return turn(keys.double(), (cos / square, sin / square), back=True)
+        return turn(self.halved(keys.double()), (cos / square, sin / square), back=True)
 
     def new(self, like: Tensor) -> Tensor:
         """For the keys of this forward's tokens [1 or batch, kv_heads, tokens, width], in `like`'s dtype."""
@@ -129,20 +156,23 @@ class KeyBase:
         assert self._held is not None
         cos, sin = self._table(self._held, tokens, query)
         width, groups = cos.shape[-1], query.shape[1] // self._offsets().shape[1]
-        first, others = self._offsets().to(query).repeat_interleave(groups, 1)[:, :, None]
+        query = self.halved(query)
+        first, others = self.halved(self._offsets().to(query)).repeat_interleave(groups, 1)[:, :, None]
         a, b = others[..., :width].chunk(2, -1)
         turned = query[..., :width]
+        cos, sin = cos.to(query), sin.to(query)
         by_cos, by_sin = turned * others[..., :width], turned * torch.cat([-b, a], -1)
         found = by_cos @ cos[:, None].mT + by_sin @ sin[:, None].mT
-        start = self._starts(self._held, tokens)[:, None, None]
-        found = found + start * (query * (first - others)).sum(-1, keepdim=True)
+        start, apart = self._starts(self._held, tokens)[:, None, None], query * (first - others)
+        found = found + start * (apart[..., :width] @ cos[:, None].mT + apart[..., width:].sum(-1, keepdim=True))
         return pad(found, (0, tokens - found.shape[-1]))
 
     def _table(self, held: _Held, tokens: int, like: Tensor) -> Table:
         """cos and sin of the last tokens."""
-        if (kind := self._layer_type) not in held.tables:
-            held.tables[kind] = self._rotary(like, held.positions, *([] if kind is None else [kind]))
-        cos, sin = held.tables[kind]
+        if self._key not in held.tables:
+            kind = [] if self._layer_type is None else [self._layer_type]
+            held.tables[self._key] = self._doubled(self._rotary(like, held.positions, *kind))
+        cos, sin = held.tables[self._key]
         return cos[:, -tokens:], sin[:, -tokens:]
 
     def _starts(self, held: _Held, tokens: int) -> Tensor:
@@ -155,8 +185,9 @@ class KeyBase:
         else:
             assert held is not None, "attention was called without its forward"
             first, others = self._offsets().to(like)[:, :, None]
-            turned = turn(others, self._table(held, tokens, like))
-            base = torch.where(self._starts(held, tokens)[:, None, :, None], first, turned)
+            starts = self._starts(held, tokens)[:, None, :, None]
+            placed = self.halved(torch.where(starts, first, others))  # RoPE may scale what it turns, also there
+            base = self.unhalved(turn(placed, self._table(held, tokens, like)))
             base = pad(base, (0, 0, 0, tokens - base.shape[2]))
         return base if self._transform is None else self._transform.apply(base)
 
@@ -164,7 +195,7 @@ class KeyBase:
         """[2, kv_heads, head_dim], before RoPE: of the first token, and of all others."""
         if self._bias is None:
             return self._attention.key_offset
-        bias = self._attention.get_submodule(self._bias).bias
+        bias = self._attention.get_submodule(self._bias).bias[self._rows]
         return bias.unflatten(-1, (-1, self._attention.head_dim)).expand(2, -1, -1)
 
 
@@ -199,17 +230,20 @@ def attach_base_(model: PreTrainedModel, attention: Any, scheme: AttentionScheme
     attention.key_base = attention.key_hook = None
     if scheme is None or not center:
         return
-    row, turns, bias = family(model.config.model_type), center is not True, None
+    row, turns, bias, rows = family(model.config.model_type), center is not True, None, slice(None)
     if turns and rope_follows_length(model.config):
         raise PaleyError(f"center_keys={center!r}: this model's RoPE depends on the length of the text; set it to true")
     if center == "bias":
-        bias = row.made_by(row.keys).removeprefix(f"{row.attention}.")
+        bias = row.maker(row.keys).path.removeprefix(f"{row.attention}.")
+        rows = row.rows(row.keys, attention.config)
         if getattr(attention.get_submodule(bias), "bias", None) is None:
             raise PaleyError(f"center_keys='bias': {bias} has none in this model; set it to false")
     rotary = model.get_submodule(row.rotary)
     by_type = "layer_type" in inspect.signature(rotary.forward).parameters
     layer_type = attention.config.layer_types[attention.layer_idx] if by_type else None
-    attention.key_base = KeyBase(attention, scheme.transform, rotary, layer_type, turns=turns, bias=bias)
+    attention.key_base = KeyBase(
+        attention, row, scheme.transform, rotary, layer_type, turns=turns, bias=bias, rows=rows
+    )  # fmt: skip
     if turns:
         attention.key_hook = attention.register_forward_pre_hook(_see, with_kwargs=True)
 

@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -35,7 +36,7 @@ from paley.model.text_part import text_part
 
 __all__ = [
     "Source", "check_fit", "check_seq_len", "empty_model", "is_ignored", "join_tie", "load_tokenizer", "open_source",
-    "read_config", "resolve", "tied_partners",
+    "plain_attention", "read_config", "resolve", "tied_partners",
 ]  # fmt: skip
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -66,7 +67,7 @@ class Source:
         try:
             loaded: Any = type(self.skeleton).from_pretrained(
                 None, config=copy.deepcopy(self.config), state_dict=tensors, dtype=dtype, output_loading_info=True,
-                attn_implementation="sdpa",
+                attn_implementation=plain_attention(type(self.skeleton)),
             )  # fmt: skip
         except PaleyError:
             raise
@@ -144,12 +145,18 @@ def read_config(path: Path) -> Any:
     return part
 
 
+def plain_attention(kind: type[PreTrainedModel]) -> str:
+    """transformers' name of the attention that a model computes with unless Paley's takes its place."""
+    return "sdpa" if kind._supports_sdpa else "eager"
+
+
 def empty_model(config: Any) -> PreTrainedModel:
     """The model that a config describes, without weights, in eval mode."""
     config = copy.deepcopy(config)  # from_config writes the dtype into what it is given
     try:
+        attention = plain_attention(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
     except Exception as error:  # see `read_config`
         raise PaleyError(f"config.json: no {config.model_type} model can be made of it: {_one_line(error)}") from error
     return model.eval()

@@ -71,7 +71,7 @@ def _turn_stream_(model: PreTrainedModel, row: Architecture, stream: Transform) 
     wide: Any = model.get_submodule(row.embedding)
     rows = wide.weight.new_empty(wide.weight.shape[0], stream.in_dim)
     turned = QuantEmbedding(
-        len(rows), stream.in_dim, LinearScheme(), scale=scale_of(wide), stream=stream, dtype=rows.dtype,
+        len(rows), stream.in_dim, LinearScheme(), scale=row.scale_at(stream.in_dim), stream=stream, dtype=rows.dtype,
         device=rows.device, name=row.embedding,
     )  # fmt: skip
     model.set_submodule(row.embedding, turned)

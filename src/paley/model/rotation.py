@@ -108,7 +108,7 @@ def fold_(adapter: Adapter, rotation: Rotation | None) -> None:
     if rotation is not None and rotation.stream is not None:
         fold_norms_(adapter)
         rotate_stream_(adapter, rotation.stream)
-        if rotation.heads is not None and adapter.architecture.values_rotate:
+        if rotation.heads is not None and adapter.architecture.values_rotate(adapter.model.config):
             rotate_values_(adapter, rotation.heads)
 
 

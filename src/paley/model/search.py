@@ -48,7 +48,7 @@ def _layout(sites: Sites, block: int, layout: str) -> Iterator[tuple[str, tuple[
         elif site.kind == "input" and layout == "shared":
             yield site.name.rpartition(".")[2], site.readers, ()
         elif site.kind == "linear" and layout == "per_projection":
-            held = ("values",) if site.writes == sites.architecture.values else ()
+            held = ("values",) if site.makes(sites.architecture.values) else ()
             yield _short(site), (site.name,), held
 
 

@@ -56,7 +56,7 @@ def mixed_rows(site: Site, sites: Sites) -> int:
     """Rows of a weight that R1 and R2 mix before they are rounded, which then get noise of one size."""
     if site.adds_to_stream:
         return site.shape[0]
-    return sites.of("values")[0].shape[1] if site.writes == sites.architecture.values else 1
+    return sites.of("values")[0].shape[1] if site.makes(sites.architecture.values) else 1
 
 
 def add_noise(x: Tensor, t: float, generator: torch.Generator) -> Tensor:
@@ -168,9 +168,13 @@ def _in_input(adapter: Adapter, site: Site, noisy: Noisy) -> Iterator[None]:
 def _in_heads(adapter: Adapter, site: Site, noisy: Noisy) -> Iterator[None]:
     """Keys and values where they are made: RoPE turns each head, so isotropic noise before it is the same after it."""
     assert site.made_by is not None
+    rows = slice(*site.rows) if site.rows else slice(None)
 
     def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return noisy(output.unflatten(-1, (-1, site.shape[1]))).view_as(output)
+        output = output.clone()
+        part = output[..., rows]
+        output[..., rows] = noisy(part.unflatten(-1, (-1, site.shape[1]))).view_as(part)
+        return output
 
     with ExitStack() as stack:
         stack.callback(adapter.module(site.made_by).register_forward_hook(hook).remove)

@@ -89,9 +89,63 @@ def kv_attention(
     query = rounding.round_trip(query, None, transform=scheme.key_transform)
     key = _read(key, scheme.keys, scheme.key_transform, base, query, "keys")
     value = _read(value, scheme.values, scheme.value_transform, None, query, "values")
-    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    output = _attend(module, query, key, value, attention_mask, **kwargs)
     back = scheme.value_transform
     return output if back is None else rounding.turn_back(output, back), None
+
+
+# Arguments of transformers' attention functions that change nothing here: masks and caches come otherwise.
+_UNUSED = {
+    "position_ids", "sliding_window", "output_attentions", "output_hidden_states", "use_cache", "cache_position",
+    "return_dict", "output_router_logits", "num_items_in_batch", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q",
+    "max_length_k", "cu_seqlens", "is_causal",
+}  # fmt: skip
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """transformers' sdpa attention; with a soft cap of scores, or sinks [heads], which that passes over, in steps.
+
+    Errors: PaleyError for an argument that may change scores, and is none of these.
+    """
+    if unknown := [name for name, given in kwargs.items() if name not in _UNUSED and isinstance(given, Tensor | float)]:
+        raise PaleyError(
+            f"attention: {type(module).__name__} gives its attention {unknown[0]}, which Paley's does not know; leave "
+            "keys and values unquantized"
+        )
+    if softcap is None and s_aux is None:
+        return sdpa_attention_forward(
+            module, query, key, value, mask, scaling=scaling, dropout=dropout, is_causal=kwargs.get("is_causal"),
+            position_bias=position_bias,
+        )[0]  # fmt: skip
+    groups, tokens = query.shape[1] // key.shape[1], query.shape[2]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = (scores / softcap).tanh() * softcap
+    if mask is None and tokens > 1 and getattr(module, "is_causal", True):
+        mask = torch.ones(tokens, key.shape[2], dtype=torch.bool, device=query.device).tril(key.shape[2] - tokens)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    if s_aux is not None:  # one more score, whose value is zero
+        sinks = s_aux.to(scores).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        probabilities = torch.cat([scores, sinks], -1).softmax(-1, torch.float32 if scores.dtype.itemsize < 4 else None)
+        probabilities = probabilities[..., :-1]
+    else:
+        probabilities = scores.softmax(-1, torch.float32 if scores.dtype.itemsize < 4 else None)
+    return (probabilities.to(value.dtype) @ value).transpose(1, 2)
 
 
 def _read(

@@ -157,6 +157,8 @@ def _centered(source: Source, schemes: Schemes) -> tuple[Schemes, list[str]]:
         scheme = schemes.attentions[site.module]
         if scheme.center_keys == "bias" and (follows or f"{site.made_by}.bias" not in source.checkpoint):
             scheme = replace(scheme, center_keys=False)
+        elif scheme.balance_keys and source.sites.architecture.clips(source.config):
+            scheme = replace(scheme, balance_keys=False)
         elif scheme.center_keys == "mean" and follows:
             scheme = replace(scheme, center_keys=True, balance_keys=False)
         attentions[site.module] = scheme

@@ -1,0 +1,121 @@
+"""A tiny random model of any type in transformers' causal language models: `tiny_config(kind)`, `save_type(...)`."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+__all__ = ["TYPES", "random_", "save_type", "tiny_config", "tiny_model"]
+
+TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+_VOCAB, _LAYERS = 128, 2
+_SMALL = {
+    ("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "d_embed", "decoder_hidden_size", "emb_dim"): 64,
+    ("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner", "d_inner", "ffn_hidden_size"): 96,
+    ("dense_intermediate_size", "shared_intermediate_size", "feed_forward_size", "attention_hidden_size"): 64,
+    ("intermediate_size_mlp", "moe_shared_expert_intermediate_size", "shared_expert_intermediate_size"): 64,
+    ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers"): _LAYERS,
+    ("num_encoder_layers", "num_decoder_layers"): _LAYERS,
+    ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads"): 4,
+    ("decoder_attention_heads", "num_encoder_attention_heads", "num_decoder_attention_heads"): 4,
+    ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "swa_num_key_value_heads"): 2,
+    ("head_dim", "v_head_dim", "qk_nope_head_dim", "global_head_dim", "swa_head_dim", "kv_channels", "dim_head"): 16,
+    ("vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input"): _VOCAB,
+    ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_target_positions"): 64,
+    ("max_seq_len", "max_seq_length", "seq_length"): 64,
+    ("moe_intermediate_size", "expert_ffn_hidden_size", "ffn_hidden_size_moe", "expert_hidden_dim"): 32,
+    ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"): 4,
+    ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_experts"): 2,
+    ("n_group", "topk_group", "n_shared_experts", "num_expert_group"): 1,
+    ("kv_lora_rank", "q_lora_rank", "o_lora_rank", "index_head_dim"): 16,
+    ("qk_rope_head_dim", "rotary_dim"): 8,
+    ("qk_head_dim",): 24,
+    ("mamba_d_state", "state_size", "ssm_state_size", "mamba_dt_rank", "time_step_rank"): 8,
+    ("mamba_n_heads", "mamba_num_heads", "n_mamba_heads"): 8,
+    ("mamba_d_head", "mamba_head_dim", "mamba_headdim"): 16,
+    ("mamba_n_groups", "n_groups", "mamba_ngroups"): 1,
+    ("linear_num_key_heads",): 2,
+    ("linear_num_value_heads",): 4,
+    ("linear_key_head_dim", "linear_value_head_dim"): 16,
+    ("lru_width",): 64,
+    ("hidden_size_per_layer_input",): 16,
+    ("first_k_dense_replace", "moe_layer_start_index"): 1,
+    ("attention_window_size", "sliding_window", "window_size", "attention_chunk_size"): 16,
+    ("image_size",): 32,
+    ("patch_size",): 16,
+}  # fmt: skip
+_SIZES = {name: size for names, size in _SMALL.items() for name in names}
+_TOKENS = {"pad_token_id": 3, "bos_token_id": 1, "eos_token_id": 2}
+
+# Settings of single types: what their config classes demand of each other's sizes.
+_OWN: dict[str, dict[str, Any]] = {}
+
+
+def tiny_config(kind: str) -> Any:
+    """A config of this type with sizes as small as its class lets them be."""
+    base = CONFIG_MAPPING[kind]
+    return base(**_shrunk(base(), _OWN.get(kind, {})))
+
+
+def tiny_model(kind: str) -> PreTrainedModel:
+    """A random model of this type, in eval mode."""
+    torch.manual_seed(0)
+    config = tiny_config(kind)
+    attention = "sdpa" if MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa else "eager"
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    return random_(model.eval().requires_grad_(False))
+
+
+def random_(model: PreTrainedModel) -> PreTrainedModel:
+    """Gives every parameter random values that matter: gains near what they are, weights that keep sizes."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() > 1:
+            parameter.data = noise * max(parameter.shape[-1], 16) ** -0.5
+        else:
+            parameter.data = parameter.data.nan_to_num(0.0).clamp(-4, 4) + 0.05 * noise
+    model.tie_weights()
+    return model
+
+
+def save_type(kind: str, folder: Path) -> PreTrainedModel:
+    """Saves a tiny model of this type -> the model."""
+    model = tiny_model(kind)
+    model.save_pretrained(folder)
+    return model
+
+
+def _shrunk(config: Any, own: dict[str, Any]) -> dict[str, Any]:
+    """What makes a config small, of those attributes that it has; inner configs, too."""
+    given: dict[str, Any] = {}
+    fields = {**{name: getattr(config, name, None) for name in config.attribute_map}, **config.to_dict()}
+    layers = next((fields[n] for n in ("num_hidden_layers", "n_layer", "num_layers", "n_layers") if fields.get(n)), 0)
+    for name, value in fields.items():
+        if name in config.attribute_map:
+            continue
+        inner = getattr(config, name, None)
+        if name in config.sub_configs and inner is not None:
+            given[name] = inner.to_dict() | _shrunk(inner, own.get(name, {}))
+        elif name in _TOKENS and isinstance(value, int | list):
+            given[name] = _TOKENS[name]
+        elif name.endswith("_token_id") and isinstance(value, int) and value >= _VOCAB:
+            given[name] = 4
+        elif name in _SIZES and type(value) is int and value > 0:
+            given[name] = min(value, _SIZES[name])
+        elif isinstance(value, list) and layers and len(value) == layers:
+            given[name] = _some(value)
+    return given | copy.deepcopy({k: v for k, v in own.items() if k not in config.sub_configs})
+
+
+def _some(values: list[Any]) -> list[Any]:
+    """As many as there are layers now, of as many kinds as there were."""
+    if not values or not isinstance(values[0], str):
+        return values[:_LAYERS]
+    kinds = list(dict.fromkeys(values))
+    return (kinds + kinds)[-_LAYERS:] if len(kinds) > 1 else values[:_LAYERS]
