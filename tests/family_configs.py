@@ -56,9 +56,7 @@ CONFIGS: dict[str, Callable[..., Any]] = {
     "olmo2": _made("Olmo2Config"),
     "olmo3": _made("Olmo3Config", alternate=True),
     "gemma": _made("GemmaConfig", head_dim=16),
-    "gemma2": _made(
-        "Gemma2Config", alternate=True, attn_logit_softcapping=2.0, final_logit_softcapping=3.0, **_GEMMA
-    ),
+    "gemma2": _made("Gemma2Config", alternate=True, attn_logit_softcapping=2.0, final_logit_softcapping=3.0, **_GEMMA),
     "gemma3_text": _made("Gemma3TextConfig", final_logit_softcapping=3.0, **_GEMMA),
 }
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -79,8 +79,7 @@ class PaleyQuantizer(HfQuantizer):
             _check_config(folder)
         asked = config._attn_implementation
         attentions = self.quantization_config.spec.attentions.values()
-        default = "eager" if asked == "eager" and not _has_sdpa(config) else "sdpa"
-        if asked != default and any(map(attention.rounds, attentions)):  # the default need not have been asked for
+        if asked != plain_attention(config) and any(map(attention.rounds, attentions)):  # no default was asked for
             attention.check_implementation(asked)
         return config
 
@@ -169,11 +168,6 @@ def load(
     model.to(device)  # type: ignore[arg-type]
     prepare_(model, product, dtype)
     return model
-
-
-def _has_sdpa(config: PreTrainedConfig) -> bool:
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    return kind is None or plain_attention(kind) == "sdpa"
 
 
 def _check_config(folder: Path) -> Checkpoint:

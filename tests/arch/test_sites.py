@@ -4,11 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from family_configs import CONFIGS as MADE
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
+from family_configs import CONFIGS as MADE
 from paley.arch import FAMILIES, family, sites, window
 from paley.core.errors import PaleyError
 from paley.model.embedding import scale_of

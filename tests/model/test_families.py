@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
-from family_configs import CONFIGS, plain_attention
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from family_configs import CONFIGS, plain_attention
 from paley.arch import FAMILIES, Norm
-from paley.core.schemes import ActivationScheme, AttentionScheme
+from paley.core.schemes import ActivationScheme, AttentionScheme, LinearScheme, Schemes
 from paley.core.transforms import Transform
 from paley.model.adapter import Adapter
 from paley.model.attention import attach_schemes
+from paley.model.calibrate import wrap_
 from paley.model.capture import BlockRunner
+from paley.model.compared import ComparedBlock
 from paley.model.key_statistics import KeySettler
 from paley.model.kv_cache import PackedKVCache, cache_argument
 from paley.ops import attention as op
@@ -157,3 +160,29 @@ def test_clipped_keys_are_not_balanced_by_folding():
     config.clip_qkv = 3.0
     assert row.clips(config)
     assert not row.values_rotate(config)
+
+
+@torch.no_grad()
+def test_the_residual_target_counts_what_a_block_adds():
+    """Granite multiplies what attention adds: its output must make up for a wrong stream divided by that."""
+    adapter = Adapter(tiny("granite", torch.float32))
+    kept = {site.name: LinearScheme() for site in adapter.sites.weights}
+    wrap_(adapter, Schemes(kept, {block.attention: AttentionScheme() for block in adapter.blocks}))
+    block, runner = adapter.blocks[0], BlockRunner(adapter, batch=3)
+    original = runner.embed(IDS)
+    hidden = original + torch.randn(original.shape, generator=torch.Generator().manual_seed(1))
+    (site,) = (s for s in block.inputs() if s.name.endswith("o_input"))
+    made = []
+    linear, alike = block.module.self_attn.o_proj, (adapter.sites[site.readers[0]],)
+    hook = linear.register_forward_hook(lambda module, args, out: made.append((args[0], out)))
+    for states in (hidden, original):
+        runner.run(block.module, 0, states)
+    hook.remove()
+    (x, _), (_, y) = made
+    times = adapter.model.config.residual_multiplier
+    wanted = (original + times * y - hidden) / times
+    scale = (original + times * y).square().mean(-1, keepdim=True).rsqrt()
+    with ComparedBlock(runner, block, copy.deepcopy(block.module), hidden, original, [site], "residual_stream") as both:
+        read = both.statistics(site, [alike])[alike]
+    aim = (wanted * scale).flatten(0, 1).T @ (x * scale).flatten(0, 1)
+    assert float((read.aim - aim).norm() / aim.norm()) < 0.01

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from family_configs import CONFIGS, plain_attention
 from transformers import AutoModelForCausalLM
 
+from family_configs import CONFIGS, plain_attention
 from paley.arch import FAMILIES
 from paley.core.errors import PaleyError
 from paley.core.schemes import AttentionScheme, LinearScheme, Schemes

@@ -74,8 +74,8 @@ class Architecture:
     query_scalar, attention_multiplier: scores are multiplied by the first to the power -1/2, or by the second, in place
     of the head's size to the power -1/2. attention_softcap, logit_softcap: c in c · tanh(x / c), of scores and logits.
     embedding_multiplier: what looked-up rows are multiplied by. residual_multiplier: what a block's linears add is
-    multiplied by it. logit_divisor: logits are divided by it. clip: queries, keys and values are cut off at ±clip before
-    RoPE. rope_layers: a list with 1 for each layer that has RoPE. rotary: pairs (i, i + n/2) turn together, or
+    multiplied by it. logit_divisor: logits are divided by it. clip: queries, keys and values are cut off at ±clip
+    before RoPE. rope_layers: a list with 1 for each layer that has RoPE. rotary: pairs (i, i + n/2) turn together, or
     "interleaved" ones (2i, 2i + 1); rotary_half: the model's tables hold each angle once. query_growth: an entry of
     rope_parameters by which queries grow with the position.
     """

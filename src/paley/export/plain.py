@@ -264,7 +264,10 @@ def _untied(
     gain = checkpoint.tensor(row.norm + spec.WEIGHT).double() + row.gain_offset
     shrink = math.sqrt(stream.in_dim / stream.out_dim)  # see `fold.rotate_stream_`
     grown = row.scale_at(stream.in_dim) / row.scale_at(stream.out_dim)
-    sides = {row.embedding: lambda rows: stream.apply(rows) * grown, row.head: lambda rows: stream.apply(rows * gain) * shrink}
+    sides = {
+        row.embedding: lambda rows: stream.apply(rows) * grown,
+        row.head: lambda rows: stream.apply(rows * gain) * shrink,
+    }
     for name, change in sides.items():
         yield name + spec.WEIGHT, _decode(checkpoint, embedding, stream.out_dim, dtype, change)
     yield row.norm + spec.WEIGHT, torch.full((stream.out_dim,), 1 - row.gain_offset, dtype=dtype)

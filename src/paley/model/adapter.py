@@ -53,7 +53,7 @@ class Adapter:
         ]
 
     def finish(self, logits: Tensor) -> Tensor:
-        """What the head computes [..., vocab] -> the model's logits: divided, and softly cut off, as the family does."""
+        """What the head computes [..., vocab] -> the model's logits: divided, softly cut off, as the family has it."""
         row, config = self.architecture, self.model.config
         if (divisor := row.number(config, "logit_divisor")) is not None:
             logits = logits / divisor

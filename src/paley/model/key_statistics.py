@@ -113,7 +113,9 @@ class KeySettler:
     def _measured(self, block: Block, name: str, scheme: AttentionScheme, sums: _Sums) -> dict[str, Tensor]:
         row, mean, settled = self.runner.adapter.architecture, sums.means(), {}
         if scheme.balance_keys:
-            scale = sums.balance(over_heads=any(norm.reads == row.keys and not norm.whole for norm in row.norms())).float()
+            scale = sums.balance(
+                over_heads=any(norm.reads == row.keys and not norm.whole for norm in row.norms())
+            ).float()
             settled[block.attention + _BALANCE], mean = scale, mean / scale
         settled[name] = mean.half()  # as it is stored
         if not bool(settled[name].isfinite().all()):

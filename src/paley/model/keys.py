@@ -124,7 +124,7 @@ class KeyBase:
         return torch.cat([f(x[..., :width]), x[..., width:]], -1)
 
     def _doubled(self, table: Table) -> Table:
-        """The model's cos and sin with each angle once for each value of its pair; of no turn where there is no RoPE."""
+        """The model's cos and sin with each angle once for each value of its pair; no turn without RoPE."""
         cos, sin = table
         if not self._has_rope:
             shape = (*cos.shape[:-1], self._attention.head_dim)

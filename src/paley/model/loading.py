@@ -67,7 +67,7 @@ class Source:
         try:
             loaded: Any = type(self.skeleton).from_pretrained(
                 None, config=copy.deepcopy(self.config), state_dict=tensors, dtype=dtype, output_loading_info=True,
-                attn_implementation=plain_attention(type(self.skeleton)),
+                attn_implementation=plain_attention(self.config),
             )  # fmt: skip
         except PaleyError:
             raise
@@ -145,16 +145,17 @@ def read_config(path: Path) -> Any:
     return part
 
 
-def plain_attention(kind: type[PreTrainedModel]) -> str:
+def plain_attention(config: Any) -> str:
     """transformers' name of the attention that a model computes with unless Paley's takes its place."""
-    return "sdpa" if kind._supports_sdpa else "eager"
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return "sdpa" if kind is None or kind._supports_sdpa else "eager"
 
 
 def empty_model(config: Any) -> PreTrainedModel:
     """The model that a config describes, without weights, in eval mode."""
     config = copy.deepcopy(config)  # from_config writes the dtype into what it is given
     try:
-        attention = plain_attention(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+        attention = plain_attention(config)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
     except Exception as error:  # see `read_config`
