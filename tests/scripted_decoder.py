@@ -46,9 +46,10 @@ class ScriptedDecoder:
 
     def __init__(
         self, next_token: Callable[[list[int]], int], *, limit: int | None = None, seconds: float = 0,
-        fixed: bool = False,
+        fixed: bool = False, peak: float = 20.0,
     ):  # fmt: skip
         self._next, self.limit, self._seconds, self._fixed = next_token, limit, seconds, fixed
+        self._peak = peak
         self.vocabulary = 260
         self.reads: list[list[list[int]]] = []
         self.contexts: list[ScriptedContext] = []
@@ -72,8 +73,9 @@ class ScriptedDecoder:
         for row, (context, tokens) in enumerate(parts):
             assert tokens
             assert not context.closed
+            logits[row, self._next([*context.ids, *tokens])] = self._peak
+        for context, tokens in parts:
             context.ids += tokens
-            logits[row, self._next(context.ids)] = 20.0
         return logits
 
 

@@ -34,7 +34,19 @@ SIZES = [
     "test.sequences=4",
     "test.seq_len=64",
 ]
-VERBS = ("quantize", "plan", "sensitivity", "eval", "generate", "chat", "inspect", "dequantize", "verify", "presets")
+VERBS = (
+    "quantize",
+    "plan",
+    "sensitivity",
+    "eval",
+    "generate",
+    "chat",
+    "serve",
+    "inspect",
+    "dequantize",
+    "verify",
+    "presets",
+)
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,10 @@
 Files import what is heavy in the verbs' bodies alone, so that --help and a mistyped option take no seconds.
 """
 
-from paley.cli import quantize, plan, sensitivity, eval, generate, chat, inspect, dequantize, verify, presets  # noqa: I001  as in --help
+from paley.cli import quantize, plan, sensitivity, eval, generate, chat, serve, inspect, dequantize, verify, presets  # noqa: I001  as in --help
 from paley.cli.app import app
 
 __all__ = [
-    "app", "chat", "dequantize", "eval", "generate", "inspect", "plan", "presets", "quantize", "sensitivity", "verify",
+    "app", "chat", "dequantize", "eval", "generate", "inspect", "plan", "presets", "quantize", "sensitivity",
+    "serve", "verify",
 ]  # fmt: skip

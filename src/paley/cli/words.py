@@ -9,6 +9,7 @@ __all__ = ["spell"]
 
 # Setting -> option.
 _OPTIONS = {
+    "api_key": "--api-key",
     "budget.kv": "--kv-bpw",
     "budget.size": "--target-size",
     "budget.weights": "--target-bpw",
@@ -17,10 +18,12 @@ _OPTIONS = {
     "device": "--device",
     "expand": "--expand",
     "fold": "--fold",
+    "host": "--host",
     "max_new_tokens": "--max-new-tokens",
     "min_p": "--min-p",
     "output": "--output",
     "plan": "--plan",
+    "port": "--port",
     "preset": "--preset",
     "recipe": "--recipe",
     "repetition_penalty": "--repetition-penalty",
