@@ -15,6 +15,8 @@ from paley.format.spec import DIAGONAL, PARTS, SCALE_DTYPE, encode_linear, expec
 
 __all__ = ["Coded", "parameter"]
 
+_ALL = slice(None)
+
 
 class Coded(nn.Module):
     """A weight [rows, width]: packed codes, scales, zeros and outliers, or `weight` itself if its scheme has none.
@@ -74,26 +76,27 @@ class Coded(nn.Module):
             self.register_buffer(part[1:], getattr(other, part[1:]), persistent=False)
         return self
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """-> the weight [rows, width] in `dtype`, computed in float32."""
-        q = self.quantized()
+    def dequantize(self, dtype: torch.dtype = torch.float32, rows: slice = _ALL) -> Tensor:
+        """-> the weight [rows, width], or some of its rows, in `dtype`, computed in float32."""
+        q = self.quantized(rows)
         if q is None:
             assert self.weight is not None  # __init__ makes the one or the other
-            return self.weight.to(dtype)
+            return self.weight[rows].to(dtype)
         return q.dequantize(dtype)
 
-    def quantized(self) -> Quantized | None:
-        """The weight's codes, unpacked; None if it is not quantized."""
+    def quantized(self, rows: slice = _ALL) -> Quantized | None:
+        """The weight's codes, or those of some rows, unpacked; None if it is not quantized."""
         scheme, codes, scales = self.scheme.weight, self.codes, self.scales
         if scheme is None or codes is None or scales is None:
             return None
-        unpacked = unpack_weight(codes, scheme.grid, self.width)
-        return Quantized(unpacked, scales, self.zeros, scheme.grid, self.width, self._quantized_outliers())
+        unpacked = unpack_weight(codes[rows], scheme.grid, self.width)
+        zeros = None if self.zeros is None else self.zeros[rows]
+        return Quantized(unpacked, scales[rows], zeros, scheme.grid, self.width, self._quantized_outliers(rows))
 
-    def _quantized_outliers(self) -> Outliers | None:
+    def _quantized_outliers(self, rows: slice) -> Outliers | None:
         if self.outliers is None or self.outlier_scales is None or self.outlier_columns is None:
             return None
-        return Outliers(self.outlier_columns, self.outliers, self.outlier_scales)
+        return Outliers(self.outlier_columns, self.outliers[rows], self.outlier_scales[rows])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # A cast of the model (model.bfloat16()) must not round the scales: they follow the device only.

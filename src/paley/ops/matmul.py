@@ -25,18 +25,23 @@ __all__ = ["CALIBRATION", "EXACT", "PRODUCTS", "CodedWeight", "Product", "choose
 
 
 class CodedWeight(Protocol):
-    """A weight [out, in] as a layer holds it; outlier_columns int32 [k] and diagonal [transform.in_dim], or None.
+    """A weight [rows, width] as a layer holds it; outlier_columns int32 [k] and diagonal [transform.in_dim], or None.
 
     diagonal_key: the same for layers that read one input and have equal diagonals.
     """
 
+    rows: int
+    width: int
     scheme: LinearScheme
     outlier_columns: Tensor | None
     diagonal: Tensor | None
     diagonal_key: int
 
-    def quantized(self) -> Quantized | None: ...
-    def dequantize(self, dtype: torch.dtype = ...) -> Tensor: ...
+    def quantized(self, rows: slice = ...) -> Quantized | None: ...
+    def dequantize(self, dtype: torch.dtype = ..., rows: slice = ...) -> Tensor: ...
+
+
+_VALUES = 2**22  # of a weight that are decoded at a time: a vocabulary's head would take four times its size otherwise
 
 
 def grid_matmul(x: Tensor, weight: CodedWeight) -> Tensor:
@@ -128,13 +133,23 @@ class Dense:
 
     def __init__(self, weight: CodedWeight, dtype: torch.dtype):
         self._layer = weight
-        dense = weight.dequantize(torch.float32)
         self._turned = self._turns(weight.scheme)
-        if self._turned and weight.scheme.transform is not None:
-            dense = weight.scheme.transform.adjoint(dense)
-            if weight.diagonal is not None:
-                dense = dense / weight.diagonal.float()
-        self.weight = dense.to(dtype)
+        few = max(1, _VALUES // weight.width)
+        pieces = (self._written(slice(start, start + few)) for start in range(0, weight.rows, few))
+        first = next(pieces)
+        self.weight = torch.empty(weight.rows, first.shape[1], dtype=dtype, device=first.device)
+        self.weight[: len(first)] = first
+        for number, piece in enumerate(pieces, 1):
+            self.weight[number * few : number * few + len(piece)] = piece
+
+    def _written(self, rows: slice) -> Tensor:
+        """float32: some rows of the weight, the transform in them if it goes there."""
+        dense, transform = self._layer.dequantize(torch.float32, rows), self._layer.scheme.transform
+        if self._turned and transform is not None:
+            dense = transform.adjoint(dense)
+            if self._layer.diagonal is not None:
+                dense = dense / self._layer.diagonal.float()
+        return dense
 
     @staticmethod
     def _turns(scheme: LinearScheme) -> bool:

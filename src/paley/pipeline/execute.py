@@ -23,6 +23,7 @@ from paley.model.capture import BlockRunner
 from paley.model.key_statistics import KeySettler
 from paley.model.problem import Problem
 from paley.model.rotation import fold_, rotate_inputs_
+from paley.pipeline.machine import give_back
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.run_directory import RunDirectory
 
@@ -122,6 +123,8 @@ def quantize_steps(
         if file is not None and not file.exists() and (done or beside()):
             _write(file, done, beside())
         reports.extend(replace(report, quantized=None) for report in done)
+        done.clear()
+        give_back()
 
     step("embedding", lambda known, _: quantizer.embedding(known, show))
     for index in range(len(adapter.blocks)):

@@ -27,6 +27,7 @@ from paley.pipeline.card import model_card
 from paley.pipeline.decide import Decision, decide
 from paley.pipeline.estimate import Estimate, check_memory, estimate_run, faster
 from paley.pipeline.execute import execute
+from paley.pipeline.machine import give_back
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.resolve import resolve, under_plan
 from paley.pipeline.run_directory import RunDirectory
@@ -189,7 +190,7 @@ def _make(
     source = problem.source
     texts = gather(recipe, source, device, monitor, run)
     run.check_texts({b.role: b.sha256 for b in texts.all()})
-    reference = _reference(source, texts.test, run, monitor, device) if texts.test is not None else None
+    original = _original(source, texts.test, run, monitor, device) if texts.test is not None else None
     plan = plan or _plan(problem, recipe, texts, sensitivity, run, monitor, device)
     problem = problem.with_schemes(Schemes(plan.linears, plan.attentions))
     if problem.is_data_free:
@@ -209,8 +210,9 @@ def _make(
         prepare_(model, EXACT, torch.float32)
         monitor.step()
     measured = None
-    if model is not None and texts.test is not None:
-        measured = _evaluate(model, texts.test, reference, monitor)
+    give_back()
+    if model is not None and texts.test is not None and original is not None:
+        measured = _evaluate(model, texts.test, Reference.load(original, texts.test), monitor)
     stored = Checkpoint.open(run.checkpoint)
     weights = parameter_count(source, problem.carried)
     bits = stored.nbytes * 8 / weights
@@ -233,18 +235,20 @@ def _make(
     results.save(run.checkpoint / RESULTS)
 
 
-def _evaluate(model: PreTrainedModel, test: TokenBlocks, reference: Reference | None, monitor: Monitor) -> EvalResult:
+def _evaluate(model: PreTrainedModel, test: TokenBlocks, reference: Reference, monitor: Monitor) -> EvalResult:
     monitor.stage("evaluating through the quantized cache", -(-len(test.ids) // EVAL_BATCH))
     return evaluate(model, test, reference, batch=EVAL_BATCH, progress=lambda done, total: monitor.step())
 
 
-def _reference(source: Source, test: TokenBlocks, run: RunDirectory, monitor: Monitor, device: str) -> Reference:
+def _original(source: Source, test: TokenBlocks, run: RunDirectory, monitor: Monitor, device: str) -> Path:
+    """The file with the original's scores, which stay out of memory until they are compared with."""
     file = run.path / "reference.safetensors"
     if not file.exists():
         monitor.stage("measuring the original", 1)
         Reference.of(source.load(device=device), test).save(file)
+        give_back()
         monitor.step()
-    return Reference.load(file, test)
+    return file
 
 
 def _plan(
