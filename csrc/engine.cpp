@@ -66,11 +66,16 @@ Engine::Engine(const paley_model& m, int threads_wanted, int32_t level)
       wires_(copied(m.wire, m.wires)),
       inputs_(copied(m.input, m.inputs)),
       linears_(copied(m.linear, m.linears)),
+      matrices_(m.linears),
+      layouts_(m.inputs),
+      matmul_level_(best_matmul_level()),
       embeddings_(copied(m.embedding, m.embeddings)),
       program_(copied(m.step, m.steps)),
       logits_(m.logits),
       buffers_(m.buffers),
       encoded_(m.inputs),
+      integers_(m.inputs),
+      products_at_(m.linears),
       scratch_(threads_wanted) {
   check(m.layers >= 0 && m.vocabulary > 0);
   for (const int32_t width : widths_) check(width > 0);
@@ -83,13 +88,26 @@ Engine::Engine(const paley_model& m, int threads_wanted, int32_t level)
   for (const paley_input& input : inputs_) {
     wire(input.wire);
     check(input.width > 0 && (!input.how || input.how->out_dim == input.width));
+    if (const paley_inputs_how* how = input.integers) {
+      const paley_wire& w = wires_[input.wire];
+      check(w.width == widths_[w.buffer] && w.width == (how->rounding ? how->rounding->in_dim : input.width));
+      continue;
+    }
     check(input.how || (input.width == wires_[input.wire].width && !input.diagonal));
     check(!input.outliers || (input.own && input.how && input.columns));
   }
-  for (const paley_linear& linear : linears_) {
+  for (int32_t i = 0; i < m.linears; ++i) {
+    const paley_linear& linear = linears_[i];
     check(linear.input >= 0 && linear.input < m.inputs && linear.columns == inputs_[linear.input].width);
     wire(linear.wire, linear.rows);
-    check(linear.weight && linear.stored >= PALEY_FLOAT32 && linear.stored <= PALEY_FLOAT16);
+    check(linear.weight && linear.stored >= PALEY_FLOAT32 && linear.stored <= PALEY_MATRIX && linear.stored != PALEY_CODES);
+    check((linear.stored == PALEY_MATRIX) == (inputs_[linear.input].integers != nullptr));
+    if (linear.stored != PALEY_MATRIX) continue;
+    Matrix& matrix = matrices_[i];
+    InputsLayout& layout = layouts_[linear.input];
+    check(Matrix::open(static_cast<const uint8_t*>(linear.weight), linear.bytes, &matrix) && matrix.out == linear.rows);
+    check(matrix.layout.columns == linear.columns && (!layout.columns || layout == matrix.layout));
+    layout = matrix.layout;
   }
   for (const paley_embedding& e : embeddings_) check(e.weight && e.width > 0 && e.rows >= m.vocabulary);
   for (const paley_attention& how : copied(m.attention, m.attentions)) {

@@ -9,6 +9,7 @@
 
 #include "engine_abi.h"
 #include "kv_cache.h"
+#include "matmul.h"
 #include "pool.h"
 #include "rounding.h"
 #include "steps.h"
@@ -98,6 +99,9 @@ class Engine {
   void embed(const paley_step& step);
   void embed_row(const paley_embedding& e, int32_t id, float* to, Scratch& own) const;
   void encode(const paley_input& input, int32_t index);
+  void encode_integers(int32_t index);
+  Inputs integers(int32_t index);
+  void multiply_rows(int32_t linear, int64_t begin, int64_t end);
   void encode_row(const paley_input& input, const float* x, float* to, Scratch& own) const;
   void multiply(const paley_step& step);
   void turn(const paley_step& step);
@@ -116,6 +120,9 @@ class Engine {
   std::vector<paley_wire> wires_;
   std::vector<paley_input> inputs_;
   std::vector<paley_linear> linears_;
+  std::vector<Matrix> matrices_;        // of the linears that are such
+  std::vector<InputsLayout> layouts_;   // of the inputs that are integers
+  int32_t matmul_level_;
   std::vector<paley_embedding> embeddings_;
   std::vector<Attention> attentions_;
   std::vector<paley_step> program_;
@@ -127,6 +134,9 @@ class Engine {
   std::vector<Row> tokens_;
   int64_t rows_ = 0;  // of the buffers that are in use
   std::vector<std::vector<float>> buffers_, encoded_;
+  std::vector<std::vector<uint8_t>> integers_;
+  std::vector<float> products_;  // of linears that are added to a wire
+  std::vector<int64_t> products_at_;
   std::vector<float> queries_, bases_, firsts_, partials_;
   std::vector<Scratch> scratch_;
 };

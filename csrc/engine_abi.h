@@ -12,7 +12,8 @@ extern "C" {
 #endif
 
 enum paley_activation { PALEY_SILU = 0, PALEY_GELU_TANH = 1, PALEY_GELU = 2 };
-enum paley_stored { PALEY_FLOAT32 = 0, PALEY_BFLOAT16 = 1, PALEY_FLOAT16 = 2, PALEY_CODES = 3 };
+// MATRIX: a blob of paley_pack_matrix.
+enum paley_stored { PALEY_FLOAT32 = 0, PALEY_BFLOAT16 = 1, PALEY_FLOAT16 = 2, PALEY_CODES = 3, PALEY_MATRIX = 4 };
 enum paley_base { PALEY_NO_BASE = 0, PALEY_MEAN_BASE = 1, PALEY_TURNED_BASE = 2 };
 
 // Columns [start, start + width) of a buffer.
@@ -21,7 +22,8 @@ struct paley_wire {
 };
 
 // What linears read: `wire`, divided by `diagonal`, transformed and rounded as `how` says (null: as it is). `outliers`
-// columns are 0 meanwhile, and rounded by themselves as `own` says. width: of the result.
+// columns are 0 meanwhile, and rounded by themselves as `own` says. width: of the result. integers: in place of all
+// that, how values become the integers that matrices read.
 struct paley_input {
   int32_t wire, width, outliers;
   const int32_t* columns;
@@ -29,6 +31,7 @@ struct paley_input {
   const struct paley_rounding* how;
   const struct paley_rounding* turn;  // with outliers: the transform alone, or null
   const struct paley_rounding* own;
+  const struct paley_inputs_how* integers;
 };
 
 // wire += or = factor (weight [rows, columns] times an input, + bias [rows] unless it is null).
@@ -37,6 +40,7 @@ struct paley_linear {
   int64_t rows, columns;
   const void* weight;
   const float* bias;
+  int64_t bytes;  // of a matrix
   float factor;
 };
 

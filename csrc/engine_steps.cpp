@@ -145,6 +145,7 @@ void Engine::embed_row(const paley_embedding& e, int32_t id, float* to, Scratch&
 }
 
 void Engine::encode(const paley_input& input, int32_t index) {
+  if (input.integers) return encode_integers(index);
   if (!input.how) return;  // linears read the wire itself
   const size_t size = static_cast<size_t>(rows_) * input.width;
   if (encoded_[index].size() < size) encoded_[index].resize(size);
@@ -153,6 +154,21 @@ void Engine::encode(const paley_input& input, int32_t index) {
       encode_row(input, wire(input.wire, row), encoded_[index].data() + row * input.width, own);
     }
   });
+}
+
+void Engine::encode_integers(int32_t index) {
+  const paley_input& input = inputs_[index];
+  const size_t size = static_cast<size_t>(layouts_[index].bytes(rows_)) + 63;
+  if (integers_[index].size() < size) integers_[index].resize(size);
+  const Inputs inputs = integers(index);
+  for_rows(rows_, 20 * input.width, [&](int64_t begin, int64_t end, Scratch&) {
+    encode_inputs(*input.integers, wire(input.wire, begin), begin, end - begin, inputs);
+  });
+}
+
+Inputs Engine::integers(int32_t index) {
+  auto at = reinterpret_cast<uintptr_t>(integers_[index].data());
+  return Inputs::in(reinterpret_cast<uint8_t*>((at + 63) / 64 * 64), layouts_[index], rows_);
 }
 
 void Engine::encode_row(const paley_input& input, const float* x, float* to, Scratch& own) const {
@@ -174,36 +190,59 @@ void Engine::encode_row(const paley_input& input, const float* x, float* to, Scr
 }
 
 void Engine::multiply(const paley_step& step) {
-  constexpr int64_t ROWS = 32;  // of a piece of work, at least
+  constexpr int64_t WORTH = 100000;  // products of a thread that are worth waking it
   struct Piece {
-    const paley_linear* linear;
+    int32_t linear;
     int64_t begin, end;
   };
-  int64_t work = 0;
-  for (int32_t i = 0; i < step.count; ++i) {
-    work += linears_[step.index + i].rows * linears_[step.index + i].columns;
+  int64_t work = 0, room = 0;
+  for (int32_t i = step.index; i < step.index + step.count; ++i) {
+    work += linears_[i].rows * linears_[i].columns;
+    products_at_[i] = room;
+    room += linears_[i].stored == PALEY_MATRIX && linears_[i].adds ? linears_[i].rows * rows_ : 0;
   }
-  const int64_t parts = std::clamp<int64_t>(work * rows_ / SHARE, 1, 8 * threads);
+  if (static_cast<int64_t>(products_.size()) < room) products_.resize(room);
+  const int64_t parts = std::clamp<int64_t>(work * rows_ / WORTH, 1, 8 * threads);
   std::vector<Piece> pieces;
-  for (int32_t i = 0; i < step.count; ++i) {
-    const paley_linear& linear = linears_[step.index + i];
-    const int64_t rows = parts == 1 ? linear.rows : std::max(ROWS, (work / parts / linear.columns + ROWS - 1) / ROWS * ROWS);
+  for (int32_t i = step.index; i < step.index + step.count; ++i) {
+    const paley_linear& linear = linears_[i];
+    const int64_t share = (work / parts / linear.columns + PANEL_ROWS - 1) / PANEL_ROWS * PANEL_ROWS;
+    const int64_t rows = parts == 1 ? linear.rows : std::max<int64_t>(2 * PANEL_ROWS, share);
     for (int64_t begin = 0; begin < linear.rows; begin += rows) {
-      pieces.push_back({&linear, begin, std::min(linear.rows, begin + rows)});
+      pieces.push_back({i, begin, std::min(linear.rows, begin + rows)});
     }
   }
   const auto piece = [&](int64_t item, int) {
-    const paley_linear& linear = *pieces[item].linear;
-    const paley_input& input = inputs_[linear.input];
-    const float* x = input.how ? encoded_[linear.input].data() : wire(input.wire, 0);
-    const int64_t x_stride = input.how ? input.width : stride(input.wire);
-    steps_.plain({linear.stored, linear.weight, linear.columns, pieces[item].begin, pieces[item].end, x, x_stride, rows_,
-                  linear.bias, wire(linear.wire, 0), stride(linear.wire), linear.adds != 0, linear.factor});
+    multiply_rows(pieces[item].linear, pieces[item].begin, pieces[item].end);
   };
   if (parts == 1) {
     for (size_t item = 0; item < pieces.size(); ++item) piece(static_cast<int64_t>(item), 0);
   } else {
     pool_.run(static_cast<int64_t>(pieces.size()), piece);
+  }
+}
+
+void Engine::multiply_rows(int32_t index, int64_t begin, int64_t end) {
+  const paley_linear& linear = linears_[index];
+  const paley_input& input = inputs_[linear.input];
+  if (linear.stored != PALEY_MATRIX) {
+    const float* x = input.how ? encoded_[linear.input].data() : wire(input.wire, 0);
+    const int64_t x_stride = input.how ? input.width : stride(input.wire);
+    return steps_.plain({linear.stored, linear.weight, linear.columns, begin, end, x, x_stride, rows_, linear.bias,
+                         wire(linear.wire, 0), stride(linear.wire), linear.adds != 0, linear.factor});
+  }
+  float* y = linear.adds ? products_.data() + products_at_[index] : wire(linear.wire, 0);
+  const int64_t y_stride = linear.adds ? linear.rows : stride(linear.wire);
+  matmul(matrices_[index], integers(linear.input), static_cast<int32_t>(begin), static_cast<int32_t>(end), y, y_stride,
+         matmul_level_);
+  if (!linear.adds && !linear.bias && linear.factor == 1.0f) return;
+  for (int64_t row = 0; row < rows_; ++row) {
+    const float* from = y + row * y_stride;
+    float* to = wire(linear.wire, row);
+    for (int64_t i = begin; i < end; ++i) {
+      const float value = linear.factor * (linear.bias ? from[i] + linear.bias[i] : from[i]);
+      to[i] = linear.adds ? to[i] + value : value;
+    }
   }
 }
 

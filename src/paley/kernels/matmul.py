@@ -22,7 +22,10 @@ from paley.core.rounding import Quantized
 from paley.core.schemes import ActivationScheme, LinearScheme
 from paley.kernels import native, rounding
 
-__all__ = ["LEVELS", "PreparedMatrix", "best_level", "encode", "integers", "levels", "matmul", "plan", "prepare"]
+__all__ = [
+    "LEVELS", "InputsHow", "Plan", "PreparedMatrix", "best_level", "encode", "inputs_how", "integers", "levels",
+    "matmul", "plan", "prepare",
+]  # fmt: skip
 
 LEVELS = ("portable", "avx2", "avx512", "", "avx2_vnni", "amx", "neon")  # paley_level of csrc/paley.h
 KINDS = (
@@ -52,7 +55,7 @@ class _Source(ctypes.Structure):
     ]  # fmt: skip
 
 
-class _How(ctypes.Structure):
+class InputsHow(ctypes.Structure):
     """paley_inputs_how of csrc/paley.h."""
 
     _fields_ = [
@@ -255,6 +258,31 @@ def aligned(size: int) -> Tensor:
     return room[start : start + size]
 
 
+def inputs_how(
+    made: Plan, scheme: LinearScheme | None, width: int, diagonal: Tensor | None, outlier_columns: Tensor | None
+) -> tuple[InputsHow, list[object]]:
+    """How values [width] become the inputs of a weight, and what that points to; scheme None: they are rounded."""
+    how = InputsHow(map_scale=made.map_scale)
+    kept: list[object] = [diagonal, outlier_columns]
+    if scheme is not None and (scheme.transform is not None or scheme.input is not None or diagonal is not None):
+        raw = rounding.rounding_of(width, scheme.input, scheme.transform, torch.float32)
+        how.rounding = ctypes.addressof(raw.raw)
+        stored = scheme.stored_width(width)
+        if raw.raw.out_dim != stored:
+            raise PaleyError(f"matmul: inputs become {raw.raw.out_dim} values, and the weight has {stored} columns")
+        if diagonal is not None:
+            diagonal = diagonal.detach().float().contiguous()
+            how.diagonal = diagonal.data_ptr()
+        kept += [raw, diagonal]
+        if made.map is not None and scheme.input is not None:
+            table = torch.tensor(made.map, dtype=torch.int16)
+            how.map = table.data_ptr()
+            kept.append(table)
+    if outlier_columns is not None:
+        how.outlier_columns = outlier_columns.data_ptr()
+    return how, kept
+
+
 def encode(
     x: Tensor, matrix: PreparedMatrix, scheme: LinearScheme | None = None, diagonal: Tensor | None = None, *,
     threads: int | None = None,
@@ -269,26 +297,7 @@ def encode(
             f"{x.device}; convert it"
         )
     x = x.detach().contiguous()
-    how = _How(map_scale=made.map_scale)
-    kept: list[object] = [x]
-    if turned:
-        assert scheme is not None
-        raw = rounding.rounding_of(width, scheme.input, scheme.transform, torch.float32)
-        how.rounding = ctypes.addressof(raw.raw)
-        if raw.raw.out_dim != matrix.width:
-            raise PaleyError(
-                f"matmul: inputs become {raw.raw.out_dim} values, and the weight has {matrix.width} columns"
-            )
-        if diagonal is not None:
-            diagonal = diagonal.detach().float().contiguous()
-            how.diagonal = diagonal.data_ptr()
-        kept += [raw, diagonal]
-    if made.map is not None and scheme is not None and scheme.input is not None:
-        table = torch.tensor(made.map, dtype=torch.int16)
-        how.map = table.data_ptr()
-        kept.append(table)
-    if matrix.outlier_columns is not None:
-        how.outlier_columns = matrix.outlier_columns.data_ptr()
+    how, kept = inputs_how(made, scheme if turned else None, width, diagonal, matrix.outlier_columns)
     blob, size = matrix.blob, ctypes.c_int64()
     native.call(library.paley_inputs_bytes, blob.data_ptr(), len(blob), len(x), ctypes.byref(size))
     inputs = aligned(size.value)

@@ -15,7 +15,7 @@ __all__ = [
     "ModelStruct", "PartStruct", "SideStruct", "StepStruct", "WireStruct", "array", "library",
 ]  # fmt: skip
 
-STORED = {"float32": 0, "bfloat16": 1, "float16": 2, "codes": 3}  # paley_stored
+STORED = {"float32": 0, "bfloat16": 1, "float16": 2, "codes": 3, "matrix": 4}  # paley_stored
 ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1, "gelu": 2}  # paley_activation, by the names of transformers
 BASES = {"none": 0, "mean": 1, "turned": 2}  # paley_base
 STEPS = ("embed", "norm", "input", "multiply", "rotate", "attend", "gate", "turn", "last", "cap", "scale")
@@ -32,7 +32,7 @@ class InputStruct(ctypes.Structure):
 
     _fields_ = [
         ("wire", c_int32), ("width", c_int32), ("outliers", c_int32), ("columns", c_void_p), ("diagonal", c_void_p),
-        ("how", c_void_p), ("turn", c_void_p), ("own", c_void_p),
+        ("how", c_void_p), ("turn", c_void_p), ("own", c_void_p), ("integers", c_void_p),
     ]  # fmt: skip
 
 
@@ -41,7 +41,7 @@ class LinearStruct(ctypes.Structure):
 
     _fields_ = [
         ("stored", c_int32), ("input", c_int32), ("wire", c_int32), ("adds", c_int32), ("rows", c_int64),
-        ("columns", c_int64), ("weight", c_void_p), ("bias", c_void_p), ("factor", c_float),
+        ("columns", c_int64), ("weight", c_void_p), ("bias", c_void_p), ("bytes", c_int64), ("factor", c_float),
     ]  # fmt: skip
 
 

@@ -19,12 +19,12 @@ from paley.core.rounding import OUTLIER_GRID
 from paley.core.schemes import ActivationScheme, AttentionScheme, LinearScheme
 from paley.core.transforms import Transform
 from paley.format.spec import BIAS, CODES, DIAGONAL, OUTLIER_COLUMNS, SCALES, WEIGHT, ZEROS
-from paley.kernels import rounding
+from paley.kernels import matmul, rounding
 from paley.runtime import native
 from paley.runtime.native import array
 from paley.runtime.rope import Rope, rope_of, rope_settings
 from paley.runtime.support import Facts, why_not_rounded
-from paley.runtime.weights import Mapped, dense_weight, floats, plain_shape, scheme_of
+from paley.runtime.weights import Mapped, coded_weight, dense_weight, floats, plain_shape, scheme_of
 
 __all__ = ["Program", "build"]
 
@@ -228,21 +228,40 @@ class _Builder:
     def linear(self, site: Site, writes: str | None) -> native.LinearStruct:
         assert site.reads is not None
         scheme, stored = scheme_of(self.facts, site.name), site.stored_as
-        reads = self.wire(site.reads.rpartition(".")[2])
-        weight, undone = dense_weight(self.facts, self.tensors, site.name)
-        if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            weight = weight.float()
-        weight = weight.contiguous()
-        self.program.products[site.name] = f"plain {str(weight.dtype).removeprefix('torch.')}"
-        self.program.bytes_read += weight.nbytes
+        wire = self.wire(writes or (STREAM if site.adds_to_stream else str(site.writes)))
         bias = floats(self.tensors, site.name + BIAS) if site.name + BIAS in self.tensors else None
-        wire = writes or (STREAM if site.adds_to_stream else str(site.writes))
-        return native.LinearStruct(
-            stored=native.STORED[str(weight.dtype).removeprefix("torch.")],
-            input=self.input_of(scheme, stored, reads, turned=undone), wire=self.wire(wire),
-            adds=int(site.adds_to_stream), rows=weight.shape[0], columns=weight.shape[1],
-            weight=self.program.keep(weight), bias=self.program.keep(bias), factor=1.0,
-        )  # fmt: skip
+        item = native.LinearStruct(
+            wire=wire, adds=int(site.adds_to_stream), rows=site.shape[0], bias=self.program.keep(bias), factor=1.0
+        )
+        reads = self.wire(site.reads.rpartition(".")[2])
+        width = scheme.stored_width(plain_shape(self.facts, site.name)[1])
+        if (plan := matmul.plan(scheme, width)) is not None:
+            matrix = matmul.prepare(coded_weight(self.facts, self.tensors, site.name), scheme)
+            weight, item.columns, how = matrix.blob, width, f"integers {plan.kind}{' fine' if plan.fine else ''}"
+            item.stored, item.bytes = native.STORED["matrix"], weight.nbytes
+            item.input = self.integers_of(plan, scheme, stored, reads)
+        else:
+            weight, undone = dense_weight(self.facts, self.tensors, site.name)
+            kind = str(weight.dtype).removeprefix("torch.")
+            item.stored, item.columns, how = native.STORED[kind], weight.shape[1], f"plain {kind}"
+            item.input = self.input_of(scheme, stored, reads, turned=undone)
+        item.weight = self.program.keep(weight)
+        self.program.products[site.name] = how
+        self.program.bytes_read += weight.nbytes
+        return item
+
+    def integers_of(self, plan: matmul.Plan, scheme: LinearScheme, stored: str, wire: int) -> int:
+        """The number of an input that becomes integers."""
+        width = self.program.parts["wire"][wire].width
+        diagonal = floats(self.tensors, stored + DIAGONAL) if scheme.diagonal else None
+        columns = self.tensors[stored + OUTLIER_COLUMNS] if scheme.outliers else None
+        key = wire, plan.shared, scheme.transform, scheme.input, _key(diagonal), _key(columns)
+        if key not in self.inputs:
+            how, kept = matmul.inputs_how(plan, scheme, width, diagonal, columns)
+            self.program.kept.append(kept)
+            item = native.InputStruct(wire=wire, width=scheme.stored_width(width), integers=self.program.keep(how))
+            self.inputs[key] = self.program.add("input", item)
+        return self.inputs[key]
 
     def input_of(self, scheme: LinearScheme, stored: str, wire: int, *, turned: bool) -> int:
         """The number of an input; linears that make the same of a wire share it."""
@@ -251,10 +270,7 @@ class _Builder:
         diagonal = floats(self.tensors, stored + DIAGONAL) if scheme.diagonal and not turned else None
         outliers = scheme.outliers if scheme.input is not None else 0
         columns = self.tensors[stored + OUTLIER_COLUMNS] if outliers else None
-        key = (
-            wire, transform, scheme.input, None if diagonal is None else tuple(diagonal.tolist()),
-            None if columns is None else tuple(columns.tolist()),
-        )  # fmt: skip
+        key = wire, transform, scheme.input, _key(diagonal), _key(columns)
         if key in self.inputs:
             return self.inputs[key]
         if scheme.input is not None and (reason := why_not_rounded(scheme.input)) is not None:
@@ -351,3 +367,8 @@ class _Builder:
             else:
                 offsets = floats(self.tensors, f"{name}.key_offset")
         item.offsets = self.program.keep(offsets)
+
+
+def _key(values: Tensor | None) -> Hashable:
+    """What equal vectors have in common."""
+    return None if values is None else values.numpy().tobytes()

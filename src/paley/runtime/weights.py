@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from paley.core.errors import PaleyError
+from paley.core.rounding import Quantized
 from paley.core.schemes import LinearScheme
 from paley.format.checkpoint import Checkpoint
 from paley.format.spec import BIAS, DIAGONAL, PARTS, WEIGHT, check_values, decode_linear, expected_tensors
 from paley.runtime.support import Facts
 
-__all__ = ["Mapped", "check_tensors", "dense_weight", "floats"]
+__all__ = ["Mapped", "check_tensors", "coded_weight", "dense_weight", "floats", "plain_shape", "scheme_of"]
 
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -130,6 +131,11 @@ def _expected(facts: Facts) -> dict[str, tuple[torch.dtype | None, tuple[int, ..
     return found
 
 
+def coded_weight(facts: Facts, tensors: Mapped, name: str) -> Quantized:
+    """The codes of a weight, unpacked."""
+    return decode_linear(facts.sites[name].stored_as, tensors, scheme_of(facts, name), _width(facts, name))
+
+
 def dense_weight(facts: Facts, tensors: Mapped, name: str) -> tuple[Tensor, bool]:
     """A weight that no kernel takes as codes, [out, columns] in a plain type; and whether its transform is undone.
 
@@ -142,9 +148,9 @@ def dense_weight(facts: Facts, tensors: Mapped, name: str) -> tuple[Tensor, bool
             return weight, undone
         weight = weight.float()
     else:
-        weight = decode_linear(site.stored_as, tensors, scheme, _width(facts, name)).dequantize()
+        weight = coded_weight(facts, tensors, name).dequantize()
     if scheme.input is not None or scheme.transform is None:
-        return weight, False
+        return weight.contiguous(), False
     weight = scheme.transform.adjoint(weight)
     if scheme.diagonal:
         weight = weight / tensors[site.stored_as + DIAGONAL].float()
