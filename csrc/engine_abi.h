@@ -70,7 +70,7 @@ struct paley_attention {
   int32_t queries, keys, values, out;  // wires
   int32_t heads, kv_heads, size;       // size: of a head on the wires
   int32_t layer, window;               // window 0: all tokens
-  int32_t table, table_width;          // RoPE's, for the base
+  int32_t table, table_width, interleaved;  // RoPE's, for the base
   float scaling, cap;
   struct paley_side key_side, value_side;
   const struct paley_rounding* turn;         // of queries, or null
@@ -86,7 +86,7 @@ enum paley_step_kind {
   PALEY_STEP_NORM = 1,      // out = or += (flag) norm of `in` in segments of `size`, times vector; value: epsilon
   PALEY_STEP_INPUT = 2,     // makes inputs[index]
   PALEY_STEP_MULTIPLY = 3,  // linears[index .. index + count)
-  PALEY_STEP_ROTATE = 4,    // heads of `size` on `in` turn by tables[index], `count` values of each
+  PALEY_STEP_ROTATE = 4,    // heads of `size` on `in` turn by tables[index], `count` values of each; flag: interleaved
   PALEY_STEP_ATTEND = 5,    // attentions[index]
   PALEY_STEP_GATE = 6,      // out = f(in) * other; index: paley_activation
   PALEY_STEP_TURN = 7,      // out = value * (what `how` makes of `in`)

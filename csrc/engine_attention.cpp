@@ -54,9 +54,8 @@ void Engine::put_row(const Attention& a, const Row& row, const float* k, const f
     const float* less = how.offsets;
     if (how.base == PALEY_TURNED_BASE) {
       std::copy_n(how.offsets + (row.at ? size : 0), size, plain);
-      if (row.at) {
-        steps_.rotate(plain, how.kv_heads, how.size, table + row.at * ((how.table_width + 7) / 8 * 8), how.table_width);
-      }
+      steps_.rotate(plain, how.kv_heads, how.size, table + row.at * width_of_base(how), how.table_width,
+                    how.interleaved != 0);
       if (how.turn) round(*how.turn, plain, how.kv_heads, nullptr, base);
       less = how.turn ? base : plain;
     }
@@ -112,10 +111,12 @@ void Engine::query_row(const Attention& a, int64_t row, const float* table, Scra
     const float* others = first + int64_t{how.kv_heads} * how.size;
     float* base = bases_.data() + (row * how.heads + head) * wide;
     std::fill_n(base, wide, 0.0f);
-    steps_.base(mine, others, how.table_width, base);
-    float at_first = 0.0f;  // the score of the first token's base, less what the table gives for it
-    for (int32_t i = 0; i < how.size; ++i) at_first += mine[i] * (first[i] - (i < how.table_width ? 0.0f : others[i]));
-    for (int64_t i = 0; i < wide; ++i) at_first -= base[i] * table[i];
+    steps_.base(mine, others, how.table_width, how.interleaved != 0, base);
+    own.floats.assign(wide, 0.0f);
+    steps_.base(mine, first, how.table_width, how.interleaved != 0, own.floats.data());
+    float at_first = 0.0f;  // the score of the first token's base, less that of the others' at its place
+    for (int64_t i = 0; i < wide; ++i) at_first += (own.floats[i] - base[i]) * table[i];
+    for (int32_t i = how.table_width; i < how.size; ++i) at_first += mine[i] * (first[i] - others[i]);
     for (int64_t i = 0; i < wide; ++i) base[i] *= how.scaling;
     firsts_[row * how.heads + head] = at_first * how.scaling;
   }

@@ -63,7 +63,8 @@ void Engine::run(const paley_step& step) {
       return for_rows(rows_, wires_[in].width, [&](int64_t begin, int64_t end, Scratch&) {
         for (int64_t row = begin; row < end; ++row) {
           const float* table = tables_[step.index] + tokens_[row].at * ((step.count + 7) / 8 * 8);
-          steps_.rotate(wire(in, row), wires_[in].width / step.size, step.size, table, step.count);
+          steps_.rotate(wire(in, row), wires_[in].width / step.size, step.size, table, step.count,
+                        step.flag != 0);
         }
       });
     case PALEY_STEP_GATE:

@@ -55,10 +55,11 @@ struct Steps {
   // y [rows, size] = x / rms(x) * gain, or is added to.
   void (*norm)(const float* x, int64_t x_stride, int64_t rows, const float* gain, int32_t size, float epsilon, float* y,
                int64_t y_stride, bool adds);
-  // RoPE of heads [heads, size]: the pairs (i, i + width / 2) turn by table [cos width / 2, sin width / 2].
-  void (*rotate)(float* x, int32_t heads, int32_t size, const float* table, int32_t width);
+  // RoPE of heads [heads, size]: the pairs (i, i + width / 2), or (2 i, 2 i + 1) if they are interleaved, turn by table
+  // [cos width / 2, sin width / 2].
+  void (*rotate)(float* x, int32_t heads, int32_t size, const float* table, int32_t width, bool interleaved);
   // q and what is taken off keys before RoPE, m, both of a head -> base [width]: q RoPE_n(m) = base table_n + beyond.
-  void (*base)(const float* q, const float* m, int32_t width, float* base);
+  void (*base)(const float* q, const float* m, int32_t width, bool interleaved, float* base);
   // y [n] = f(gate) * up
   void (*gate)(const float* gate, const float* up, int64_t n, int32_t activation, float* y);
   void (*cap)(float* x, int64_t n, float cap);

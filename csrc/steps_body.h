@@ -66,9 +66,17 @@ void norm(const float* x, int64_t x_stride, int64_t rows, const float* gain, int
   }
 }
 
-void rotate(float* x, int32_t heads, int32_t size, const float* table, int32_t width) {
+void rotate(float* x, int32_t heads, int32_t size, const float* table, int32_t width, bool interleaved) {
   const int32_t half = width / 2;
   const float *cosine = table, *sine = table + half;
+  for (int32_t head = 0; interleaved && head < heads; ++head, x += size) {
+    for (int32_t i = 0; i < half; ++i) {
+      const float a = x[2 * i], b = x[2 * i + 1];
+      x[2 * i] = a * cosine[i] - b * sine[i];
+      x[2 * i + 1] = b * cosine[i] + a * sine[i];
+    }
+  }
+  if (interleaved) return;
   for (int32_t head = 0; head < heads; ++head, x += size) {
     int32_t i = 0;
     for (; i + 8 <= half; i += 8) {
@@ -84,11 +92,12 @@ void rotate(float* x, int32_t heads, int32_t size, const float* table, int32_t w
   }
 }
 
-void base(const float* q, const float* m, int32_t width, float* found) {
+void base(const float* q, const float* m, int32_t width, bool interleaved, float* found) {
   const int32_t half = width / 2;
   for (int32_t i = 0; i < half; ++i) {
-    found[i] = q[i] * m[i] + q[half + i] * m[half + i];
-    found[half + i] = q[half + i] * m[i] - q[i] * m[half + i];
+    const int32_t a = interleaved ? 2 * i : i, b = interleaved ? a + 1 : half + i;
+    found[i] = q[a] * m[a] + q[b] * m[b];
+    found[half + i] = q[b] * m[a] - q[a] * m[b];
   }
 }
 

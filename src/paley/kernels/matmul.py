@@ -1,7 +1,7 @@
 """The native product of integer inputs with a coded weight. `paley.ops.matmul.grid_matmul` has its meaning.
 
-A grid's points become integers: of 8 bits, or of 13 if rounding points and inputs to 8 bits would show beside the grid's
-own. Inputs become integers of as many bits: the codes of the scheme that rounds them if its points are such
+A grid's points become integers: of 8 bits, or of 13 if rounding points and inputs to 8 bits would show beside the
+grid's own. Inputs become integers of as many bits: the codes of the scheme that rounds them if its points are such
 integers, else the values with a scale for each segment of columns. Sums of products are exact.
 """
 
@@ -11,7 +11,7 @@ import ctypes
 import functools
 import math
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -23,8 +23,8 @@ from paley.core.schemes import ActivationScheme, LinearScheme
 from paley.kernels import native, rounding
 
 __all__ = [
-    "LEVELS", "InputsHow", "Plan", "PreparedMatrix", "best_level", "encode", "inputs_how", "integers", "levels",
-    "matmul", "plan", "prepare",
+    "LEVELS", "InputsHow", "Plan", "PreparedMatrix", "best_level", "encode", "fastest", "inputs_how", "integers",
+    "levels", "matmul", "plan", "prepare",
 ]  # fmt: skip
 
 LEVELS = ("portable", "avx2", "avx512", "", "avx2_vnni", "amx", "neon")  # paley_level of csrc/paley.h
@@ -124,6 +124,17 @@ def integers(grid: Grid, limit: int) -> tuple[Tensor, float, float]:
     return (points / scale).round().short(), scale, unit * math.sqrt(error / (_PROBES * grid.p))
 
 
+def fastest(made: Plan) -> Plan:
+    """The same products by the kind that one token is multiplied fastest with here, though it may be larger.
+
+    Without permutations of bytes across a register (AVX-512 VBMI), codes of 8 bits and more are looked up one by one.
+    """
+    slow = made.kind.startswith("look") or made.kind == "pairs8"
+    if not slow or best_level() in ("avx512", "amx"):
+        return made
+    return replace(made, kind="words" if made.fine else "bytes", p=1)
+
+
 @functools.lru_cache(maxsize=256)
 def plan(scheme: LinearScheme, width: int) -> Plan | None:
     """How a weight of this scheme, `width` columns wide as stored, is multiplied; None if these kernels do not."""
@@ -193,9 +204,9 @@ def _map(scheme: ActivationScheme | None, fine: bool) -> tuple[tuple[int, ...], 
     return (*table, *[table[-1]] * (256 - len(table))), scale
 
 
-def prepare(q: Quantized, scheme: LinearScheme) -> PreparedMatrix:
-    """A weight q of `scheme` -> what `matmul` reads. Errors: PaleyError if `plan` has none for it."""
-    made = plan(scheme, q.width)
+def prepare(q: Quantized, scheme: LinearScheme, made: Plan | None = None) -> PreparedMatrix:
+    """A weight q of `scheme` -> what `matmul` reads, as `made` or `plan` says; PaleyError if there is no plan."""
+    made = made or plan(scheme, q.width)
     if made is None:
         raise PaleyError(f"matmul: native kernels take no weights such as {scheme}; take another product")
     rows = q.codes.shape[0]

@@ -71,9 +71,9 @@ class AttentionStruct(ctypes.Structure):
     _fields_ = [
         ("queries", c_int32), ("keys", c_int32), ("values", c_int32), ("out", c_int32), ("heads", c_int32),
         ("kv_heads", c_int32), ("size", c_int32), ("layer", c_int32), ("window", c_int32), ("table", c_int32),
-        ("table_width", c_int32), ("scaling", c_float), ("cap", c_float), ("key_side", SideStruct),
-        ("value_side", SideStruct), ("turn", c_void_p), ("key_how", c_void_p), ("value_how", c_void_p),
-        ("value_back", c_void_p), ("base", c_int32), ("offsets", c_void_p),
+        ("table_width", c_int32), ("interleaved", c_int32), ("scaling", c_float), ("cap", c_float),
+        ("key_side", SideStruct), ("value_side", SideStruct), ("turn", c_void_p), ("key_how", c_void_p),
+        ("value_how", c_void_p), ("value_back", c_void_p), ("base", c_int32), ("offsets", c_void_p),
     ]  # fmt: skip
 
 

@@ -76,6 +76,15 @@ class Program:
             raise PaleyError(f"engine: the wire {name!r} has {has} values, {width} are wanted")
         return number
 
+    def split(self, wire: int, parts: dict[str, int]) -> None:
+        """Names the parts of a wire, one after the other."""
+        whole = self.parts["wire"][wire]
+        start = whole.start
+        for name, width in parts.items():
+            if name not in self.wires:
+                self.wires[name] = self.add("wire", native.WireStruct(whole.buffer, start, width))
+            start += width
+
     def step(self, kind: str, **fields: Any) -> None:
         self.add("step", native.StepStruct(kind=native.STEPS.index(kind), **fields))
 
@@ -151,8 +160,7 @@ class _Builder:
 
     def row_scale(self, columns: int) -> float:
         """What the family multiplies looked-up rows by, rounded as it does."""
-        scale = columns**0.5 if self.row.scaled_embedding else 1.0
-        return float(torch.tensor(scale))
+        return float(torch.tensor(self.row.scale_at(columns)))
 
     def head(self) -> int:
         facts, row, spec = self.facts, self.row, self.facts.spec
@@ -184,7 +192,7 @@ class _Builder:
         for part in self.row.block:
             if isinstance(part, Norm):
                 self.flush()
-                size = self.facts.head_dim if part.over_heads and not getattr(part, "whole", False) else None
+                size = self.facts.head_dim if part.over_heads and not part.whole else None
                 self.norm(f"{name}.{part.path}", self.wire(part.reads), self.wire(part.writes), size)
             elif isinstance(part, Linear):
                 if self.pending and self.pending[0].reads != f"{name}.{part.reads}":
@@ -192,14 +200,14 @@ class _Builder:
                 if part.reads == self.row.attended:
                     self.attend(index)
                 elif part.reads == self.row.gated:
-                    gate = self.wire(getattr(self.row, "gate", "gate"))
+                    gate = self.wire(self.row.gate)
                     self.program.step(
                         "gate", input=gate, other=self.wire(self.row.up), out=self.wire(self.row.gated),
                         index=native.ACTIVATIONS[self.facts.activation],
                     )  # fmt: skip
                 self.pending.append(self.facts.sites[f"{name}.{part.path}"])
             else:
-                raise PaleyError(f"engine: {type(part).__name__} of {name} is not supported")
+                self.program.wires[part.writes] = self.wire(part.reads)
         self.flush()
 
     def flush(self) -> None:
@@ -229,14 +237,17 @@ class _Builder:
         assert site.reads is not None
         scheme, stored = scheme_of(self.facts, site.name), site.stored_as
         wire = self.wire(writes or (STREAM if site.adds_to_stream else str(site.writes)))
+        self.program.split(wire, {part: self.sizes[part] for part in site.fused})
+        factor = self.facts.number("residual_multiplier", 1.0) if site.adds_to_stream else 1.0
         bias = floats(self.tensors, site.name + BIAS) if site.name + BIAS in self.tensors else None
         item = native.LinearStruct(
-            wire=wire, adds=int(site.adds_to_stream), rows=site.shape[0], bias=self.program.keep(bias), factor=1.0
+            wire=wire, adds=int(site.adds_to_stream), rows=site.shape[0], bias=self.program.keep(bias), factor=factor
         )
         reads = self.wire(site.reads.rpartition(".")[2])
         width = scheme.stored_width(plain_shape(self.facts, site.name)[1])
         if (plan := matmul.plan(scheme, width)) is not None:
-            matrix = matmul.prepare(coded_weight(self.facts, self.tensors, site.name), scheme)
+            plan = matmul.fastest(plan)
+            matrix = matmul.prepare(coded_weight(self.facts, self.tensors, site.name), scheme, plan)
             weight, item.columns, how = matrix.blob, width, f"integers {plan.kind}{' fine' if plan.fine else ''}"
             item.stored, item.bytes = native.STORED["matrix"], weight.nbytes
             item.input = self.integers_of(plan, scheme, stored, reads)
@@ -304,12 +315,15 @@ class _Builder:
         queries, keys, values = self.wire(row.queries), self.wire(row.keys), self.wire(row.values)
         table, size = self.rope(block), facts.head_dim
         width = self.program.ropes[table].width
-        for wire in (queries, keys):
-            self.program.step("rotate", input=wire, size=size, index=table, count=width)
+        interleaved = int(row.rotary_pairs == "interleaved")
+        turns = row.has_rope(config, block)
+        for wire in (queries, keys) if turns else ():
+            self.program.step("rotate", input=wire, size=size, index=table, count=width, flag=interleaved)
         item = native.AttentionStruct(
             queries=queries, keys=keys, values=values, out=self.wire(row.attended), heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads, size=size, layer=block, window=facts.window(block) or 0, table=table,
-            table_width=width, scaling=facts.attention_scale, cap=facts.number("attention_softcap", 0.0),
+            table_width=width, interleaved=interleaved, scaling=facts.attention_scale,
+            cap=facts.number("attention_softcap", 0.0),
         )  # fmt: skip
         self.sides(item, scheme, size)
         self.base(item, scheme, block)
@@ -352,6 +366,8 @@ class _Builder:
         if scheme.keys is None or not scheme.center_keys:
             return
         name, heads = self.facts.sites.attention(block), self.facts.config.num_key_value_heads
+        if not self.row.has_rope(self.facts.config, block) and scheme.center_keys is not True:
+            raise PaleyError(f"engine: {name}: center_keys={scheme.center_keys!r} without RoPE is not supported")
         if scheme.center_keys is True:
             offsets = floats(self.tensors, f"{name}.key_mean")
             if scheme.transform is not None:
@@ -360,10 +376,11 @@ class _Builder:
         else:
             item.base = native.BASES["turned"]
             if scheme.center_keys == "bias":
-                path = f"{self.row.blocks}.{block}.{self.row.made_by(self.row.keys)}{BIAS}"
+                path = f"{self.row.blocks}.{block}.{self.row.maker(self.row.keys).path}{BIAS}"
+                rows = self.row.rows(self.row.keys, self.facts.config)
                 if path not in self.tensors:
                     raise PaleyError(f"center_keys='bias': {path} is not in the files")
-                offsets = floats(self.tensors, path).view(1, heads, -1).repeat(2, 1, 1).contiguous()
+                offsets = floats(self.tensors, path)[rows].view(1, heads, -1).repeat(2, 1, 1).contiguous()
             else:
                 offsets = floats(self.tensors, f"{name}.key_offset")
         item.offsets = self.program.keep(offsets)

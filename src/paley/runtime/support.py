@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,12 +21,15 @@ __all__ = ["CHECKED", "Facts", "facts_of", "why_not"]
 
 # Families whose logits the tests compare with those of transformers. A row alone is not enough: a family may do what
 # no row tells.
-CHECKED = ("gemma3_text", "llama", "mistral", "qwen2", "qwen3")
+CHECKED = (
+    "gemma", "gemma2", "gemma3_text", "glm", "glm4", "granite", "llama", "ministral", "mistral", "olmo2", "olmo3",
+    "phi3", "qwen2", "qwen3", "smollm3",
+)  # fmt: skip
 _NEEDED = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
     "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings",
 )  # fmt: skip
-_PARTIAL = ()  # families whose default RoPE turns a part of a head
+_PARTIAL = ("glm", "glm4", "phi3")  # families whose default RoPE turns a part of a head
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,12 @@ class Facts:
 
     def number(self, name: str, default: float) -> float:
         """The config's value of a row's attribute, such as `residual_multiplier`; default if it has none."""
-        return _number(self.row, self.config, name, default)
+        return float(self.row.number(self.config, name, default))
 
     @property
     def attention_scale(self) -> float:
         """What scores are multiplied by."""
-        multiplier = self.number("attention_multiplier", 0.0)
-        return multiplier or self.number("query_scalar", float(self.head_dim)) ** -0.5
+        return float(self.row.attention_scale(self.config))
 
     def window(self, block: int) -> int | None:
         return window(self.config, block)
@@ -101,14 +102,11 @@ def _why_not_config(config: Any) -> str | None:
         return f"the engine does not know the family {kind!r}, only {', '.join(CHECKED)}"
     if missing := [name for name in _NEEDED if getattr(config, name, None) is None]:
         return f"config.json does not have {missing[0]}"
+    if config.num_attention_heads % config.num_key_value_heads:
+        return f"{config.num_attention_heads} heads do not share {config.num_key_value_heads} heads of keys evenly"
     row = FAMILIES[kind]
-    if kind == "gemma3_text" and not getattr(row, "query_scalar", ""):
-        return "the row of gemma3_text does not tell the scale of scores"
-    for name in ("clip", "query_growth", "residual_multiplier"):
-        if (attribute := getattr(row, name, "")) and getattr(config, attribute, None) is not None:
-            return f"{attribute} is not supported"
-    if getattr(row, "rotary_pairs", "halves") != "halves" or getattr(row, "rope_layers", ""):
-        return "this kind of RoPE is not supported"
+    if row.clips(config) or row.query_growth:
+        return f"{row.clip or row.query_growth} is not supported"
     if getattr(config, "use_bidirectional_attention", False):
         return "attention that sees later tokens is not supported"
     if _activation(row, config) not in ACTIVATIONS:
@@ -128,8 +126,9 @@ def _why_not_rope(config: Any) -> str | None:
             return str(error)
         if settings.get("rope_type", "default") not in KINDS:
             return f"RoPE of type {settings.get('rope_type')!r} is not supported"
-        if settings.get("partial_rotary_factor") not in (None, 1, 1.0) and config.model_type not in _PARTIAL:
-            return "RoPE of a part of each head is not supported"
+        partial = settings.get("partial_rotary_factor") not in (None, 1, 1.0)
+        if partial and settings.get("rope_type", "default") == "default" and config.model_type not in _PARTIAL:
+            return "RoPE of a part of each head is not supported"  # transformers turns the whole head there
     return None
 
 
@@ -149,11 +148,4 @@ def why_not_rounded(scheme: ActivationScheme) -> str | None:
 
 
 def _activation(row: Architecture, config: Any) -> str:
-    names = (getattr(row, "activation", ""), "hidden_activation", "hidden_act")
-    found = next((getattr(config, name) for name in names if name and getattr(config, name, None) is not None), None)
-    return str(found)
-
-
-def _number(row: Architecture, config: Any, name: str, default: float) -> float:
-    value = getattr(config, getattr(row, name, "") or "", None)
-    return default if value is None or isinstance(value, Mapping) else float(value)
+    return str(getattr(config, row.activation, None))

@@ -118,8 +118,8 @@ def _expected(facts: Facts) -> dict[str, tuple[torch.dtype | None, tuple[int, ..
     width = facts.config.hidden_size
     for block in range(facts.sites.blocks):
         for norm in row.norms():
-            whole = getattr(norm, "whole", False)
-            size = width if not norm.over_heads else row.sizes(facts.config)[norm.reads] if whole else facts.head_dim
+            size = width if not norm.over_heads else facts.head_dim
+            size = row.sizes(facts.config)[norm.reads] if norm.whole else size
             found[f"{row.blocks}.{block}.{norm.path}{WEIGHT}"] = (None, (size,))
     found[row.norm + WEIGHT] = (None, (plain_shape(facts, row.head)[1],))
     heads = facts.config.num_key_value_heads, facts.head_dim
