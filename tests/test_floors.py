@@ -18,13 +18,11 @@ SOURCE = Path(__file__).resolve().parents[1] / "src"
 # A unit is a folder or a file right under src/paley, or a script beside it; "__init__" is the public door.
 FLOORS = {
     **dict.fromkeys(("arch", "core"), 1),
-    **dict.fromkeys(
-        ("recipe", "plan", "sensitivity", "data", "methods", "ops", "format", "kernels", "report", "results"), 2
-    ),
+    **dict.fromkeys(("recipe", "plan", "sensitivity", "data", "methods", "ops", "format", "kernels", "results"), 2),
     **dict.fromkeys(("model", "runtime"), 3),
     "eval": 4,
     **dict.fromkeys(("pipeline", "hf", "export"), 5),
-    **dict.fromkeys(("cli", "serve", "__init__", "paley_command"), 6),
+    **dict.fromkeys(("cli", "serve", "report", "__init__", "paley_command"), 6),
 }
 
 # Units of one floor do not know each other, but for these: (who, whom): why.
@@ -38,6 +36,8 @@ EXCEPTIONS = {
     ("cli", "__init__"): "the command line is a guest of the public door",
     ("serve", "__init__"): "the server is a guest of the public door",
     ("cli", "serve"): "a verb starts the server",
+    ("cli", "report"): "a verb writes the page",
+    ("report", "__init__"): "a page tells the version that wrote it",
     ("paley_command", "cli"): "the console script runs the command line",
     ("pipeline", "hf"): "what was saved is reloaded the way a user loads it",
 }

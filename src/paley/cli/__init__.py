@@ -3,10 +3,12 @@
 Files import what is heavy in the verbs' bodies alone, so that --help and a mistyped option take no seconds.
 """
 
-from paley.cli import quantize, plan, sensitivity, eval, generate, chat, serve, inspect, dequantize, verify, presets  # noqa: I001  as in --help
+# As in --help.
+from paley.cli import quantize, plan, sensitivity, eval, generate, chat, serve, inspect, report  # noqa: I001
+from paley.cli import dequantize, verify, presets
 from paley.cli.app import app
 
 __all__ = [
-    "app", "chat", "dequantize", "eval", "generate", "inspect", "plan", "presets", "quantize", "sensitivity",
+    "app", "chat", "dequantize", "eval", "generate", "inspect", "plan", "presets", "quantize", "report", "sensitivity",
     "serve", "verify",
 ]  # fmt: skip

@@ -103,4 +103,6 @@ def quantize_verb(
     # With nothing quantized it is an ordinary model, which `inspect` refuses.
     layers = f"; each layer: {shell('inspect', str(outcome.output))}" if is_paley(outcome.output) else ""
     line(f"written to {outcome.output}{layers}")
+    if layers:
+        line(f"where its bytes and errors are: {shell('report', str(outcome.output), '--against', model)}")
     line(f"next: {shell('generate', str(outcome.output), 'Once upon a time')}")

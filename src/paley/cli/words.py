@@ -10,6 +10,7 @@ __all__ = ["spell"]
 # Setting -> option.
 _OPTIONS = {
     "api_key": "--api-key",
+    "against": "--against",
     "budget.kv": "--kv-bpw",
     "budget.size": "--target-size",
     "budget.weights": "--target-bpw",

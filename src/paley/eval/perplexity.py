@@ -21,7 +21,7 @@ from paley.model.adapter import Adapter
 from paley.model.kv_cache import PackedKVCache, cache_argument
 from paley.results import EvalResult
 
-__all__ = ["EvalResult", "evaluate"]
+__all__ = ["EvalResult", "evaluate", "token_scores"]
 
 
 @torch.no_grad()
@@ -58,6 +58,19 @@ def evaluate(
         if progress is not None:
             progress(sequences.stop, len(blocks.ids))
     return _summary(blocks, torch.cat(columns, 1), reference, kv_bytes, at_16_bits)
+
+
+@torch.no_grad()
+def token_scores(model: PreTrainedModel, blocks: TokenBlocks, reference: Reference, *, batch: int = 8) -> Tensor:
+    """float32 [3, sequences, seq_len - 1]: nats, KL and agreement of each token, as `evaluate` averages them."""
+    require(blocks, "test")
+    check_scorable(model, blocks, batch, CHUNK)
+    reference, cached, found = _fitting(reference, model, blocks), _has_quantized_cache(model), []
+    for at in range(0, len(blocks.ids), batch):
+        sequences = slice(at, min(at + batch, len(blocks.ids)))
+        cache = PackedKVCache(model) if cached else None
+        found.append(_score(model, blocks.ids[sequences].to(model.device), cache, CHUNK, reference, sequences).cpu())
+    return torch.cat(found, 1)
 
 
 def _score(

@@ -16,7 +16,7 @@ from paley.pipeline.texts import SELF, check_vocabulary, is_tuned_on, test_block
 from paley.plan import VERSION, Plan
 from paley.recipe import Recipe, Test
 
-__all__ = ["score"]
+__all__ = ["check_origin", "score", "scored_text"]
 
 # A recipe's settings, as `score` calls them.
 _ARGUMENTS = {"test.sequences": "sequences", "test.seq_len": "seq_len", "test.source": "data"}
@@ -41,12 +41,12 @@ def score(
     monitor = monitor or Monitor()
     check_device(device)
     with renaming(_ARGUMENTS):
-        blocks = _text(model, data, sequences, seq_len, monitor)
+        blocks = scored_text(model, data, sequences, seq_len, monitor)
     reference = None
     if against is not None:
         monitor.stage("measuring the original", 1)
         source = open_source(against)
-        _check_origin(model, against, source.fingerprint)
+        check_origin(model, against, source.fingerprint)
         reference = Reference.of(source.load(device=device), blocks)
     monitor.stage("loading the model", 1)
     loaded = load_any(model, device)
@@ -76,7 +76,7 @@ def _plan(file: Path, data: str | None) -> Plan | None:
     return None
 
 
-def _check_origin(model: str | Path, against: str | Path, fingerprint: str) -> None:
+def check_origin(model: str | Path, against: str | Path, fingerprint: str) -> None:
     """Raises if the model's plan says that it was made from another one than `against`."""
     file = resolve(str(model)) / "plan.json"
     made_from = read_json(file).get("fingerprint", fingerprint) if file.is_file() else fingerprint
@@ -87,9 +87,10 @@ def _check_origin(model: str | Path, against: str | Path, fingerprint: str) -> N
         )
 
 
-def _text(
+def scored_text(
     model: str | Path, data: str | None, sequences: int | None, seq_len: int | None, monitor: Monitor
 ) -> TokenBlocks:
+    """The text that `score` scores on."""
     path = resolve(str(model))
     plan = _plan(path / "plan.json", data)
     text = Setting("test.source", data)

@@ -1,0 +1,116 @@
+"""Collects what a folder's files, and measurements beside the original, say."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import paley
+from paley.core.reading import read_json
+from paley.eval.figures import with_error
+from paley.pipeline.curve import accuracy_size_curve
+from paley.pipeline.inspect import Inspection, inspect
+from paley.pipeline.monitor import Monitor
+from paley.plan import VERSION, Plan
+from paley.recipe import under_budget
+from paley.report import figures
+from paley.report.figures import Figure
+from paley.report.measure import Measured, measure
+from paley.sensitivity import Sensitivity
+
+__all__ = ["Report", "as_data", "gather"]
+
+_BUDGETS = (2.25, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0)
+
+
+@dataclass(frozen=True)
+class Report:
+    """facts: (what, value) rows; not_scored: what to run if there are no scores; recipe: as JSON."""
+
+    name: str
+    facts: tuple[tuple[str, str], ...]
+    not_scored: str
+    figures: tuple[Figure, ...]
+    measured: Measured | None
+    recipe: str
+    speed_missing: str
+
+
+def gather(
+    folder: str | Path, against: str | Path | None = None, *, sensitivity: str | Path | None = None,
+    data: str | None = None, monitor: Monitor | None = None,
+) -> Report:  # fmt: skip
+    """The report of a quantized folder; against: its original, for what is measured token by token.
+
+    sensitivity: a file that `paley.measure_sensitivity` gave. data: the text, as of `paley.score`.
+    """
+    monitor, folder = monitor or Monitor(), Path(folder)
+    inspection, plan = inspect(folder), _plan(folder / "plan.json")
+    slopes = None if sensitivity is None else Sensitivity.load(Path(sensitivity))
+    if slopes is not None and plan is not None:
+        slopes.check_fingerprint(plan.fingerprint)
+    measured = None if against is None else measure(folder, against, data, monitor)
+    curve: list[tuple[float, float]] = []
+    if slopes is not None and against is not None:
+        recipe = under_budget(weights=_BUDGETS[0]).model_copy(update={"test": None})
+        found = accuracy_size_curve(against, recipe, _BUDGETS, sensitivity=slopes, monitor=monitor)
+        curve = [(point.bits_per_weight, point.predicted_loss) for point in found]
+    drawn = [
+        figures.sizes(inspection), figures.bits_map(inspection), figures.errors(inspection),
+        figures.positions(measured), figures.losses(measured), figures.outliers(measured),
+        figures.search_trace(plan), figures.clips(inspection), *figures.slopes(inspection, slopes, curve),
+    ]  # fmt: skip
+    name = folder.resolve().name
+    return Report(
+        name=name,
+        facts=tuple(_facts(inspection, plan)),
+        not_scored="" if inspection.results is not None and inspection.results.evaluation is not None else
+        f"This model was never scored; `paley eval {name} --against ORIGINAL` does it.",
+        figures=tuple(drawn),
+        measured=measured,
+        recipe="" if plan is None else json.dumps(plan.recipe.model_dump(mode="json", exclude_none=True), indent=2),
+        speed_missing=f"`paley generate {name} TEXT --json` measures tokens a second; folders do not keep them",
+    )  # fmt: skip
+
+
+def _plan(file: Path) -> Plan | None:
+    """None if there is none, or one of an older Paley."""
+    if not file.is_file() or read_json(file).get("version") != VERSION:
+        return None
+    return Plan.load(file)
+
+
+def _facts(inspection: Inspection, plan: Plan | None) -> list[tuple[str, str]]:
+    results = inspection.results
+    facts: list[tuple[str, str]] = [("architecture", str(inspection.model_type))]
+    facts.append(("bytes, all tensors", f"{inspection.bytes:,}"))
+    if results is not None:
+        facts.append(("bytes of the original", f"{results.original_bytes:,}"))
+        facts.append(("bits a weight, every stored byte counted", f"{results.bits_per_weight:.3f}"))
+        if (m := results.evaluation) is not None:
+            facts.append(("perplexity", with_error(m.perplexity, m.perplexity_stderr, ".3f")))
+            if m.reference_perplexity is not None and m.kl is not None and m.top1_agreement is not None:
+                facts.append(("perplexity of the original", f"{m.reference_perplexity:.3f}"))
+                facts.append(("KL divergence, nats a token", with_error(m.kl, m.kl_stderr, ".4f")))
+                facts.append(("same most likely token", f"{m.top1_agreement:.2%}"))
+            facts.append(("KV cache, bytes a token", f"{m.kv_cache_bytes_per_token:,.0f}"))
+            facts.append(("at 16 bits", f"{m.kv_cache_bytes_per_token_at_16_bits:,.0f}"))
+            facts.append(("scored on", f"{m.tokens:,} tokens of {Path(m.source).name}"))
+    if plan is not None:
+        facts.append(("fingerprint of the original", plan.fingerprint[:16]))
+        facts.append(("plan", f"version {plan.version}, seed {plan.recipe.seed}"))
+    facts.append(("this page was made by", f"Paley {paley.__version__}"))
+    return facts
+
+
+def as_data(report: Report) -> dict[str, Any]:
+    """What is drawn, as plain data."""
+    return {
+        "name": report.name,
+        "facts": dict(report.facts),
+        "figures": {
+            f.id: {"missing": f.missing} if f.missing else {"header": f.header, "rows": f.rows} for f in report.figures
+        },
+    }  # fmt: skip

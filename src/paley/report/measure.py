@@ -1,0 +1,116 @@
+"""What a report measures when the original is there: KL of each token, and outliers of inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from paley.eval.perplexity import token_scores
+from paley.eval.reference import Reference
+from paley.model.linear import QuantLinear
+from paley.model.loading import load_tokenizer, open_source
+from paley.pipeline.any_model import load_any
+from paley.pipeline.monitor import Monitor
+from paley.pipeline.score import check_origin, scored_text
+
+__all__ = ["Measured", "Worst", "measure"]
+
+_SEQUENCES, _WORST, _AROUND, _BINS = 4, 12, 12, 32
+
+
+@dataclass(frozen=True)
+class Worst:
+    """A token that the model predicts far worse; chances: of the text's own token, in the original and here."""
+
+    before: str
+    token: str
+    after: str
+    kl: float
+    original: float
+    here: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """kl [sequences, tokens]; peaks: name of a linear -> (original's, here) largest input over root mean square."""
+
+    source: str
+    kl: Tensor
+    worst: tuple[Worst, ...]
+    peaks: dict[str, tuple[float, float]]
+
+    @property
+    def sequences(self) -> int:
+        return len(self.kl)
+
+    def by_position(self) -> list[tuple[float, float]]:
+        """(position, mean KL) of some bins."""
+        means = self.kl.mean(0)
+        return [
+            (float(at.double().mean()) + 1, float(part.mean()))
+            for at, part in zip(torch.arange(len(means)).tensor_split(_BINS), means.tensor_split(_BINS), strict=True)
+            if len(part)
+        ]
+
+    def concentration(self) -> list[tuple[float, float]]:
+        """(part of the tokens, the worst first; their part of all KL)"""
+        falling = self.kl.flatten().clamp(min=0).sort(descending=True).values.double().cumsum(0)
+        parts = (0.001, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
+        return [(p, float(falling[max(0, round(p * len(falling)) - 1)] / falling[-1].clamp(min=1e-30))) for p in parts]
+
+
+@torch.no_grad()
+def measure(folder: Path, against: str | Path, data: str | None, monitor: Monitor) -> Measured:
+    """A few sequences of the text that the folder is scored on; PaleyError as of `paley.score`."""
+    blocks = scored_text(folder, data, _SEQUENCES, None, monitor)
+    monitor.stage("measuring the original", 1)
+    source = open_source(against)
+    check_origin(folder, against, source.fingerprint)
+    original = source.load()
+    reference = Reference.of(original, blocks)
+    before = _peaks(original, blocks.ids[:1])
+    del original
+    monitor.stage("measuring this model", 1)
+    model = load_any(folder)
+    nll, kl, _ = token_scores(model, blocks, reference)
+    after = _peaks(model, blocks.ids[:1])
+    tokenizer = cast(Any, load_tokenizer(folder))
+    worst = []
+    for flat in kl.flatten().topk(min(_WORST, kl.numel())).indices.tolist():
+        row, at = divmod(flat, kl.shape[1])
+        ids = blocks.ids[row]
+        parts = ids[max(0, at + 1 - _AROUND) : at + 1], ids[at + 1 : at + 2], ids[at + 2 : at + 2 + _AROUND // 2]
+        chances = (float((-losses[row, at]).exp()) for losses in (reference.nll, nll))
+        worst.append(Worst(*(str(tokenizer.decode(part)) for part in parts), float(kl[row, at]), *chances))
+    peaks = {name: (before[name], after[name]) for name in before if name in after}
+    return Measured(blocks.source, kl, tuple(worst), peaks)
+
+
+def _peaks(model: PreTrainedModel, ids: Tensor) -> dict[str, float]:
+    """Of each linear's input, after the transform of a quantized one, which is where it is rounded."""
+    found: dict[str, float] = {}
+    hooks = []
+
+    def note(name: str, module: Any):
+        def hook(_: Any, inputs: Sequence[Tensor]) -> None:
+            x = inputs[0].flatten(0, -2).float()
+            if isinstance(module, QuantLinear):
+                x = x if module.diagonal is None else x / module.diagonal
+                x = x if module.scheme.transform is None else module.scheme.transform.apply(x)
+            found[name] = float((x.abs().amax(-1) / x.square().mean(-1).sqrt().clamp(min=1e-12)).mean())
+
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear | QuantLinear) and not name.endswith("lm_head"):
+            hooks.append(module.register_forward_pre_hook(note(name, module)))
+    model.base_model(ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return found
