@@ -86,8 +86,9 @@ def measure(folder: Path, against: str | Path, data: str | None, monitor: Monito
         row, at = divmod(flat, kl.shape[1])
         ids = blocks.ids[row]
         parts = ids[max(0, at + 1 - _AROUND) : at + 1], ids[at + 1 : at + 2], ids[at + 2 : at + 2 + _AROUND // 2]
-        chances = (float((-losses[row, at]).exp()) for losses in (reference.nll, nll))
-        worst.append(Worst(*(str(tokenizer.decode(part)) for part in parts), float(kl[row, at]), *chances))
+        before_it, token, after_it = (str(tokenizer.decode(part)) for part in parts)
+        there, here = (float((-losses[row, at]).exp()) for losses in (reference.nll, nll))
+        worst.append(Worst(before_it, token, after_it, float(kl[row, at]), there, here))
     peaks = {name: (before[name], after[name]) for name in before if name in after}
     return Measured(blocks.source, kl, tuple(worst), peaks)
 
