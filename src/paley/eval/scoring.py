@@ -36,8 +36,8 @@ def scores(logits: Slices, originals: Slices | None, targets: Tensor, finish: Fi
     """Of the same slices of logits of a model and, with `originals`, of the original's -> float32 [1 or 3, n].
 
     Nats of each target [n]; with the original also KL(original || logits), and 1 where the same token is most likely to
-    both. finish: what makes logits of what heads compute (`Adapter.finish`). Nats are NaN at positions with a logit that
-    is NaN or infinite; `check_finite` finds these.
+    both. finish: what makes logits of what heads compute (`Adapter.finish`). Nats are NaN at positions with a logit
+    that is NaN or infinite; `check_finite` finds these.
     """
     q, p = _Softmax(targets), _Softmax(targets)
     apart = torch.zeros_like(q.total)  # sum over tokens of e^original * (original - logits)
