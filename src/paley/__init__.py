@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from paley.export.plain import dequantize
     from paley.hf import load, register
     from paley.model.kv_cache import PackedKVCache, cache_argument
+    from paley.pipeline.bench import Bench, bench
     from paley.pipeline.chat import Chat
+    from paley.pipeline.doctor import Doctor, doctor
     from paley.pipeline.estimate import Estimate
     from paley.pipeline.generate import Generated, generate
     from paley.pipeline.inspect import Inspection, inspect
@@ -33,7 +35,9 @@ if TYPE_CHECKING:
     from paley.sensitivity import Sensitivity
 
 __all__ = [
+    "Bench",
     "Chat",
+    "Doctor",
     "Estimate",
     "EvalResult",
     "Generated",
@@ -49,8 +53,10 @@ __all__ = [
     "Sensitivity",
     "Verified",
     "__version__",
+    "bench",
     "cache_argument",
     "dequantize",
+    "doctor",
     "estimate",
     "evaluate",
     "generate",
@@ -71,6 +77,8 @@ __version__ = "0.1.0"
 
 _HOMES = {  # name -> the module that has it
     "Chat": "paley.pipeline.chat",
+    "Bench": "paley.pipeline.bench",
+    "Doctor": "paley.pipeline.doctor",
     "Estimate": "paley.pipeline.estimate",
     "EvalResult": "paley.results",
     "Generated": "paley.pipeline.generate",
@@ -84,8 +92,10 @@ _HOMES = {  # name -> the module that has it
     "Sampling": "paley.pipeline.sampling",
     "Sensitivity": "paley.sensitivity",
     "Verified": "paley.pipeline.verify",
+    "bench": "paley.pipeline.bench",
     "cache_argument": "paley.model.kv_cache",
     "dequantize": "paley.export.plain",
+    "doctor": "paley.pipeline.doctor",
     "estimate": "paley.pipeline.run",
     "evaluate": "paley.eval.perplexity",
     "generate": "paley.pipeline.generate",

@@ -11,6 +11,7 @@ from paley.cli.process import UsageError
 
 __all__ = [
     "Against",
+    "AnyFolder",
     "AnyModel",
     "Calibration",
     "ChatFlag",
@@ -22,6 +23,7 @@ __all__ = [
     "Dtype",
     "Expand",
     "Folder",
+    "Gguf",
     "Grid",
     "Json",
     "KvBpw",
@@ -30,14 +32,18 @@ __all__ = [
     "Model",
     "NewFolder",
     "NewFolderOrNone",
+    "NewTokens",
     "NoScore",
     "Overwrite",
     "PlanFile",
     "Preset",
     "Prompt",
+    "PromptTokens",
     "RecipeFile",
     "RepetitionPenalty",
     "Resume",
+    "Rivals",
+    "Rounds",
     "Seed",
     "Sensitivity",
     "SeqLen",
@@ -50,6 +56,7 @@ __all__ = [
     "TargetSize",
     "Temperature",
     "Test",
+    "Threads",
     "TopK",
     "TopP",
     "WeightsOnly",
@@ -78,6 +85,7 @@ def _needed(ctx: typer.Context, value: Path | None) -> Path | None:
 Model = Annotated[str, _argument("MODEL", "The original model: a folder, or a Hub name (owner/name).")]
 AnyModel = Annotated[str, _argument("OUT", "A quantized folder, or any model.")]
 Folder = Annotated[Path, _argument("OUT", "A folder that `paley quantize` wrote.")]
+AnyFolder = Annotated[Path | None, _argument("[OUT]", "A folder that `paley quantize` wrote.")]
 ChatModel = Annotated[str, _argument("OUT", "A quantized folder, or any model, that was trained to answer.")]
 Prompt = Annotated[str, _argument("PROMPT", "The text to continue; - reads it from stdin.")]
 
@@ -168,3 +176,13 @@ WeightsOnly = Annotated[
 Dtype = Annotated[
     str | None, _option("--dtype", "Of the weights: float16, bfloat16 or float32; the folder's own.", "DTYPE")
 ]
+
+_BENCH = "What is measured"
+Rivals = Annotated[
+    str | None, _option("--against", "bf16, transformers, llama.cpp: in the same run.", "NAME,...", _BENCH)
+]
+Gguf = Annotated[Path | None, _option("--gguf", "The same model for llama.cpp.", "FILE", _BENCH)]
+PromptTokens = Annotated[int, _option("--prompt-tokens", "Tokens of the prompt.", "N", _BENCH)]
+NewTokens = Annotated[int, _option("--new-tokens", "Tokens read one by one.", "N", _BENCH)]
+Rounds = Annotated[int, _option("--rounds", "Rounds, after one that warms up.", "N", _BENCH)]
+Threads = Annotated[int | None, _option("--threads", "Threads; as many as PyTorch takes by default.", "N", _BENCH)]

@@ -23,7 +23,7 @@ class Generated:
     """What came after the prompt; prompt_seconds: to the first new token, seconds: from it to the last.
 
     finish: "stop" after the end of the text or a stop string, "length" after max_new_tokens. reused_tokens: those of
-    the prompt that a cache held already.
+    the prompt that a cache held already. engine: "native", or "transformers" for a reason.
     """
 
     text: str
@@ -34,6 +34,8 @@ class Generated:
     kv_cache_bytes: int
     finish: str
     reused_tokens: int = 0
+    engine: str = "transformers"
+    reason: str | None = None
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -108,6 +110,8 @@ def run(model: TextModel, text: Continuation, write: Callable[[str], None] | Non
         kv_cache_bytes=text.context.nbytes,
         finish=text.finish,
         reused_tokens=text.reused_tokens,
+        engine=model.engine,
+        reason=model.reason,
     )
 
 

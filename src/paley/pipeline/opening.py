@@ -22,11 +22,20 @@ __all__ = ["TextModel", "open_decoder", "open_text_model", "why_no_engine"]
 
 @dataclass(frozen=True)
 class TextModel:
-    """What generation needs of a model; ends: the tokens after which a text is finished."""
+    """What generation needs of a model; ends: the tokens after which a text is finished.
+
+    reason: why transformers runs the model, and not the native engine; None if the engine does.
+    """
 
     decoder: Decoder
     tokenizer: PreTrainedTokenizerBase
     ends: frozenset[int]
+    reason: str | None = "the model came in memory"
+
+    @property
+    def engine(self) -> str:
+        """What reads tokens."""
+        return "native" if self.reason is None else "transformers"
 
 
 def open_decoder(path: str | Path, device: str = "cpu") -> Decoder:
@@ -62,7 +71,8 @@ def open_text_model(
     tokenizer = tokenizer or load_tokenizer(path)
     files = [path / name for name in ("generation_config.json", "config.json")]
     named = [read_json(file).get("eos_token_id") for file in files if file.is_file()]
-    return TextModel(open_decoder(path, device), tokenizer, _ends(tokenizer, *named))
+    reason = why_no_engine(path, device)
+    return TextModel(open_decoder(path, device), tokenizer, _ends(tokenizer, *named), reason)
 
 
 def _ends(tokenizer: PreTrainedTokenizerBase, *named: object) -> frozenset[int]:
