@@ -6,6 +6,12 @@
 #include "parallel.h"
 #include "platform.h"
 
+#if defined(__linux__)
+#include <sys/auxv.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #if PALEY_X86
 #include <cpuid.h>
 
@@ -22,6 +28,35 @@ bool has_f16c() {
 bool has_bf16() {
   unsigned a, b, c, d;
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 5));
+}
+
+bool has_avx_vnni() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 4));
+}
+
+// AMX-INT8, and the system lets this process use the registers. Linux gives them only to those who ask.
+bool may_use_tiles() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & (1u << 24)) || !(d & (1u << 25))) return false;
+#if defined(__linux__)
+  constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+#elif defined(__aarch64__)
+namespace {
+
+bool has_dot_products() {
+#if defined(__linux__)
+  return getauxval(AT_HWCAP) & (1ul << 20);  // HWCAP_ASIMDDP
+#else
+  return true;  // every Arm Mac has them
+#endif
 }
 
 }  // namespace
@@ -71,8 +106,17 @@ extern "C" int32_t paley_matmul_levels(void) {
   int32_t levels = 1 << PALEY_PORTABLE;
 #if PALEY_X86
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
-  if (avx2) levels |= 1 << PALEY_AVX2;
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !has_f16c()) return levels;
+  levels |= 1 << PALEY_AVX2;
+  if (has_avx_vnni()) levels |= 1 << PALEY_AVX2_VNNI;
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni")) {
+    levels |= 1 << PALEY_AVX512;
+    static const bool tiles = may_use_tiles();
+    if (tiles) levels |= 1 << PALEY_AMX;
+  }
+#elif defined(__aarch64__)
+  if (has_dot_products()) levels |= 1 << PALEY_NEON;
 #endif
   return levels;
 }

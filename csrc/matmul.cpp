@@ -244,10 +244,17 @@ bool pack_matrix(const MatrixSource& s, uint8_t* blob) {
 void matmul(const Matrix& matrix, const Inputs& inputs, int32_t row_begin, int32_t row_end, float* y, int64_t y_row,
             int32_t level) {
   const MatmulTask task{matrix, inputs, row_begin, row_end, y, y_row};
+  switch (level) {
 #if PALEY_X86
-  if (level == PALEY_AVX2) return avx2::matmul(task);
+    case PALEY_AMX: return amx::matmul(task);
+    case PALEY_AVX512: return avx512::matmul(task);
+    case PALEY_AVX2_VNNI: return avx2_vnni::matmul(task);
+    case PALEY_AVX2: return avx2::matmul(task);
+#elif defined(__aarch64__)
+    case PALEY_NEON: return neon::matmul(task);
 #endif
-  portable::matmul(task);
+    default: return portable::matmul(task);
+  }
 }
 
 }  // namespace paley

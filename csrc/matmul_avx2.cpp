@@ -20,8 +20,9 @@ constexpr int BIAS = 0;  // of integers in registers
 
 // Products of bytes by vpmaddubsw: pairs of |x| <= 128 and |w| <= 127 stay within 16 bits.
 struct Lanes : FloatLanes {
-  static constexpr int WIDTH = 8, VECTORS = 2, CHAINS = 1, BIAS = avx2::BIAS, TOKENS = 4;
-  using Tables = avx2::Tables;
+  static constexpr int WIDTH = 8, VECTORS = 2, CHAINS = 1, BIAS = avx2::BIAS, TOKENS = 4, WIDE = 0;
+  struct Session {};
+  using Tables = CodeTables;
   struct Values {
     Ints x;
   };

@@ -29,13 +29,13 @@ PALEY_INLINE __m256i pick(const __m256i* table, __m256i low, const __m256i (&top
   }
 }
 
-struct Tables {
+struct CodeTables {
   __m256i first, second;  // a table of 16 points, or of four: by an index's lower bits, by its upper ones
   __m256i sixteens[2][16];
   const int* look;
   const uint8_t* points;
 
-  Tables(Kind kind, const uint8_t* table) : look(reinterpret_cast<const int*>(table)), points(table) {
+  CodeTables(Kind kind, const uint8_t* table) : look(reinterpret_cast<const int*>(table)), points(table) {
     first = second = _mm256_setzero_si256();
     if (kind <= PALEY_TABLE4) first = biased(twice(table));
     if (kind == PALEY_TABLE2) second = by_upper(first);
@@ -81,7 +81,7 @@ PALEY_INLINE __m256i look(const int* table, const uint8_t* block) {
 
 // Two dwords of eight rows: STEP and part V of a block.
 template <Kind KIND, bool FINE, int STEP, int V>
-PALEY_INLINE void decode_at(const Tables& tables, const uint8_t* block, __m256i& w0, __m256i& w1) {
+PALEY_INLINE void decode_at(const CodeTables& tables, const uint8_t* block, __m256i& w0, __m256i& w1) {
   if constexpr (KIND == PALEY_TABLE4) {
     const __m256i codes = load_bytes(block + STEP * 64 + V * 32);
     w0 = _mm256_shuffle_epi8(tables.first, low_bits(codes, 4));
@@ -102,7 +102,7 @@ PALEY_INLINE void decode_at(const Tables& tables, const uint8_t* block, __m256i&
     const __m256i rows = _mm256_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12, 0, 0, 0, 0, 4, 4, 4, 4, 8,
                                           8, 8, 8, 12, 12, 12, 12);
     const __m256i codes = right<4 * (STEP % 2)>(load_bytes(block + STEP / 2 * 64 + V * 32));
-    const __m256i table = Tables::biased(load_bytes(tables.points + 32 * V));
+    const __m256i table = CodeTables::biased(load_bytes(tables.points + 32 * V));
     w0 = _mm256_shuffle_epi8(table, _mm256_or_si256(low_bits(codes, 2), rows));
     w1 = _mm256_shuffle_epi8(table, _mm256_or_si256(low_bits(right<2>(codes), 2), rows));
   } else if constexpr (KIND == PALEY_PAIRS4 || KIND == PALEY_PAIRS6 || KIND == PALEY_PAIRS8) {
@@ -123,13 +123,13 @@ PALEY_INLINE void decode_at(const Tables& tables, const uint8_t* block, __m256i&
     w0 = _mm256_unpacklo_epi8(a, b);
     w1 = _mm256_unpackhi_epi8(a, b);
   } else if constexpr (is_look(KIND)) {
-    w0 = Tables::biased_unless<FINE>(look<KIND, 2 * STEP>(tables.look, block + V * 8));
-    w1 = Tables::biased_unless<FINE>(look<KIND, 2 * STEP + 1>(tables.look, block + V * 8));
+    w0 = CodeTables::biased_unless<FINE>(look<KIND, 2 * STEP>(tables.look, block + V * 8));
+    w1 = CodeTables::biased_unless<FINE>(look<KIND, 2 * STEP + 1>(tables.look, block + V * 8));
   } else if constexpr (KIND == PALEY_BYTES && FINE) {
     w0 = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(block + 2 * STEP * 32 + V * 16)));
     w1 = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(block + (2 * STEP + 1) * 32 + V * 16)));
   } else {
-    w0 = Tables::biased_unless<FINE>(load_bytes(block + 2 * STEP * 64 + V * 32));
-    w1 = Tables::biased_unless<FINE>(load_bytes(block + (2 * STEP + 1) * 64 + V * 32));
+    w0 = CodeTables::biased_unless<FINE>(load_bytes(block + 2 * STEP * 64 + V * 32));
+    w1 = CodeTables::biased_unless<FINE>(load_bytes(block + (2 * STEP + 1) * 64 + V * 32));
   }
 }

@@ -10,7 +10,8 @@ namespace paley::portable {
 
 // Four rows, four bytes of each; plain loops, which compilers turn into what a machine has.
 struct Lanes {
-  static constexpr int WIDTH = 4, VECTORS = 4, CHAINS = 1, BIAS = 0, TOKENS = 4;
+  static constexpr int WIDTH = 4, VECTORS = 4, CHAINS = 1, BIAS = 0, TOKENS = 4, WIDE = 0;
+  struct Session {};
   struct Ints {
     int32_t rows[WIDTH];
   };
@@ -141,6 +142,8 @@ struct Lanes {
 };
 
 #undef PALEY_UNROLL
+#undef PALEY_UNROLL_16
+#define PALEY_UNROLL_16
 #define PALEY_UNROLL  // registers are no matter here, and compiling is
 #include "matmul_tiles.h"
 }  // namespace paley::portable

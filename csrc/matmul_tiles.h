@@ -154,6 +154,25 @@ struct Chunk {
   int64_t x, segment;        // of the group: where its inputs start in a row, and its first segment
 };
 
+// sums += weights times T tokens, whose codes lie `row` bytes apart.
+template <bool FINE, int T>
+PALEY_INLINE void multiply(Ints (&sums)[T][VECTORS], const uint8_t* weights, const uint8_t* x, int64_t row,
+                           int64_t dwords) {
+  for (; dwords; --dwords, x += 4, weights += PANEL_ROWS * 4) {
+    Ints w[VECTORS];
+    PALEY_UNROLL for (int v = 0; v < VECTORS; ++v) w[v] = Lanes::load(weights + v * 4 * Lanes::WIDTH);
+    PALEY_UNROLL_16 for (int t = 0; t < T; ++t) {
+      const typename Lanes::Values values = Lanes::all(x + t * row);
+      PALEY_UNROLL for (int v = 0; v < VECTORS; ++v) sums[t][v] = dot<FINE>(sums[t][v], w[v], values);
+    }
+  }
+}
+
+template <class Own, class Sums>
+PALEY_INLINE void wide(Sums& sums, const uint8_t* weights, const uint8_t* x, int64_t row, int64_t dwords) {
+  Own::wide(sums, weights, x, row, dwords);
+}
+
 // T tokens from `token` on times the written out chunk of a panel.
 template <bool FINE, bool AFFINE, int T>
 __attribute__((noinline)) void tile(const Inputs& in, const Chunk& chunk, const uint8_t* weights, int64_t token,
@@ -166,28 +185,27 @@ __attribute__((noinline)) void tile(const Inputs& in, const Chunk& chunk, const 
     const int64_t start = number * chunk.whole, end = std::min(start + chunk.whole, chunk.blocks_of_group);
     const int64_t until = std::min(end, chunk.last);
     Ints sums[T][VECTORS];
-    PALEY_UNROLL for (int t = 0; t < T; ++t) {
+    PALEY_UNROLL_16 for (int t = 0; t < T; ++t) {
       PALEY_UNROLL for (int v = 0; v < VECTORS; ++v) {
         sums[t][v] = block == start ? Lanes::none() : Lanes::load(kept[t] + v * Lanes::WIDTH);
       }
     }
-    for (int64_t dwords = (until - block) * BLOCK_DWORDS; dwords; --dwords, x += 4, weights += PANEL_ROWS * 4) {
-      Ints w[VECTORS];
-      PALEY_UNROLL for (int v = 0; v < VECTORS; ++v) w[v] = Lanes::load(weights + v * 4 * Lanes::WIDTH);
-      PALEY_UNROLL for (int t = 0; t < T; ++t) {
-        const typename Lanes::Values values = Lanes::all(x + t * row);
-        PALEY_UNROLL for (int v = 0; v < VECTORS; ++v) sums[t][v] = dot<FINE>(sums[t][v], w[v], values);
-      }
+    const int64_t dwords = (until - block) * BLOCK_DWORDS;
+    if constexpr (T == Lanes::WIDE && !FINE) {
+      wide<Lanes>(sums, weights, x, row, dwords);
+    } else {
+      multiply<FINE, T>(sums, weights, x, row, dwords);
     }
+    x += 4 * dwords, weights += PANEL_ROWS * 4 * dwords;
     block = until;
     if (block < end) {
-      PALEY_UNROLL for (int t = 0; t < T; ++t) {
+      PALEY_UNROLL_16 for (int t = 0; t < T; ++t) {
         PALEY_UNROLL for (int v = 0; v < VECTORS; ++v) Lanes::store(kept[t] + v * Lanes::WIDTH, sums[t][v]);
       }
       return;
     }
     const int64_t at = token * segments + chunk.segment + number++;
-    PALEY_UNROLL for (int t = 0; t < T; ++t) {
+    PALEY_UNROLL_16 for (int t = 0; t < T; ++t) {
       PALEY_UNROLL for (int v = 0; v < VECTORS; ++v) {
         float* part = parts[t] + v * Lanes::WIDTH;
         const Floats before = start == 0 ? Lanes::zeros() : Lanes::load(part);
@@ -242,6 +260,7 @@ void many_tokens(const MatmulTask& task, WriteOut write, Lanes::Tables& tables) 
   const Matrix& matrix = task.matrix;
   const InputsLayout& layout = matrix.layout;
   const std::unique_ptr<Work> work(new Work);
+  [[maybe_unused]] const typename Lanes::Session session;
   const int32_t groups = layout.columns / layout.group;
   const int64_t blocks = blocks_of_group(layout), whole = blocks_of(layout.segment, layout.per);
   for (int64_t first = 0; first < task.inputs.tokens; first += TOKENS) {

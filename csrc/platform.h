@@ -28,8 +28,10 @@
 // Before a short loop: unrolled early, or GCC keeps the arrays that it runs over in memory instead of registers.
 #if defined(__clang__)
 #define PALEY_UNROLL PALEY_PRAGMA(unroll)
+#define PALEY_UNROLL_16 PALEY_PRAGMA(unroll)
 #else
 #define PALEY_UNROLL PALEY_PRAGMA(GCC unroll 8)
+#define PALEY_UNROLL_16 PALEY_PRAGMA(GCC unroll 16)
 #endif
 
 namespace paley {

@@ -28,7 +28,7 @@ from paley.methods.nearest import quantize_nearest
 from paley.model.attention import attach_schemes
 from paley.model.kv_cache import PackedKVCache, cache_argument
 from paley.model.linear import QuantLinear
-from paley.ops.matmul import Dense, Packed, Planes
+from paley.ops.matmul import Integer, Packed, Planes
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3], [2, 7, 1, 8, 2, 8, 1, 8, 2, 8]])
 
@@ -119,19 +119,22 @@ def registered():
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
 def test_what_comes_back_is_what_was_written(tmp_path, name):
     want = logits(write(tmp_path, name))
-    for model in (hf.load(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)):
-        assert torch.equal(logits(model), want)
+    fast = logits(hf.load(tmp_path))
+    assert float((fast - want).norm()) < 0.1 * float(want.norm())  # 4-bit inputs and keys round differently
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    for model, logs in ((plain, fast), (hf.load(tmp_path, product="dense"), want)):
+        assert torch.equal(logits(model), logs)
         assert not model.training
         assert isinstance(model.get_submodule("model.layers.0.mlp.up_proj"), QuantLinear)
     with torch.no_grad():
         cache = PackedKVCache(model)
         chunked = torch.cat([model(x, **cache_argument(model, cache)).logits for x in IDS.split(4, 1)], 1)
     torch.testing.assert_close(chunked, want, rtol=0, atol=1e-4)
-    assert torch.equal(logits(hf.load(tmp_path, product="dense")), want)
 
 
 def test_a_fresh_process_needs_only_the_plugin(tmp_path):
-    want = logits(write(tmp_path / "model"))
+    write(tmp_path / "model")
+    want = logits(hf.load(tmp_path / "model"))
     script = """
 import sys, torch, paley.hf
 from transformers import AutoModelForCausalLM
@@ -151,7 +154,7 @@ def test_saving_a_loaded_model_again(tmp_path, name, shard_size):
     want = logits(write(tmp_path / "a", name))
     hf.load(tmp_path / "a", product="dense").save_pretrained(tmp_path / "b", max_shard_size=shard_size)
     assert (len(list((tmp_path / "b").glob("*.safetensors"))) > 1) == (shard_size == "20KB")
-    assert torch.equal(logits(hf.load(tmp_path / "b")), want)
+    assert torch.equal(logits(hf.load(tmp_path / "b", product="dense")), want)
     a, b = (json.loads((tmp_path / x / "config.json").read_text())["quantization_config"] for x in "ab")
     assert a == b
 
@@ -387,8 +390,8 @@ def test_what_kernels_multiply_stays_packed_and_is_multiplied_so(tmp_path, monke
         model = hf.load(tmp_path, product=how)
         layers = {n.rpartition(".")[2]: m.product for n, m in model.named_modules() if isinstance(m, QuantLinear)}
         assert {name for name, product in layers.items() if isinstance(product, Planes)} == planes
-        assert {name for name, product in layers.items() if isinstance(product, Dense)} == unpacked
+        assert {name for name, product in layers.items() if isinstance(product, Integer)} == unpacked
         assert sum(isinstance(product, Packed) for product in layers.values()) == 3 - len(planes | unpacked)
-        torch.testing.assert_close(model(IDS).logits, want, rtol=0, atol=1e-5)  # nobody turned gradients off
+        torch.testing.assert_close(model(IDS).logits, want, rtol=0, atol=1e-3)  # nobody turned gradients off
         assert len(products) == len(planes)
         products.clear()

@@ -24,7 +24,7 @@ from paley.kernels import native, rounding
 
 __all__ = [
     "LEVELS", "InputsHow", "Plan", "PreparedMatrix", "best_level", "encode", "fastest", "inputs_how", "integers",
-    "levels", "matmul", "plan", "prepare",
+    "levels", "matmul", "plan", "prepare", "takes",
 ]  # fmt: skip
 
 LEVELS = ("portable", "avx2", "avx512", "", "avx2_vnni", "amx", "neon")  # paley_level of csrc/paley.h
@@ -38,6 +38,7 @@ _LONGEST_FINE = 128
 _INPUT_ERROR = 0.0061  # of Gaussian values in such segments, rounded to 8 bits; relative
 _SEEN = 0.12  # what rounding to 8 bits may add to a grid's relative error, as a share of it
 _LEAST_SEGMENT = 16
+_MOST_BITS = 17.0
 _SHARE = 2**22  # least number of products for a thread
 _PROBES = 2**14
 
@@ -75,6 +76,13 @@ class Plan:
     p: int
     map: tuple[int, ...] | None = None
     map_scale: float = 1.0
+
+    def bits(self, width: int) -> float:
+        """Bits of memory for each weight of rows so wide, without padding of the rows to 16."""
+        source = _Source(16, width, self.group, self.segment, KINDS.index(self.kind), self.fine, self.p, points=1)
+        size = ctypes.c_int64()
+        native.call(native.load().paley_matrix_bytes, ctypes.byref(source), ctypes.byref(size))
+        return 8 * size.value / (16 * width)
 
     @property
     def shared(self) -> Hashable:
@@ -202,6 +210,12 @@ def _map(scheme: ActivationScheme | None, fine: bool) -> tuple[tuple[int, ...], 
         return None
     table = points[:, 0].tolist()
     return (*table, *[table[-1]] * (256 - len(table))), scale
+
+
+def takes(scheme: LinearScheme, width: int) -> bool:
+    """Whether these kernels multiply such weights, and hold them in no more than 16 bits each."""
+    made = plan(scheme, width)
+    return made is not None and made.bits(width) <= _MOST_BITS
 
 
 def prepare(q: Quantized, scheme: LinearScheme, made: Plan | None = None) -> PreparedMatrix:
