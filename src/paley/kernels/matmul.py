@@ -346,15 +346,18 @@ def matmul(
     library = native.load()
     if level is not None and level not in LEVELS:
         raise PaleyError(f"matmul: level {level!r} is none of {', '.join(levels())}{nearest_name(level, LEVELS)}")
-    level = best_level() if level is None else level
-    if level not in levels():
+    if level is None:
+        number = library.paley_best_matmul_level()
+    elif level in levels():
+        number = LEVELS.index(level)
+    else:
         raise PaleyError(f"matmul: this machine lacks instructions of level {level!r}; it has {', '.join(levels())}")
     if threads is None:
         threads = max(1, min(torch.get_num_threads(), tokens * matrix.out * matrix.width // _SHARE))
     y = torch.empty(tokens, matrix.out)
     native.call(
         library.paley_matmul,
-        inputs.data_ptr(), len(inputs), tokens, matrix.blob.data_ptr(), len(matrix.blob), LEVELS.index(level), threads,
+        inputs.data_ptr(), len(inputs), tokens, matrix.blob.data_ptr(), len(matrix.blob), number, threads,
         y.data_ptr(),
     )  # fmt: skip
     return y
