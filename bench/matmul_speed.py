@@ -126,10 +126,8 @@ def main() -> None:
                 record.setdefault(level, {})[name] = {"kind": plan.kind, "fine": plan.fine, "bits": bits, "rows": found}
                 speeds = " ".join(f"{rows}: {r['weights_per_s']:6.1f}" for rows, r in found.items())
                 one = found[1]
-                print(
-                    f"{level} {name:8} {plan.kind:7} {one['bits']:5.2f} bits, {one['gb_per_s']:5.1f} GB/s, G products/s {speeds}",
-                    flush=True,
-                )
+                rate = f"{one['bits']:5.2f} bits, {one['gb_per_s']:5.1f} GB/s"
+                print(f"{level} {name:8} {plan.kind:7} {rate}, G products/s {speeds}", flush=True)
         record["read_gb_per_s"].append(read_rate(size) / 1e9)
     print("read, GB/s", record["read_gb_per_s"])
     if options.out:

@@ -60,7 +60,8 @@ def test_columns_of_the_widened_input_are_taken(checkpoint):
     for load in loads(folder):
         loaded = load()
         assert loaded.get_submodule(DOWN).outlier_columns.tolist() == [2, 31, 47]
-        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+        want = model(IDS).logits
+        assert float((loaded(IDS).logits - want).norm()) < 0.05 * float(want.norm())
 
 
 @pytest.mark.parametrize(
