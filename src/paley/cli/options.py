@@ -27,6 +27,7 @@ __all__ = [
     "Grid",
     "Json",
     "KvBpw",
+    "Limit",
     "MaxNewTokens",
     "MinP",
     "Model",
@@ -54,6 +55,8 @@ __all__ = [
     "TargetBpw",
     "TargetBpws",
     "TargetSize",
+    "TaskData",
+    "Tasks",
     "Temperature",
     "Test",
     "Threads",
@@ -148,9 +151,16 @@ Resume = Annotated[bool, _option("--resume", "Go on with a run that was stopped.
 Overwrite = Annotated[bool, _option("--overwrite", "Make it anew, and replace what is there.")]
 Json = Annotated[bool, _option("--json", "Print one JSON object and nothing else.")]
 
+_ANSWERS = "Tasks"
 Against = Annotated[str | None, _option("--against", "The original, for KL divergence and agreement.", "MODEL")]
 Data = Annotated[str | None, _option("--data", f"Text: {_SOURCES}.", "SOURCE")]
 Sequences = Annotated[int | None, _option("--sequences", "How many sequences.", min=1)]
+Tasks = Annotated[
+    str | None,
+    _option("--tasks", "arc_easy, arc_challenge, hellaswag, lambada_openai, piqa, winogrande.", "NAME,...", _ANSWERS),
+]
+TaskData = Annotated[Path | None, _option("--task-data", "The folder with their files.", "FOLDER", _ANSWERS)]
+Limit = Annotated[int | None, _option("--limit", "Only so many documents of each task.", None, _ANSWERS, min=1)]
 SeqLen = Annotated[int | None, _option("--seq-len", "Tokens of each.", min=2)]
 
 _DRAW = "How tokens are drawn"

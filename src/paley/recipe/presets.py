@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from importlib import resources
@@ -19,7 +20,7 @@ from paley.recipe.loading import load_recipe, yaml_value
 from paley.recipe.models import Budget, Recipe
 from paley.recipe.validation import problems, validate
 
-__all__ = ["as_recipe", "examples", "preset", "preset_methods", "under_budget"]
+__all__ = ["LISTED", "MEASURED", "as_recipe", "examples", "measured", "preset", "preset_methods", "under_budget"]
 
 PATTERN = "[METHOD-]W<bits>[G<group size>]A<bits>[KV<bits> or K<bits>V<bits>][E<bits>][H<bits>]"
 GRAMMAR = (
@@ -38,6 +39,17 @@ UNQUANTIZED = 16
 # Six bits in two dimensions have little error (t2 .0005). If weights have more bits, so have embedding and head.
 _OUTER_BITS = 6
 FILES = (".yaml", ".yml", ".json")
+# What people type, the most careful first; MEASURED tells what each costs on the model in assets/.
+LISTED = {
+    "w16a16kv4": "only the KV cache in 4 bits",
+    "w4a16": "weights alone, by GPTQ on calibration text",
+    "higgs-4": "weights alone, without data, quickly",
+    "higgs-3": "the same in 3 bits",
+    "w4a4kv4": "weights, inputs and cache",
+    "w3a3kv3": "the same in 3 bits",
+    "w1a4": "weights of a sign and a grouping bit",
+}
+MEASURED = "measured.json"
 
 
 def as_recipe(recipe: Recipe | str | Path) -> Recipe:
@@ -77,6 +89,11 @@ def _files() -> dict[str, Traversable]:
 def preset_methods() -> list[str]:
     """The methods that a preset's name may begin with."""
     return sorted(_files())
+
+
+def measured() -> dict[str, Any]:
+    """What `studies/presets.py` measured of LISTED on the model in assets/: {"presets": {name: figures}, ...}."""
+    return json.loads(resources.files("paley").joinpath("presets", MEASURED).read_text(encoding="utf-8"))
 
 
 def examples() -> list[str]:

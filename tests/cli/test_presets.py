@@ -1,0 +1,39 @@
+"""`paley presets`: what is listed, and what a wrong name is answered."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from command_line import paley_
+from paley.recipe import preset
+from paley.recipe.presets import LISTED, measured
+
+
+def test_every_listed_name_is_one_and_is_shown():
+    shown = paley_("presets").out
+    figures = measured()["presets"]
+    assert figures.keys() <= LISTED.keys()
+    for name in LISTED:
+        preset(name)
+        row = next(line for line in shown.splitlines() if line.split()[:1] == [name])
+        if name in figures:
+            assert row.split()[-1] == f"{figures[name]['kl']:.3f}"
+
+
+def test_json_has_figures_and_recipes():
+    found = json.loads(paley_("presets", "--json").out)
+    assert [entry["name"] for entry in found["presets"]] == list(LISTED)
+    assert found["presets"][1]["bits_per_weight"] == measured()["presets"]["w4a16"]["bits_per_weight"]
+    assert found["methods"]["quarot-w4a4kv4"]["weights"]["method"] == "gptq"
+
+
+def test_one_name_shows_its_recipe():
+    assert '"weights": {"grid": "p2n256"' in paley_("presets", "w4a16").out
+    assert json.loads(paley_("presets", "w4a16", "--json").out)["recipe"] == preset("w4a16").model_dump(mode="json")
+
+
+@pytest.mark.parametrize(("name", "nearest"), [("w4", "w4a16"), ("q4_k_m", "w4a16"), ("w3a3k3", "w3a3kv3")])
+def test_a_wrong_name_is_answered_by_the_nearest(name, nearest):
+    assert f"did you mean '{nearest}'?" in paley_("presets", name, code=2).err
