@@ -108,7 +108,7 @@ def run_tasks(
         # Only the folders of these tasks: it would read thousands of files.
         here = Path(lm_eval.tasks.__file__).parent
         folders = sorted({str(here / _FOLDERS.get(name, name)) for name in names})
-        manager = TaskManager(include_path=folders, include_defaults=False)
+        manager = TaskManager(include_path=cast(Any, folders), include_defaults=False)
         bridge = _bridge(model, tokenizer, progress)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # bars
             tasks = [_task(manager, name, folder) for name in names]
@@ -205,7 +205,7 @@ def _bridge(
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
             special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-            return cast(list[int], tokenizer(string, verbose=False, **special)["input_ids"])
+            return cast(list[int], cast(Any, tokenizer)(string, verbose=False, **special)["input_ids"])
 
         def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
             texts = [(tuple(context), tuple(answer)) for _, context, answer in requests]
