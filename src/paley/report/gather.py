@@ -71,7 +71,7 @@ def gather(
         figures=tuple(drawn),
         measured=measured,
         recipe="" if plan is None else json.dumps(plan.recipe.model_dump(mode="json", exclude_none=True), indent=2),
-        speed_missing=f"`paley generate {name} TEXT --json` measures tokens a second; folders do not keep them",
+        speed_missing=f"`paley bench {name}` measures tokens a second; folders do not keep them",
     )  # fmt: skip
 
 
