@@ -10,7 +10,16 @@ import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-__all__ = ["TYPES", "random_", "save_type", "tiny_config", "tiny_model"]
+from paley import hf
+from paley.model.loading import open_source
+from paley.model.reading import prepare_
+from paley.pipeline import quantize
+from paley.pipeline.execute import execute
+from paley.pipeline.monitor import Monitor
+from paley.pipeline.resolve import resolve
+from paley.recipe import apply_settings, preset
+
+__all__ = ["RECIPES", "TYPES", "compared", "random_", "save_type", "tiny_config", "tiny_model"]
 
 TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 _VOCAB, _LAYERS = 128, 2
@@ -53,7 +62,26 @@ _SIZES = {name: size for names, size in _SMALL.items() for name in names}
 _TOKENS = {"pad_token_id": 3, "bos_token_id": 1, "eos_token_id": 2}
 
 # Settings of single types: what their config classes demand of each other's sizes.
-_OWN: dict[str, dict[str, Any]] = {}
+_OWN: dict[str, dict[str, Any]] = {
+    "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
+    "dory": {"mlp_layer_types": ["dense", "dense"]},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    **{kind: {"head_dim": 16} for kind in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral")},
+    "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "zamba2": {"mamba_headdim": 16, "n_mamba_heads": 8, "attention_hidden_size": 128, "attention_head_dim": 32},
+    "zamba": {
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "num_hidden_layers": 4,
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+    },
+    "reformer": {"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local", "local"]},
+    "xmod": {"default_language": "en_XX"},
+    "lfm2_moe": {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
+    "cohere_compass_text": {"layer_types": ["full_attention", "full_attention"]},
+}
 
 
 def tiny_config(kind: str) -> Any:
@@ -91,21 +119,57 @@ def save_type(kind: str, folder: Path) -> PreTrainedModel:
     return model
 
 
+# Weights alone; and inputs, keys and values too.
+RECIPES = {
+    "higgs-4": ("higgs-4", ()),
+    "w4a8kv8": ("w4a8kv8", ("weights.method=nearest", "center_keys=false", "balance_keys=false", "diagonal=false")),
+}
+
+
+@torch.no_grad()
+def compared(folder: Path, name: str, output: Path) -> tuple[float, float, int]:
+    """Quantizes a saved model without data, and loads it again -> how far its logits are from those of the same model
+    quantized in memory, and from the original's, relative to these; and how many weights were quantized.
+    """
+    preset_name, settings = RECIPES[name]
+    recipe = apply_settings(preset(preset_name), ["test=null", "hadamard=16", *settings])
+    source = open_source(folder)
+    problem = resolve(source, recipe)
+    original = source.load()
+    ids = torch.randint(5, _VOCAB - 1, (2, 14), generator=torch.Generator().manual_seed(1))
+    wanted = original(ids, use_cache=False).logits
+    made, _ = execute(problem, None, None, Monitor(), "cpu")
+    prepare_(made, "packed", torch.float32)
+    in_memory = made(ids, use_cache=False).logits
+    quantize(folder, recipe, output=output)
+    loaded = hf.load(output, product="packed")
+    stored = loaded(ids, use_cache=False).logits
+    size = wanted.std()
+    count = sum(scheme.weight is not None for _, scheme in problem.weights())
+    return float((stored - in_memory).abs().max() / size), float((stored - wanted).std() / size), count
+
+
 def _shrunk(config: Any, own: dict[str, Any]) -> dict[str, Any]:
     """What makes a config small, of those attributes that it has; inner configs, too."""
     given: dict[str, Any] = {}
-    fields = {**{name: getattr(config, name, None) for name in config.attribute_map}, **config.to_dict()}
+    fields = config.to_dict()
     layers = next((fields[n] for n in ("num_hidden_layers", "n_layer", "num_layers", "n_layers") if fields.get(n)), 0)
     for name, value in fields.items():
         if name in config.attribute_map:
             continue
-        inner = getattr(config, name, None)
-        if name in config.sub_configs and inner is not None:
+        if name in config.sub_configs and value is not None:
+            inner = getattr(config, name)
             given[name] = inner.to_dict() | _shrunk(inner, own.get(name, {}))
         elif name in _TOKENS and isinstance(value, int | list):
             given[name] = _TOKENS[name]
         elif name.endswith("_token_id") and isinstance(value, int) and value >= _VOCAB:
             given[name] = 4
+        elif name == "num_key_value_heads" and fields.get("kv_lora_rank"):  # each head has keys of its own
+            given[name] = _SIZES["num_attention_heads"]
+        elif name == "per_layer_config" and isinstance(value, dict):
+            given[name] = {key: own for key, own in value.items() if int(key) < _LAYERS}
+        elif name == "head_dim" and fields.get("qk_rope_head_dim"):
+            given[name] = _SIZES["qk_rope_head_dim"]
         elif name in _SIZES and type(value) is int and value > 0:
             given[name] = min(value, _SIZES[name])
         elif isinstance(value, list) and layers and len(value) == layers:

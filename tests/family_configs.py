@@ -32,6 +32,9 @@ def _config(name: str, alternate: bool, own: dict[str, Any], **settings: Any) ->
     return getattr(transformers, name)(**sizes)
 
 
+MOE = ("qwen3_moe", "mixtral", "olmoe", "gpt_oss")
+
+
 def _made(name: str, *, alternate: bool = False, **own: Any) -> Callable[..., Any]:
     return partial(_config, name, alternate, own)
 
@@ -53,6 +56,26 @@ CONFIGS: dict[str, Callable[..., Any]] = {
     "glm4": _made(
         "Glm4Config", head_dim=16, attention_bias=True, rope_parameters=_ROPE | {"partial_rotary_factor": 0.5}
     ),
+    "qwen3_moe": _made(
+        "Qwen3MoeConfig",
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        mlp_only_layers=[1],
+        norm_topk_prob=True,
+    ),
+    "mixtral": _made("MixtralConfig", num_local_experts=4, num_experts_per_tok=2),
+    "olmoe": _made("OlmoeConfig", num_experts=4, num_experts_per_tok=2, clip_qkv=1.5),
+    "gpt_oss": _made(
+        "GptOssConfig",
+        alternate=True,
+        head_dim=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        attention_bias=True,
+        rope_parameters=_YARN,
+    ),
     "olmo2": _made("Olmo2Config"),
     "olmo3": _made("Olmo3Config", alternate=True),
     "gemma": _made("GemmaConfig", head_dim=16),
@@ -63,4 +86,4 @@ CONFIGS: dict[str, Callable[..., Any]] = {
 
 def plain_attention(kind: str) -> str:
     """What transformers computes the family's attention with."""
-    return "eager" if FAMILIES[kind].attention_softcap else "sdpa"
+    return "eager" if FAMILIES[kind].attention_softcap or FAMILIES[kind].sinks else "sdpa"

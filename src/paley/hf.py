@@ -101,10 +101,14 @@ class PaleyQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise PaleyError("a Paley model is loaded from its safetensors files; a state_dict alone is not supported")
         build_(model, spec)
+        _stand_in_(model)
         self._stored = _check_files(model, checkpoint_files, spec.carried)
         _check_digests(Path(checkpoint_files[0]).parent, model.config)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for module in model.modules():
+            if isinstance(module, Coded):
+                vars(module).pop("weight", None)
         tie_(Adapter(model))
         _check_values(model, self._stored)
         if (product := _PRODUCT.get()) is not None:
@@ -168,6 +172,15 @@ def load(
     model.to(device)  # type: ignore[arg-type]
     prepare_(model, product, dtype)
     return model
+
+
+def _stand_in_(model: PreTrainedModel) -> None:
+    """Gives coded layers a `weight` without values while transformers initializes and ties what it expects there."""
+    for module in model.modules():
+        if isinstance(module, Coded) and module.weight is None:
+            weight: Any = torch.empty(module.rows, module.width, device="meta")
+            weight._is_hf_initialized = True
+            vars(module)["weight"] = weight
 
 
 def _check_config(folder: Path) -> Checkpoint:

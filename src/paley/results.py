@@ -62,11 +62,15 @@ class EvalResult:
 
 @dataclass(frozen=True)
 class LayerResult:
-    """rel_error: ‖W − Ŵ‖² / ‖W‖² of a linear's rotated weight; None if the run did not measure it."""
+    """rel_error: ‖W − Ŵ‖² / ‖W‖² of a linear's rotated weight; None if the run did not measure it.
+
+    experts: the same of each matrix of a stack of experts.
+    """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     rel_error: AnyFloat | None = None
+    experts: tuple[AnyFloat, ...] | None = None
 
 
 class Results(Document):

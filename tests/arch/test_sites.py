@@ -12,6 +12,7 @@ from family_configs import CONFIGS as MADE
 from paley.arch import FAMILIES, family, sites, window
 from paley.core.errors import PaleyError
 from paley.model.embedding import scale_of
+from paley.model.stacks import module_at
 
 CONFIGS = {
     kind: make(num_hidden_layers=3, num_key_value_heads=2, tie_word_embeddings=kind in ("qwen2", "gemma3_text"))
@@ -32,12 +33,17 @@ def test_shapes_and_paths_are_those_of_the_modules(kind):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(CONFIGS[kind])
     places, linears = found(kind), {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
-    assert {site.module for site in places.values() if site.is_weight} == set(linears)
+    stacks = {name: module_at(model, name) for name, p in model.named_parameters() if p.dim() == 3}
+    assert {site.module for site in places.values() if site.is_weight} == {*linears, *stacks}
     for site in places.values():
         if site.is_weight:
-            assert site.shape == tuple(linears[site.module].weight.shape)
+            held = stacks[site.module] if site.experts else linears[site.module]
+            assert site.shape == tuple(held.weight.shape)
+            assert site.experts == getattr(held, "experts", 0)
+            assert site.tensor in model.state_dict()
         if site.kind == "input":
-            assert all(linears[path].in_features == site.shape[0] for path in site.readers)
+            assert all((linears | stacks)[path].in_features == site.shape[0] for path in site.readers)
+            assert all(model.get_submodule(path).weight.shape[1] == site.shape[0] for path in site.beside)
             assert site.norm is None or model.get_submodule(site.norm) is not None
         if site.kind in ("keys", "values"):
             assert site.shape[1] == model.get_submodule(site.module).head_dim
@@ -45,7 +51,7 @@ def test_shapes_and_paths_are_those_of_the_modules(kind):
     assert places.tied == CONFIGS[kind].tie_word_embeddings
     assert places.head.stored_as == ("model.embed_tokens" if places.tied else "lm_head")
     linear = [name for name, module in linears.items() if isinstance(module, nn.Linear) and name != "lm_head"]
-    assert len(places.weights) == len(linear) + (1 if places.tied else 2)
+    assert len(places.weights) == len(linear) + len(stacks) + (1 if places.tied else 2)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -62,8 +68,15 @@ def test_the_row_says_what_the_modules_do(kind):
         assert row.has_rope(config, index) == bool(getattr(attention, "use_rope", True))
         assert window(config, index) == getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
         assert row.number(config, "residual_multiplier", 1.0) == getattr(block, "residual_multiplier", 1.0)
-        act = getattr(block.mlp, "act_fn", getattr(block.mlp, "activation_fn", None))
-        assert type(act) is type(ACT2FN[getattr(config, row.activation)])
+        own = row.at(config, index)
+        assert (next(own.routers(), None) is None) == (not hasattr(block.mlp, "experts"))
+        mlp = getattr(block.mlp, "experts", block.mlp)
+        act = getattr(mlp, "act_fn", getattr(mlp, "activation_fn", None))
+        if own.gate_limits is not None:
+            assert [getattr(config, name) for name in own.gate_limits] == [mlp.alpha, mlp.limit]
+        else:
+            assert type(act) is type(ACT2FN[getattr(config, row.activation)])
+        assert hasattr(attention, "sinks") == bool(row.sinks)
         for norm in row.norms():
             assert hasattr(block.get_submodule(norm.path), row.epsilon)
     assert type(model.get_submodule(row.rotary)).__name__.endswith("RotaryEmbedding")

@@ -32,13 +32,15 @@ class ExactNorm(torch.nn.Module):
 
 def exact(model):
     row = FAMILIES[model.config.model_type]
+    if any(row.routers()):
+        model.config._experts_implementation = "eager"
     for name, module in list(model.named_modules()):
         if type(module).__name__.endswith("RMSNorm"):
             model.set_submodule(name, ExactNorm(module, row))
     if row.scaled_embedding:
         embedding = model.model.embed_tokens
         embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale, dtype=torch.float64)
-    if row.attention_softcap:  # the eager attention of transformers goes through float32
+    if row.attention_softcap or row.sinks:  # the eager attention of transformers goes through float32
         register()
         model.set_attn_implementation("paley")
     return model
@@ -48,6 +50,7 @@ def random_model(kind, **settings):
     torch.manual_seed(0)
     config = CONFIGS[kind](attn_implementation=plain_attention(kind), rms_norm_eps=1e-3, **settings)
     model = AutoModelForCausalLM.from_config(config).double().eval()
+    model.config._experts_implementation = "eager"  # the others lack float64
     row = FAMILIES[kind]
     for name, p in model.named_parameters():  # norms and biases too must matter
         p.data = torch.randn_like(p) * 0.3 + (1.0 - row.gain_offset if "norm" in name else 0.0)
@@ -114,10 +117,14 @@ def test_an_untied_model_whose_inputs_do_not_turn_saves_as_an_ordinary_checkpoin
     model = random_model(kind, num_key_value_heads=2, tie_word_embeddings=False)
     before = logits(model)
     adapter = Adapter(model)
-    turning = decide_turning(adapter.sites, "folded", block=16, seed=0, expand=12, rounds=False)
+    turning = decide_turning(
+        adapter.sites, "folded", block=16, seed=0, expand=0 if FAMILIES[kind].heads_follow else 12, rounds=False
+    )  # fmt: skip
     rotate_(adapter, turning.rotation, turning.inputs)
     model.save_pretrained(tmp_path)
-    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    reloaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float64, experts_implementation="eager"
+    ).eval()
     assert (logits(reloaded) - before).abs().max() < 1e-5 * before.abs().max()  # float32 norms
 
 
@@ -182,7 +189,7 @@ def test_logits_are_unchanged_by_diagonals(kind):
     for site in adapter.sites.of("input"):
         diagonal = torch.rand(site.shape[0], generator=generator).half() + 0.5
         for path in site.readers:
-            if path != adapter.architecture.head:
+            if path != adapter.architecture.head and not adapter.sites[path].experts:
                 linear = adapter.module(path)
                 linear.scheme = LinearScheme(transform=linear.scheme.transform, diagonal=True)
                 linear.scale_columns_(diagonal)

@@ -49,6 +49,21 @@ _OLMO2 = Architecture(
     )
 )  # fmt: skip
 
+
+def _experts(count: str, router: str = "mlp.gate", *, transposed: bool = False) -> tuple[Part, ...]:
+    """A router and stacks of experts, in place of an MLP."""
+    return (
+        Linear(router, "mlp_input", "routing", kept=True),
+        Linear(
+            "mlp.experts.gate_up_proj", "mlp_input", "gate_up", parts=("gate", "up"), experts=count,
+            transposed=transposed,
+        ),
+        Linear("mlp.experts.down_proj", "down_input", STREAM, experts=count, transposed=transposed),
+    )  # fmt: skip
+
+
+_QWEN3 = replace(_LLAMA, block=(_ATTN_NORM, *_QKV, *_HEAD_NORMS, *_LLAMA.block[4:]))
+
 FAMILIES = {
     # Mistral without a window is the same decoder with no such rule; nor has it biases.
     "llama": replace(
@@ -60,7 +75,23 @@ FAMILIES = {
     "ministral": _LLAMA,
     "ministral3": replace(_LLAMA, query_growth="llama_4_scaling_beta"),
     "qwen2": _LLAMA,
-    "qwen3": replace(_LLAMA, block=(_ATTN_NORM, *_QKV, *_HEAD_NORMS, *_LLAMA.block[4:])),
+    "qwen3": _QWEN3,
+    "qwen3_moe": replace(
+        _LLAMA, block=(_ATTN_NORM, *_QKV, *_HEAD_NORMS, _O, _MLP_NORM, *_experts("num_experts")), dense=_QWEN3.block,
+        dense_layers="mlp_only_layers", sparse_step="decoder_sparse_step", expert_width="moe_intermediate_size",
+    ),
+    "mixtral": replace(_LLAMA, block=(_ATTN_NORM, *_QKV, _O, _MLP_NORM, *_experts("num_local_experts"))),
+    "olmoe": replace(
+        _LLAMA, block=(_ATTN_NORM, *_QKV, *_WHOLE_NORMS, _O, _MLP_NORM, *_experts("num_experts")), clip="clip_qkv",
+        heads_follow=True,
+    ),
+    "gpt_oss": replace(
+        _LLAMA,
+        block=(
+            _ATTN_NORM, *_QKV, _O, _MLP_NORM, *_experts("num_local_experts", "mlp.router", transposed=True),
+        ),
+        activation="", gate_limits=("swiglu_alpha", "swiglu_limit"), rotary_half=True, sinks="sinks",
+    ),
     "smollm3": replace(_LLAMA, rope_layers="no_rope_layers"),
     "granite": replace(
         _LLAMA, attention_multiplier="attention_multiplier", embedding_multiplier="embedding_multiplier",

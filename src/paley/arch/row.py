@@ -7,7 +7,7 @@ which linears share an input, which gains can be folded, whether the residual st
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 __all__ = ["HEAD_INPUT", "STREAM", "Architecture", "Linear", "Norm", "Part", "Tap", "rope_follows_length", "window"]
@@ -37,12 +37,17 @@ class Linear:
     """A linear layer at `path` (from the block). One that writes to the stream adds to it.
 
     parts: the wires that a fused layer makes, in the order of its rows; `writes` then names all of them together.
+    experts: the config's number of them, of a layer that is a stack of matrices, one for each; it is a parameter of
+    a module of experts, [E, out, in], or, transposed, [E, in, out]. kept: a router, which is never quantized.
     """
 
     path: str
     reads: str
     writes: str
     parts: tuple[str, ...] = ()
+    experts: str = ""
+    transposed: bool = False
+    kept: bool = False
 
     def makes(self, wire: str) -> bool:
         return wire == self.writes or wire in self.parts
@@ -77,10 +82,18 @@ class Architecture:
     multiplied by it. logit_divisor: logits are divided by it. clip: queries, keys and values are cut off at ±clip
     before RoPE. rope_layers: a list with 1 for each layer that has RoPE. rotary: pairs (i, i + n/2) turn together, or
     "interleaved" ones (2i, 2i + 1); rotary_half: the model's tables hold each angle once. query_growth: an entry of
-    rope_parameters by which queries grow with the position.
+    rope_parameters by which queries grow with the position. sinks: a parameter of attention, a score for each head that
+    no value belongs to. gate_limits: alpha and limit c of a gate (up + 1) · g · sigmoid(alpha · g), with g cut off at c
+    and up at ±c; gate and up take turns in the rows of the fused layer.
+
+    heads_follow: the sizes of heads' norms follow from the hidden size, so that a stream cannot be widened.
+
+    dense: the block of layers without experts, which are those that the list `dense_layers` names, and all but each
+    `sparse_step`-th. expert_width: the width of an expert's gate.
     """
 
     block: tuple[Part, ...]
+    family: str = ""
     embedding: str = "model.embed_tokens"
     blocks: str = "model.layers"
     norm: str = "model.norm"
@@ -112,9 +125,33 @@ class Architecture:
     rotary_pairs: Literal["halves", "interleaved"] = "halves"
     rotary_half: bool = False
     query_growth: str = ""
+    sinks: str = ""
+    gate_limits: tuple[str, str] | None = None
+    heads_follow: bool = False
+    dense: tuple[Part, ...] = ()
+    dense_layers: str = ""
+    sparse_step: str = ""
+    expert_width: str = "intermediate_size"
+
+    @property
+    def walked(self) -> bool:
+        """Whether there is no row: the sites come from walking the model's modules, and nothing is known of wires."""
+        return not self.block
+
+    def at(self, config: Any, index: int) -> Architecture:
+        """The row of one block: families with experts may have layers without."""
+        alone = getattr(config, self.dense_layers, None) or () if self.dense_layers else ()
+        step = getattr(config, self.sparse_step, None) or 1 if self.sparse_step else 1
+        if not self.dense or (index not in alone and (index + 1) % step == 0):
+            return self
+        return replace(self, block=self.dense, dense=(), expert_width="intermediate_size")
 
     def linears(self) -> Iterator[Linear]:
-        return (part for part in self.block if isinstance(part, Linear))
+        """Those that can be quantized; routers are `routers`."""
+        return (part for part in self.block if isinstance(part, Linear) and not part.kept)
+
+    def routers(self) -> Iterator[Linear]:
+        return (part for part in self.block if isinstance(part, Linear) and part.kept)
 
     def norms(self) -> Iterator[Norm]:
         return (part for part in self.block if isinstance(part, Norm))
@@ -127,6 +164,10 @@ class Architecture:
         """The last part that writes `wire`."""
         norms = [norm for norm in self.norms() if norm.writes == wire]
         return norms[-1] if norms else self.writer(wire)
+
+    def made_by(self, wire: str) -> str:
+        """Path of the last part that writes `wire`."""
+        return self.maker(wire).path
 
     def rows(self, wire: str, config: Any) -> slice:
         """Which outputs of the linear that makes `wire` are it."""
@@ -149,6 +190,8 @@ class Architecture:
 
     def why_stream_is_fixed(self) -> str | None:
         """Why the residual stream cannot be rotated by folding: which norm stands in the way; None if none does."""
+        if self.walked:
+            return f"{self.family!r} has no row that says what reads and writes it"
         for part in self.norms():
             if part.writes == STREAM:
                 return f"the gain of {part.path} stands between a linear layer and the residual stream"
@@ -169,8 +212,7 @@ class Architecture:
         sizes = {
             STREAM: config.hidden_size, HEAD_INPUT: config.hidden_size,
             self.queries: queries, self.keys: keys, self.values: keys, self.attended: queries,
-            self.gate: config.intermediate_size, self.up: config.intermediate_size,
-            self.gated: config.intermediate_size,
+            **dict.fromkeys((self.gate, self.up, self.gated), getattr(config, self.expert_width)),
         }  # fmt: skip
         return sizes | {part.writes: sum(sizes[wire] for wire in part.parts) for part in self.linears() if part.parts}
 

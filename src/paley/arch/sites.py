@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from paley.arch.row import HEAD_INPUT, STREAM, Architecture, Linear, window
 
-__all__ = ["Kind", "Site", "Sites", "sites"]
+__all__ = ["Kind", "Site", "Sites", "head_input", "sites"]
 
 Kind = Literal["embedding", "input", "linear", "keys", "values", "head"]
 
@@ -28,6 +28,10 @@ class Site:
     rows: which of its outputs they are. fused: of a linear that makes several wires, these.
     window: of keys and values, the tokens that a layer keeps of them; None: all.
     stored_as: the name of its tensors in a file: of a tied head, the embedding's.
+    tensor: of a weight, the name of the tensor that holds it in the original, and where it stays unquantized.
+    experts: how many matrices a stack of experts has; its shape is that of all of them below each other. transposed:
+    the tensor holds [in, out], of each expert. fixed: why it must stay unquantized; "" if it need not.
+    beside: of an input, paths of routers that read it, too, and are never quantized.
     """
 
     name: str
@@ -44,6 +48,15 @@ class Site:
     fused: tuple[str, ...] = ()
     window: int | None = None
     stored_as: str = ""
+    tensor: str = ""
+    experts: int = 0
+    transposed: bool = False
+    fixed: str = ""
+    beside: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.tensor and self.is_weight:
+            object.__setattr__(self, "tensor", f"{self.name}.weight")
 
     def tokens(self, context: int) -> int:
         """How many tokens a cache holds here after `context` of them."""
@@ -71,10 +84,12 @@ class Site:
 
 
 class Sites(Mapping[str, Site]):
-    """The sites of one model by name, in order of computation."""
+    """The sites of one model by name, in order of computation. kept: linears that are none, and why."""
 
-    def __init__(self, architecture: Architecture, found: Iterator[Site], *, tied: bool):
-        self.architecture, self.tied = architecture, tied
+    def __init__(
+        self, architecture: Architecture, found: Iterator[Site], *, tied: bool, kept: Mapping[str, str] | None = None
+    ):  # fmt: skip
+        self.architecture, self.tied, self.kept = architecture, tied, kept or {}
         self._sites = {site.name: site for site in found}
 
     def __getitem__(self, name: str) -> Site:
@@ -95,6 +110,10 @@ class Sites(Mapping[str, Site]):
         """Every weight that a file stores once: without a tied head."""
         return [s for s in self._sites.values() if s.is_weight and s.stored_as == s.name]
 
+    def held_as(self, site: Site) -> set[str]:
+        """Names of the tensors of the original that a weight is: a tied pair has two."""
+        return {site.tensor} | ({self.head.tensor} if self.tied and site.kind == "embedding" else set())
+
     @property
     def embedding(self) -> Site:
         return self.of("embedding")[0]
@@ -105,11 +124,11 @@ class Sites(Mapping[str, Site]):
 
     @property
     def blocks(self) -> int:
-        return 1 + max(s.block for s in self._sites.values() if s.block is not None)
+        return 1 + max((s.block for s in self._sites.values() if s.block is not None), default=-1)
 
     def attention(self, block: int) -> str:
-        """Path of a block's attention module."""
-        return self.of("keys", block=block)[0].module
+        """Path of a block's attention module; "" if it has none whose cache can be quantized."""
+        return next((site.module for site in self.of("keys", block=block)), "")
 
     def reads_stream(self, site: Site) -> bool:
         """Whether a linear or the head reads the residual stream, through a norm."""
@@ -122,7 +141,7 @@ class Sites(Mapping[str, Site]):
             return rows, columns
         if site.kind == "embedding" or self.reads_stream(site):
             columns = width
-        return width if site.adds_to_stream else rows, columns
+        return width * max(1, site.experts) if site.adds_to_stream else rows, columns
 
 
 def sites(architecture: Architecture, config: Any) -> Sites:
@@ -130,13 +149,19 @@ def sites(architecture: Architecture, config: Any) -> Sites:
     return Sites(architecture, _walk(architecture, config), tied=bool(config.tie_word_embeddings))
 
 
+def head_input(row: Architecture, width: int) -> Site:
+    """What the head reads."""
+    return Site(HEAD_INPUT, "input", (width,), None, "", readers=(row.head,), norm=row.norm or None)
+
+
 def _walk(row: Architecture, config: Any) -> Iterator[Site]:
     sizes = row.sizes(config)
     hidden, vocabulary = sizes[STREAM], config.vocab_size
     yield Site(row.embedding, "embedding", (vocabulary, hidden), None, row.embedding, stored_as=row.embedding)
     for index in range(config.num_hidden_layers):
-        yield from _walk_block(row, config, sizes, index)
-    yield Site(HEAD_INPUT, "input", (hidden,), None, "", readers=(row.head,), norm=row.norm)
+        block = row.at(config, index)
+        yield from _walk_block(block, config, block.sizes(config), index)
+    yield head_input(row, hidden)
     tied = row.embedding if config.tie_word_embeddings else row.head
     yield Site(row.head, "head", (vocabulary, hidden), None, row.head, reads=HEAD_INPUT, stored_as=tied)
 
@@ -165,13 +190,16 @@ def _walk_block(row: Architecture, config: Any, sizes: dict[str, int], index: in
             seen.add(part.reads)
             readers = tuple(f"{name}.{other.path}" for other in row.linears() if other.reads == part.reads)
             norm = row.norm_of(part.reads)
+            beside = tuple(f"{name}.{other.path}" for other in row.routers() if other.reads == part.reads)
             yield Site(
-                f"{name}.{part.reads}", "input", (width(part.reads),), index, "", readers=readers,
+                f"{name}.{part.reads}", "input", (width(part.reads),), index, "", readers=readers, beside=beside,
                 norm=norm and f"{name}.{norm.path}",
             )  # fmt: skip
         path = f"{name}.{part.path}"
         before = f"{name}.{row.stream_norm_before(part).path}" if part.writes == STREAM else None
+        count = getattr(config, part.experts) if part.experts else 0
         yield Site(
-            path, "linear", (width(part.writes), width(part.reads)), index, path, reads=f"{name}.{part.reads}",
-            writes=part.writes, norm=before, stored_as=path, fused=part.parts,
+            path, "linear", (max(1, count) * width(part.writes), width(part.reads)), index, path,
+            reads=f"{name}.{part.reads}", writes=part.writes, norm=before, stored_as=path, fused=part.parts,
+            tensor=path if count else "", experts=count, transposed=part.transposed,
         )  # fmt: skip

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paley.arch import Architecture, family
+from paley.arch import Architecture, Site
 from paley.core.errors import PaleyError, Setting, nearest_name
 from paley.core.files import write_atomic
 from paley.core.rounding import Quantized
@@ -34,6 +34,7 @@ from paley.format.writer import ShardWriter
 from paley.model.checks import check_layers
 from paley.model.keys import MEAN_KEYS
 from paley.model.loading import check_fit, empty_model, join_tie, read_config
+from paley.model.walk import sites_of
 
 __all__ = ["Plain", "dequantize"]
 
@@ -80,6 +81,17 @@ class _Weight:
     name: str
     scheme: LinearScheme
     width: int
+    site: Site
+
+    @property
+    def tensor(self) -> str:
+        """The name of the decoded weight in an ordinary checkpoint."""
+        return self.site.tensor
+
+    def restored(self, rows: Tensor) -> Tensor:
+        """[rows, columns] -> as the model holds it: a stack of experts, or turned around."""
+        stack = rows.unflatten(0, (self.site.experts, -1)) if self.site.experts else rows
+        return stack.mT.contiguous() if self.site.transposed else stack
 
     @property
     def stored_width(self) -> int:
@@ -88,6 +100,8 @@ class _Weight:
     @property
     def parts(self) -> list[str]:
         """Names of the tensors that may store it."""
+        if self.scheme == LinearScheme():
+            return [self.tensor]
         return [self.name + part for part in ((spec.WEIGHT,) if self.scheme.weight is None else spec.PARTS)]
 
 
@@ -149,7 +163,7 @@ def dequantize(
     # Softmax does not notice what all scores of a query have in common, so keys need no mean taken off.
     means = {f"{name}.{part}" for name, slot in section.attentions.items() if slot.needs_data for part in MEAN_KEYS}
     model_config = read_config(folder)
-    checkpoint = join_tie(folder, stored, model_config)
+    checkpoint = join_tie(folder, stored, sites_of(empty_model(model_config)))
     layout = _layout(checkpoint, section, model_config, means)
     try:
         with place.open(_RUN, overwrite=overwrite) as work:
@@ -201,12 +215,13 @@ def _dtype_name(folder: Path, asked: str | None, config: dict[str, Any]) -> str:
 
 def _layout(checkpoint: Checkpoint, section: spec.QuantizationConfig, config: Any, dropped: set[str]) -> _Layout:
     """What the ordinary checkpoint is made of; raises where the folder's tensors do not fill the model."""
-    row, stream, shapes = family(config.model_type), section.stream, {n: i.shape for n, i in checkpoint.infos.items()}
+    stream, shapes = section.stream, {n: i.shape for n, i in checkpoint.infos.items()}
     if stream is not None:
         config.tie_word_embeddings = False
     model, schemes = empty_model(config), section.linears
-    widths = {name: m.in_features for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    widths[row.embedding] = model.get_submodule(row.embedding).embedding_dim  # type: ignore[assignment]
+    sites = sites_of(model)
+    row = sites.architecture
+    widths = {site.name: site.shape[1] for site in sites.of("embedding", "linear", "head")}
     if stream is not None:
         _check_stream(checkpoint, row, stream, widths[row.embedding])
         schemes = {row.embedding: LinearScheme()} | schemes
@@ -218,13 +233,22 @@ def _layout(checkpoint: Checkpoint, section: spec.QuantizationConfig, config: An
             raise PaleyError(f"{where} is no linear layer of this model{nearest_name(name, widths)}")
         if scheme.transform is not None and scheme.transform.in_dim != widths[name]:
             raise PaleyError(f"{where}: transform.in_dim={scheme.transform.in_dim}, but the layer reads {widths[name]}")
-        weights[name] = _Weight(name, scheme, widths[name])
+        weights[name] = _Weight(name, scheme, widths[name], sites[name])
         shapes.pop(name + spec.DIAGONAL, None)
         taken = [shapes.pop(part) for part in weights[name].parts if part in shapes]
-        if taken:  # else `check_fit` misses the weight
-            shapes[name + spec.WEIGHT] = (*taken[0][:1], widths[name])
+        if taken and scheme == LinearScheme():
+            shapes[weights[name].tensor] = taken[0]
+        elif taken:  # else `check_fit` misses the weight
+            rows = torch.empty(taken[0][0], widths[name], device="meta")
+            if sites[name].experts and len(rows) % sites[name].experts:
+                raise PaleyError(f"{where}: {len(rows)} rows are not those of {sites[name].experts} experts")
+            shapes[weights[name].tensor] = tuple(weights[name].restored(rows).shape)
     for mean in dropped:
         shapes.pop(mean, None)
+    coded = [weight for weight in weights.values() if weight.scheme != LinearScheme()]
+    weights = {weight.name: weight for weight in coded} | (
+        {row.embedding: weights[row.embedding]} if stream is not None else {}
+    )
     taken = {part for weight in weights.values() for part in (*weight.parts, weight.name + spec.DIAGONAL)} | dropped
     if stream is not None and (rows := shapes.get(row.embedding + spec.WEIGHT)) is not None:
         shapes |= {name + spec.WEIGHT: (rows[0], stream.out_dim) for name in (row.embedding, row.head)}
@@ -251,7 +275,7 @@ def _tensors(
         if layout.stream is not None and name == layout.row.embedding:
             yield from _untied(checkpoint, layout.row, weight, layout.stream, dtype)
         else:
-            yield name + spec.WEIGHT, _decode(checkpoint, weight, weight.width, dtype)
+            yield weight.tensor, weight.restored(_decode(checkpoint, weight, weight.width, dtype))
     for name in layout.kept:
         tensor = checkpoint.tensor(name)
         yield name, cast_to_store(name, tensor, dtype) if cast else tensor

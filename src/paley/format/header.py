@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from paley.core.errors import PaleyError
 
-__all__ = ["DTYPES", "TensorInfo", "as_bytes", "header_bytes", "read_header", "read_metadata"]
+__all__ = ["DTYPES", "TensorInfo", "as_bytes", "header_bytes", "parts_of", "read_header", "read_metadata"]
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -60,6 +60,17 @@ class TensorInfo:
         if got != self.nbytes:
             raise PaleyError(f"{self.file}: became shorter while it was read; {_AGAIN}")
         return buffer.view(self.dtype).reshape(self.shape)
+
+
+def parts_of(info: TensorInfo) -> Iterator[Tensor]:
+    """The tensors that a stack [n, ...] consists of, one in memory at a time where its kind can be read so."""
+    if type(info) is not TensorInfo:
+        whole = getattr(info, "parts", None)
+        yield from info.read() if whole is None else whole()
+        return
+    size = info.nbytes // info.shape[0]
+    for index in range(info.shape[0]):
+        yield TensorInfo(info.file, info.dtype, info.shape[1:], info.start + index * size).read()
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

@@ -9,7 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from paley.arch import Site, Sites, family, sites
+from paley.arch import Site, Sites
+from paley.model.stacks import module_at
+from paley.model.walk import sites_of
 
 __all__ = ["Adapter", "Block"]
 
@@ -34,9 +36,14 @@ class Block:
         return (site for site in self.sites if site.kind == "input")
 
     @property
+    def attentions(self) -> list[str]:
+        """Paths of attention modules whose cache can be quantized: one, or none."""
+        return [site.module for site in self.sites if site.kind == "keys"]
+
+    @property
     def attention(self) -> str:
-        """Path of the attention module."""
-        return next(site.module for site in self.sites if site.kind == "keys")
+        """Path of the attention module of a block that has one."""
+        return self.attentions[0]
 
 
 class Adapter:
@@ -44,8 +51,8 @@ class Adapter:
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
-        self.architecture = family(model.config.model_type)
-        self.sites: Sites = sites(self.architecture, model.config)
+        self.sites: Sites = sites_of(model)
+        self.architecture = self.sites.architecture
         stack = model.get_submodule(self.architecture.blocks)
         self.blocks = [
             Block(i, f"{self.architecture.blocks}.{i}", block, tuple(s for s in self.sites.values() if s.block == i))
@@ -62,7 +69,8 @@ class Adapter:
         return logits
 
     def module(self, path: str) -> Any:
-        return self.model.get_submodule(path)
+        """What is there; a stack of experts, which is a parameter, looks like a linear."""
+        return module_at(self.model, path)
 
     @property
     def embedding(self) -> Any:

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
+from paley.arch import FAMILIES
 from paley.core.errors import PaleyError, nearest_name
 from paley.core.schemes import AttentionScheme
 from paley.model.keys import KeyBase, attach_base_
+from paley.model.walk import head_widths, is_attention
 from paley.ops.attention import PackedKV, kv_attention
 
 __all__ = ["NAME", "attach_schemes", "attention", "check_implementation", "register", "rounds"]
@@ -70,7 +72,9 @@ def attach_schemes(model: PreTrainedModel, attentions: Mapping[str, AttentionSch
     or transform that does not fit its heads, a model that transformers cannot switch.
     """
     register()
-    modules = {name: m for name, m in model.named_modules() if _is_attention(m)}
+    modules = {name: m for name, m in model.named_modules() if is_attention(m)}
+    if model.config.model_type not in FAMILIES and not any(map(rounds, attentions.values())):
+        return  # nothing is rounded: the model's own attention stays
     for name, scheme in attentions.items():
         if name not in modules:
             raise PaleyError(f"{name!r} is no attention module of this model{nearest_name(name, modules)}")
@@ -118,17 +122,14 @@ def _check_still(module: nn.Module, _: Any) -> None:
         check_implementation(getattr(module.config, "_attn_implementation", NAME))
 
 
-def _is_attention(module: nn.Module) -> bool:
-    """What transformers' attention modules have in common: a place in the cache and a causality."""
-    return isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "is_causal")
-
-
 def _check_fit(name: str, module: nn.Module, scheme: AttentionScheme) -> None:
-    head_dim = int(module.head_dim)  # type: ignore[arg-type]
-    if scheme.transform is not None and scheme.transform.in_dim != head_dim:
-        raise PaleyError(f"{name}: transform.in_dim={scheme.transform.in_dim}, but head_dim={head_dim}")
+    widths = head_widths(module)
+    if widths is None:
+        raise PaleyError(f"{name}: does not say how wide its heads are; leave its keys and values unquantized")
     sides = ("keys", scheme.keys, scheme.key_transform), ("values", scheme.values, scheme.value_transform)
-    for what, side, transform in sides:
+    for (what, side, transform), head_dim in zip(sides, widths, strict=True):
+        if transform is not None and transform.in_dim != head_dim:
+            raise PaleyError(f"{name}: transform.in_dim={transform.in_dim}, but head_dim={head_dim} of its {what}")
         width = head_dim if transform is None else transform.out_dim
         if side is not None and side.group_size is not None and width % side.group_size:
             raise PaleyError(

@@ -232,11 +232,12 @@ def _unmeasured(place: Place, scheme: ActivationScheme, width: int) -> float:
 
 def _other_bytes(problem: Problem, found: Sequence[Item]) -> int:
     """Bytes on disk of everything but the weights that the budget decides."""
-    decided = {item.site.stored_as for item in found if item.kind == "weight"}
+    decided = {name for item in found if item.kind == "weight" for name in problem.sites.held_as(item.site)}
     parameters = problem.source.skeleton.named_parameters()
-    values = sum(p.numel() for name, p in parameters if name.removesuffix(".weight") not in decided)
+    values = sum(p.numel() for name, p in parameters if name not in decided)
     means = sum(scheme.mean_keys for scheme in problem.schemes.attentions.values())
-    return values * problem.dtype.itemsize + means * 2 * problem.sites.of("keys")[0].numel
+    keys = max((site.numel for site in problem.sites.of("keys")), default=0)
+    return values * problem.dtype.itemsize + means * 2 * keys
 
 
 def _other_reads(problem: Problem, found: Sequence[Item]) -> int:

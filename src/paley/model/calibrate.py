@@ -8,10 +8,9 @@ forwards hold at a stop (`steps.KEPT` bytes each), and the packed codes of the b
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from paley.arch import Site
 from paley.core.errors import PaleyError
 from paley.core.metrics import rel_error
-from paley.core.rounding import Quantized, check_range
+from paley.core.rounding import Quantized, check_range, joined
 from paley.core.schemes import AttentionScheme, LinearScheme, Schemes
 from paley.format.spec import DIAGONAL, check_outliers
 from paley.methods.diagonal import balance
@@ -32,9 +31,12 @@ from paley.model.capture import BlockRunner, capture_inputs
 from paley.model.coded import Coded
 from paley.model.compared import ComparedBlock
 from paley.model.embedding import QuantEmbedding
+from paley.model.experts import QuantExperts, register_experts, use_experts_
+from paley.model.gathered import GatheredBlock
 from paley.model.key_statistics import KeySettler
 from paley.model.linear import QuantLinear
 from paley.model.reading import share_inputs_, tie_head_
+from paley.model.stacks import Stack, Turned, put_
 from paley.ops.matmul import CALIBRATION
 
 __all__ = ["LayerReport", "ModelQuantizer", "set_attention_", "set_input_", "wrap_", "wrap_block_", "wrap_outer_"]
@@ -47,12 +49,14 @@ _NOTHING: Mapping[str, Tensor] = {}
 class LayerReport:
     """One quantized weight: ||W - Ŵ||² / ||W||² against the rotated weight, and its codes.
 
-    quantized is None once the codes are packed into the layer and written away.
+    quantized is None once the codes are packed into the layer and written away. experts: the error of each matrix of a
+    stack.
     """
 
     name: str
     rel_error: float
     quantized: Quantized | None
+    experts: tuple[float, ...] = ()
 
 
 def wrap_(adapter: Adapter, schemes: Schemes) -> None:
@@ -67,6 +71,7 @@ def wrap_outer_(adapter: Adapter, schemes: Schemes) -> None:
     attach_schemes(adapter.model, schemes.attentions)
     for block in adapter.blocks:
         set_attention_(adapter, block, None)
+    register_experts()
     head = adapter.sites.head
     if head.stored_as == head.name and schemes.linears[head.name].transform is not None:
         _wrap_linear_(adapter, head, schemes)
@@ -81,20 +86,30 @@ def wrap_block_(adapter: Adapter, block: Block, schemes: Schemes) -> None:
 
 def _wrap_linear_(adapter: Adapter, site: Site, schemes: Schemes) -> None:
     linear, scheme = adapter.module(site.module), schemes.linears[site.name]
-    if not isinstance(linear, nn.Linear):
-        raise PaleyError(f"{site.name}: is a {type(linear).__name__}, expected a linear layer")
+    if scheme == LinearScheme() and not isinstance(linear, nn.Linear):
+        return  # as it is loaded again
     bare = LinearScheme(transform=scheme.transform, diagonal=scheme.diagonal)
-    adapter.model.set_submodule(site.module, QuantLinear.from_linear(linear, bare, None, name=site.name))
+    if isinstance(linear, Stack):
+        put_(adapter.model, site.module, QuantExperts.from_stack(linear, bare, None, name=site.name))
+        use_experts_(adapter.model)
+    elif isinstance(linear, nn.Linear | Turned):
+        put_(adapter.model, site.module, QuantLinear.from_linear(linear, bare, None, name=site.name))
+    else:
+        raise PaleyError(f"{site.name}: is a {type(linear).__name__}, expected a linear layer")
 
 
 def set_input_(linear: nn.Module, scheme: LinearScheme | None) -> None:
     """Makes a linear round its input as `scheme` says, or not at all; its weight and transform stay."""
-    assert isinstance(linear, QuantLinear)
+    if scheme == LinearScheme() and not isinstance(linear, QuantLinear | QuantExperts):
+        return
+    assert isinstance(linear, QuantLinear | QuantExperts)
     linear.set_input_(None if scheme is None else scheme.input)
 
 
 def set_attention_(adapter: Adapter, block: Block, scheme: AttentionScheme | None) -> None:
-    adapter.module(block.attention).kv_scheme = scheme
+    """Of all that a block has."""
+    for path in block.attentions:
+        adapter.module(path).kv_scheme = scheme
 
 
 class ModelQuantizer:
@@ -113,6 +128,7 @@ class ModelQuantizer:
         self.linears, self.attentions, self.compensate = schemes.linears, schemes.attentions, compensate
         self.hidden: Tensor | None = None
         self.original: Tensor | None = None
+        self.unreached: dict[str, list[int]] = {}  # experts that no token of the text reached
 
     @torch.no_grad()
     def embedding(self, known: Mapping[str, Quantized], on_layer: OnLayer = lambda _: None) -> list[LayerReport]:
@@ -142,8 +158,8 @@ class ModelQuantizer:
         if self.keys is not None:
             self.keys.settle(block, beside)
         if self.original is not None:
-            for site in block.linears():
-                self.adapter.module(site.module).prepare_(CALIBRATION)
+            for linear in self._wrapped(block):
+                linear.prepare_(CALIBRATION)
         self._balance(block, beside)
         reference = copy.deepcopy(block.module)
         if not known:
@@ -157,16 +173,24 @@ class ModelQuantizer:
                 statistics = both.statistics(read, wanted[read]) if both is not None and wanted[read] else {}
                 for alike in groups[read]:
                     for site in alike:
-                        q = known[site.name] if known else self._codes(site, statistics.get(alike))
+                        if site.experts and not known and self.linears[site.name].calibrated:
+                            q = self._expert_codes(block, site)
+                        else:
+                            q = known[site.name] if known else self._codes(site, statistics.get(alike))
                         reports.append(self._replace_linear(site, q))
                         on_layer(reports[-1])
             if both is not None:
                 self.hidden, self.original = both.finish()
-        for site in block.linears():
-            self.adapter.module(site.module).prepare_("packed")
-            original: Any = reference.get_submodule(block.local(site.module))
-            original.retire_()
+        for linear in self._wrapped(block):
+            linear.prepare_("packed")
+        for module in reference.modules():
+            if isinstance(module, QuantLinear | QuantExperts):
+                module.retire_()
         return reports
+
+    def _wrapped(self, block: Block) -> Iterator[QuantLinear | QuantExperts]:
+        modules = (self.adapter.module(site.module) for site in block.linears())
+        return (module for module in modules if isinstance(module, QuantLinear | QuantExperts))
 
     @torch.no_grad()
     def head(self, known: Mapping[str, Quantized], on_layer: OnLayer = lambda _: None) -> list[LayerReport]:
@@ -183,7 +207,8 @@ class ModelQuantizer:
             assert self.original is not None
             statistics = InputStatistics()
             for pair in zip(*(h.split(self.runner.batch) for h in (self.hidden, self.original)), strict=True):
-                statistics.add(*(linear.round_input(self.adapter.norm(h)).flatten(0, -2) for h in pair))
+                read = (self.runner.head_input(h, linear) for h in pair)
+                statistics.add(*(linear.round_input(x).flatten(0, -2) for x in read))
         q = known[site.name] if site.name in known else self._codes(site, statistics)
         report = self._replace_linear(site, q)
         on_layer(report)
@@ -192,7 +217,7 @@ class ModelQuantizer:
     def beside(self, index: int) -> dict[str, Tensor]:
         """What block `index` stores beside its codes: diagonals, and what was settled of its keys, by name."""
         linears = self.adapter.blocks[index].linears()
-        found = {site.name + DIAGONAL: self.adapter.module(site.module).diagonal for site in linears}
+        found = {site.name + DIAGONAL: getattr(self.adapter.module(site.module), "diagonal", None) for site in linears}
         found |= {} if self.keys is None else self.keys.settled
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
@@ -236,9 +261,11 @@ class ModelQuantizer:
 
     def _compared(
         self, block: Block, reference: nn.Module, inputs: Sequence[Site]
-    ) -> AbstractContextManager[ComparedBlock | None]:
+    ) -> AbstractContextManager[ComparedBlock | GatheredBlock | None]:
         if self.hidden is None or self.original is None:
             return nullcontext()
+        if self.adapter.architecture.walked:
+            return GatheredBlock(self.runner, block, reference, self.hidden, self.original, inputs)
         return ComparedBlock(self.runner, block, reference, self.hidden, self.original, inputs, self.compensate)
 
     def _alike(self, site: Site) -> list[tuple[Site, ...]]:
@@ -252,19 +279,22 @@ class ModelQuantizer:
         return [tuple(reader for reader in how if how[reader] == alike) for alike in dict.fromkeys(how.values())]
 
     def _is_calibrated(self, alike: tuple[Site, ...]) -> bool:
-        return any(self.linears[site.name].calibrated for site in alike)
+        """Whether statistics of their common input are wanted; experts gather their own."""
+        return any(self.linears[site.name].calibrated and not site.experts for site in alike)
 
     def _activate(self, block: Block) -> None:
-        set_attention_(self.adapter, block, self.attentions.get(block.attention))
+        for path in block.attentions:
+            self.adapter.module(path).kv_scheme = self.attentions.get(path)
         for site in block.linears():
             set_input_(self.adapter.module(site.module), self.linears[site.name])
 
     def _choose_outliers(self, block: Block, reference: nn.Module) -> None:
         """Gives each linear the columns of most energy of its scheme's number, by what it reads in the original."""
         for site in block.linears():
-            scheme, linear = self.linears[site.name], reference.get_submodule(block.local(site.module))
+            scheme = self.linears[site.name]
             if not scheme.outliers:
                 continue
+            linear = reference.get_submodule(block.local(site.module))
             assert isinstance(linear, QuantLinear)
             check_outliers(site.name, scheme.outliers, linear.in_features)
             if self.original is None:
@@ -298,8 +328,39 @@ class ModelQuantizer:
             compensate=self.compensate != "plain", where=site.name,
         )  # fmt: skip
 
+    def _expert_codes(self, block: Block, site: Site) -> Quantized:
+        """GPTQ for each expert on the tokens that reach it; the others, `unreached`, are rounded to nearest."""
+        stack, scheme = self.adapter.module(site.module), self.linears[site.name].weight
+        assert isinstance(stack, QuantExperts)
+        assert scheme is not None
+        if self.hidden is None:
+            raise PaleyError(f"{site.name}: its scheme needs calibration text; set weights.method=nearest")
+        seen: dict[int, InputStatistics] = {}
+        stack.observer = lambda expert, x: seen.setdefault(expert, InputStatistics()).add(x)
+        try:
+            self.runner.run(block.module, block.index, self.hidden)
+        finally:
+            stack.observer = None
+        parts = []
+        for expert in range(stack.experts):
+            weight, where = stack.matrix(expert), f"{site.name}, expert {expert}"
+            check_range(weight, scheme.grid, where)
+            if expert in seen:
+                parts.append(quantize_gptq(weight, seen[expert], scheme, compensate=False, where=where))
+            else:
+                self.unreached.setdefault(site.name, []).append(expert)
+                alone = replace(scheme, method="nearest", scale_search="em" if scheme.by_em else scheme.scale_search)
+                parts.append(quantize_nearest(weight, alone, where=where))
+        return joined(parts)
+
     def _replace_linear(self, site: Site, q: Quantized) -> LayerReport:
         linear = self.adapter.module(site.module)
+        if isinstance(linear, QuantExperts):
+            made = QuantExperts.from_stack(linear, self.linears[site.name], q, name=site.name)
+            put_(self.adapter.model, site.module, made)
+            made.prepare_("packed")
+            errors = tuple(rel_error(linear.matrix(e), made.matrix(e)) for e in range(made.experts))
+            return LayerReport(site.name, rel_error(linear.dequantize(), made.dequantize()), q, errors)
         assert isinstance(linear, QuantLinear)
         made = QuantLinear.from_linear(linear, self.linears[site.name], q, name=site.name)
         made.shared_input = linear.shared_input

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from paley.model.adapter import Adapter
 
-__all__ = ["BlockRunner", "capture_inputs"]
+__all__ = ["BlockRunner", "Stop", "capture_inputs"]
 
 
-class _Stop(Exception):  # noqa: N818 (a signal, not an error)
+class Stop(Exception):  # noqa: N818 (a signal, not an error)
     """Ends a forward whose rest is not needed."""
 
 
@@ -64,12 +64,12 @@ class BlockRunner:
         """As `run` on one batch, but stops before `part` of the module would compute."""
 
         def stop(*_: object) -> None:
-            raise _Stop
+            raise Stop
 
         handle = part.register_forward_pre_hook(stop)
         try:
             module(hidden, **self.arguments(index, hidden.shape[1]))
-        except _Stop:
+        except Stop:
             pass
         finally:
             handle.remove()
@@ -86,6 +86,11 @@ class BlockRunner:
     def logits(self, hidden: Tensor, head: nn.Module | None = None) -> Tensor:
         """Outputs of the last block [..., hidden] -> logits [..., vocab], by the model's head or another."""
         return self.adapter.finish((self.adapter.head if head is None else head)(self.adapter.norm(hidden)))
+
+    @torch.no_grad()
+    def head_input(self, hidden: Tensor, head: nn.Module) -> Tensor:
+        """Outputs of the last block [sequences, seq_len, hidden] -> what the head reads."""
+        return self.adapter.norm(hidden)
 
     def arguments(self, index: int, seq_len: int) -> dict:
         """What the forward of block `index` takes beside hidden states: masks, rotary tables."""

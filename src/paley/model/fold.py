@@ -31,15 +31,22 @@ def _map_inputs_(linear: Any, f: Callable[[Tensor], Tensor]) -> None:
     _set(linear, "weight", f(linear.weight.double()))
     if isinstance(linear, nn.Embedding):
         linear.embedding_dim = linear.weight.shape[1]
+    elif hasattr(linear, "hidden_dim"):  # a router
+        linear.hidden_dim = linear.weight.shape[1]
     else:
         linear.in_features = linear.weight.shape[1]
 
 
 def _map_outputs_(linear: Any, f: Callable[[Tensor], Tensor], rows: slice = slice(None)) -> None:
-    """weight [out, in] <- f along its columns, and along the bias; of some rows alone if f keeps their number."""
-    _set(linear, "weight", _mapped(linear.weight.double().T, f, rows).T.contiguous())
+    """weight [out, in] <- f along its columns, and along the bias; of some rows alone if f keeps their number.
+
+    Of a stack, those of each expert.
+    """
+    count = getattr(linear, "experts", 1)
+    of_each = lambda x: _mapped(x.unflatten(-1, (count, -1)), f, rows).flatten(-2)  # noqa: E731
+    _set(linear, "weight", of_each(linear.weight.double().T).T.contiguous())
     if linear.bias is not None:
-        _set(linear, "bias", _mapped(linear.bias.double(), f, rows))
+        _set(linear, "bias", of_each(linear.bias.double()))
     linear.out_features = linear.weight.shape[0]
 
 
@@ -66,7 +73,7 @@ def fold_norms_(adapter: Adapter) -> None:
         assert site.norm is not None
         norm = adapter.module(site.norm)
         gain = norm.weight.double() + offset
-        for path in site.readers:
+        for path in (*site.readers, *site.beside):
             _map_inputs_(adapter.module(path), lambda w, gain=gain: w * gain)
         _set(norm, "weight", torch.ones_like(norm.weight) - offset)
 
@@ -106,7 +113,7 @@ def rotate_stream_(adapter: Adapter, transform: Transform) -> None:
     for site in _inputs_from_stream(adapter):
         assert site.norm is not None
         norm = adapter.module(site.norm)
-        for path in site.readers:
+        for path in (*site.readers, *site.beside):
             _map_inputs_(adapter.module(path), lambda w: transform.apply(w) * shrink)
         norm.weight = nn.Parameter(norm.weight.new_ones(wide) - row.gain_offset, requires_grad=False)
         _shrink_epsilon_(norm, row.epsilon, n / wide)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import Cache, PreTrainedModel
 
-from paley.arch import Architecture, family, rope_follows_length
+from paley.arch import FAMILIES, Architecture, family, rope_follows_length
 from paley.core.errors import PaleyError
 from paley.core.schemes import AttentionScheme
 from paley.core.transforms import Transform
@@ -221,6 +221,11 @@ def map_held(cache: Cache, rows: Callable[[Tensor], Tensor]) -> None:
 def attach_base_(model: PreTrainedModel, attention: Any, scheme: AttentionScheme | None) -> None:
     """Gives an attention what its scheme takes off keys: zeros, to be measured or read from a file, or a bias."""
     center = scheme.center_keys if scheme is not None and scheme.keys is not None else False
+    if model.config.model_type not in FAMILIES:
+        if center:
+            raise PaleyError(f"center_keys={center!r}: needs a row for {model.config.model_type!r}; set it to false")
+        attention.key_base = attention.key_hook = None
+        return
     shape = int(attention.config.num_key_value_heads), int(attention.head_dim)
     device = next(chain(attention.parameters(), attention.buffers())).device
     attention.register_buffer("key_offset", torch.zeros(2, *shape, device=device) if center == "mean" else None)

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-from paley.arch import window
+from paley.arch import FAMILIES, window
 from paley.core.errors import PaleyError
 from paley.core.schemes import ActivationScheme, AttentionScheme
 from paley.core.transforms import Transform
@@ -23,6 +23,7 @@ from paley.ops.attention import PackedKV, pack_kv
 
 __all__ = ["PackedKVCache", "PackedKVLayer", "cache_argument"]
 
+PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)  # of keys and values alone
 _STEP = 64  # tokens; a store grows by an eighth, rounded up to whole steps
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 LayerMark = tuple[int, list[tuple[Tensor, int, int]]]  # tokens seen; of each store its data, start and end
@@ -213,20 +214,16 @@ class PackedKVCache(Cache):
 
     def __init__(self, model: PreTrainedModel):
         config = model.config.get_text_config(decoder=True)
+        if config.model_type not in FAMILIES and model.config.model_type not in FAMILIES:
+            super().__init__(layers=_mixed(model, config))
+            return
         foreign = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
         if foreign or config.is_encoder_decoder:
             what = f"layers of type {', '.join(sorted(foreign))}" if foreign else "an encoder"
             raise PaleyError(
                 f"PackedKVCache: {config.model_type} has {what}; only causal attention layers are supported"
             )
-        schemes: dict[int, tuple[AttentionScheme, KeyBase | None]] = {}
-        for name, module in model.named_modules():
-            if (scheme := getattr(module, "kv_scheme", None)) is None:
-                continue
-            index = int(module.layer_idx)  # type: ignore[arg-type]
-            if not 0 <= index < config.num_hidden_layers or index in schemes:
-                raise PaleyError(f"PackedKVCache: {name} claims cache layer {index}, which is taken or does not exist")
-            schemes[index] = scheme, getattr(module, "key_base", None)
+        schemes = _schemes(model, config.num_hidden_layers)
         layers: list[Any] = [
             PackedKVLayer(*schemes.get(i, (None, None)), window=window(config, i))
             for i in range(config.num_hidden_layers)
@@ -262,4 +259,33 @@ class PackedKVCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of the tokens held, over all layers; without the room for coming ones, and a position for each."""
-        return sum(layer.nbytes for layer in self.layers)
+        return sum(layer.nbytes for layer in self.layers if isinstance(layer, PackedKVLayer))
+
+
+def _schemes(model: PreTrainedModel, layers: int) -> dict[int, tuple[AttentionScheme, KeyBase | None]]:
+    """What each layer of a cache is to be packed by, as attentions were told."""
+    schemes: dict[int, tuple[AttentionScheme, KeyBase | None]] = {}
+    for name, module in model.named_modules():
+        if (scheme := getattr(module, "kv_scheme", None)) is None:
+            continue
+        index = int(module.layer_idx)  # type: ignore[arg-type]
+        if not 0 <= index < layers or index in schemes:
+            raise PaleyError(f"PackedKVCache: {name} claims cache layer {index}, which is taken or does not exist")
+        schemes[index] = scheme, getattr(module, "key_base", None)
+    return schemes
+
+
+def _mixed(model: PreTrainedModel, config: Any) -> list[Any]:
+    """Of a model without a row: transformers' own layers (of states, windows, chunks), packed ones where asked for."""
+    layers: list[Any] = list(DynamicCache(config=config).layers)
+    layers += [DynamicLayer() for _ in range(config.num_hidden_layers - len(layers))]
+    for index, (scheme, base) in _schemes(model, len(layers)).items():
+        if scheme.keys is None and scheme.values is None:
+            continue
+        if type(layers[index]) not in PLAIN_LAYERS:
+            raise PaleyError(
+                f"PackedKVCache: layer {index} of this {config.model_type} is a {type(layers[index]).__name__}; leave "
+                "its keys and values unquantized"
+            )
+        layers[index] = PackedKVLayer(scheme, base, window=getattr(layers[index], "sliding_window", None))
+    return layers

@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from paley.arch import Sites, family, sites
+from paley.arch import Sites
 from paley.core.errors import PaleyError, Setting, nearest_name
 from paley.core.reading import read_json
 from paley.format.checkpoint import Checkpoint
@@ -31,8 +31,10 @@ from paley.format.decoding import FLOAT8, Fp8, decode
 from paley.format.files import OTHER_WEIGHTS
 from paley.format.header import NAMES, TensorInfo
 from paley.model.checks import check_config, check_family, check_layers
+from paley.model.converting import convert
 from paley.model.placing import belongs, place, summed_up
 from paley.model.text_part import text_part
+from paley.model.walk import sites_of
 
 __all__ = [
     "Source", "check_fit", "check_seq_len", "empty_model", "is_ignored", "join_tie", "load_tokenizer", "open_source",
@@ -109,14 +111,13 @@ class _Lazy:
         return NAMES[self.info.dtype]
 
 
-def join_tie(path: Path, checkpoint: Checkpoint, config: Any) -> Checkpoint:
+def join_tie(path: Path, checkpoint: Checkpoint, sites: Sites) -> Checkpoint:
     """The checkpoint with the embedding alone where the config ties lm_head to it; raises where the two differ.
 
     transformers writes the embedding and reads either name; there are files with lm_head.weight alone.
     """
-    row = family(config.model_type)
-    head, embedding = f"{row.head}.weight", f"{row.embedding}.weight"
-    if not config.tie_word_embeddings or head not in checkpoint:
+    head, embedding = f"{sites.head.name}.weight", f"{sites.embedding.name}.weight"
+    if not sites.tied or head not in checkpoint:
         return checkpoint
     if embedding in checkpoint and not torch.equal(checkpoint.tensor(head), checkpoint.tensor(embedding)):
         raise PaleyError(
@@ -228,7 +229,7 @@ def open_source(model: str | Path) -> Source:
     files = Checkpoint.open(path)
     check_layers(path / "config.json", files.config, files.names)
     config = read_config(path)
-    row, skeleton = family(config.model_type), empty_model(config)
+    skeleton = empty_model(config)
     found, notes = _decoded(path, files, config, skeleton)
     fingerprint = files.fingerprint(check_finite=True)
     wanted = skeleton.state_dict()
@@ -238,11 +239,12 @@ def open_source(model: str | Path) -> Source:
         if name not in wanted and not is_ignored(name, skeleton) and not belongs(name, skeleton)
     }
     checkpoint = Checkpoint(path, files.config, {name: info for name, info in found.items() if name not in extra})
-    checkpoint = join_tie(path, checkpoint, config)
+    found_sites = sites_of(skeleton)
+    checkpoint = join_tie(path, checkpoint, found_sites)
     check_fit(path, {name: info.shape for name, info in checkpoint.infos.items()}, skeleton)
     if (kind := files.config.get("model_type")) != config.model_type:
         notes.append(f"the text part of this {kind} model is quantized, as an ordinary {config.model_type} model")
-    return Source(path, checkpoint, fingerprint, config, skeleton, sites(row, config), extra, tuple(notes))
+    return Source(path, checkpoint, fingerprint, config, skeleton, found_sites, extra, tuple(notes))
 
 
 def _decoded(
@@ -255,7 +257,9 @@ def _decoded(
     entry = next((found for c in (files.config, config.to_dict()) if (found := c.get("quantization_config"))), None)
     method = entry.get("quant_method") if isinstance(entry, dict) else None
     made = decode(files.infos, _block(entry))
-    found = place(made.infos, skeleton)
+    found = place(convert(made.infos, skeleton), skeleton)
+    if not skeleton.state_dict().keys() <= found.keys():  # prefixes may hide what transformers converts
+        found = place(convert(found, skeleton), skeleton)
     modules = {name.rpartition(".")[0] for name in found}
     refusal = f"{path}: is quantized already{f' ({method})' if method else ''}"
     for name, wanted in skeleton.state_dict().items():

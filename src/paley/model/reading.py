@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from paley.arch import Architecture, family
+from paley.arch import Architecture, Site
 from paley.core.errors import PaleyError, nearest_name
 from paley.core.schemes import LinearScheme
 from paley.core.transforms import Transform
@@ -16,8 +16,11 @@ from paley.format.spec import WEIGHT, QuantizationConfig
 from paley.model.adapter import Adapter
 from paley.model.attention import attach_schemes
 from paley.model.embedding import QuantEmbedding, scale_of
+from paley.model.experts import QuantExperts, use_experts_
 from paley.model.fold import StreamBack
 from paley.model.linear import QuantLinear
+from paley.model.stacks import module_at, put_
+from paley.model.walk import sites_of
 from paley.ops.inputs import SharedInput
 
 __all__ = ["build_", "prepare_", "share_inputs_", "tie_", "tie_head_"]
@@ -25,21 +28,23 @@ __all__ = ["build_", "prepare_", "share_inputs_", "tie_", "tie_head_"]
 
 def build_(model: PreTrainedModel, spec: QuantizationConfig) -> None:
     """Puts packed layers, the embedding and the attentions' schemes into a model whose weights are still to come."""
-    row = family(model.config.model_type)
+    sites = sites_of(model)
+    row = sites.architecture
     if spec.stream is not None:
         _turn_stream_(model, row, spec.stream)
-    layers: dict[str, Any] = {
-        n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding | QuantEmbedding)
-    }
     for name, scheme in spec.linears.items():
-        if name not in layers:
-            hint = nearest_name(name, layers)
+        if name not in sites or not sites[name].is_weight:
+            hint = nearest_name(name, (site.name for site in sites.weights))
             raise PaleyError(f"config.json quantizes {name!r}, which is no linear layer of this model{hint}")
-        layer = layers[name]
-        if isinstance(layer, nn.Linear):
-            _replace_linear_(model, name, layer, scheme)
-        elif scheme != LinearScheme():
-            _replace_embedding_(model, row, name, layer, scheme)
+        layer, site = module_at(model, name), sites[name]
+        if site.fixed and scheme != LinearScheme():
+            raise PaleyError(f"config.json quantizes {name!r}, which cannot be: {site.fixed}; the config was changed")
+        if site.kind == "embedding":
+            if scheme != LinearScheme():
+                _replace_embedding_(model, row, name, layer, scheme)
+        elif scheme != LinearScheme() or isinstance(layer, nn.Linear):
+            _replace_linear_(model, site, layer, scheme)
+    use_experts_(model)
     if spec.attentions:
         attach_schemes(model, spec.attentions)
 
@@ -49,7 +54,7 @@ def prepare_(model: PreTrainedModel, product: str, dtype: torch.dtype) -> None:
     adapter = Adapter(model)
     tie_(adapter)
     for module in model.modules():
-        if isinstance(module, QuantLinear):
+        if isinstance(module, QuantLinear | QuantExperts):
             module.prepare_(product, dtype)
     share_inputs_(adapter)
 
@@ -83,19 +88,30 @@ def _turn_stream_(model: PreTrainedModel, row: Architecture, stream: Transform) 
     norm.register_forward_pre_hook(StreamBack(stream))
 
 
-def _replace_linear_(model: PreTrainedModel, name: str, linear: nn.Linear, scheme: LinearScheme) -> None:
-    """Puts a QuantLinear in place of `linear`, the module called `name`, on its device."""
+def _replace_linear_(model: PreTrainedModel, site: Site, linear: Any, scheme: LinearScheme) -> None:
+    """Puts a QuantLinear in place of `linear`, the module at the site, on its device; QuantExperts, of a stack."""
+    name = site.name
     if scheme.transform is not None and scheme.transform.in_dim != linear.in_features:
         raise PaleyError(
             f"{name}: transform.in_dim={scheme.transform.in_dim}, but the layer reads {linear.in_features}"
         )
     if scheme.weight is not None and f"{name}{WEIGHT}" in model.all_tied_weights_keys:
         raise PaleyError(f"{name}: its weight is tied to another; set tie_word_embeddings to false in config.json")
-    made = QuantLinear(
-        scheme.stored_width(linear.in_features), linear.out_features, bias=linear.bias is not None, scheme=scheme,
-        dtype=linear.weight.dtype, device=linear.weight.device, name=name,
-    )  # fmt: skip
-    model.set_submodule(name, made)
+    width, kind, device = scheme.stored_width(linear.in_features), linear.weight.dtype, linear.weight.device
+    made: QuantExperts | QuantLinear
+    if site.experts:
+        made = QuantExperts(site.experts, linear.out_features, width, scheme, dtype=kind, device=device, name=name)
+    else:
+        made = QuantLinear(
+            width,
+            linear.out_features,
+            bias=linear.bias is not None,
+            scheme=scheme,
+            dtype=kind,
+            device=device,
+            name=name,
+        )
+    put_(model, name, made)
 
 
 def _replace_embedding_(

@@ -41,9 +41,16 @@ class Turning:
         block = self.block if site.kind == "linear" else self.outer_block
         return None if block is None else input_blocks(width, block, self.seed)
 
+    def heads(self, keys: Site) -> Transform | None:
+        """The transform of the keys of one attention."""
+        if self.rotation is None:
+            return None
+        return self.rotation.heads or _in_blocks(keys.shape[1], self.seed + 1)
+
     def is_whole(self, site: Site) -> bool:
         """Whether the input turns as a part of the folded rotation, whatever is done to the weight that reads it."""
-        return _wire(site) in self.inputs
+        whole = self.inputs.get(_wire(site))
+        return whole is not None and whole.in_dim == site.shape[-1]  # layers without experts may be wider
 
 
 def _wire(site: Site) -> str:
@@ -71,8 +78,9 @@ def decide_turning(
     """
     if mode == "none":
         return Turning(None)
-    row, heads = sites.architecture, sites.of("keys")[0].shape[1]
-    in_heads = _in_blocks(heads, seed + 1)
+    row, keys = sites.architecture, sites.of("keys")
+    # Without a row, heads may differ from block to block, and each turns by itself.
+    in_heads = None if row.walked else _in_blocks(keys[0].shape[1], seed + 1)
     if mode == "online":
         return Turning(Rotation(heads=in_heads), block=block, outer_block=block, seed=seed)
     if (why := row.why_stream_is_fixed()) is not None:

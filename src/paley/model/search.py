@@ -60,7 +60,8 @@ def knobs(sites: Sites, layout: str, schemes: Schemes) -> list[Knob]:
     """The numbers of `layout` that have anything to quantize, in the order they are visited."""
     found = []
     for block in range(sites.blocks):
-        attention = schemes.attentions[sites.attention(block)]
+        path = sites.attention(block)
+        attention = schemes.attentions.get(path, AttentionScheme())
         for kind, paths, caches in _layout(sites, block, layout):
             # One number serves only what is rounded by one scheme; overrides may set members apart.
             alike: dict[ActivationScheme, tuple[list[str], list[str]]] = {}
@@ -149,8 +150,10 @@ class ClipSearch:
         return self._schemes(knob)[0].clip_ratio
 
     def _schemes(self, knob: Knob) -> list[ActivationScheme]:
-        attention = self.attentions[self.runner.adapter.blocks[knob.block].attention]
-        found = [self.linears[p].input for p in knob.linears] + [getattr(attention, c) for c in knob.caches]
+        found = [self.linears[p].input for p in knob.linears]
+        if knob.caches:
+            attention = self.attentions[self.runner.adapter.blocks[knob.block].attention]
+            found += [getattr(attention, cache) for cache in knob.caches]
         return [scheme for scheme in found if scheme is not None]
 
     def _set(self, knob: Knob, clip_ratio: float | None) -> None:

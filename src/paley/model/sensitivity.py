@@ -42,7 +42,9 @@ def noise_sites(sites: Sites, kinds: Collection[str]) -> dict[str, Site]:
     stored = {site.name for site in sites.weights}
     wanted = {name: site for name, site in sites.items() if noise_kind(site) in kinds}
     # What the head reads is never rounded.
-    return {n: s for n, s in wanted.items() if (n in stored if s.is_weight else s.block is not None)}
+    found = {n: s for n, s in wanted.items() if (n in stored if s.is_weight else s.block is not None)}
+    # What experts read has no place of its own where noise could enter.
+    return {n: s for n, s in found.items() if not any(sites[path].experts for path in s.readers if path in sites)}
 
 
 def noise_kind(site: Site) -> Literal["weight", "input", "keys", "values"]:
@@ -55,7 +57,7 @@ def noise_kind(site: Site) -> Literal["weight", "input", "keys", "values"]:
 def mixed_rows(site: Site, sites: Sites) -> int:
     """Rows of a weight that R1 and R2 mix before they are rounded, which then get noise of one size."""
     if site.adds_to_stream:
-        return site.shape[0]
+        return site.shape[0] // max(1, site.experts)
     return sites.of("values")[0].shape[1] if site.makes(sites.architecture.values) else 1
 
 
@@ -139,13 +141,20 @@ Noisy = Callable[[Tensor], Tensor]
 @contextmanager
 def _in_weight(adapter: Adapter, site: Site, rows: int, noisy: Noisy) -> Iterator[None]:
     """rows: so many consecutive rows of the weight get noise of one size."""
-    weight = adapter.module(site.module).weight.data
-    kept = weight.clone()
-    weight.copy_(noisy(kept.view(-1, rows * kept.shape[1])).view_as(kept))
+    module = adapter.module(site.module)
+    kept = module.weight.detach().clone()
+    _write(module, noisy(kept.view(-1, rows * kept.shape[1])).view_as(kept))
     try:
         yield
     finally:
-        weight.copy_(kept)
+        _write(module, kept)
+
+
+def _write(module: Any, weight: Tensor) -> None:
+    if isinstance(module, nn.Module):
+        module.weight.data.copy_(weight)
+    else:  # what is seen there is no module: a stack, or a turned one
+        module.weight = weight
 
 
 @contextmanager

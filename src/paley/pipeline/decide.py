@@ -12,9 +12,9 @@ from paley.methods.gbs import Outcome
 from paley.model.activation_errors import MeasuredErrors, measure_errors
 from paley.model.adapter import Adapter
 from paley.model.budget import activation_options, check_budget, decide_grids, range_note
-from paley.model.capture import BlockRunner
 from paley.model.problem import Problem
 from paley.model.reading import prepare_ as choose_products_
+from paley.model.replay import runner_of
 from paley.model.search import ClipSearch
 from paley.ops.matmul import EXACT
 from paley.pipeline.execute import prepare_, quantize_steps
@@ -99,7 +99,7 @@ def _search(
     draft = problem.with_schemes(_blocks_alone(problem))
     adapter = Adapter(problem.source.load(device=device))
     ids = blocks.ids.to(device)
-    runner = BlockRunner(adapter)
+    runner = runner_of(adapter)
     prepare_(draft, adapter)
     reference = runner.suffix(0, runner.embed(ids))
     quantize_steps(runner, draft, texts.calibration, run, "draft", monitor)

@@ -194,7 +194,7 @@ class _Work:
     def _forward(self, tokens: float, seq_len: int, *, rounded: bool, product: float = 1.0) -> float:
         """All blocks once; product: of a linear, times that of float32."""
         weights = product * sum(site.numel for site in self.linears)
-        heads = self.problem.source.config.num_attention_heads
+        heads = getattr(self.problem.source.config, "num_attention_heads", None) or 1
         reads = sum(heads * site.shape[1] * site.tokens(seq_len) for site in self.sites.of("keys"))
         return tokens * (2 * weights + 4 * reads + (self._turned(1.0) if rounded else 0))
 
@@ -275,11 +275,11 @@ def _bytes(problem: Problem) -> int:
     """Of all tensors on disk."""
     if problem.budget is not None and problem.budget.size is not None:
         return problem.budget.size
-    weights = {f"{site.name}.weight" for site, _ in problem.weights()}
+    weights = {name for site, _ in problem.weights() for name in problem.sites.held_as(site)}
     others = {name: p.numel() for name, p in problem.source.skeleton.named_parameters() if name not in weights}
     rest = sum(_values(problem, name, count) for name, count in others.items()) * problem.dtype.itemsize
     centered = sum(scheme.mean_keys for scheme in problem.schemes.attentions.values())
-    means = centered * 2 * problem.sites.of("keys")[0].numel  # float16
+    means = centered * 2 * max((site.numel for site in problem.sites.of("keys")), default=0)  # float16
     return sum(problem.stored_bytes(site) for site, _ in problem.weights()) + rest + means
 
 

@@ -22,6 +22,7 @@ from paley.model.calibrate import LayerReport, ModelQuantizer, wrap_block_, wrap
 from paley.model.capture import BlockRunner
 from paley.model.key_statistics import KeySettler
 from paley.model.problem import Problem
+from paley.model.replay import runner_of
 from paley.model.rotation import fold_, rotate_inputs_
 from paley.pipeline.machine import give_back
 from paley.pipeline.monitor import Monitor
@@ -37,7 +38,7 @@ def execute(
     adapter = Adapter(problem.source.load(dtype=_held(problem), device=device))
     fold_(adapter, problem.rotation)
     _prepare_outer_(problem, adapter)
-    runner = BlockRunner(adapter)
+    runner = runner_of(adapter)
     begin = partial(_prepare_block_, problem, adapter)
     reports = quantize_steps(runner, problem, calibration, run, "final", monitor, begin)
     return adapter.model.float(), reports
@@ -45,7 +46,9 @@ def execute(
 
 def _held(problem: Problem) -> torch.dtype:
     """The type in which blocks wait for their turn: that of the files, unless something is folded before."""
-    return torch.float32 if problem.folded else problem.source.checkpoint.float_dtype
+    return (
+        torch.float32 if problem.folded or problem.sites.architecture.walked else problem.source.checkpoint.float_dtype
+    )
 
 
 def prepare_(problem: Problem, adapter: Adapter) -> None:
@@ -80,7 +83,8 @@ def _cast_block_(problem: Problem, block: Block) -> None:
 
 def _cast_(problem: Problem, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
     """Rounds what stays unquantized to the type that it is stored in."""
-    quantized = {f"{site.name}.weight" for site, scheme in problem.weights() if scheme.weight is not None}
+    held = (problem.sites.held_as(site) for site, scheme in problem.weights() if scheme.weight is not None)
+    quantized = {name for names in held for name in names}
     for name, parameter in parameters:
         if name not in quantized:
             parameter.data = cast_to_store(name, parameter.data, problem.dtype).to(parameter.dtype)
@@ -101,7 +105,9 @@ def quantize_steps(
     """
     adapter = runner.adapter
     ids = calibration.ids.to(adapter.model.device) if calibration is not None else None
-    keys = KeySettler(runner, ids, problem.schemes.attentions, partial(_cast_block_, problem))
+    keys = None
+    if not problem.sites.architecture.walked:  # whose keys are not centred
+        keys = KeySettler(runner, ids, problem.schemes.attentions, partial(_cast_block_, problem))
     if not any(scheme.needs_data for scheme in problem.schemes.linears.values()):
         ids = None  # for keys alone
     quantizer = ModelQuantizer(runner, ids, problem.schemes, compensate=problem.compensate, keys=keys, begin=begin)
@@ -134,7 +140,14 @@ def quantize_steps(
             lambda index=index: quantizer.beside(index),
         )
     step("head", lambda known, _: quantizer.head(known, show))
+    for name, experts in quantizer.unreached.items():
+        monitor.note(f"{name}: the text reached no {_numbers(experts)} of its experts, which are rounded to nearest")
     return reports
+
+
+def _numbers(experts: list[int], shown: int = 8) -> str:
+    more = f" and {len(experts) - shown} more" if len(experts) > shown else ""
+    return f"{', '.join(map(str, experts[:shown]))}{more}"
 
 
 def _write(file: Path, reports: list[LayerReport], beside: dict[str, Tensor]) -> None:

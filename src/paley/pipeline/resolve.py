@@ -49,7 +49,7 @@ def resolve(source: Source, recipe: Recipe) -> Problem:
     if sites.tied and outer is not None and recipe.linear_scheme(sites.head.name, "head").weight is None:
         notes.append(f"{sites.head.name}: has the codes of {sites.embedding.name}, whose weight it shares")
     carried, about = _carried(source, recipe)
-    notes += [*source.notes, *about]
+    notes += [*source.notes, *about, *_limits(sites, recipe, schemes)]
     problem = Problem(
         source=source,
         carried=carried,
@@ -69,9 +69,31 @@ def resolve(source: Source, recipe: Recipe) -> Problem:
     if recipe.budget is not None:
         if recipe.diagonal is True and recipe.budget.inputs is not None:
             raise PaleyError("budget.inputs: what inputs lose is measured without a diagonal; set diagonal=false")
+        if recipe.budget.inputs is not None and any(site.experts for site in sites.weights):
+            raise PaleyError("budget.inputs: what experts lose by rounded inputs is not measured; leave it out")
         _check_widths(recipe, sites.architecture, turning)
         check_budget(problem)
     return problem
+
+
+def _limits(sites: Sites, recipe: Recipe, schemes: Schemes) -> list[str]:
+    """Notes on what the recipe asks for and this model cannot have."""
+    notes, outer = [], (sites.embedding, sites.head)
+    if sites.architecture.walked:
+        notes.append(
+            f"{sites.architecture.family!r} has no row: inputs turn at run time, keys are not centred, inputs have no "
+            "diagonal, and GPTQ aims at each linear's own outputs"
+        )
+        if not schemes.attentions and (recipe.keys or recipe.values):
+            notes.append("keys and values stay as they are: no attention of this model lets Paley's take its place")
+    elif recipe.diagonal and any(site.experts for site in sites.weights):
+        notes.append("experts have no diagonal, and GPTQ aims at each expert's own outputs")
+    notes += [f"{site.name}: stays unquantized: {site.fixed}" for site in outer if site.fixed]
+    if sites.kept:
+        reasons = Counter(sites.kept.values())
+        told = ", ".join(f"{count} that {why}" if count > 1 else f"one that {why}" for why, count in reasons.items())
+        notes.append(f"linears that stay unquantized: {told} ({summed_up(list(sites.kept))})")
+    return notes
 
 
 def under_plan(source: Source, plan: Plan) -> Problem:
@@ -124,6 +146,10 @@ def _turning(sites: Sites, recipe: Recipe) -> Turning:
         raise PaleyError(
             f"expand and expand_mlp need a folded rotation, which this family forbids: {why}; set them to 0"
         )
+    if recipe.expand and sites.architecture.heads_follow:
+        raise PaleyError(
+            "expand: norms of this family's heads are as wide as its stream, which cannot grow", remedy="set it to 0"
+        )
     foldable = recipe.rotate != "auto" or sites.architecture.why_stream_is_fixed() is None
     return decide_turning(
         sites, recipe.rotation if foldable else "online", block=recipe.hadamard, seed=recipe.seed, expand=recipe.expand,
@@ -139,19 +165,25 @@ def _schemes(sites: Sites, recipe: Recipe, turning: Turning) -> Schemes:
     width = None if stream is None else stream.out_dim
     _check_pair(sites, recipe)
     linears = {
-        site.name: _linear_scheme(recipe, site, turning, sites.shape_in(site, width)[1]) for site in sites.weights
+        site.name: _linear_scheme(recipe, site, turning, sites.shape_in(site, width)[1], sites.architecture.walked)
+        for site in sites.weights
     }
-    heads = turning.rotation.heads if turning.rotation is not None else None
-    # Folded, values are rotated inside the weights (R2).
-    attentions = {
-        site.module: recipe.attention_scheme(site.module, heads, rotate_values=heads is not None and stream is None)
-        for site in sites.of("keys")
-    }
+    attentions = {}
+    for keys, values in zip(sites.of("keys"), sites.of("values"), strict=True):
+        heads = turning.heads(keys)
+        # Folded, values are rotated inside the weights (R2).
+        alike = heads is not None and stream is None and values.shape[1] == keys.shape[1]
+        attentions[keys.module] = recipe.attention_scheme(keys.module, heads, rotate_values=alike)
     return Schemes(linears, attentions)
 
 
 def _centered(source: Source, schemes: Schemes) -> tuple[Schemes, list[str]]:
     """The schemes with what the model's keys can be centred by; and a note, if that is less than was asked for."""
+    if source.sites.architecture.walked:
+        plain = {
+            name: replace(scheme, center_keys=False, balance_keys=False) for name, scheme in schemes.attentions.items()
+        }
+        return Schemes(schemes.linears, plain), []
     follows, attentions = rope_follows_length(source.config), {}
     for site in source.sites.of("keys"):
         scheme = schemes.attentions[site.module]
@@ -167,9 +199,13 @@ def _centered(source: Source, schemes: Schemes) -> tuple[Schemes, list[str]]:
     return Schemes(schemes.linears, attentions), notes if follows and asked & {"mean", "bias"} else []
 
 
-def _linear_scheme(recipe: Recipe, site: Site, turning: Turning, in_features: int) -> LinearScheme:
+def _linear_scheme(
+    recipe: Recipe, site: Site, turning: Turning, in_features: int, walked: bool
+) -> LinearScheme:  # fmt: skip
     """What the recipe asks of a weight. A row that turns in blocks has a scale for each unless the recipe says so."""
-    scheme = recipe.linear_scheme(site.name, site.kind)
+    if site.fixed:
+        return LinearScheme()
+    scheme = _of_experts(recipe.linear_scheme(site.name, site.kind), site)
     rounds = scheme.weight is not None or scheme.input is not None
     transform = turning.of(site, in_features)
     in_blocks = transform is not None and not turning.is_whole(site)
@@ -177,13 +213,25 @@ def _linear_scheme(recipe: Recipe, site: Site, turning: Turning, in_features: in
         transform = None
     scheme = replace(scheme, transform=transform)
     scheme = recipe.linear_scheme(site.name, site.kind, transform, scheme.stored_width(in_features))
-    if site.kind == "linear" and transform is not None and recipe.wants_diagonal(scheme):
+    scheme = _of_experts(scheme, site)
+    if (
+        site.kind == "linear"
+        and not site.experts
+        and not walked
+        and transform is not None
+        and recipe.wants_diagonal(scheme)
+    ):
         scheme = replace(scheme, diagonal=True)
     if in_blocks and transform is not None and scheme.weight is not None and scheme.weight.group_size is None:
         scheme = replace(scheme, weight=replace(scheme.weight, group_size=transform.order))
     if site.kind == "embedding" and scheme.weight is not None:
         scheme = replace(scheme, weight=_by_itself(scheme.weight))
     return scheme
+
+
+def _of_experts(scheme: LinearScheme, site: Site) -> LinearScheme:
+    """A stack of experts has no outliers: each expert would have others."""
+    return replace(scheme, outliers=0) if site.experts else scheme
 
 
 def _by_itself(weight: WeightScheme) -> WeightScheme:
@@ -197,7 +245,7 @@ def _check_pair(sites: Sites, recipe: Recipe) -> None:
         return
     head = recipe.linear_scheme(sites.head.name, "head").weight
     embedding = recipe.linear_scheme(sites.embedding.name, "embedding").weight
-    if head is None:
+    if head is None or sites.embedding.fixed:
         return
     if embedding is None:
         raise PaleyError(
@@ -294,7 +342,9 @@ def _check_transforms(problem: Problem) -> None:
                 f"plan: {site.name} has a transform of {scheme.transform.in_dim} values, but in the plan's rotation it "
                 f"reads {width}; the two must agree"
             )
-    heads = problem.sites.of("keys")[0].shape[1]
-    for name, scheme in problem.schemes.attentions.items():
+    for site in problem.sites.of("keys"):
+        scheme, heads = problem.schemes.attentions[site.module], site.shape[1]
         if scheme.transform is not None and scheme.transform.in_dim != heads:
-            raise PaleyError(f"plan: {name} has a transform of {scheme.transform.in_dim} values, but heads of {heads}")
+            raise PaleyError(
+                f"plan: {site.module} has a transform of {scheme.transform.in_dim} values, but heads of {heads}"
+            )

@@ -229,7 +229,7 @@ def _make(
         original_bytes=source.checkpoint.nbytes,
         untouched=untouched(stored, problem),
         evaluation=measured,
-        layers={r.name: LayerResult(r.rel_error) for r in reports},
+        layers={r.name: LayerResult(r.rel_error, r.experts or None) for r in reports},
     )
     write_atomic(run.checkpoint / "README.md", model_card(results, plan, str(problem.dtype).removeprefix("torch.")))
     results.save(run.checkpoint / RESULTS)

@@ -17,10 +17,10 @@ from paley.eval.sampling import sample_documents
 from paley.format.journal import open_journal
 from paley.methods.sensitivity import AGREEMENT, LEVELS, Delta, measure_slopes, noise_levels
 from paley.model.adapter import Adapter
-from paley.model.capture import BlockRunner
 from paley.model.fold import fold_norms_
 from paley.model.loading import Source, check_seq_len, open_source
 from paley.model.problem import Problem
+from paley.model.replay import runner_of
 from paley.model.sensitivity import KINDS, NoiseProbe, noise_kind
 from paley.model.trials import Metric
 from paley.pipeline.monitor import Monitor
@@ -95,7 +95,7 @@ def measure_on(
     adapter = Adapter(source.load(device=device))
     if fold:
         fold_norms_(adapter)
-    runner, ids = BlockRunner(adapter), blocks.ids.to(device)
+    runner, ids = runner_of(adapter), blocks.ids.to(device)
     probe = NoiseProbe(runner, ids, metric=metric, kinds=kinds, rotated=fold, seed=seed)
     settings = {
         "fingerprint": source.fingerprint, "metric": metric, "sha256": blocks.sha256, "folded": fold,

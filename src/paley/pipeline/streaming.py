@@ -7,6 +7,7 @@ them, and a killed run loses those at work.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import signal
 from collections.abc import Iterator
@@ -19,13 +20,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from paley.arch import Site
 from paley.core.errors import PaleyError, Setting
+from paley.core.rounding import joined
 from paley.core.schemes import LinearScheme
 from paley.core.transforms import Transform
 from paley.format import spec
 from paley.format.checkpoint import Checkpoint, read_tensors
 from paley.format.dtypes import cast_to_store
-from paley.format.header import TensorInfo, read_metadata
+from paley.format.header import TensorInfo, parts_of, read_metadata
 from paley.format.writer import ShardWriter, write_tensors
 from paley.methods.nearest import quantize_turned
 from paley.model.calibrate import LayerReport
@@ -43,21 +46,38 @@ _SHARD = 2**28  # bytes; a shard is in memory while it fills
 
 @dataclass(frozen=True)
 class TensorJob:
-    """One weight: where it is read, what is done to it, and the file that its codes go to."""
+    """One weight: where it is read, what is done to it, and the file that its codes go to; of a stack all experts."""
 
     name: str
     weight: TensorInfo
     scheme: LinearScheme
     file: Path
+    experts: int = 0
+    transposed: bool = False
 
 
 def quantize_tensor(job: TensorJob) -> LayerReport:
     """Reads, rotates, rounds and writes one weight; the file appears whole or not at all."""
     scheme, transform = job.scheme.weight, job.scheme.transform
     assert scheme is not None
-    q, rel_error = quantize_turned(job.weight.read(), scheme, transform, job.name)
-    write_tensors(job.file, spec.encode_linear(job.name, q), {"rel_error": repr(rel_error)})
-    return LayerReport(job.name, rel_error, None)
+    parts, errors, norms = [], [], []
+    for weight in _matrices(job):
+        q, error = quantize_turned(weight, scheme, transform, job.name)
+        parts.append(q)
+        errors.append(error)
+        norms.append(float(torch.linalg.vector_norm(weight.float())) ** 2 if job.experts else 1.0)
+    total = sum(norms)
+    rel_error = sum(e * n for e, n in zip(errors, norms, strict=True)) / total if total else sum(errors)
+    experts = errors if job.experts else []
+    told = {"rel_error": repr(rel_error), "experts": json.dumps(experts)}
+    write_tensors(job.file, spec.encode_linear(job.name, joined(parts)), told)
+    return LayerReport(job.name, rel_error, None, tuple(experts))
+
+
+def _matrices(job: TensorJob) -> Iterator[Tensor]:
+    """The matrix [out, in], or that of one expert after the other."""
+    for part in parts_of(job.weight) if job.experts else [job.weight.read()]:
+        yield part.mT if job.transposed else part
 
 
 def stream_checkpoint(problem: Problem, run: RunDirectory, monitor: Monitor, workers: int = 1) -> list[LayerReport]:
@@ -65,7 +85,12 @@ def stream_checkpoint(problem: Problem, run: RunDirectory, monitor: Monitor, wor
     source = problem.source
     jobs = [
         TensorJob(
-            site.name, source.checkpoint.info(site.name + spec.WEIGHT), scheme, run.stage_file("final", site.name)
+            site.name,
+            source.checkpoint.info(site.tensor),
+            scheme,
+            run.stage_file("final", site.name),
+            site.experts,
+            site.transposed,
         )
         for site, scheme in problem.weights()
         if scheme.weight is not None
@@ -146,23 +171,31 @@ def _one_thread() -> Iterator[None]:
 
 
 def _finished(job: TensorJob) -> LayerReport:
-    return LayerReport(job.name, float(read_metadata(job.file)["rel_error"]), None)
+    told = read_metadata(job.file)
+    return LayerReport(job.name, float(told["rel_error"]), None, tuple(json.loads(told["experts"])))
 
 
 def _tensors(problem: Problem, files: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of the new checkpoint, one in memory at a time: codes from their files, the rest as it was."""
     source, linears = problem.source, problem.schemes.linears
+    held, wanted = {site.tensor: site for site in source.sites.weights}, source.skeleton.state_dict().keys()
     for name in source.checkpoint.names:
-        layer = name.removesuffix(spec.WEIGHT)
-        if name.endswith(spec.WEIGHT) and layer in files:
-            yield from read_tensors(files[layer]).items()
-        elif not is_ignored(name, source.skeleton):
+        site = held.get(name)
+        if site is not None and site.name in files:
+            yield from read_tensors(files[site.name]).items()
+        elif name in wanted or not is_ignored(name, source.skeleton):
             tensor = source.checkpoint.tensor(name)
-            if name.endswith(spec.WEIGHT) and layer in linears:
-                tensor = _rotated(tensor, linears[layer].transform)
+            if site is not None and linears[site.name] != LinearScheme():
+                name, tensor = site.name + spec.WEIGHT, _as_rows(tensor, site)
+                tensor = _rotated(tensor, linears[site.name].transform)
             yield name, cast_to_store(name, tensor, problem.dtype)
     for name, info in problem.carried.items():
         yield name, info.read()
+
+
+def _as_rows(tensor: Tensor, site: Site) -> Tensor:
+    """What the original holds of a weight -> [rows, columns]."""
+    return (tensor.mT if site.transposed else tensor).reshape(site.shape)
 
 
 def _rotated(weight: Tensor, transform: Transform | None) -> Tensor:
@@ -179,6 +212,8 @@ def _check_stored(folder: Path, problem: Problem, files: dict[str, Path]) -> Non
     for site, scheme in problem.weights():
         rows, columns = problem.shape(site)
         expected = spec.expected_tensors(site.name, scheme, scheme.stored_width(columns), rows)
+        if scheme == LinearScheme():
+            expected = {site.tensor: (None, problem.source.checkpoint.shape(site.tensor))}
         made = read_tensors(files[site.name]) if site.name in files else {}
         for name, (dtype, shape) in expected.items():
             info = stored.info(name)
