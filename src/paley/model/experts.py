@@ -40,7 +40,7 @@ def use_experts_(model: PreTrainedModel) -> None:
         if is_experts(module) and any(isinstance(part, QuantExperts) for part in module.children()):
             config: Any = module.config
             config._experts_implementation = NAME
-            if ALL_EXPERTS_FUNCTIONS.get_interface(config._experts_implementation, None) is not experts_forward:
+            if ALL_EXPERTS_FUNCTIONS.get(config._experts_implementation) is not experts_forward:
                 raise PaleyError(f"{name}: transformers does not let the experts of this model be replaced")
 
 

@@ -151,10 +151,11 @@ def _in_weight(adapter: Adapter, site: Site, rows: int, noisy: Noisy) -> Iterato
 
 
 def _write(module: Any, weight: Tensor) -> None:
-    if isinstance(module, nn.Module):
-        module.weight.data.copy_(weight)
-    else:  # what is seen there is no module: a stack, or a turned one
+    if hasattr(module, "weight") and not isinstance(module, nn.Module):  # a stack, or a turned one
         module.weight = weight
+        return
+    own: Any = module.weight
+    own.data.copy_(weight)
 
 
 @contextmanager
