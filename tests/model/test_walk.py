@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from every_type import save_type, tiny_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from every_type import save_type, tiny_model
 from paley.core.errors import PaleyError
 from paley.model.loading import open_source
 from paley.model.walk import sites_of
