@@ -78,11 +78,11 @@ class Plan:
     map_scale: float = 1.0
 
     def bits(self, width: int) -> float:
-        """Bits of memory for each weight of rows so wide, without padding of the rows to 16."""
-        source = _Source(16, width, self.group, self.segment, KINDS.index(self.kind), self.fine, self.p, points=1)
+        """Bits of memory for each weight of 4096 rows so wide: few rows would count the table, which is small beside a layer."""
+        source = _Source(4096, width, self.group, self.segment, KINDS.index(self.kind), self.fine, self.p, points=1)
         size = ctypes.c_int64()
         native.call(native.load().paley_matrix_bytes, ctypes.byref(source), ctypes.byref(size))
-        return 8 * size.value / (16 * width)
+        return 8 * size.value / (4096 * width)
 
     @property
     def shared(self) -> Hashable:
