@@ -78,7 +78,7 @@ class Plan:
     map_scale: float = 1.0
 
     def bits(self, width: int) -> float:
-        """Bits of memory for each weight of 4096 rows so wide: few rows would count the table, which is small beside a layer."""
+        """Bits of memory for each weight of 4096 rows so wide, whose table is small beside them."""
         source = _Source(4096, width, self.group, self.segment, KINDS.index(self.kind), self.fine, self.p, points=1)
         size = ctypes.c_int64()
         native.call(native.load().paley_matrix_bytes, ctypes.byref(source), ctypes.byref(size))
