@@ -58,6 +58,25 @@ def test_bytes_that_are_no_character_do_not_hold_the_text_back(tiny_tokenizer):
     assert pieces(tiny_tokenizer, [broken])[-1] == "\ufffd"
 
 
+def test_a_text_that_goes_on_keeps_its_first_space(sentencepiece_like):
+    ids = sentencepiece_like("a b a")["input_ids"]
+    text = Detokenizer(sentencepiece_like, ids[:1])
+    assert [text.add(token) for token in ids[1:]] == [" b", " a"]
+    assert pieces(sentencepiece_like, ids[1:])[:2] == ["b", " a"]  # one of its own
+    lone = sentencepiece_like.convert_tokens_to_ids(["\u2581", "\u2581a"])
+    assert "".join(pieces(sentencepiece_like, lone)) == sentencepiece_like.decode(lone) == " a"
+
+
+@pytest.mark.parametrize("special", [8, 9, 30])
+def test_a_character_after_many_special_tokens_is_whole(tiny_tokenizer, special):
+    ids = tiny_tokenizer("世👋")["input_ids"]
+    assert "".join(pieces(tiny_tokenizer, [3] * special + ids)) == "世👋"
+    assert "".join(pieces(tiny_tokenizer, [ids[0], *[3] * 3, *ids[1:]])) == "世👋"
+    text = Detokenizer(tiny_tokenizer)
+    assert [text.add(3) for _ in range(special)] == [""] * special
+    assert text.finish() == ""
+
+
 def test_special_tokens_have_no_text(tiny_tokenizer):
     ids = tiny_tokenizer("ab")["input_ids"]
     assert pieces(tiny_tokenizer, [1, ids[0], 3, ids[1], 2]) == ["", "a", "", "b", "", ""]

@@ -85,6 +85,8 @@ def test_presence_and_frequency_count_the_answer_alone():
         ({"top_p": 0.0}, "top_p=0.0: must be above 0 and at most 1"),
         ({"min_p": 1.5}, "min_p=1.5: must be 0 or more and at most 1"),
         ({"top_k": -1}, "top_k=-1: must be 0 or more"),
+        ({"top_k": 10**400}, "top_k=10+: must be 0 or more"),
+        ({"temperature": math.inf}, "temperature=inf: must be"),
         ({"repetition_penalty": 0.0}, "repetition_penalty=0.0: must be above 0"),
         ({"seed": 2**63}, "seed=9223372036854775808: must be"),
     ],
@@ -94,9 +96,12 @@ def test_settings_out_of_range_are_refused(settings, complaint):
         Sampling(**settings)
 
 
-def test_logits_that_are_none_are_refused():
+@pytest.mark.parametrize("logits", [[1.0, math.nan], [1.0, math.inf], [math.inf, -math.inf], [-math.inf, -math.inf]])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_none_are_refused(logits, temperature):
     with pytest.raises(PaleyError, match="NaN or infinite"):
-        Sampler(Sampling(), ()).choose(torch.tensor([1.0, math.nan]))
+        Sampler(Sampling(temperature=temperature), ()).choose(torch.tensor(logits))
+    assert Sampler(Sampling(temperature=temperature), ()).choose(torch.tensor([-math.inf, 1.0])) == 1
 
 
 def test_log_probabilities_are_the_models_own():

@@ -35,11 +35,13 @@ class Continuation:
     context: one that has read the beginning of the prompt, but not its last token; else a new one.
     finish: "stop" after a token that ends texts or a stop string, "length" after max_new_tokens.
     logprobs: how many of the most likely tokens `drawn` tells of beside the one drawn; None: no chances at all.
+    continues: whether the text goes on from the prompt's, and keeps its first space; an answer in a chat does not.
     """
 
     def __init__(
         self, model: TextModel, prompt: Sequence[int], *, sampling: Sampling, max_new_tokens: int,
         stop: Sequence[str] = (), logprobs: int | None = None, context: Context | None = None,
+        continues: bool = False,
     ):  # fmt: skip
         self._sampler, self._stops = Sampler(sampling, prompt), StopFinder(stop)
         self.prompt_tokens, self.ids = len(prompt), list(prompt)
@@ -49,11 +51,7 @@ class Continuation:
         self.drawn: list[Drawn] = []
         self.began, self.first, self.last = time.perf_counter(), 0.0, 0.0
         self._ends, self._most, self._logprobs = model.ends, max_new_tokens, logprobs
-        self._sampler, self._text, self._stops = (
-            Sampler(sampling, prompt),
-            Detokenizer(model.tokenizer),
-            StopFinder(stop),
-        )
+        self._text = Detokenizer(model.tokenizer, prompt if continues else ())
 
     @property
     def pending(self) -> list[int]:

@@ -13,6 +13,7 @@ __all__ = ["Detokenizer", "StopFinder"]
 
 _BROKEN = "\ufffd"  # what decoders give for bytes that are no character, or not yet
 _PATIENCE = 8  # tokens; a character has at most four bytes, so more are broken for good
+_CONTEXT = 8  # tokens before a text that are enough to tell what its first one is
 
 
 class Detokenizer:
@@ -20,18 +21,24 @@ class Detokenizer:
 
     A decoder may strip the space of a text's first token and joins the bytes of several tokens. So each text is the
     difference between decoding some tokens before it with and without the new ones.
+
+    before: the tokens that the text goes on from, so that its first space is kept; none for a text of its own.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, before: Sequence[int] = ()):
         self._tokenizer = tokenizer
-        self._before: list[int] = []  # given, and the context of what follows
+        self._before = list(before[-_CONTEXT:])  # given, and the context of what follows
         self._held: list[int] = []
+        self._broken = 0  # tokens since the text ends in half a character
 
     def add(self, token: int) -> str:
         """-> the text that is certain now, often empty."""
         self._held.append(token)
         text = self._text()
-        return self._give(text) if len(self._held) > _PATIENCE or not text.endswith(_BROKEN) else ""
+        self._broken = self._broken + 1 if text.endswith(_BROKEN) else 0
+        if not text and self._is_special(token):
+            self._held.pop()
+        return "" if 0 < self._broken <= _PATIENCE else self._give(text)
 
     def finish(self) -> str:
         """-> the text of all tokens that are held back."""
@@ -42,9 +49,14 @@ class Detokenizer:
         return whole[len(self._decode(self._before)) :]
 
     def _give(self, text: str) -> str:
-        if text:  # special tokens have none, and are no context
-            self._before, self._held = self._held, []
+        if text:
+            self._before, self._held, self._broken = self._held, [], 0
         return text
+
+    def _is_special(self, token: int) -> bool:
+        """Whether it has a text only where special tokens are shown."""
+        shown = self._tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return bool(shown) and not self._decode([token])
 
     def _decode(self, ids: list[int]) -> str:
         return cast(str, self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -85,7 +85,7 @@ def generate(
         ids = prompt_ids(model.tokenizer, prompt)
     check_tokens(model, ids)
     check_room(model.decoder, len(ids), max_new_tokens)
-    text = Continuation(model, ids, sampling=sampling, max_new_tokens=max_new_tokens, stop=stop)
+    text = Continuation(model, ids, sampling=sampling, max_new_tokens=max_new_tokens, stop=stop, continues=not chat)
     try:
         return run(model, text, write)
     finally:

@@ -55,7 +55,7 @@ class Sampling:
         for each in fields(self):
             value, (least, most) = getattr(self, each.name), _RANGES[each.name]
             above = each.name in _ABOVE
-            if not (math.isfinite(value) and (least < value if above else least <= value) and value <= most):
+            if not ((least < value if above else least <= value) and value <= most):  # false for NaN
                 raise PaleyError(
                     Setting(each.name, value), f": must be {f'above {least:g}' if above else f'{least:g} or more'}",
                     *([f" and at most {most:g}"] if most < 2**31 else []),
@@ -73,7 +73,7 @@ class Sampler:
 
     def choose(self, logits: Tensor) -> int:
         """logits float32 [vocabulary] on the CPU -> a token, which counts as drawn from now on."""
-        if not bool(logits.isfinite().any()) or bool(logits.isnan().any()):
+        if not math.isfinite(logits.max()):  # NaN if one is; -inf forbids a token, but not all
             raise PaleyError(
                 "the model's logits are NaN or infinite",
                 remedy="`paley verify` tells whether its files are damaged; float16 overflows where float32 does not",
