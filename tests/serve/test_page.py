@@ -61,6 +61,19 @@ def test_stop_keeps_what_came(page, serve):
     assert server.scheduler.load == (0, 0)
 
 
+def test_a_new_chat_while_an_answer_comes(page, serve):
+    server = serve(lambda ids: 38, seconds=0.05)
+    page.goto(server.url)
+    for text, seen in (("before it begins", ""), ("as it goes on", "CCC")):
+        say(page, text)
+        if seen:
+            page.locator(".assistant span", has_text=seen).wait_for()
+        page.get_by_role("button", name="New chat").click()
+        page.locator("#send:enabled").wait_for()
+        assert page.locator(".message").count() == 0
+        assert page.evaluate("[messages.length, running, $('status').textContent]") == [0, None, ""]
+
+
 def test_settings_reach_the_model_and_errors_are_shown(page, serve):
     server = serve("yes", limit=100)
     page.goto(server.url)
