@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import http.client
 import json
 import os
@@ -15,8 +17,12 @@ from urllib.parse import urlsplit
 import pytest
 
 from paley.core.errors import PaleyError
+from paley.pipeline.detokenizing import Detokenizer
+from paley.pipeline.sampling import Sampling
 from paley.serve import Limits, create_app
 from paley.serve.run import listen, run
+from paley.serve.scheduler import Busy, Job, Scheduler
+from paley.serve.shapes import Shape
 from scripted_decoder import scripted_model
 
 CHAT = "/v1/chat/completions"
@@ -99,6 +105,104 @@ def test_a_full_queue_says_when_to_come_again(serve):
     (_, body, headers) = next(entry for entry in found if entry[0] == 429)
     assert body["error"]["code"] == "queue_full"
     assert 1 <= int(headers["Retry-After"]) <= 60
+
+
+def test_more_answers_than_ever_fit_are_refused_before_a_prompt_is_read(serve, monkeypatch):
+    server = serve(limits=Limits(slots=1, queue=2))
+    read = []
+    monkeypatch.setattr("paley.serve.app.prompt_ids", lambda *args: read.append(args))
+    monkeypatch.setattr("paley.serve.app.chat_ids", lambda *args: read.append(args))
+    status, found, _ = post(server.url, "/v1/completions", asking(["a>", "b>"], n=2))  # type: ignore[arg-type]
+    assert (status, found["error"]["type"]) == (400, "invalid_request_error")
+    assert "are 4, and can never be more than 3" in found["error"]["message"]
+    status, _, _ = post(server.url, CHAT, {"model": "scripted", "messages": [{"role": "user", "content": "a"}], "n": 4})
+    assert status == 400
+    status, found, _ = post(serve().url, "/v1/completions", asking(["a>"] * 17))  # type: ignore[arg-type]
+    assert (status, "can never be more than 16" in found["error"]["message"]) == (400, True)
+    assert read == []
+
+
+def test_a_decoder_that_has_ended_is_no_full_queue(serve):
+    server = serve()
+    server.scheduler.stop()
+    status, found, headers = post(server.url, "/v1/completions", asking("a>"))
+    assert (status, found["error"]["type"], found["error"]["code"]) == (503, "server_error", None)
+    assert found["error"]["message"] == "the server is stopping"
+    assert "Retry-After" not in headers
+
+
+def test_a_decoder_that_crashed_says_so(serve, monkeypatch):
+    server = serve()
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    monkeypatch.setattr(server.scheduler, "_round", lambda: 1 / 0)
+    assert post(server.url, "/v1/completions", asking("a>"))[0] == 500
+    status, found, _ = post(server.url, "/v1/completions", asking("a>"))
+    assert (status, "has ended" in found["error"]["message"]) == (503, True)
+
+
+def test_jobs_that_enter_are_counted(tiny_tokenizer, monkeypatch):
+    """While a slot is being filled, its job is neither in the queue nor running."""
+    model, _ = scripted_model(tiny_tokenizer, lambda ids: 70)
+    scheduler = Scheduler(model, slots=1, waiting=0)
+    inside, go = threading.Event(), threading.Event()
+    take = scheduler._pool.take
+    monkeypatch.setattr(scheduler._pool, "take", lambda ids: (inside.set(), go.wait(10), take(ids))[2])
+    jobs = [Job([5], Sampling(), 10**6, lambda event: None) for _ in range(2)]
+    scheduler.start()
+    try:
+        scheduler.submit(jobs[:1])
+        assert inside.wait(10)
+        assert scheduler.load == (1, 0)
+        with pytest.raises(Busy):
+            scheduler.submit(jobs[1:])
+    finally:
+        go.set()
+        scheduler.stop()
+
+
+def test_a_bug_is_a_counted_logged_500_in_openais_form(serve, monkeypatch, caplog):
+    def fail(*_: object) -> None:
+        raise OverflowError("secret")
+
+    url = serve().url
+    monkeypatch.setattr("paley.serve.app.prompt_ids", fail)
+    status, found, _ = post(url, "/v1/completions", asking("a>"))
+    assert (status, found["error"]["type"]) == (500, "server_error")
+    assert found["error"].keys() == {"message", "type", "param", "code"}
+    assert "OverflowError" in found["error"]["message"]
+    assert "secret" not in found["error"]["message"]
+    assert "secret" in caplog.text
+    assert 'paley_requests_total{path="/v1/completions",status="500"} 1.0' in get(url, "/metrics")[1]
+    status, found, _ = post(url, "/v1/completions", asking("a>", top_k=10**400))
+    assert (status, found["error"]["param"]) == (400, "top_k")
+
+
+def test_logprobs_are_decoded_beside_the_event_loop(serve, monkeypatch):
+    on_loop, token = [], Shape._token
+
+    def noted(shape: Shape, number: int) -> str:
+        with contextlib.suppress(RuntimeError):
+            on_loop.append(asyncio.get_running_loop())
+        return token(shape, number)
+
+    monkeypatch.setattr(Shape, "_token", noted)
+    status, found, _ = post(serve().url, "/v1/completions", asking("a>", logprobs=5))
+    assert (status, found["choices"][0]["logprobs"]["tokens"][:3]) == (200, ["y", "e", "s"])
+    assert on_loop == []
+
+
+def test_a_completion_keeps_its_first_space_and_a_chat_does_not(serve, monkeypatch):
+    begun = []
+    begin = Detokenizer.__init__
+    monkeypatch.setattr(
+        Detokenizer,
+        "__init__",
+        lambda self, tokenizer, before=(): (begun.append(len(before)), begin(self, tokenizer, before))[1],
+    )
+    url = serve().url
+    assert post(url, "/v1/completions", asking("ab>"))[0] == 200
+    assert post(url, CHAT, {"model": "scripted", "messages": [{"role": "user", "content": "a"}]})[0] == 200
+    assert begun == [3, 0]
 
 
 def until(condition, seconds: float = 10) -> bool:

@@ -11,11 +11,20 @@ from typing import Any
 from starlette.requests import Request
 
 from paley.core.errors import PaleyError
-from paley.serve.protocol import MAX_CHOICES, ApiError, Common
-from paley.serve.scheduler import Busy, Event, Job, Scheduler
+from paley.serve.protocol import MAX_CHOICES, ApiError, Common, CompletionRequest
+from paley.serve.scheduler import Busy, Event, Job, Scheduler, Stopped
 from paley.serve.shapes import Choice, Shape, usage
 
-__all__ = ["Answering", "check_prompt"]
+__all__ = ["Answering", "check_choices", "check_prompt"]
+
+
+def check_choices(scheduler: Scheduler, prompts: int, n: int) -> None:
+    """Raises for more answers than one request may have, or than ever fit; needs no tokens yet."""
+    if not prompts:
+        raise ApiError(400, "prompt: is an empty list", param="prompt")
+    most, why = min((MAX_CHOICES, ""), (scheduler.capacity, ", which is all that this server holds at once"))
+    if prompts * n > most:
+        raise ApiError(400, f"prompts times n are {prompts * n}, and can never be more than {most}{why}", param="n")
 
 
 def check_prompt(scheduler: Scheduler, ids: list[int], wanted: int | None, longest: int | None) -> int:
@@ -56,10 +65,8 @@ class Answering:
     ended: Callable[[Job], None]
 
     def submit(self) -> None:
-        """Queues the jobs; raises ApiError for bad settings, and 429 if the queue is full."""
+        """Queues the jobs; raises ApiError for bad settings, 429 if the queue is full, 503 if nothing works on it."""
         loop, choices = asyncio.get_running_loop(), self.body.n or 1
-        if choices * len(self.prompts) > MAX_CHOICES:
-            raise ApiError(400, f"prompts times n are more than {MAX_CHOICES}", param="n")
         self.events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self.jobs: list[Job] = []
         try:
@@ -69,7 +76,7 @@ class Answering:
                     self.jobs.append(
                         Job(
                             prompt, self.body.sampling(choice, self.seed), most, self._teller(loop, place),
-                            self.body.stops, self.chances,
+                            self.body.stops, self.chances, continues=isinstance(self.body, CompletionRequest),
                         )
                     )  # fmt: skip
         except PaleyError as error:
@@ -82,6 +89,8 @@ class Answering:
             raise ApiError(
                 429, str(busy), kind="rate_limit_error", code="queue_full", headers={"Retry-After": str(busy.seconds)}
             ) from None
+        except Stopped as stopped:
+            raise _server_error(stopped) from None
 
     def _teller(self, loop: asyncio.AbstractEventLoop, place: int) -> Callable[[Event], None]:
         return lambda event: loop.call_soon_threadsafe(self.events.put_nowait, (place, event)) and None
@@ -100,7 +109,8 @@ class Answering:
             gone.cancel()
             collecting.cancel()
             self._finish()
-        return self.shape.whole(choices, usage(self.jobs, len(self.prompts)))
+        counts = usage(self.jobs, len(self.prompts))
+        return await asyncio.to_thread(self.shape.whole, choices, counts)  # which decodes each token of logprobs
 
     async def _collect(self, choices: list[Choice]) -> None:
         async for place, event in self._all():
@@ -155,7 +165,7 @@ async def _disconnected(request: Request) -> None:
 def _server_error(error: Exception) -> ApiError:
     """What the model could not do; the message of a bug stays in the log."""
     if isinstance(error, PaleyError):
-        return ApiError(503 if "stopping" in str(error) else 500, str(error), kind="server_error")
+        return ApiError(503 if isinstance(error, Stopped) else 500, str(error), kind="server_error")
     return ApiError(500, f"the model failed ({type(error).__name__}); the server's log has more", kind="server_error")
 
 

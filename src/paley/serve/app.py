@@ -19,7 +19,7 @@ from paley.core.errors import PaleyError, nearest_name
 from paley.pipeline.conversation import chat_ids
 from paley.pipeline.generate import prompt_ids
 from paley.pipeline.opening import TextModel
-from paley.serve.answering import Answering, check_prompt
+from paley.serve.answering import Answering, check_choices, check_prompt
 from paley.serve.guard import Guard
 from paley.serve.metrics import Metrics
 from paley.serve.page import PAGE, POLICY
@@ -94,7 +94,9 @@ def create_app(models: Mapping[str, TextModel], *, api_key: str | None = None, l
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request, body: ChatRequest) -> Any:
-        model = scheduler_of(body.model).model
+        scheduler = scheduler_of(body.model)
+        model = scheduler.model
+        check_choices(scheduler, 1, body.n or 1)
         messages = [message.plain() for message in body.messages]
         try:
             ids = await asyncio.to_thread(chat_ids, model.tokenizer, messages)
@@ -105,7 +107,9 @@ def create_app(models: Mapping[str, TextModel], *, api_key: str | None = None, l
 
     @app.post("/v1/completions")
     async def complete(request: Request, body: CompletionRequest) -> Any:
-        model = scheduler_of(body.model).model
+        scheduler = scheduler_of(body.model)
+        model = scheduler.model
+        check_choices(scheduler, len(body.prompts), body.n or 1)
         try:
             prompts = [
                 await asyncio.to_thread(prompt_ids, model.tokenizer, prompt) if isinstance(prompt, str) else prompt
@@ -113,8 +117,6 @@ def create_app(models: Mapping[str, TextModel], *, api_key: str | None = None, l
             ]
         except PaleyError as error:
             raise ApiError(400, str(error), param="prompt") from None
-        if not prompts:
-            raise ApiError(400, "prompt: is an empty list", param="prompt")
         shape = CompletionShape(body.model, model.tokenizer, body.chances)
         return await answer(request, body, shape, prompts, body.most, body.chances)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import logging
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -11,6 +12,7 @@ from paley.serve.protocol import ApiError
 
 __all__ = ["Guard"]
 
+_LOG = logging.getLogger(__name__)
 _OPEN = {"/", "/health"}  # without a key
 _PATHS = {"/", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions"}
 
@@ -31,9 +33,12 @@ class Guard:
             return
         path = scope["path"] if scope["path"] in _PATHS else "other"
         refused: list[ApiError] = []
+        started = False
 
         async def counted(message: Any) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 self._count.labels(path, str(message["status"])).inc()
             await send(message)
 
@@ -46,6 +51,13 @@ class Guard:
             await self._app(scope, self._limited(receive, refused), unless_refused)
         except ApiError as error:
             refused.append(error)
+        except Exception as error:  # a bug
+            if started:
+                raise
+            if not refused:
+                _LOG.exception("a request to %s failed", path)
+                message = f"the server failed ({type(error).__name__}); its log has more"
+                refused.append(ApiError(500, message, kind="server_error"))
         if refused:
             error = refused[0]
             await JSONResponse(error.body, error.status, headers=error.headers)(scope, receive, counted)

@@ -53,7 +53,7 @@ class Common(BaseModel):
     top_p: float | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    top_k: int | None = None
+    top_k: Annotated[int, Field(ge=0, le=2**31)] | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
 

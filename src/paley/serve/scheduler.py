@@ -18,7 +18,7 @@ from paley.pipeline.continuation import ContextPool, Continuation, Drawn
 from paley.pipeline.opening import TextModel
 from paley.pipeline.sampling import Sampling
 
-__all__ = ["Busy", "Event", "Job", "Scheduler"]
+__all__ = ["Busy", "Event", "Job", "Scheduler", "Stopped"]
 
 _LOG = logging.getLogger(__name__)
 _PROMPT_TOKENS = 256  # of all prompts together in one round, or one piece
@@ -30,6 +30,10 @@ class Busy(Exception):  # noqa: N818  not an error of anybody
     def __init__(self, seconds: int):
         super().__init__(f"the queue is full; try again in {seconds} s")
         self.seconds = seconds
+
+
+class Stopped(PaleyError):  # noqa: N818  as Busy
+    """The scheduler works no more: the server is stopping, or its thread has failed."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class Job:
     cached_tokens: int = 0
     made_tokens: int = 0
     cancelled: bool = False
+    continues: bool = False
 
 
 class Scheduler:
@@ -67,9 +72,10 @@ class Scheduler:
         self.model, self.slots, self.waiting = model, slots, waiting
         self._pool = ContextPool(model.decoder, slots)
         self._queue: deque[Job] = deque()
+        self._entering: list[Job] = []  # from the queue, not yet running
         self._running: list[tuple[Job, Continuation]] = []
         self._changed = threading.Condition()
-        self._stopping = False
+        self._stopping, self._failed = False, False
         self._seconds = 1.0  # that an answer takes, as a moving average
         self.kv_cache_bytes = 0
         self._thread = threading.Thread(target=self._work, name="paley decoder", daemon=True)
@@ -94,15 +100,26 @@ class Scheduler:
     @property
     def load(self) -> tuple[int, int]:
         """(jobs that run, jobs that wait)"""
-        return len(self._running), len(self._queue)
+        with self._changed:
+            return len(self._running) + len(self._entering), len(self._queue)
+
+    @property
+    def capacity(self) -> int:
+        """How many jobs can run and wait together."""
+        return self.slots + self.waiting
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Queues all of the jobs, or raises Busy and queues none. A job needs a slot or a place in the queue."""
+        """Queues all of the jobs, or raises Busy or Stopped and queues none.
+
+        A job needs a slot or a place in the queue; more than `capacity` at once never have it.
+        """
         with self._changed:
+            if self._failed:
+                raise Stopped("the model's thread has ended; the server's log has more")
             if self._stopping:
-                raise Busy(1)
-            ahead = len(self._running) + len(self._queue)
-            if ahead + len(jobs) > self.slots + self.waiting:
+                raise Stopped("the server is stopping")
+            ahead = len(self._running) + len(self._entering) + len(self._queue)
+            if ahead + len(jobs) > self.capacity:
                 raise Busy(max(1, min(60, round(self._seconds * max(1, len(self._queue)) / self.slots))))
             self._queue.extend(jobs)
             self._changed.notify()
@@ -120,9 +137,10 @@ class Scheduler:
                 self._round()
         except BaseException as error:  # a bug, which must not leave clients waiting
             _LOG.exception("the decoder's thread ended")
+            self._failed = True
             self._fail_all(error if isinstance(error, Exception) else RuntimeError(str(error)))
             raise
-        self._fail_all(PaleyError("the server is stopping"))
+        self._fail_all(Stopped("the server is stopping"))
 
     def _admit(self) -> bool:
         """Waits for work, drops what was cancelled, fills the slots -> False at the end."""
@@ -130,20 +148,25 @@ class Scheduler:
             while not (self._stopping or self._queue or self._running):
                 self._changed.wait()
             self._queue = deque(job for job in self._queue if not job.cancelled)
-            new = [self._queue.popleft() for _ in range(min(self.slots - len(self._running), len(self._queue)))]
+            free = min(self.slots - len(self._running), len(self._queue))
+            self._entering = [self._queue.popleft() for _ in range(free)]
         for job, text in [entry for entry in self._running if entry[0].cancelled]:
             self._end(job, text)
-        for job in new:
+        for job in list(self._entering):
             try:
                 text = Continuation(
                     self.model, job.prompt, sampling=job.sampling, max_new_tokens=job.max_new_tokens, stop=job.stop,
-                    logprobs=job.logprobs, context=self._pool.take(job.prompt),
+                    logprobs=job.logprobs, context=self._pool.take(job.prompt), continues=job.continues,
                 )  # fmt: skip
             except Exception as error:
+                with self._changed:
+                    self._entering.remove(job)
                 _tell(job, Event(error=error))
                 continue
             job.cached_tokens = text.reused_tokens
-            self._running.append((job, text))
+            with self._changed:
+                self._entering.remove(job)
+                self._running.append((job, text))
         return not self._stopping
 
     def _round(self) -> None:
@@ -214,8 +237,9 @@ class Scheduler:
     def _fail_all(self, error: Exception) -> None:
         with self._changed:
             self._stopping = True
-            left = [*(job for job, _ in self._running), *self._queue]
+            left = [*(job for job, _ in self._running), *self._entering, *self._queue]
             self._queue.clear()
+            self._entering.clear()
         for job in left:
             _tell(job, Event(error=error))
         for _, text in self._running:
