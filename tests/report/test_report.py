@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import webbrowser
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,11 +12,13 @@ import pytest
 import paley
 from browser import chromium
 from command_line import paley_
+from paley.eval.reference import Reference
 from paley.model.loading import load_tokenizer
 from paley.recipe import apply_settings
-from paley.report import gather, write_page
+from paley.report import Report, gather, write_page
 from paley.report.charts import bars, dots, heat_map
 from paley.report.figures import slopes
+from paley.report.page import render
 from tiny_models import save_tiny
 
 SIZES = [f"{part}.{key}" for part in ("calibration", "search", "test") for key in ("sequences=2", "seq_len=48")]
@@ -129,6 +132,10 @@ def test_text_of_a_model_is_no_markup(made, page_file):
     assert "<number>" not in text
     assert "&lt;number&gt;" in text or "\\u003cnumber" in text or "&lt;" in text
     assert text.count("</script>") == 1
+    hostile = Report("<!--<script>", (), "", (), None, "", "")
+    embedded = render([hostile]).split('id="data">')[1].split("</script>")[0]
+    assert "<" not in embedded
+    assert json.loads(embedded)[0]["name"] == "<!--<script>"
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +169,23 @@ def test_compare(made, unscored, tmp_path):
     text = (tmp_path / "both.html").read_text()
     assert "Where the bytes are: out" in text
     assert 'id="size-1"' in text
+
+
+def test_compare_measures_the_original_once_and_opens_the_page(made, tmp_path, monkeypatch):
+    measured, opened = [], []
+    of = Reference.of
+    monkeypatch.setattr(Reference, "of", lambda model, blocks: (measured.append(1), of(model, blocks))[1])
+    monkeypatch.setattr(webbrowser, "open", opened.append)
+    page = tmp_path / "both.html"
+    args = ["compare", made.out, made.out, "--against", made.model]
+    found = json.loads(paley_(*args, "--output", page, "--open", "--json").out)
+    assert len(measured) == 1
+    assert opened == [page.as_uri()]
+    rows = figure(made.report, "positions").rows
+    assert found["a"]["figures"]["positions"]["rows"] == found["b"]["figures"]["positions"]["rows"]
+    assert len(found["b"]["figures"]["positions"]["rows"]) == len(rows)
+    assert "name a page with --output, or give --json" in paley_(*args, code=2).err
+    assert len(measured) == 1
 
 
 def test_bad_input(made, tmp_path):

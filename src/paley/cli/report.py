@@ -73,13 +73,22 @@ def compare_verb(
     from paley.cli.progress import watching
     from paley.report import gather, write_page
     from paley.report.gather import as_data
+    from paley.report.measure import Original
 
     if open_ and output is None:
         raise PaleyError("--open: there is no page to open", remedy=("name one with ", Setting("output")))
+    if against is not None and output is None and not as_json:
+        raise PaleyError(
+            Setting("against"), ": what it measures is only on the page, and in JSON",
+            remedy=("name a page with ", Setting("output"), ", or give --json"),
+        )  # fmt: skip
+    original = None if against is None else Original(against)
     with watching() as monitor:
-        reports = [gather(folder, against, monitor=monitor) for folder in (first, second)]
+        reports = [gather(folder, original, monitor=monitor) for folder in (first, second)]
     if output is not None:
         write_page(reports, output)
+        if open_:
+            webbrowser.open(output.resolve().as_uri())
     if as_json:
         display.emit({"a": as_data(reports[0]), "b": as_data(reports[1])})
         return
@@ -90,5 +99,3 @@ def compare_verb(
     )
     if output is not None:
         line(f"written to {output}")
-        if open_:
-            webbrowser.open(output.resolve().as_uri())

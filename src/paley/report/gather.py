@@ -17,7 +17,7 @@ from paley.plan import VERSION, Plan
 from paley.recipe import under_budget
 from paley.report import figures
 from paley.report.figures import Figure
-from paley.report.measure import Measured, measure
+from paley.report.measure import Measured, Original, measure
 from paley.sensitivity import Sensitivity
 
 __all__ = ["Report", "as_data", "gather"]
@@ -39,10 +39,11 @@ class Report:
 
 
 def gather(
-    folder: str | Path, against: str | Path | None = None, *, sensitivity: str | Path | None = None,
+    folder: str | Path, against: str | Path | Original | None = None, *, sensitivity: str | Path | None = None,
     data: str | None = None, monitor: Monitor | None = None,
 ) -> Report:  # fmt: skip
-    """The report of a quantized folder; against: its original, for what is measured token by token.
+    """The report of a quantized folder; against: its original, for what is measured token by token; an
+    `Original` is measured once for several folders.
 
     sensitivity: a file that `paley.measure_sensitivity` gave. data: the text, as of `paley.score`.
     """
@@ -51,11 +52,12 @@ def gather(
     slopes = None if sensitivity is None else Sensitivity.load(Path(sensitivity))
     if slopes is not None and plan is not None:
         slopes.check_fingerprint(plan.fingerprint)
-    measured = None if against is None else measure(folder, against, data, monitor)
+    original = against if isinstance(against, Original | None) else Original(against)
+    measured = None if original is None else measure(folder, original, data, monitor)
     curve: list[tuple[float, float]] = []
-    if slopes is not None and against is not None:
+    if slopes is not None and original is not None:
         recipe = under_budget(weights=_BUDGETS[0]).model_copy(update={"test": None})
-        found = accuracy_size_curve(against, recipe, _BUDGETS, sensitivity=slopes, monitor=monitor)
+        found = accuracy_size_curve(original.path, recipe, _BUDGETS, sensitivity=slopes, monitor=monitor)
         curve = [(point.bits_per_weight, point.predicted_loss) for point in found]
     drawn = [
         figures.sizes(inspection), figures.bits_map(inspection), figures.errors(inspection),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from paley.data import TokenBlocks
 from paley.eval.perplexity import token_scores
 from paley.eval.reference import Reference
 from paley.model.linear import QuantLinear
@@ -19,7 +20,7 @@ from paley.pipeline.any_model import load_any
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.score import check_origin, scored_text
 
-__all__ = ["Measured", "Worst", "measure"]
+__all__ = ["Measured", "Original", "Worst", "measure"]
 
 _SEQUENCES, _WORST, _AROUND, _BINS = 4, 12, 12, 32
 
@@ -65,17 +66,33 @@ class Measured:
         return [(p, float(falling[max(0, round(p * len(falling)) - 1)] / falling[-1].clamp(min=1e-30))) for p in parts]
 
 
+@dataclass
+class Original:
+    """The unquantized model; what was measured of it last is kept for other folders that are scored on those tokens."""
+
+    path: str | Path
+    _kept: tuple[str, str, Reference, dict[str, float]] | None = field(default=None, repr=False)
+
+    def measure(self, folder: Path, blocks: TokenBlocks, monitor: Monitor) -> tuple[Reference, dict[str, float]]:
+        """-> (reference, peaks as of `Measured`); PaleyError if the folder was made from another model."""
+        if self._kept is None or self._kept[0] != blocks.sha256:
+            self._kept = None
+            monitor.stage("measuring the original", 1)
+            source = open_source(self.path)
+            check_origin(folder, self.path, source.fingerprint)
+            model = source.load()
+            reference = Reference.of(model, blocks)
+            self._kept = blocks.sha256, source.fingerprint, reference, _peaks(model, blocks.ids[:1])
+        _, fingerprint, reference, peaks = self._kept
+        check_origin(folder, self.path, fingerprint)
+        return reference, peaks
+
+
 @torch.no_grad()
-def measure(folder: Path, against: str | Path, data: str | None, monitor: Monitor) -> Measured:
+def measure(folder: Path, original: Original, data: str | None, monitor: Monitor) -> Measured:
     """A few sequences of the text that the folder is scored on; PaleyError as of `paley.score`."""
     blocks = scored_text(folder, data, _SEQUENCES, None, monitor)
-    monitor.stage("measuring the original", 1)
-    source = open_source(against)
-    check_origin(folder, against, source.fingerprint)
-    original = source.load()
-    reference = Reference.of(original, blocks)
-    before = _peaks(original, blocks.ids[:1])
-    del original
+    reference, before = original.measure(folder, blocks, monitor)
     monitor.stage("measuring this model", 1)
     model = load_any(folder)
     nll, kl, _ = token_scores(model, blocks, reference)

@@ -24,7 +24,7 @@ def render(reports: Sequence[Report]) -> str:
     text = resources.files("paley").joinpath("report", "page.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["code"] = _code
-    data = json.dumps([as_data(report) for report in reports], ensure_ascii=True).replace("</", "<\\/")
+    data = json.dumps([as_data(report) for report in reports], ensure_ascii=True).replace("<", "\\u003c")
     return environment.from_string(text).render(reports=reports, mark=MARK, data=data)
 
 
