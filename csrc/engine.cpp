@@ -113,6 +113,7 @@ Engine::Engine(const paley_model& m, int threads_wanted, int32_t level)
   for (const paley_attention& how : copied(m.attention, m.attentions)) {
     Attention a{how, side_of(how.key_side, how.kv_heads), side_of(how.value_side, how.kv_heads)};
     check(how.layer == static_cast<int32_t>(attentions_.size()) && how.heads % how.kv_heads == 0 && how.window >= 0);
+    check(how.heads / how.kv_heads <= MAX_ROWS);
     wire(how.queries, int64_t{how.heads} * how.size);
     wire(how.keys, int64_t{how.kv_heads} * how.size);
     wire(how.values, int64_t{how.kv_heads} * how.size);
@@ -136,7 +137,16 @@ Engine::Engine(const paley_model& m, int threads_wanted, int32_t level)
     if (step.kind >= 0 && step.kind <= PALEY_STEP_ATTEND) check(step.index >= 0 && step.index + count <= known[step.kind]);
     if (step.kind == PALEY_STEP_NORM) check(step.vector && step.size > 0 && wires_[step.in].width % step.size == 0);
     if (step.kind == PALEY_STEP_GATE) wire(step.other, wires_[step.in].width);
-    if (step.kind == PALEY_STEP_TURN) check(step.how);
+    if (step.kind == PALEY_STEP_TURN) {
+      check(step.how && step.how->back);
+      check(step.how->out_dim == wires_[step.in].width && step.how->in_dim == wires_[step.out].width);
+    }
+    if (step.kind == PALEY_STEP_EMBED) {
+      const paley_embedding& e = embeddings_[step.index];
+      check(!e.back || e.back->out_dim == e.width);
+      const int32_t width = e.back ? e.back->in_dim : e.width, out = wires_[step.out].width;
+      check(width <= e.width && (e.stream ? e.stream->in_dim == width && e.stream->out_dim == out : width == out));
+    }
     check(step.kind >= 0 && step.kind <= PALEY_STEP_SCALE);
   }
 }
@@ -179,7 +189,7 @@ void Context::settle(int64_t length, int64_t keep) {
       Page& page = layers_[layer][i];
       const int64_t begin = i * PAGE, end = begin + PAGE;
       if (end > length - window + 1) continue;  // the next token sees it
-      if (!page.keys) break;
+      if (!page.keys) continue;
       if (end <= keep - window + 1 || begin >= keep) page = Page();
     }
   }

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import json
+import re
+import shutil
 import threading
 from typing import Any
 
@@ -261,3 +264,22 @@ def test_generate_takes_the_engine_where_it_can(folder, tmp_path, tiny_tokenizer
     assert isinstance(open_decoder(other), ModelDecoder)
     with pytest.raises(PaleyError, match="does not run this model: RoPE"):
         Engine.open(other)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"num_key_value_heads": 0}, "num_key_value_heads must be a positive whole number, got 0"),
+        ({"hidden_size": "64"}, "hidden_size must be a positive whole number"),
+        ({"layer_types": ["full_attention"]}, "layer_types has 1 entries"),
+        ({"sliding_window": 8, "layer_types": None}, "sliding_window without layer_types"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "lacks a setting"),
+        ({"rope_parameters": {"rope_type": "default"}}, "lacks a setting"),
+    ],
+)
+def test_a_config_that_the_engine_cannot_follow_is_left_to_transformers(folder, change, reason, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | change))
+    assert re.search(reason, why_not(other) or "")

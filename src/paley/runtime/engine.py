@@ -52,6 +52,7 @@ class EngineContext:
     def handle(self) -> int:
         if self._handle is None:
             raise PaleyError("context: it was closed; start a new one")
+        _ = self._engine.handle  # raises if the engine was closed: a context reads its facts there
         return self._handle
 
     def belongs_to(self, engine: Engine) -> bool:
@@ -142,12 +143,12 @@ class Engine:
         try:
             for piece in self._pieces(parts):
                 self._read_piece(piece, logits)
+            for context, tokens in parts:
+                context.moved_to(context.length + len(tokens))
         except BaseException:
             for context, length in before:
                 _go_back(context, length)
             raise
-        for context, tokens in parts:
-            context.moved_to(context.length + len(tokens))
         return logits
 
     def _pieces(self, parts: Sequence[tuple[Any, Sequence[int]]]) -> list[list[tuple[int, Any, list[int], int, bool]]]:

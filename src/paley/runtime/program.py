@@ -245,7 +245,9 @@ class _Builder:
         )
         reads = self.wire(site.reads.rpartition(".")[2])
         width = scheme.stored_width(plain_shape(self.facts, site.name)[1])
-        if (plan := matmul.plan(scheme, width)) is not None:
+        # Outlier columns of an input that is not rounded stay floats, which integers of one scale are not.
+        exact = scheme.outliers > 0 and scheme.input is None
+        if not exact and (plan := matmul.plan(scheme, width)) is not None:
             plan = matmul.fastest(plan)
             matrix = matmul.prepare(coded_weight(self.facts, self.tensors, site.name), scheme, plan)
             weight, item.columns, how = matrix.blob, width, f"integers {plan.kind}{' fine' if plan.fine else ''}"

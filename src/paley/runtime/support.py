@@ -15,7 +15,7 @@ from paley.format.checkpoint import Checkpoint
 from paley.format.spec import QuantizationConfig, quantization_of
 from paley.kernels import native
 from paley.runtime.native import ACTIVATIONS
-from paley.runtime.rope import KINDS, rope_settings
+from paley.runtime.rope import KINDS, rope_of, rope_settings
 
 __all__ = ["CHECKED", "Facts", "facts_of", "why_not"]
 
@@ -29,6 +29,11 @@ _NEEDED = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
     "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings",
 )  # fmt: skip
+_COUNTS = _NEEDED[:6]
+_WINDOWS = ("ministral", "mistral", "phi3")  # families whose window needs no layer_types
+_NO_BIAS = ("ministral", "mistral", "phi3")  # families without any, whatever their config says
+_HALF = ("glm", "glm4")  # families that turn half a head unless told otherwise
+_GROUP = 64  # MAX_ROWS of csrc/steps.h
 _PARTIAL = ("glm", "glm4", "phi3")  # families whose default RoPE turns a part of a head
 
 
@@ -90,10 +95,8 @@ def facts_of(folder: Path) -> tuple[Facts | None, str | None]:
         return None, reason
     row = FAMILIES[config.model_type]
     facts = Facts(checkpoint, config, row, sites(row, config), spec)
-    for name, scheme in spec.attentions.items():
-        if (reason := _why_not_attention(scheme)) is not None:
-            return None, f"{name}: {reason}"
-    return facts, None
+    reason = _why_not_schemes(facts) or _why_not_biases(facts)
+    return (None, reason) if reason is not None else (facts, None)
 
 
 def _why_not_config(config: Any) -> str | None:
@@ -102,8 +105,18 @@ def _why_not_config(config: Any) -> str | None:
         return f"the engine does not know the family {kind!r}, only {', '.join(CHECKED)}"
     if missing := [name for name in _NEEDED if getattr(config, name, None) is None]:
         return f"config.json does not have {missing[0]}"
+    for name in _COUNTS:
+        if type(value := getattr(config, name)) is not int or value < 1:
+            return f"config.json: {name} must be a positive whole number, got {value!r}"
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and len(kinds) != config.num_hidden_layers:
+        return f"config.json: layer_types has {len(kinds)} entries for {config.num_hidden_layers} layers"
+    if not kinds and getattr(config, "sliding_window", None) is not None and kind not in _WINDOWS:
+        return f"config.json: sliding_window without layer_types is none of {kind}'s settings"
     if config.num_attention_heads % config.num_key_value_heads:
         return f"{config.num_attention_heads} heads do not share {config.num_key_value_heads} heads of keys evenly"
+    if config.num_attention_heads > _GROUP * config.num_key_value_heads:
+        return f"more than {_GROUP} heads share a head of keys"
     row = FAMILIES[kind]
     if row.clips(config) or row.query_growth:
         return f"{row.clip or row.query_growth} is not supported"
@@ -127,9 +140,64 @@ def _why_not_rope(config: Any) -> str | None:
         if settings.get("rope_type", "default") not in KINDS:
             return f"RoPE of type {settings.get('rope_type')!r} is not supported"
         partial = settings.get("partial_rotary_factor") not in (None, 1, 1.0)
+        if settings.get("partial_rotary_factor") is None and config.model_type in _HALF:
+            return "rope_parameters does not say which part of a head RoPE turns (partial_rotary_factor)"
+        try:
+            rope_of(settings, 64, config)
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            return f"rope_parameters of type {settings.get('rope_type')!r} lacks a setting, or has a bad one ({error})"
         if partial and settings.get("rope_type", "default") == "default" and config.model_type not in _PARTIAL:
             return "RoPE of a part of each head is not supported"  # transformers turns the whole head there
     return None
+
+
+def _why_not_schemes(facts: Facts) -> str | None:
+    """Also refused by a model in PyTorch, or computed by it alone."""
+    stream, spec = facts.spec.stream, facts.spec
+    if stream is not None and stream.out_dim != facts.config.hidden_size:
+        return f"stream ends at {stream.out_dim} values, hidden_size is {facts.config.hidden_size}"
+    attentions = [facts.sites.attention(block) for block in range(facts.sites.blocks)]
+    if unknown := sorted(set(spec.attentions) - set(attentions)):
+        return f"the model has no attention {unknown[0]}"
+    for block, name in enumerate(attentions):
+        if (scheme := spec.attentions.get(name)) is None:
+            continue
+        if (reason := _why_not_attention(scheme)) is not None:
+            return f"{name}: {reason}"
+        centered = scheme.keys is not None and scheme.center_keys
+        if centered and scheme.center_keys is not True and not facts.row.has_rope(facts.config, block):
+            return f"{name}: center_keys={scheme.center_keys!r} without RoPE is not supported"
+        if centered and scheme.center_keys is True and facts.number("attention_softcap", 0.0):
+            return f"{name}: keys without their mean and capped scores are not supported"
+    for name, scheme in spec.linears.items():
+        if scheme.input is not None and (reason := why_not_rounded(scheme.input)) is not None:
+            return f"{name}: {reason}"
+    return None
+
+
+def _why_not_biases(facts: Facts) -> str | None:
+    """A layer without the bias that its family gives it, or with one that it has not, is another model."""
+    for site in facts.sites.weights:
+        if site.kind != "linear":
+            continue
+        found, wanted = f"{site.name}.bias" in facts.checkpoint, _has_bias(facts.config, site.name)
+        if found != wanted:
+            return f"{site.name}.bias is {'missing' if wanted else 'nothing that this model has'}"
+    return None
+
+
+def _has_bias(config: Any, path: str) -> bool:
+    """Whether a family's linear has a bias, as its class in transformers 5 makes it."""
+    kind, part = config.model_type, path.rpartition(".")[2]
+    if part in ("gate_proj", "up_proj", "down_proj"):
+        return kind in ("granite", "llama", "smollm3") and bool(getattr(config, "mlp_bias", False))
+    if part in ("q_proj", "k_proj", "v_proj"):
+        return kind == "qwen2" or (kind not in _NO_BIAS and bool(getattr(config, "attention_bias", False)))
+    return (
+        part == "o_proj"
+        and kind not in (*_NO_BIAS, "glm", "glm4", "qwen2")
+        and bool(getattr(config, "attention_bias", False))
+    )
 
 
 def _why_not_attention(scheme: AttentionScheme) -> str | None:
