@@ -49,7 +49,15 @@ def _libraries_as_before():
     enable_progress_bars()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="also what takes many minutes, such as a model of every type")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--long"):
+        for item in items:
+            if "long" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="takes long: run with --long"))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

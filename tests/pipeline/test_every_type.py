@@ -11,7 +11,7 @@ SHARE = ("afmoe", "gpt2", "camembert", "deepseek_v3", "bamba")
 
 
 @pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k in SHARE else pytest.mark.slow) for k in TYPES])
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k in SHARE else pytest.mark.long) for k in TYPES])
 def test_a_loaded_model_is_the_one_in_memory(kind, name, tmp_path):
     try:
         save_type(kind, tmp_path / "model")

@@ -68,7 +68,7 @@ QUICK = {("gemma", True), ("granite", False), ("phi3", False), ("gpt_oss", False
 @pytest.mark.parametrize(
     ("kind", "tied"),
     [
-        pytest.param(kind, tied, marks=() if (kind, tied) in QUICK else pytest.mark.slow)
+        pytest.param(kind, tied, marks=() if (kind, tied) in QUICK else pytest.mark.long)
         for kind in FOLDING
         for tied in (True, False)
     ],

@@ -12,7 +12,7 @@ from paley.recipe import apply_settings, preset
 from paley.runtime import Engine
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("recipe", ["higgs-4", "higgs-w4a8kv8"])
 def test_greedy_tokens(shared_dir, tmp_path, recipe, monkeypatch):
     wanted = apply_settings(preset(recipe), ["test=null", "hadamard=64", "center_keys=false"])
