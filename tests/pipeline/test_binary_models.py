@@ -87,7 +87,9 @@ def test_it_composes_with(name, model, text, tmp_path):
             continue
         width = dense.get_submodule(path).in_features if scheme.transform is None else scheme.transform.in_dim
         x = torch.randn(5, width, generator=torch.Generator().manual_seed(0))
-        torch.testing.assert_close(loaded.get_submodule(path)(x), dense.get_submodule(path)(x), rtol=1e-4, atol=1e-4)
+        got, want = loaded.get_submodule(path)(x), dense.get_submodule(path)(x)
+        # The integer product, which layers beside the planes take, rounds inputs to 8 bits.
+        assert (got - want).norm() < 0.02 * want.norm()
     assert all(scheme.outliers == 0 for scheme in outcome.plan.linears.values() if scheme.weight is None)
 
 
