@@ -59,7 +59,7 @@ def plain_logits(folder: Path) -> torch.Tensor:
 
 
 def assert_undone(made: Path, plain: Path, tolerance: float = 1e-5) -> None:
-    want = logits(paley.load(made))
+    want = logits(paley.load(made, product="dense"))
     assert (plain_logits(plain) - want).norm() <= tolerance * want.norm()
     config = json.loads((plain / "config.json").read_text())
     assert "quantization_config" not in config
@@ -132,7 +132,7 @@ def test_a_process_without_paley_loads_it(model, tmp_path):
         "torch.save(m.eval()(torch.arange(3, 40)[None]).logits.detach(), sys.argv[2])"
     )
     subprocess.run([sys.executable, "-c", code, tmp_path / "plain", tmp_path / "logits"], check=True)
-    want = logits(paley.load(out))
+    want = logits(paley.load(out, product="dense"))
     assert (torch.load(tmp_path / "logits", weights_only=True) - want).norm() <= 1e-5 * want.norm()
 
 
@@ -163,7 +163,7 @@ def test_rounding_at_run_time_is_refused_or_dropped(rounding, tmp_path):
         "14 linear inputs", "2 layers' cached keys", "2 layers' cached values",
     ]  # fmt: skip
     assert "Dropped: 14 linear inputs" in (tmp_path / "plain" / "README.md").read_text()
-    model = paley.load(rounding)
+    model = paley.load(rounding, product="dense")
     for module in model.modules():  # the same model, rounding nothing as it runs
         if isinstance(module, QuantLinear):
             module.set_input_(None)

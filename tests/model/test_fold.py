@@ -173,13 +173,6 @@ def test_unreachable_widths_say_what_to_do():
     assert decide_turning(sites, "folded", block=16, seed=0, rounds=False).inputs == {}
 
 
-def test_unknown_architecture_is_named():
-    model = random_model("llama", num_key_value_heads=2)
-    model.config.model_type = "lama"
-    with pytest.raises(PaleyError, match=r"'lama' is not supported; supported: .*llama"):
-        Adapter(model)
-
-
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_logits_are_unchanged_by_diagonals(kind):
     model = exact(random_model(kind, num_key_value_heads=2, tie_word_embeddings=True))

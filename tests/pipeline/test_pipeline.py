@@ -116,7 +116,7 @@ def test_transformers_alone_reads_it(done):
     outcome, _ = done
     hf.register()
     ids = torch.arange(3, 40)[None]
-    ours = hf.load(outcome.output, product="dense")(ids).logits
+    ours = hf.load(outcome.output)(ids).logits
     stock = AutoModelForCausalLM.from_pretrained(outcome.output, dtype=torch.float32)(ids).logits
     assert torch.equal(ours, stock)
 

@@ -126,6 +126,8 @@ def _check_fit(name: str, module: nn.Module, scheme: AttentionScheme) -> None:
     widths = head_widths(module)
     if widths is None:
         raise PaleyError(f"{name}: does not say how wide its heads are; leave its keys and values unquantized")
+    if scheme.transform is not None and scheme.transform.in_dim not in widths:
+        raise PaleyError(f"{name}: transform.in_dim={scheme.transform.in_dim}, but head_dim={widths[0]}")
     sides = ("keys", scheme.keys, scheme.key_transform), ("values", scheme.values, scheme.value_transform)
     for (what, side, transform), head_dim in zip(sides, widths, strict=True):
         if transform is not None and transform.in_dim != head_dim:
