@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from paley.cli import options
 from paley.cli.app import verb
@@ -59,12 +60,56 @@ def chat_verb(
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  lines can be edited, and earlier ones called back
         say("Ask something; /help lists the commands, Ctrl-D ends.")
-    while (text := _next()) is not None:
-        if text.startswith("/"):
-            if not _command(chat, text):
-                break
-        elif text:
-            _answer(chat, text)
+    with _CtrlC() as ctrl_c:
+        while _turn(chat, ctrl_c):
+            pass
+
+
+class _CtrlC:
+    """On a terminal Ctrl-C raises KeyboardInterrupt once after each `arm`, and does nothing else.
+
+    A second press, while the first is reported, would end the program otherwise.
+    """
+
+    def __init__(self) -> None:
+        self._armed = False
+
+    def __enter__(self) -> Self:
+        self._before = signal.signal(signal.SIGINT, self._pressed) if sys.stdin.isatty() else None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def arm(self) -> None:
+        self._armed = True
+
+    def disarm(self) -> None:
+        self._armed = False
+
+    def _pressed(self, *_: object) -> None:
+        if self._armed:
+            self._armed = False
+            raise KeyboardInterrupt
+
+
+def _turn(chat: Chat, ctrl_c: _CtrlC) -> bool:
+    """One line of the user, and what it asks for -> whether the conversation goes on."""
+    stopped = "Ctrl-D or /exit ends"
+    try:
+        ctrl_c.arm()
+        text = _next()
+        stopped = "stopped; what came so far is remembered"
+        goes_on = text is not None and _do(chat, text)
+        ctrl_c.disarm()
+    except KeyboardInterrupt:
+        line()
+        if not sys.stdin.isatty():
+            raise
+        say(stopped)
+        return True
+    return goes_on
 
 
 def _next() -> str | None:
@@ -77,12 +122,6 @@ def _next() -> str | None:
             if sys.stdin.isatty():
                 line()
             return "\n".join(lines).strip() or None
-        except KeyboardInterrupt:
-            if not sys.stdin.isatty():
-                raise
-            line()
-            say("Ctrl-D or /exit ends")
-            return ""
         except UnicodeDecodeError:
             raise PaleyError("stdin: is not UTF-8 text", remedy="convert it, with iconv") from None
         if not lines[-1].endswith("\\"):
@@ -90,18 +129,18 @@ def _next() -> str | None:
         lines[-1] = lines[-1][:-1]
 
 
-def _answer(chat: Chat, text: str) -> None:
-    try:
-        chat.say(text, write=stream)
-    except KeyboardInterrupt:
-        line()
-        if not sys.stdin.isatty():
-            raise
-        say("stopped; what came so far is remembered")
-    except PaleyError as error:
-        say(f"error: {error.render(lambda part: spell(part, 'chat'))}")
-    else:
-        line()
+def _do(chat: Chat, text: str) -> bool:
+    """-> whether the conversation goes on."""
+    if text.startswith("/"):
+        return _command(chat, text)
+    if text:
+        try:
+            chat.say(text, write=stream)
+        except PaleyError as error:
+            say(f"error: {error.render(lambda part: spell(part, 'chat'))}")
+        else:
+            line()
+    return True
 
 
 def _command(chat: Chat, text: str) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import os
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 
@@ -108,8 +109,15 @@ def levels() -> list[str]:
 
 
 def best_level() -> str:
-    """The fastest level of this machine, or the one that $PALEY_ISA names."""
-    return LEVELS[native.load().paley_best_matmul_level()]
+    """The fastest level of this machine, or the one that $PALEY_ISA names.
+
+    Errors: PaleyError if the machine or the library does not have the level of that name.
+    """
+    best, wanted = LEVELS[native.load().paley_best_matmul_level()], os.environ.get("PALEY_ISA")
+    if wanted and wanted != best:
+        remedy = f"unset it, or choose of {', '.join(levels())}"
+        raise PaleyError("$PALEY_ISA: this machine does not have that level", got=wanted, remedy=remedy)
+    return best
 
 
 @functools.lru_cache(maxsize=128)

@@ -96,7 +96,7 @@ def inspect(folder: str | Path) -> Inspection:
 
 
 def _linear(checkpoint: Checkpoint, name: str, scheme: LinearScheme, rel_error: float | None) -> InspectedLinear:
-    nbytes = sum(checkpoint.info(part).nbytes for part in _stored(checkpoint, name) or [name + WEIGHT])
+    nbytes = sum(checkpoint.info(part).nbytes for part in _stored(checkpoint, name))
     error, spread = _gaussian(checkpoint, name, scheme)
     return InspectedLinear(scheme, nbytes, rel_error, error, spread)
 
@@ -127,7 +127,8 @@ def _untouched(checkpoint: Checkpoint, linears: dict[str, LinearScheme]) -> dict
 
 
 def _stored(checkpoint: Checkpoint, name: str) -> list[str]:
-    return [n for part in (*PARTS, DIAGONAL) if (n := name + part) in checkpoint]
+    """The tensors of a linear's weight: its codes and what belongs to them, or floats."""
+    return [n for part in (*PARTS, DIAGONAL) if (n := name + part) in checkpoint] or [name + WEIGHT]
 
 
 def _plain(part: Any) -> dict[str, Any]:

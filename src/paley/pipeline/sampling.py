@@ -23,12 +23,12 @@ _RANGES = {
     "top_k": (0, 2**31),
     "top_p": (0.0, 1.0),
     "min_p": (0.0, 1.0),
-    "repetition_penalty": (0.0, 100.0),
+    "repetition_penalty": (0.01, 100.0),
     "presence_penalty": (-100.0, 100.0),
     "frequency_penalty": (-100.0, 100.0),
     "seed": (-(2**63), 2**63 - 1),
 }
-_ABOVE = {"top_p", "repetition_penalty"}
+_ABOVE = {"top_p"}
 
 
 @dataclass(frozen=True, kw_only=True)

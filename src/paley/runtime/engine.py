@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,6 +93,7 @@ class Engine:
             native.library().paley_engine_new, ctypes.byref(model), threads, level, ctypes.byref(handle)
         )  # fmt: skip
         self._handle: int | None = handle.value
+        self._process = os.getpid()
         self._close = weakref.finalize(self, _free_engine, self._handle, (self.program, self._tensors))
 
     @classmethod
@@ -114,6 +116,8 @@ class Engine:
     def handle(self) -> int:
         if self._handle is None:
             raise PaleyError("engine: it was closed; open the folder again")
+        if os.getpid() != self._process:
+            raise PaleyError("engine: its threads are not in this forked process; open the folder again here")
         return self._handle
 
     @property

@@ -153,12 +153,16 @@ class Scheduler:
         for job, text in [entry for entry in self._running if entry[0].cancelled]:
             self._end(job, text)
         for job in list(self._entering):
+            context = None
             try:
+                context = self._pool.take(job.prompt)
                 text = Continuation(
                     self.model, job.prompt, sampling=job.sampling, max_new_tokens=job.max_new_tokens, stop=job.stop,
-                    logprobs=job.logprobs, context=self._pool.take(job.prompt), continues=job.continues,
+                    logprobs=job.logprobs, context=context, continues=job.continues,
                 )  # fmt: skip
             except Exception as error:
+                if context is not None:
+                    context.close()
                 with self._changed:
                     self._entering.remove(job)
                 _tell(job, Event(error=error))
