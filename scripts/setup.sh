@@ -34,7 +34,7 @@ install() {
     local step=$1 start=$SECONDS
     shift
     printf 'setup: %s ... ' "$step"
-    if "$venv" -m pip install "$@" >"$log" 2>&1; then
+    if "$venv" -m pip install --no-compile "$@" >"$log" 2>&1; then
         printf '%d s\n' $((SECONDS - start))
     else
         printf 'failed\n'
