@@ -20,8 +20,9 @@ $(READY): pyproject.toml setup.py constraints-cpu.txt scripts/setup.sh $(wildcar
 demo: $(READY)
 	@$(PY) -m examples.demo
 
+# One process a core, each with one thread: tests are too small to share.
 test: $(READY)
-	@$(PY) -m pytest
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --dist worksteal
 
 lint: $(READY)
 	@$(PY) -m ruff check .

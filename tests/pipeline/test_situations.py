@@ -235,7 +235,9 @@ def test_an_adapter_is_to_be_merged_first(tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("product", ["auto", "dense", "packed"])
+@pytest.mark.parametrize(
+    "product", ["auto", pytest.param("dense", marks=pytest.mark.long), pytest.param("packed", marks=pytest.mark.long)]
+)
 def test_a_compiled_model_computes_the_same(folder, tmp_path, product):
     """What cannot be traced is left out of the graphs; `eager` compiles nothing, and so takes no C++ compiler."""
     out = quantize(folder, higgs(*ROUNDED), output=tmp_path / "out").output

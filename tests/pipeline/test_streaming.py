@@ -32,6 +32,10 @@ from paley.recipe import apply_settings, preset
 from tiny_models import EMBEDDING, HEAD, higgs, save_tiny, store_tie_as
 
 
+# A process takes seconds to begin.
+OF_ONE_MODEL = pytest.mark.parametrize("folder", ["qwen2 tied"], indirect=True)
+
+
 @pytest.fixture(scope="module", params=["llama", "qwen2 tied"])
 def folder(request, tmp_path_factory, tiny_tokenizer):
     qwen = request.param.startswith("qwen2")
@@ -89,12 +93,14 @@ def test_gaussian_layers_have_the_error_of_the_grid(tmp_path, tiny_tokenizer):
     assert [layer.rel_error for layer in results.layers.values()] == pytest.approx([expected] * 14, rel=0.03)
 
 
+@OF_ONE_MODEL
 def test_processes_share_the_work_without_changing_it(folder, tmp_path):
     alone = quantize(folder, higgs(), output=tmp_path / "one")
     shared = quantize(folder, higgs(), output=tmp_path / "two", workers=2)
     assert contents(alone.output) == contents(shared.output)
 
 
+@OF_ONE_MODEL
 def test_workers_are_other_processes(folder, tmp_path, monkeypatch):
     """What is patched here a spawned process does not see: units that fail here are made elsewhere, or not at all."""
 
@@ -206,6 +212,7 @@ def _run(folder: Path, output: Path) -> None:
     quantize(folder, higgs(), output=output, resume=output.with_name(output.name + ".run").exists())
 
 
+@OF_ONE_MODEL
 def test_killed_it_ends_in_the_same_bytes(folder, tmp_path):
     torch.set_num_threads(1)
     whole = contents(quantize(folder, higgs(), output=tmp_path / "whole").output)
@@ -254,6 +261,7 @@ def test_a_kept_weight_is_turned_where_its_input_is(folder, tmp_path):
     assert torch.equal(hf.load(outcome.output, product="packed")(ids).logits, expected(ids).logits)
 
 
+@OF_ONE_MODEL
 def test_processes_know_a_grid_of_ones_own(folder, tmp_path):
     grid = grids.custom(torch.randn(9, 2, generator=torch.Generator().manual_seed(3)))
     wanted = higgs(f"weights.grid={json.dumps(to_plain(grid))}")
