@@ -31,7 +31,6 @@ from paley.plan import Plan
 from paley.recipe import apply_settings, preset
 from tiny_models import EMBEDDING, HEAD, higgs, save_tiny, store_tie_as
 
-
 # A process takes seconds to begin.
 OF_ONE_MODEL = pytest.mark.parametrize("folder", ["qwen2 tied"], indirect=True)
 
