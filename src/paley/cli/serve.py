@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["serve_verb"]
 
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
-_NEEDED = ("fastapi", "uvicorn", "prometheus_client")
+_NEEDED = ("fastapi", "uvicorn", "prometheus_client", "llguidance")
 
 Models = Annotated[
     list[str], typer.Argument(metavar="OUT ...", help="Quantized folders, or any models; NAME=OUT gives one a name.")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from paley.core.errors import PaleyError, Setting
@@ -15,7 +16,7 @@ from paley.pipeline.detokenizing import Detokenizer, StopFinder
 from paley.pipeline.opening import TextModel
 from paley.pipeline.sampling import Sampler, Sampling, log_probabilities
 
-__all__ = ["ContextPool", "Continuation", "Drawn", "check_room", "step"]
+__all__ = ["Constraint", "ContextPool", "Continuation", "Drawn", "check_room", "step"]
 
 _PIECE = 256  # tokens of a prompt read at once: Ctrl-C, and other texts, wait no longer
 
@@ -29,19 +30,33 @@ class Drawn:
     top: tuple[tuple[int, float], ...] = ()
 
 
+class Constraint(Protocol):
+    """What an answer must look like, from its first token on."""
+
+    def allowed(self) -> Tensor:
+        """-> bool [vocabulary]: the tokens that may come next."""
+        ...
+
+    def take(self, token: int) -> bool:
+        """The token that was drawn -> whether the text is complete, and nothing may follow."""
+        ...
+
+
 class Continuation:
     """One text. Call `pending`, let a decoder read that in `context`, and `take` the logits, until `finish` is set.
 
     context: one that has read the beginning of the prompt, but not its last token; else a new one.
-    finish: "stop" after a token that ends texts or a stop string, "length" after max_new_tokens.
+    finish: "stop" after a token that ends texts, a stop string or what completes the constraint; "length" after
+    max_new_tokens.
     logprobs: how many of the most likely tokens `drawn` tells of beside the one drawn; None: no chances at all.
     continues: whether the text goes on from the prompt's, and keeps its first space; an answer in a chat does not.
+    constraint: tokens that it does not allow are never drawn.
     """
 
     def __init__(
         self, model: TextModel, prompt: Sequence[int], *, sampling: Sampling, max_new_tokens: int,
         stop: Sequence[str] = (), logprobs: int | None = None, context: Context | None = None,
-        continues: bool = False,
+        continues: bool = False, constraint: Constraint | None = None,
     ):  # fmt: skip
         self._sampler, self._stops = Sampler(sampling, prompt), StopFinder(stop)
         self.prompt_tokens, self.ids = len(prompt), list(prompt)
@@ -51,6 +66,7 @@ class Continuation:
         self.drawn: list[Drawn] = []
         self.began, self.first, self.last = time.perf_counter(), 0.0, 0.0
         self._ends, self._most, self._logprobs = model.ends, max_new_tokens, logprobs
+        self._constraint = constraint
         self._text = Detokenizer(model.tokenizer, prompt if continues else ())
 
     @property
@@ -67,7 +83,7 @@ class Continuation:
         """logits [vocabulary] after `pending` -> the text that is certain now, often empty."""
         if self.context.length < len(self.ids):
             return ""
-        token = self._sampler.choose(logits)
+        token, complete = self._draw(logits)
         self.last = time.perf_counter()
         self.first = self.first or self.last
         self.ids.append(token)
@@ -75,11 +91,18 @@ class Continuation:
             Drawn(token) if self._logprobs is None else _with_chances(logits, token, self._logprobs)
         )  # fmt: skip
         text = "" if token in self._ends else self._stops.add(self._text.add(token))
-        if token in self._ends or self._stops.found is not None:
+        if complete or token in self._ends or self._stops.found is not None:
             self.finish = "stop"
         elif len(self.drawn) >= self._most:
             self.finish = "length"
         return text + self.rest() if self.finish else text
+
+    def _draw(self, logits: Tensor) -> tuple[int, bool]:
+        """-> a token, and whether the constraint lets nothing follow it."""
+        if self._constraint is None:
+            return self._sampler.choose(logits), False
+        token = self._sampler.choose(logits.masked_fill(~self._constraint.allowed(), -torch.inf))
+        return token, self._constraint.take(token)
 
     def rest(self) -> str:
         """The text that was held back, when nothing more will come."""

@@ -11,6 +11,7 @@ from typing import Any
 from starlette.requests import Request
 
 from paley.core.errors import PaleyError
+from paley.serve.grammar import Grammar
 from paley.serve.protocol import MAX_CHOICES, ApiError, Common, CompletionRequest
 from paley.serve.scheduler import Busy, Event, Job, Scheduler, Stopped
 from paley.serve.shapes import Choice, Shape, usage
@@ -53,7 +54,7 @@ def check_prompt(scheduler: Scheduler, ids: list[int], wanted: int | None, longe
 
 @dataclass(eq=False)
 class Answering:
-    """One request. ended: called with each job when nothing more will come of it."""
+    """One request. ended: called with each job when nothing more will come of it; grammar: of each answer."""
 
     scheduler: Scheduler
     body: Common
@@ -63,6 +64,7 @@ class Answering:
     chances: int | None
     seed: int
     ended: Callable[[Job], None]
+    grammar: Grammar | None = None
 
     def submit(self) -> None:
         """Queues the jobs; raises ApiError for bad settings, 429 if the queue is full, 503 if nothing works on it."""
@@ -77,6 +79,7 @@ class Answering:
                         Job(
                             prompt, self.body.sampling(choice, self.seed), most, self._teller(loop, place),
                             self.body.stops, self.chances, continues=isinstance(self.body, CompletionRequest),
+                            constraint=None if self.grammar is None else self.grammar.fresh(),
                         )
                     )  # fmt: skip
         except PaleyError as error:

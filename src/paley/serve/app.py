@@ -20,6 +20,7 @@ from paley.pipeline.conversation import chat_ids
 from paley.pipeline.generate import prompt_ids
 from paley.pipeline.opening import TextModel
 from paley.serve.answering import Answering, check_choices, check_prompt
+from paley.serve.grammar import Grammar, Grammars
 from paley.serve.guard import Guard
 from paley.serve.metrics import Metrics
 from paley.serve.page import PAGE, POLICY
@@ -50,6 +51,7 @@ def create_app(models: Mapping[str, TextModel], *, api_key: str | None = None, l
     schedulers = {
         name: Scheduler(model, slots=limits.slots, waiting=limits.queue) for name, model in models.items()
     }  # fmt: skip
+    grammars = {name: Grammars(model) for name, model in models.items()}
     metrics, began = Metrics(schedulers), int(time.time())
     seeds = random.SystemRandom()
 
@@ -76,13 +78,14 @@ def create_app(models: Mapping[str, TextModel], *, api_key: str | None = None, l
         return schedulers[name]
 
     async def answer(
-        request: Request, body: Common, shape: Shape, prompts: list[list[int]], most: int | None, chances: int | None
-    ) -> Any:
+        request: Request, body: Common, shape: Shape, prompts: list[list[int]], most: int | None, chances: int | None,
+        grammar: Grammar | None = None,
+    ) -> Any:  # fmt: skip
         scheduler = schedulers[body.model]
         lengths = [check_prompt(scheduler, ids, most, limits.context) for ids in prompts]
         answering = Answering(
             scheduler, body, shape, prompts, lengths, chances, seeds.getrandbits(62),
-            lambda job: metrics.count(body.model, job),
+            lambda job: metrics.count(body.model, job), grammar,
         )  # fmt: skip
         answering.submit()
         if body.stream:
@@ -102,8 +105,14 @@ def create_app(models: Mapping[str, TextModel], *, api_key: str | None = None, l
             ids = await asyncio.to_thread(chat_ids, model.tokenizer, messages)
         except PaleyError as error:
             raise ApiError(400, str(error), param="messages") from None
+        grammar = None
+        if body.response_format is not None and (schema := body.response_format.schema_wanted) is not None:
+            try:
+                grammar = await asyncio.to_thread(grammars[body.model].of, schema)
+            except PaleyError as error:
+                raise ApiError(400, str(error), param="response_format") from None
         shape = ChatShape(body.model, model.tokenizer, body.chances)
-        return await answer(request, body, shape, [ids], body.most, body.chances)
+        return await answer(request, body, shape, [ids], body.most, body.chances, grammar)
 
     @app.post("/v1/completions")
     async def complete(request: Request, body: CompletionRequest) -> Any:

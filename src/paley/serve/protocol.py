@@ -108,10 +108,37 @@ class ChatMessage(BaseModel):
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
-class ResponseFormat(BaseModel):
-    """Only plain text."""
+class JsonSchema(BaseModel):
+    """strict: answers follow the schema in any case."""
 
-    type: Literal["text"]
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    """Plain text, any JSON object, or JSON that follows a schema."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _one_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise PaleyError("response_format: json_schema: belongs to type: json_schema, and only there")
+        return self
+
+    @property
+    def schema_wanted(self) -> dict[str, Any] | None:
+        """None: any text."""
+        if self.json_schema is not None:
+            return self.json_schema.schema_
+        return {"type": "object"} if self.type == "json_object" else None
 
 
 class ChatRequest(Common):

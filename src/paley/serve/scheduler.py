@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from paley.core.errors import PaleyError
-from paley.pipeline.continuation import ContextPool, Continuation, Drawn
+from paley.pipeline.continuation import Constraint, ContextPool, Continuation, Drawn
 from paley.pipeline.opening import TextModel
 from paley.pipeline.sampling import Sampling
 
@@ -63,6 +63,7 @@ class Job:
     made_tokens: int = 0
     cancelled: bool = False
     continues: bool = False
+    constraint: Constraint | None = None
 
 
 class Scheduler:
@@ -158,7 +159,7 @@ class Scheduler:
                 context = self._pool.take(job.prompt)
                 text = Continuation(
                     self.model, job.prompt, sampling=job.sampling, max_new_tokens=job.max_new_tokens, stop=job.stop,
-                    logprobs=job.logprobs, context=context, continues=job.continues,
+                    logprobs=job.logprobs, context=context, continues=job.continues, constraint=job.constraint,
                 )  # fmt: skip
             except Exception as error:
                 if context is not None:
