@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from paley.pipeline.estimate import Estimate
     from paley.pipeline.generate import Generated, generate
     from paley.pipeline.inspect import Inspection, inspect
+    from paley.pipeline.lora import lora_config
     from paley.pipeline.monitor import Monitor
     from paley.pipeline.run import Outcome, estimate, make_plan, quantize
     from paley.pipeline.sampling import Sampling
@@ -64,6 +65,7 @@ __all__ = [
     "inspect",
     "load",
     "load_recipe",
+    "lora_config",
     "make_plan",
     "measure_sensitivity",
     "preset",
@@ -103,6 +105,7 @@ _HOMES = {  # name -> the module that has it
     "inspect": "paley.pipeline.inspect",
     "load": "paley.hf",
     "load_recipe": "paley.recipe",
+    "lora_config": "paley.pipeline.lora",
     "make_plan": "paley.pipeline.run",
     "measure_sensitivity": "paley.pipeline.sensitivities",
     "preset": "paley.recipe",

@@ -113,7 +113,7 @@ class PaleyQuantizer(HfQuantizer):
         _check_values(model, self._stored)
         if (product := _PRODUCT.get()) is not None:
             prepare_(model, product, model.dtype)
-        model.requires_grad_(False)  # as `is_trainable` says; inputs that want gradients keep layers off the kernels
+        model.requires_grad_(False)  # inputs that want gradients keep layers off the kernels
         return model
 
     def is_serializable(self) -> bool:  # type: ignore[override]
@@ -121,7 +121,8 @@ class PaleyQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:  # type: ignore[override]
-        return False
+        """Of adapters beside the codes, as transformers means it (see `paley.lora_config`)."""
+        return True
 
 
 def register() -> None:

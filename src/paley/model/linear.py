@@ -144,10 +144,15 @@ class QuantLinear(Coded):
         inputs = self.scheme.input.grid.name if self.scheme.input else "float"
         return f"in={self.in_features}, out={self.out_features}, weight={weight}, input={inputs}"
 
-    def _device(self) -> torch.device:
+    @property
+    def qweight(self) -> Tensor:
+        """The codes, or an unquantized weight, by the name under which peft looks for a device."""
         kept = self.codes if self.codes is not None else self.weight
         assert kept is not None
-        return kept.device
+        return kept
+
+    def _device(self) -> torch.device:
+        return self.qweight.device
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)

@@ -1,9 +1,12 @@
 """Activations, transformed and rounded: by native kernels if they take them, else by the torch code of `core`.
 
-Both give the same bits. Gradients flow through the torch code alone, so it serves all that wants them.
+Both give the same bits. Gradients flow through the torch code alone, so it serves all that wants them; they pass a
+rounding as if it were none (Bengio et al., arXiv:1308.3432), as its own are zero nearly everywhere.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +36,20 @@ def round_trip(
         return x
     if native:
         return kernel.round_trip(x.float(), scheme, scale_dtype).to(x.dtype)
-    return rounding.round_trip(x.contiguous(), scheme, scale_dtype)
+    rounded = rounding.round_trip(x.detach().contiguous(), scheme, scale_dtype)
+    return _Straight.apply(x, rounded) if x.requires_grad and torch.is_grad_enabled() else rounded
+
+
+class _Straight(torch.autograd.Function):
+    """x, rounded -> rounded; the gradient is that of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient, None
 
 
 def quantize_dynamic(
