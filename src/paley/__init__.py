@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from paley.pipeline.inspect import Inspection, inspect
     from paley.pipeline.lora import lora_config
     from paley.pipeline.monitor import Monitor
+    from paley.pipeline.push import Pushed, push
     from paley.pipeline.run import Outcome, estimate, make_plan, quantize
     from paley.pipeline.sampling import Sampling
     from paley.pipeline.score import score
@@ -48,6 +49,7 @@ __all__ = [
     "PackedKVCache",
     "PaleyError",
     "Plan",
+    "Pushed",
     "Recipe",
     "Results",
     "Sampling",
@@ -69,6 +71,7 @@ __all__ = [
     "make_plan",
     "measure_sensitivity",
     "preset",
+    "push",
     "quantize",
     "register",
     "score",
@@ -89,6 +92,7 @@ _HOMES = {  # name -> the module that has it
     "Outcome": "paley.pipeline.run",
     "PackedKVCache": "paley.model.kv_cache",
     "Plan": "paley.plan",
+    "Pushed": "paley.pipeline.push",
     "Recipe": "paley.recipe",
     "Results": "paley.results",
     "Sampling": "paley.pipeline.sampling",
@@ -109,6 +113,7 @@ _HOMES = {  # name -> the module that has it
     "make_plan": "paley.pipeline.run",
     "measure_sensitivity": "paley.pipeline.sensitivities",
     "preset": "paley.recipe",
+    "push": "paley.pipeline.push",
     "quantize": "paley.pipeline.run",
     "register": "paley.hf",
     "score": "paley.pipeline.score",

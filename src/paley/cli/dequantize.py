@@ -30,18 +30,10 @@ def dequantize_verb(
     Example: `paley dequantize llama-w4 --output llama-plain`
     """
     from paley.cli import display
-    from paley.cli.progress import watching
+    from paley.cli.progress import counting
 
-    start, seen = time.monotonic(), 0
-    with watching() as monitor:
-
-        def on_tensor(total: int, name: str) -> None:
-            nonlocal seen
-            if not seen:
-                monitor.stage("decoding", total)
-            seen += 1
-            monitor.step(name)
-
+    start = time.monotonic()
+    with counting("decoding") as on_tensor:
         made = paley.dequantize(
             folder, output=output, weights_only=weights_only, dtype=dtype, overwrite=overwrite, on_tensor=on_tensor
         )

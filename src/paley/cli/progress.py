@@ -16,7 +16,7 @@ from paley.cli.process import peak_memory, say
 from paley.pipeline import Monitor
 from paley.pipeline.monitor import Pace
 
-__all__ = ["LineMonitor", "minutes", "watching"]
+__all__ = ["LineMonitor", "counting", "minutes", "watching"]
 
 _EVERY = 10.0  # seconds between lines where there is no terminal
 
@@ -31,6 +31,22 @@ def watching() -> Iterator[Monitor]:
     with monitor.display:
         yield monitor
         monitor.display.close_stage()
+
+
+@contextmanager
+def counting(stage: str) -> Iterator[Callable[[int, str], None]]:
+    """A function (how many there are, name of the one that is done), whose first call begins the stage."""
+    seen = False
+    with watching() as monitor:
+
+        def done(total: int, name: str) -> None:
+            nonlocal seen
+            if not seen:
+                monitor.stage(stage, total)
+            seen = True
+            monitor.step(name)
+
+        yield done
 
 
 class LineMonitor(Pace):

@@ -23,18 +23,9 @@ def verify_verb(folder: options.Folder, as_json: options.Json = False) -> None:
     Example: `paley verify llama-w4`
     """
     from paley.cli import display
-    from paley.cli.progress import watching
+    from paley.cli.progress import counting
 
-    seen = 0
-    with watching() as monitor:
-
-        def on_file(total: int, name: str) -> None:
-            nonlocal seen
-            if not seen:
-                monitor.stage("verifying", total)
-            seen += 1
-            monitor.step(name)
-
+    with counting("verifying") as on_file:
         found = paley.verify(folder, on_file=on_file)
     if as_json:
         display.emit(asdict(found) | {"folder": str(found.folder)})

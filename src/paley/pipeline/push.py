@@ -1,0 +1,57 @@
+"""`paley.push`: a quantized folder, with its card, onto the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
+
+from paley.core.errors import PaleyError
+from paley.format.digests import DIGESTS, Digests
+from paley.pipeline.verify import verify
+
+__all__ = ["Pushed", "push"]
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """repository: OWNER/NAME; url: of the commit; left_out: files of the folder that Paley did not write."""
+
+    repository: str
+    url: str
+    files: int
+    bytes: int
+    left_out: tuple[str, ...] = ()
+
+
+def push(
+    folder: str | Path, repository: str, *, private: bool | None = None, message: str | None = None,
+    on_file: Callable[[int, str], None] = lambda total, name: None,
+) -> Pushed:  # fmt: skip
+    """Verifies a folder that Paley wrote and uploads it in one commit; README.md, its model card, may be edited before.
+
+    repository: OWNER/NAME, or NAME for one's own; it is made if it is not there, private or not (None: as the account
+    prefers). on_file: as of `paley.verify`. The token is that of `hf auth login`, or HF_TOKEN.
+    Errors: PaleyError for a damaged folder, before anything is sent, and for what the Hub refuses.
+    """
+    verified = verify(folder, on_file=on_file)
+    files = [*Digests.load(verified.folder).files, DIGESTS]
+    api = HfApi(library_name="paley")
+    try:
+        made = api.create_repo(repository, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            folder_path=verified.folder, repo_id=made.repo_id, allow_patterns=files,
+            commit_message=message or "A model quantized by Paley",
+        )  # fmt: skip
+    except OfflineModeIsEnabled:
+        raise PaleyError(f"{repository}: HF_HUB_OFFLINE is set", remedy="unset it to upload") from None
+    except (HTTPError, HFValidationError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise PaleyError(
+            f"{repository}: cannot be uploaded to ({reason})",
+            remedy="give OWNER/NAME, and a token that may write there (`hf auth login`, or HF_TOKEN)",
+        ) from error
+    return Pushed(made.repo_id, commit.commit_url, len(files), verified.bytes, verified.not_covered)
