@@ -11,6 +11,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelF
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from paley import hf
+from paley.core.errors import PaleyError
 from paley.model.loading import open_source
 from paley.model.reading import prepare_
 from paley.pipeline import quantize
@@ -19,12 +20,13 @@ from paley.pipeline.monitor import Monitor
 from paley.pipeline.resolve import resolve
 from paley.recipe import apply_settings, preset
 
-__all__ = ["RECIPES", "TYPES", "compared", "random_", "save_type", "tiny_config", "tiny_model"]
+__all__ = ["RECIPES", "TYPES", "compared", "judged", "random_", "save_type", "tiny_config", "tiny_model"]
 
 TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 _VOCAB, _LAYERS = 128, 2
 _SMALL = {
     ("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "d_embed", "decoder_hidden_size", "emb_dim"): 64,
+    ("hidden_size_global",): 64,
     ("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner", "d_inner", "ffn_hidden_size"): 96,
     ("dense_intermediate_size", "shared_intermediate_size", "feed_forward_size", "attention_hidden_size"): 64,
     ("intermediate_size_mlp", "moe_shared_expert_intermediate_size", "shared_expert_intermediate_size"): 64,
@@ -39,7 +41,7 @@ _SMALL = {
     ("max_seq_len", "max_seq_length", "seq_length"): 64,
     ("moe_intermediate_size", "expert_ffn_hidden_size", "ffn_hidden_size_moe", "expert_hidden_dim"): 32,
     ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"): 4,
-    ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_experts"): 2,
+    ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts"): 2,
     ("n_group", "topk_group", "n_shared_experts", "num_expert_group"): 1,
     ("kv_lora_rank", "q_lora_rank", "o_lora_rank", "index_head_dim"): 16,
     ("qk_rope_head_dim", "rotary_dim"): 8,
@@ -64,7 +66,10 @@ _TOKENS = {"pad_token_id": 3, "bos_token_id": 1, "eos_token_id": 2}
 # Settings of single types: what their config classes demand of each other's sizes.
 _OWN: dict[str, dict[str, Any]] = {
     "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "blt": {"encoder_hash_byte_group_vocab": 64},
+    **{kind: {"swa_head_dim": 24} for kind in ("dots3_note", "dots3_note_text")},
     "dory": {"mlp_layer_types": ["dense", "dense"]},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     **{kind: {"head_dim": 16} for kind in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral")},
@@ -147,6 +152,29 @@ def compared(folder: Path, name: str, output: Path) -> tuple[float, float, int]:
     size = wanted.std()
     count = sum(scheme.weight is not None for _, scheme in problem.weights())
     return float((stored - in_memory).abs().max() / size), float((stored - wanted).std() / size), count
+
+
+def judged(kind: str, name: str, folder: Path) -> str:
+    """ "works", "cannot be built: ..." if no tiny model of this type can be, or what is wrong."""
+    try:
+        save_type(kind, folder / "model")
+    except Exception as error:  # what a config class demands is its own
+        return f"cannot be built: {_one_line(error)}"
+    try:
+        apart, lost, weights = compared(folder / "model", name, folder / "out")
+    except PaleyError as error:
+        return f"refused: {str(error).replace(str(folder), '')}"
+    except Exception as error:
+        return f"fails: {_one_line(error)}"
+    if weights < 2:
+        return f"wrong: only {weights} weights are quantized"
+    if not apart < 1e-3:  # float32 products in another order
+        return f"wrong: what is loaded is {apart:.1g} of the logits' spread off what was quantized"
+    return "works" if lost < 0.9 else f"wrong: the quantized model is {lost:.2g} of the logits' spread off the original"
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _shrunk(config: Any, own: dict[str, Any]) -> dict[str, Any]:

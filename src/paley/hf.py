@@ -33,7 +33,7 @@ from paley.model import attention
 from paley.model.adapter import Adapter
 from paley.model.checks import check_config, check_layers
 from paley.model.coded import Coded
-from paley.model.loading import plain_attention, tied_partners
+from paley.model.loading import default_attention, plain_attention, tied_partners
 from paley.model.reading import build_, prepare_, tie_
 from paley.ops.matmul import CALIBRATION
 
@@ -79,7 +79,9 @@ class PaleyQuantizer(HfQuantizer):
             _check_config(folder)
         asked = config._attn_implementation
         attentions = self.quantization_config.spec.attentions.values()
-        if asked != plain_attention(config) and any(map(attention.rounds, attentions)):  # no default was asked for
+        if asked == default_attention(config):
+            config._attn_implementation = plain_attention(config)
+        elif any(map(attention.rounds, attentions)):
             attention.check_implementation(asked)
         return config
 

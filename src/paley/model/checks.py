@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from paley.arch import FAMILIES
 from paley.core.errors import PaleyError
 
 __all__ = ["check_config", "check_family", "check_layers"]
@@ -19,6 +20,7 @@ _SIZES = {
     "vocab_size", "max_position_embeddings",
 }  # fmt: skip
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_RUNS = 256  # that families without a row may have of fewer blocks: some run each several times
 _UNBOUNDED = {"time_step_limit"}  # of state-space models, whose configs do say Infinity
 # Keys of some families that change what a model computes. Where a family's own config class lacks one, it would be
 # passed over in silence.
@@ -41,7 +43,9 @@ def check_config(file: Path, config: dict[str, Any]) -> None:
         if not isinstance(part, dict):
             continue
         for key in _SIZES & part.keys():
-            if part[key] is not None and (type(part[key]) is not int or part[key] < 1):
+            # A family without a row may have a size for each layer.
+            sizes = part[key] if isinstance(part[key], list) and not _has_row(config) else [part[key]]
+            if any(size is not None and (type(size) is not int or size < 1) for size in sizes):
                 raise PaleyError(f"{file}: {where}{key} must be a positive whole number, got {part[key]!r}")
         _check_rope(file, part)
 
@@ -52,11 +56,16 @@ def check_layers(file: Path, config: dict[str, Any], names: Iterable[str]) -> No
     for part in (config, config.get("text_config")):
         for key in _LAYERS:
             layers = part.get(key) if isinstance(part, dict) else None
-            if type(layers) is int and layers > 1 + max(numbered, default=0):
+            most = max(1 + max(numbered, default=0), 0 if _has_row(config) else _RUNS)
+            if type(layers) is int and layers > most:
                 raise PaleyError(
                     f"{file}: {key} is {layers:,}, but the weights have {len(numbered):,} layers; use the config.json "
                     "these weights came with"
                 )
+
+
+def _has_row(config: dict[str, Any]) -> bool:
+    return config.get("model_type") in FAMILIES
 
 
 def check_family(file: Path, raw: dict[str, Any], config: Any) -> None:

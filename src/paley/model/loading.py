@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from paley.arch import Sites
+from paley.arch import FAMILIES, Sites
 from paley.core.errors import PaleyError, Setting, nearest_name
 from paley.core.reading import read_json
 from paley.format.checkpoint import Checkpoint
@@ -37,8 +37,8 @@ from paley.model.text_part import text_part
 from paley.model.walk import sites_of
 
 __all__ = [
-    "Source", "check_fit", "check_seq_len", "empty_model", "is_ignored", "join_tie", "load_tokenizer", "open_source",
-    "plain_attention", "read_config", "resolve", "tied_partners",
+    "Source", "check_fit", "check_seq_len", "default_attention", "empty_model", "is_ignored", "join_tie",
+    "load_tokenizer", "open_source", "plain_attention", "read_config", "resolve", "tied_partners",
 ]  # fmt: skip
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -146,10 +146,19 @@ def read_config(path: Path) -> Any:
     return part
 
 
-def plain_attention(config: Any) -> str:
-    """transformers' name of the attention that a model computes with unless Paley's takes its place."""
+def default_attention(config: Any) -> str:
+    """transformers' name of the attention that a model computes with if nobody asks for another."""
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     return "sdpa" if kind is None or kind._supports_sdpa else "eager"
+
+
+def plain_attention(config: Any) -> str:
+    """transformers' name of the attention that a model computes with unless Paley's takes its place.
+
+    Its sdpa attention passes over soft caps and sinks, which not every release of a family says.
+    """
+    row = FAMILIES.get(config.model_type)
+    return "eager" if row is not None and (row.attention_softcap or row.sinks) else default_attention(config)
 
 
 def empty_model(config: Any) -> PreTrainedModel:

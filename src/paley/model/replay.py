@@ -31,11 +31,11 @@ def runner_of(adapter: Adapter, batch: int = 8) -> BlockRunner:
 
 @dataclass(frozen=True)
 class _Call:
-    """How a model calls a block: all it gives beside the hidden states; whether it takes the first of a tuple."""
+    """How a model calls a block: all it gives beside the hidden states; how long a tuple it gets back, 0 if none."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    in_tuple: bool
+    returned: int
 
 
 class Replay(BlockRunner):
@@ -126,9 +126,9 @@ class Replay(BlockRunner):
             def hook(module: nn.Module, args: Any, kwargs: Any, output: Any, index: int = block.index) -> None:
                 if index in calls:
                     raise PaleyError(_why(self.adapter, "a block runs more than once"), remedy=_way_out())
-                in_tuple = isinstance(output, tuple | list)
-                calls[index] = _Call(tuple(args[1:]), dict(kwargs), in_tuple)
-                given, made = _hidden_of(args, kwargs), output[0] if in_tuple else output
+                returned = len(output) if isinstance(output, tuple | list) else 0
+                calls[index] = _Call(tuple(args[1:]), dict(kwargs), returned)
+                given, made = _hidden_of(args, kwargs), output[0] if returned else output
                 if given is None or not isinstance(made, Tensor) or given.shape != made.shape or given.dim() != 3:
                     raise PaleyError(
                         _why(self.adapter, "its blocks do not turn hidden states into such"), remedy=_way_out()
@@ -164,7 +164,7 @@ class Replay(BlockRunner):
             made = module(*call.args, **(call.kwargs | {"hidden_states": hidden}))
         else:
             made = module(hidden, *call.args, **call.kwargs)
-        return made[0] if call.in_tuple else made
+        return made[0] if call.returned else made
 
     @contextmanager
     def _blocks_replaced(self, f: Callable[[int, Tensor], Any]) -> Iterator[None]:
@@ -185,7 +185,7 @@ def _hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _packed(call: _Call, hidden: Tensor) -> Any:
-    return (hidden, None, None) if call.in_tuple else hidden
+    return (hidden, *[None] * (call.returned - 1)) if call.returned else hidden
 
 
 def _some_ids(adapter: Adapter, batch: int, tokens: int, seed: int) -> Tensor:

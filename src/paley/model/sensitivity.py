@@ -23,6 +23,7 @@ from paley.arch import Site, Sites
 from paley.core.errors import PaleyError, nearest_name
 from paley.model.adapter import Adapter
 from paley.model.capture import BlockRunner
+from paley.model.stacks import Stack, Turned
 from paley.model.trials import Metric, Objective, Prefix
 
 __all__ = ["KINDS", "NoiseProbe", "mixed_rows", "noise_kind", "noise_sites"]
@@ -43,6 +44,11 @@ def noise_sites(sites: Sites, kinds: Collection[str]) -> dict[str, Site]:
     wanted = {name: site for name, site in sites.items() if noise_kind(site) in kinds}
     # What the head reads is never rounded.
     found = {n: s for n, s in wanted.items() if (n in stored if s.is_weight else s.block is not None)}
+    if unmade := [name for name, site in found.items() if site.kind in ("keys", "values") and site.made_by is None]:
+        raise PaleyError(
+            f"sensitivity: {unmade[0]}: {sites.architecture.family!r} has no row that says what makes it; leave keys "
+            "and values out of the kinds, or write a row (docs/adding-a-model.md)"
+        )
     # What experts read has no place of its own where noise could enter.
     return {n: s for n, s in found.items() if not any(sites[path].experts for path in s.readers if path in sites)}
 
@@ -89,7 +95,7 @@ class NoiseProbe:
         adapter = runner.adapter
         self.sites = noise_sites(adapter.sites, kinds)
         for site in self.sites.values():
-            if site.is_weight and not isinstance(module := adapter.module(site.module), nn.Linear | nn.Embedding):
+            if site.is_weight and not isinstance(module := adapter.module(site.module), _PLAIN):
                 raise PaleyError(f"{site.name}: is a {type(module).__name__}; measure the original, unquantized model")
         self._prefix = Prefix(runner, ids)
         self._last = runner.suffix(0, runner.embed(ids))
@@ -136,6 +142,7 @@ class NoiseProbe:
 
 
 Noisy = Callable[[Tensor], Tensor]
+_PLAIN = nn.Linear | nn.Embedding | Stack | Turned
 
 
 @contextmanager
@@ -143,7 +150,7 @@ def _in_weight(adapter: Adapter, site: Site, rows: int, noisy: Noisy) -> Iterato
     """rows: so many consecutive rows of the weight get noise of one size."""
     module = adapter.module(site.module)
     kept = module.weight.detach().clone()
-    _write(module, noisy(kept.view(-1, rows * kept.shape[1])).view_as(kept))
+    _write(module, noisy(kept.reshape(-1, rows * kept.shape[1])).view_as(kept))
     try:
         yield
     finally:
@@ -170,7 +177,7 @@ def _in_input(adapter: Adapter, site: Site, noisy: Noisy) -> Iterator[None]:
 
     with ExitStack() as stack:
         for path in site.readers:
-            stack.callback(adapter.module(path).register_forward_pre_hook(hook).remove)
+            stack.callback(adapter.model.get_submodule(path).register_forward_pre_hook(hook).remove)
         yield
 
 

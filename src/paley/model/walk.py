@@ -7,13 +7,17 @@ take their place. Nothing can be folded then, and nothing widened.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.functional import linear
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.pytorch_utils import Conv1D
@@ -122,6 +126,9 @@ def _sites(
     *, tied: bool, kept: dict[str, str],
 ) -> Iterator[Site]:  # fmt: skip
     fixed = "" if _is_plain_embedding(embedding) else f"its rows are looked up by {type(embedding).__name__}"
+    head_fixed = _why_read(model, row.head) or ("" if tied or _multiplies(head) else f"is a {type(head).__name__}")
+    if tied:
+        fixed = head_fixed = fixed or head_fixed
     yield Site(
         row.embedding, "embedding", tuple(embedding.weight.shape), None, row.embedding, stored_as=row.embedding,
         fixed=fixed,
@@ -138,10 +145,9 @@ def _sites(
                 yield from _of_module(model, config, name, module, index, shared, kept)
     width = head.weight.shape[1]
     yield head_input(row, width)
-    fixed = fixed if tied else "" if _is(head, nn.Linear) else f"is a {type(head).__name__}"
     yield Site(
         row.head, "head", tuple(head.weight.shape), None, row.head, reads=head_input(row, width).name,
-        stored_as=row.embedding if tied else row.head, fixed=fixed,
+        stored_as=row.embedding if tied else row.head, fixed=head_fixed,
     )  # fmt: skip
 
 
@@ -202,25 +208,40 @@ def _cache_layers(config: Any) -> list[Any]:
 
 def _calls_interface(module: nn.Module) -> bool:
     """Whether the module's forward asks transformers for its attention function."""
+    return "ALL_ATTENTION_FUNCTIONS" in _source(type(module).forward)
+
+
+@cache
+def _source(of: Any) -> str:
+    """The text of a class or function; '' if Python does not have it."""
     try:
-        return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(type(module).forward)
+        return inspect.getsource(of)
     except (OSError, TypeError):
-        return False
+        return ""
 
 
 def _why_kept(model: PreTrainedModel, name: str, module: Any, shared: set[str]) -> str:
     """Why a linear cannot be quantized, or must not; '' if it can."""
     if f"{name}.weight" in shared:
         return "shares its weight with another"
-    if not _is(module, nn.Linear) and not _is(module, Conv1D):
+    if not _is(module, Conv1D) and not _multiplies(module):
         return f"is a {type(module).__name__}"
     if module.weight.dim() != 2 or 0 in module.weight.shape:
         return "is no matrix"
+    if why := _why_read(model, name):
+        return why
     parent = model.get_submodule(name.rpartition(".")[0])
     counts = {getattr(model.config.get_text_config(decoder=True), key, None) for key in _EXPERT_COUNTS}
     if hasattr(parent, "experts") and isinstance(module, nn.Linear) and module.out_features in counts - {None}:
         return "is a router"
     return ""
+
+
+def _why_read(model: PreTrainedModel, name: str) -> str:
+    """Why a linear whose holder reads its weight, or the type of it, must stay as it is; '' if it does not."""
+    owner, _, own = name.rpartition(".")
+    found = re.search(rf"self\.{own}\.weight\b", _source(type(model.get_submodule(owner))))
+    return "its weight is also read by the module that holds it" if found else ""
 
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -229,6 +250,22 @@ _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_n
 def _is(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module computes just what its kind does."""
     return isinstance(module, kind) and type(module).forward is kind.forward
+
+
+def _multiplies(module: Any) -> bool:
+    """Whether a linear, also one with a forward of its own, multiplies by its weight, adds its bias, and no more."""
+    if not isinstance(module, nn.Linear) or _is(module, nn.Linear):
+        return isinstance(module, nn.Linear)
+    small, generator = copy.copy(module), torch.Generator().manual_seed(0)
+    weight, bias, x = (torch.randn(shape, generator=generator, device="cpu") for shape in ((3, 4), (3,), (2, 4)))
+    small._parameters = {"weight": nn.Parameter(weight), "bias": None if module.bias is None else nn.Parameter(bias)}
+    small.in_features, small.out_features = 4, 3
+    try:
+        with torch.no_grad():
+            found = small(x)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):  # it needs more than that
+        return False
+    return isinstance(found, torch.Tensor) and torch.equal(found, linear(x, weight, small._parameters["bias"]))
 
 
 def _is_plain_embedding(module: nn.Module) -> bool:
