@@ -20,8 +20,9 @@ from paley.pipeline.monitor import Monitor
 from paley.pipeline.resolve import resolve
 from paley.recipe import apply_settings, preset
 
-__all__ = ["RECIPES", "TYPES", "compared", "judged", "random_", "save_type", "tiny_config", "tiny_model"]
+__all__ = ["OUTCOMES", "RECIPES", "TYPES", "compared", "judged", "random_", "save_type", "tiny_config", "tiny_model"]
 
+OUTCOMES = Path(__file__).parents[1] / "bench" / "results" / "every-type.json"  # how each type does, with its reason
 TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 _VOCAB, _LAYERS = 128, 2
 _SMALL = {
@@ -70,7 +71,12 @@ _OWN: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "blt": {"encoder_hash_byte_group_vocab": 64},
     **{kind: {"swa_head_dim": 24} for kind in ("dots3_note", "dots3_note_text")},
-    "dory": {"mlp_layer_types": ["dense", "dense"]},
+    "dory": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "n_input_layers": 1,
+        "n_output_layers": 1,
+        "n_recurrent_layers": 0,
+    },
     "gemma3n_text": {"num_kv_shared_layers": 0},
     **{kind: {"head_dim": 16} for kind in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral")},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},

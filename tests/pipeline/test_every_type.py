@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-import pytest
+import json
 
-from every_type import RECIPES, TYPES, compared, save_type
+import pytest
+import transformers
+
+from every_type import OUTCOMES, RECIPES, TYPES, judged
 
 # Of each kind one: stacks of experts, a turned linear, a tied head with a bias, latent keys, layers with states.
 SHARE = ("afmoe", "gpt2", "camembert", "deepseek_v3", "bamba")
+KNOWN = json.loads(OUTCOMES.read_text())
 
 
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k in SHARE else pytest.mark.long) for k in TYPES])
 def test_a_loaded_model_is_the_one_in_memory(kind, name, tmp_path):
-    try:
-        save_type(kind, tmp_path / "model")
-    except Exception as error:  # what a config class demands is its own
-        pytest.skip(f"no tiny model can be built: {type(error).__name__}")
-    apart, lost, weights = compared(tmp_path / "model", name, tmp_path / "out")
-    assert weights >= 3
-    assert apart < 1e-3  # float32 products in another order
-    assert lost < 0.9
+    """What does not work is listed with its reason, and one that begins to work is noticed."""
+    known = KNOWN["types"].get(kind, {}).get(name, "works")
+    if known != "works" and f"transformers {transformers.__version__}" != KNOWN["of"]:
+        pytest.skip(f"{known}, in {KNOWN['of']}")
+    found = judged(kind, name, tmp_path)
+    assert found.partition(":")[0] == known.partition(":")[0], f"{found}; is python -m bench.every_type to be run?"
+
+
+def test_nearly_all_types_that_can_be_built_work():
+    found = [all(how == "works" for how in each.values()) for each in built().values()]
+    assert sum(found) >= 0.95 * len(found)
+    assert KNOWN["types"].keys() >= set(TYPES) or f"transformers {transformers.__version__}" != KNOWN["of"]
+
+
+def built() -> dict[str, dict[str, str]]:
+    return {k: f for k, f in KNOWN["types"].items() if not any(h.startswith("cannot be built") for h in f.values())}

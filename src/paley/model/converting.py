@@ -24,6 +24,17 @@ __all__ = ["Converted", "convert"]
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """What conversions ask of a model: its config, and parameters, without values, around those that are made."""
+
+    config: Any
+    parameters: Mapping[str, Tensor]
+
+    def get_parameter(self, name: str) -> Tensor:
+        return self.parameters[name]
+
+
+@dataclass(frozen=True)
 class Converted(TensorInfo):
     """One of the tensors that a conversion makes: `key` of what `operations` make of the sources, by their patterns."""
 
@@ -31,7 +42,7 @@ class Converted(TensorInfo):
     first: str
     converter: Any
     sources: Mapping[str, tuple[TensorInfo, ...]]
-    config: Any
+    wanted: Wanted
 
     def read(self) -> Tensor:
         return self._made({pattern: [info.read() for info in infos] for pattern, infos in self.sources.items()})
@@ -47,7 +58,7 @@ class Converted(TensorInfo):
             yield one[0] if one.dim() == len(self.shape) else one
 
     def _made(self, tensors: dict[str, list[Tensor]]) -> Tensor:
-        return _run(self.converter, self.first, tensors, self.config)[self.key].contiguous()
+        return _run(self.converter, self.first, tensors, self.wanted)[self.key].contiguous()
 
 
 def convert(infos: Mapping[str, TensorInfo], model: PreTrainedModel) -> dict[str, TensorInfo]:
@@ -83,6 +94,8 @@ def _converted(
     infos: Mapping[str, TensorInfo],
     model: PreTrainedModel,
 ) -> dict[str, TensorInfo]:
+    around = first.rpartition(".")[0].rpartition(".")[0]
+    wanted = Wanted(model.config, {n: t for n, t in model.state_dict().items() if n.startswith(f"{around}.")})
     places = {pattern: tuple(infos[name] for name in names) for pattern, names in sources.items()}
     one = next(iter(places.values()))[0]
     names = [name for group in sources.values() for name in group]
@@ -97,24 +110,22 @@ def _converted(
         for pattern, group in places.items()
     }
     try:
-        made = _run(converter, first, empty, model.config)
+        made = _run(converter, first, empty, wanted)
     except Exception as error:  # each operation has its own
         raise PaleyError(
             f"{one.file}: {names[0]} and {len(names) - 1} more tensors do not make up {first}: "
             f"{' '.join(str(error).split())[:200]}; use the config.json these weights came with"
         ) from error
     return {
-        key: Converted(
-            one.file, tensor.dtype, tuple(tensor.shape), one.start, key, first, converter, places, model.config
-        )
+        key: Converted(one.file, tensor.dtype, tuple(tensor.shape), one.start, key, first, converter, places, wanted)
         for key, tensor in made.items()
     }
 
 
-def _run(converter: Any, first: str, tensors: Mapping[str, list[Tensor]], config: Any) -> dict[str, Tensor]:
+def _run(converter: Any, first: str, tensors: Mapping[str, list[Tensor]], wanted: Wanted) -> dict[str, Tensor]:
     one = copy.deepcopy(converter)
     for pattern, values in tensors.items():
         one.collected_tensors[pattern] = list(values)
         one.layer_targets[first].add(first)
-    made = one.convert(first, config=config)
+    made = one.convert(first, model=wanted, config=wanted.config)
     return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}

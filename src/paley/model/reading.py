@@ -42,7 +42,7 @@ def build_(model: PreTrainedModel, spec: QuantizationConfig) -> None:
         if site.kind == "embedding":
             if scheme != LinearScheme():
                 _replace_embedding_(model, row, name, layer, scheme)
-        elif scheme != LinearScheme() or isinstance(layer, nn.Linear):
+        elif scheme != LinearScheme() or (isinstance(layer, nn.Linear) and not site.fixed):
             _replace_linear_(model, site, layer, scheme)
     use_experts_(model)
     if spec.attentions:

@@ -70,7 +70,7 @@ def head_widths(attention: Any) -> tuple[int, int] | None:
 def _walked(model: PreTrainedModel) -> Sites:
     kind, config = model.config.model_type, model.config.get_text_config(decoder=True)
     embedding, head = _outer(model)
-    lists = _block_lists(model, getattr(config, "num_hidden_layers", None))
+    lists = _block_lists(model, config)
     paths = {id(module): name for name, module in model.named_modules()}
     tied = _tied(model, paths[id(embedding)], paths[id(head)])
     row = Architecture(
@@ -102,14 +102,16 @@ def _tied(model: PreTrainedModel, embedding: str, head: str) -> bool:
     return any({one, other} == names for one, other in model.all_tied_weights_keys.items())
 
 
-def _block_lists(model: PreTrainedModel, layers: int | None) -> list[str]:
+def _block_lists(model: PreTrainedModel, config: Any) -> list[str]:
     """Paths of the lists of modules that make up the blocks, the one with most values first."""
+    layers = getattr(config, "num_hidden_layers", None)
+    counts = {layers, getattr(config, "num_layers", layers)}  # LongCat's blocks hold two layers each
     lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) and not any(name.startswith(f"{n}.") for n in lists):
             lists[name] = module
     sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in lists.items()}
-    fitting = [name for name in lists if layers is None or len(lists[name]) == layers]
+    fitting = [name for name in lists if layers is None or len(lists[name]) in counts]
     if not fitting or not sizes[max(fitting, key=sizes.__getitem__)]:
         seen = ", ".join(f"{name} ({len(module)})" for name, module in lists.items()) or "none"
         raise PaleyError(
@@ -125,7 +127,9 @@ def _sites(
     model: PreTrainedModel, config: Any, row: Architecture, lists: list[str], embedding: Any, head: Any,
     *, tied: bool, kept: dict[str, str],
 ) -> Iterator[Site]:  # fmt: skip
-    fixed = "" if _is_plain_embedding(embedding) else f"its rows are looked up by {type(embedding).__name__}"
+    fixed = _why_read(model, row.embedding)
+    if not _is_plain_embedding(embedding):
+        fixed = f"its rows are looked up by {type(embedding).__name__}"
     head_fixed = _why_read(model, row.head) or ("" if tied or _multiplies(head) else f"is a {type(head).__name__}")
     if tied:
         fixed = head_fixed = fixed or head_fixed
@@ -238,10 +242,14 @@ def _why_kept(model: PreTrainedModel, name: str, module: Any, shared: set[str]) 
 
 
 def _why_read(model: PreTrainedModel, name: str) -> str:
-    """Why a linear whose holder reads its weight, or the type of it, must stay as it is; '' if it does not."""
+    """Why a linear must stay as it is whose weight, or the type of it, a module around it reads; '' if none does."""
     owner, _, own = name.rpartition(".")
+    within = f"{owner.rpartition('.')[2]}.{own}"
     found = re.search(rf"self\.{own}\.weight\b", _source(type(model.get_submodule(owner))))
-    return "its weight is also read by the module that holds it" if found else ""
+    while owner and not found:
+        owner = owner.rpartition(".")[0]
+        found = re.search(rf"\.{within}\.weight\b", _source(type(model.get_submodule(owner))))
+    return "its weight is also read by a module that holds it" if found else ""
 
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -254,8 +262,11 @@ def _is(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 def _multiplies(module: Any) -> bool:
     """Whether a linear, also one with a forward of its own, multiplies by its weight, adds its bias, and no more."""
-    if not isinstance(module, nn.Linear) or _is(module, nn.Linear):
-        return isinstance(module, nn.Linear)
+    more = any(name not in ("weight", "bias") for name in {**module._parameters, **module._buffers, **module._modules})
+    if not isinstance(module, nn.Linear) or more:
+        return False
+    if _is(module, nn.Linear):
+        return True
     small, generator = copy.copy(module), torch.Generator().manual_seed(0)
     weight, bias, x = (torch.randn(shape, generator=generator, device="cpu") for shape in ((3, 4), (3,), (2, 4)))
     small._parameters = {"weight": nn.Parameter(weight), "bias": None if module.bias is None else nn.Parameter(bias)}
