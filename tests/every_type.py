@@ -69,6 +69,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "deepseek_v2": {"num_experts_per_tok": 2},
+    **{kind: {"unpadded_vocab_size": _VOCAB} for kind in ("inkling2_text", "inkling2_loop_text")},
     "blt": {"encoder_hash_byte_group_vocab": 64},
     **{kind: {"swa_head_dim": 24} for kind in ("dots3_note", "dots3_note_text")},
     "dory": {

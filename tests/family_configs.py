@@ -76,6 +76,7 @@ CONFIGS: dict[str, Callable[..., Any]] = {
         attention_bias=True,
         rope_parameters=_YARN,
     ),
+    "ernie4_5": _made("Ernie4_5Config", use_bias=True, head_dim=16),
     "olmo2": _made("Olmo2Config"),
     "olmo3": _made("Olmo3Config", alternate=True),
     "gemma": _made("GemmaConfig", head_dim=16),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
+from family_configs import CONFIGS
 from paley.core.errors import PaleyError
-from paley.model.loading import load_tokenizer, open_source
+from paley.model.loading import empty_model, load_tokenizer, open_source, plain_attention
 from paley.pipeline.accounting import parameter_count
 from tiny_models import EMBEDDING, HEAD, save_tiny, store_tie_as
 
@@ -64,3 +65,10 @@ def test_a_head_of_its_own_needs_its_weight_and_the_embedding_too(tmp_path, tiny
     store_tie_as(save_tiny(tmp_path, tiny_tokenizer), HEAD)
     with pytest.raises(PaleyError, match=f"no tensor '{EMBEDDING}'"):
         open_source(tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "attention"), [("gemma2", "eager"), ("gpt_oss", "eager"), ("llama", "sdpa")])
+def test_soft_caps_and_sinks_are_computed_plainly(kind, attention):
+    """transformers' sdpa attention passes over both, and its releases before 5.21 took it for Gemma 2 by default."""
+    assert plain_attention(AutoConfig.for_model(kind)) == attention
+    assert empty_model(CONFIGS[kind]()).config._attn_implementation == attention

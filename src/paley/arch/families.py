@@ -114,6 +114,7 @@ FAMILIES = {
         ),
         rotary_pairs="interleaved",
     ),
+    "ernie4_5": replace(_LLAMA, rotary_pairs="interleaved"),
     "olmo2": _OLMO2,
     "olmo3": _OLMO2,
     "gemma": _GEMMA,

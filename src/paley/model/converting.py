@@ -94,7 +94,8 @@ def _converted(
     infos: Mapping[str, TensorInfo],
     model: PreTrainedModel,
 ) -> dict[str, TensorInfo]:
-    around = first.rpartition(".")[0].rpartition(".")[0]
+    holder = first.rpartition(".")[0]
+    around = holder.rpartition(".")[0] or holder
     wanted = Wanted(model.config, {n: t for n, t in model.state_dict().items() if n.startswith(f"{around}.")})
     places = {pattern: tuple(infos[name] for name in names) for pattern, names in sources.items()}
     one = next(iter(places.values()))[0]

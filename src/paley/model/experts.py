@@ -130,7 +130,7 @@ def experts_forward(experts: Any, hidden: Tensor, top_k_index: Tensor, top_k_wei
         x = _times(experts, first, expert, hidden[tokens])
         x = experts._apply_gate(x) if experts.has_gate else experts.act_fn(x)
         x = _times(experts, second, expert, x)
-        if experts.has_post_expert_norm:
+        if getattr(experts, "has_post_expert_norm", False):  # older releases of transformers know none
             x = experts.post_expert_norm(x)
         result.index_add_(0, tokens, (x * top_k_weights[tokens, places, None]).to(result.dtype))
     return result
