@@ -8,8 +8,8 @@ import paley
 from paley.core.errors import PaleyError
 from paley.model.loading import open_source
 from paley.pipeline import estimate
-from paley.pipeline.estimate import Estimate, check_memory, duration, estimate_run, faster
-from paley.pipeline.monitor import Pace
+from paley.pipeline.estimate import Estimate, check_memory, estimate_run, faster
+from paley.pipeline.monitor import Pace, duration
 from paley.pipeline.resolve import resolve
 from paley.recipe import apply_settings, preset
 from tiny_models import save_tiny

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import webbrowser
 from pathlib import Path
 from types import SimpleNamespace
@@ -203,3 +206,27 @@ def test_charts_take_odd_data():
     assert dots({"a": [(1, 5.0, "<one>")]}, "t", x_name="x", y_name="y").count("&lt;one&gt;") == 1
     assert "<rect" in bars([("a", 0, 0, "0")], "t")
     assert heat_map(["0"], {"a": [None], "b": [4.0]}, "t").count("<rect") == 1
+
+
+def test_a_page_without_an_original_takes_no_seconds_of_imports(made, tmp_path):
+    """Nor do the other verbs that read a folder's files alone."""
+    runs = [
+        ["report", str(made.out), "--output", str(tmp_path / "page.html")], ["inspect", str(made.out)],
+        ["verify", str(made.out)], ["compare", str(made.out), str(made.out)],
+    ]  # fmt: skip
+    code = f"""if True:
+        import sys
+        from paley_command import main
+        for args in {runs!r}:
+            sys.argv[1:] = args
+            try:
+                main()
+            except SystemExit as end:
+                assert not end.code
+        print("LOADED", "paley.kernels" in sys.modules, "transformers" in sys.modules)"""
+    source = str(Path(paley.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        env=os.environ | {"PYTHONPATH": source},
+    )  # fmt: skip
+    assert done.stdout.endswith("LOADED True False\n")

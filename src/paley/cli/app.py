@@ -8,7 +8,7 @@ from typing import Annotated, TypeVar
 import typer
 
 import paley
-from paley.cli.process import Verb, Verbs, line
+from paley.cli.process import ReadingVerb, Verb, Verbs, line
 
 __all__ = ["app", "verb"]
 
@@ -23,9 +23,9 @@ app = typer.Typer(
 )
 
 
-def verb(name: str) -> Callable[[F], F]:
-    """Makes a function a verb of the command line."""
-    return app.command(name, cls=Verb)
+def verb(name: str, *, reads: bool = False) -> Callable[[F], F]:
+    """Makes a function a verb of the command line; reads: see `ReadingVerb`."""
+    return app.command(name, cls=ReadingVerb if reads else Verb)
 
 
 def _version(wanted: bool) -> None:

@@ -8,7 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -17,12 +17,15 @@ from rich.table import Table
 from paley.cli.process import line
 from paley.core.schemes import ActivationScheme, WeightScheme
 from paley.eval.figures import with_error
-from paley.pipeline import Outcome
-from paley.pipeline.curve import CurvePoint
-from paley.pipeline.estimate import Estimate, duration
+from paley.pipeline.monitor import duration
 from paley.plan import Plan
 from paley.recipe import Recipe
 from paley.results import EvalResult
+
+if TYPE_CHECKING:
+    from paley.pipeline.curve import CurvePoint
+    from paley.pipeline.estimate import Estimate
+    from paley.pipeline.run import Outcome
 
 __all__ = [
     "Cost",

@@ -22,7 +22,7 @@ _REL_ERROR = (
 _LISTED = 8
 
 
-@verb("inspect")
+@verb("inspect", reads=True)
 def inspect_verb(folder: options.Folder, as_json: options.Json = False) -> None:
     """Show what a quantized folder holds: scheme, clip ratio, measured error and bytes of each layer.
 

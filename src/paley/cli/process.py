@@ -18,7 +18,7 @@ from typer.core import TyperCommand, TyperGroup
 from paley.core.errors import PaleyError
 
 __all__ = [
-    "STOPPED", "UsageError", "Verb", "Verbs", "how_to_resume", "line", "peak_memory", "say", "shell",
+    "STOPPED", "ReadingVerb", "UsageError", "Verb", "Verbs", "how_to_resume", "line", "peak_memory", "say", "shell",
     "spread_settings", "stream", "typed",
 ]  # fmt: skip
 
@@ -78,12 +78,26 @@ class Verb(TyperCommand):
     """Imports the libraries when the options were understood: until then nobody waits for them."""
 
     def invoke(self, ctx: Any) -> Any:
-        import paley.pipeline  # noqa: F401
-
+        self.prepare(ctx)
         if ctx.obj is not None:  # the console script's: Ctrl-C interrupts from now on
             ctx.obj()
-        _quiet()
         return super().invoke(ctx)
+
+    def prepare(self, ctx: Any) -> None:
+        """Imports what the verb needs."""
+        import paley.pipeline.run  # noqa: F401
+
+        _quiet()
+
+
+class ReadingVerb(Verb):
+    """Reads a folder's files; only beside an original (`against`) are there models, and transformers."""
+
+    def prepare(self, ctx: Any) -> None:
+        if ctx.params.get("against") is not None:
+            super().prepare(ctx)
+        else:
+            import paley.kernels  # noqa: F401  torch, and what rounds fast
 
 
 def _misused(error: Any) -> typer.Exit:

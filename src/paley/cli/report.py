@@ -24,7 +24,7 @@ First = Annotated[Path, typer.Argument(metavar="A", help="A quantized folder.", 
 Second = Annotated[Path, typer.Argument(metavar="B", help="Another one.", show_default=False)]
 
 
-@verb("report")
+@verb("report", reads=True)
 def report_verb(
     folder: options.Folder,
     against: options.Against = None,
@@ -56,7 +56,7 @@ def report_verb(
         webbrowser.open(page.resolve().as_uri())
 
 
-@verb("compare")
+@verb("compare", reads=True)
 def compare_verb(
     first: First,
     second: Second,
@@ -73,7 +73,6 @@ def compare_verb(
     from paley.cli.progress import watching
     from paley.report import gather, write_page
     from paley.report.gather import as_data
-    from paley.report.measure import Original
 
     if open_ and output is None:
         raise PaleyError("--open: there is no page to open", remedy=("name one with ", Setting("output")))
@@ -82,7 +81,11 @@ def compare_verb(
             Setting("against"), ": what it measures is only on the page, and in JSON",
             remedy=("name a page with ", Setting("output"), ", or give --json"),
         )  # fmt: skip
-    original = None if against is None else Original(against)
+    original = None
+    if against is not None:
+        from paley.report.measure import Original
+
+        original = Original(against)  # measured once for both
     with watching() as monitor:
         reports = [gather(folder, original, monitor=monitor) for folder in (first, second)]
     if output is not None:

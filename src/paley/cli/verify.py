@@ -12,7 +12,7 @@ from paley.cli.process import line
 __all__ = ["verify_verb"]
 
 
-@verb("verify")
+@verb("verify", reads=True)
 def verify_verb(folder: options.Folder, as_json: options.Json = False) -> None:
     """Read every file of a folder that Paley wrote, and compare it with what was written.
 

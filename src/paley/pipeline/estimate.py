@@ -20,10 +20,11 @@ from paley.core.errors import PaleyError, Setting
 from paley.model.problem import Problem
 from paley.model.steps import KEPT
 from paley.pipeline.machine import free_memory, multiplications
+from paley.pipeline.monitor import duration
 from paley.pipeline.resolve import resolve
 from paley.recipe import Recipe, apply_settings, preset
 
-__all__ = ["COSTS", "Costs", "Estimate", "check_memory", "duration", "estimate_run", "faster"]
+__all__ = ["COSTS", "Costs", "Estimate", "check_memory", "estimate_run", "faster"]
 
 LONG = 300.0  # seconds from which on a faster way is worth a word
 _FLOAT = 4
@@ -96,13 +97,6 @@ class Estimate:
             f"estimate: {duration(self.seconds)}, {self.memory / 2**30:.1f} GiB of memory, "
             f"{self.bytes / 1e6:.1f} MB on disk (the original {self.original_bytes / 1e6:.1f})"
         )
-
-
-def duration(seconds: float) -> str:
-    """'75 s', '12 min', '5.2 h'."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def estimate_run(problem: Problem, recipe: Recipe, *, decided: bool = False, measured: bool = False) -> Estimate:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 
-__all__ = ["Monitor", "Pace"]
+__all__ = ["Monitor", "Pace", "duration"]
 
 _FORGET = 0.95  # of the pace so far, with each step: some twenty steps count
 _TRUST = 0.03  # share of the whole estimate that counts as observed before anything is
@@ -64,3 +64,10 @@ class Pace(Monitor):
         if not self._done:
             return None
         return max(0.0, steps * (self._last - self._began) / self._done - (now - self._last))
+
+
+def duration(seconds: float) -> str:
+    """'75 s', '12 min', '5.2 h'."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

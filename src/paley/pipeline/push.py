@@ -7,7 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    HFValidationError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]  of httpx or httpx2, as the version has it
+    OfflineModeIsEnabled,
+)
 
 from paley.core.errors import PaleyError
 from paley.format.digests import DIGESTS, Digests

@@ -12,7 +12,7 @@ from paley.core.packing import stored_bits
 from paley.pipeline.inspect import Inspection
 from paley.plan import Plan
 from paley.report.charts import bars, dots, heat_map
-from paley.report.measure import Measured
+from paley.report.measured import Measured
 from paley.sensitivity import Sensitivity
 
 __all__ = [
@@ -58,9 +58,7 @@ def sizes(inspection: Inspection) -> Figure:
     """Where the bytes are: kind after kind up to the whole file, below the original."""
     found: dict[str, int] = {}
     for name, linear in inspection.linears.items():
-        if linear.scheme.weight is None:  # it is among the untouched
-            continue
-        kind = _place(name)[1]
+        kind = _place(name)[1] if linear.scheme.weight is not None else f"{_place(name)[1]}, unquantized"
         found[kind] = found.get(kind, 0) + linear.bytes
     for name, count in inspection.untouched_bytes.items():
         kind = name if name == "norms and biases" else f"{_place(name.removesuffix('.weight'))[1]}, unquantized"

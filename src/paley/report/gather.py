@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import paley
 from paley.core.reading import read_json
 from paley.eval.figures import with_error
-from paley.pipeline.curve import accuracy_size_curve
 from paley.pipeline.inspect import Inspection, inspect
 from paley.pipeline.monitor import Monitor
 from paley.plan import VERSION, Plan
 from paley.recipe import under_budget
 from paley.report import figures
 from paley.report.figures import Figure
-from paley.report.measure import Measured, Original, measure
+from paley.report.measured import Measured
 from paley.sensitivity import Sensitivity
+
+if TYPE_CHECKING:
+    from paley.report.measure import Original
 
 __all__ = ["Report", "as_data", "gather"]
 
@@ -52,13 +54,13 @@ def gather(
     slopes = None if sensitivity is None else Sensitivity.load(Path(sensitivity))
     if slopes is not None and plan is not None:
         slopes.check_fingerprint(plan.fingerprint)
-    original = against if isinstance(against, Original | None) else Original(against)
-    measured = None if original is None else measure(folder, original, data, monitor)
-    curve: list[tuple[float, float]] = []
-    if slopes is not None and original is not None:
-        recipe = under_budget(weights=_BUDGETS[0]).model_copy(update={"test": None})
-        found = accuracy_size_curve(original.path, recipe, _BUDGETS, sensitivity=slopes, monitor=monitor)
-        curve = [(point.bits_per_weight, point.predicted_loss) for point in found]
+    measured, curve = None, list[tuple[float, float]]()
+    if against is not None:
+        from paley.report.measure import Original, measure  # seconds of imports, for this alone
+
+        original = against if isinstance(against, Original) else Original(against)
+        measured = measure(folder, original, data, monitor)
+        curve = [] if slopes is None else _curve(original.path, slopes, monitor)
     drawn = [
         figures.sizes(inspection), figures.bits_map(inspection), figures.errors(inspection),
         figures.positions(measured), figures.losses(measured), figures.outliers(measured),
@@ -75,6 +77,15 @@ def gather(
         recipe="" if plan is None else json.dumps(plan.recipe.model_dump(mode="json", exclude_none=True), indent=2),
         speed_missing=f"`paley bench {name}` measures tokens a second; folders do not keep them",
     )  # fmt: skip
+
+
+def _curve(original: str | Path, slopes: Sensitivity, monitor: Monitor) -> list[tuple[float, float]]:
+    """(bits a weight, predicted loss) of some budgets."""
+    from paley.pipeline.curve import accuracy_size_curve
+
+    recipe = under_budget(weights=_BUDGETS[0]).model_copy(update={"test": None})
+    found = accuracy_size_curve(original, recipe, _BUDGETS, sensitivity=slopes, monitor=monitor)
+    return [(point.bits_per_weight, point.predicted_loss) for point in found]
 
 
 def _plan(file: Path) -> Plan | None:
