@@ -7,7 +7,7 @@
 
 #include <stdint.h>
 
-#define PALEY_ABI_VERSION 8
+#define PALEY_ABI_VERSION 9
 
 #if defined(_WIN32)
 #define PALEY_EXPORT __declspec(dllexport)
@@ -102,6 +102,24 @@ PALEY_EXPORT int32_t paley_descent(const paley_table* table, int32_t rows, int32
 // of a sum are taken off one after the other.
 PALEY_EXPORT int32_t paley_follow(int32_t rows, int32_t columns, int32_t width, const float* moves, const float* gram,
                                   int32_t level, int32_t threads, float* pull);
+
+// A trellis-coded grid: a code of `bits` bits and those before it make a state of state_bits bits, which has p values.
+struct paley_trellis {
+  const float* points;  // [p, 2^state_bits]
+  int32_t state_bits, bits, p;
+};
+
+// Rounds the first `columns` of x [rows, wide] to the codes of least squared error, of each row from its state on
+// (-1: any), and so that the state after the last of `wide` shares its low bits with `ends` [rows], unless that is null.
+// scales [rows, wide] by strides. `keep` codes at a time are decided, with a look at `ahead` more. With spread [columns,
+// wide], upper triangular, the columns to come then change by the errors, as in paley_feedback; else it is null.
+// -> codes [rows, ceil(columns / p)], states after the last, and errors [rows, columns], null without spread. A row of
+// no multiple of p columns ends with values of 0. Results depend on neither level nor threads.
+PALEY_EXPORT int32_t paley_trellis_codes(const paley_trellis* trellis, int32_t rows, int32_t columns, int32_t wide,
+                                         const float* x, int64_t x_row, const float* spread, const float* scales,
+                                         int64_t scale_row, int64_t scale_column, int32_t keep, int32_t ahead,
+                                         int32_t level, int32_t threads, const int32_t* ends, int32_t* states,
+                                         int32_t* codes, float* errors);
 
 // c [m, n] = a [m, k] times b [n, k] transposed, or is added to. Entries lie `row` and `column` floats apart. They are
 // rounded to bfloat16, ties to even, and denormal ones to 0; sums are float32 in one order: c depends on neither level

@@ -23,11 +23,13 @@ class Fixed:
     """The part of a grid's protocol that follows from `nearest` and `decode`; FreeGrid has the same members.
 
     free: each group has its own points, stored instead of its scale. mirrored: only the positive ones of them are
-    stored. scale_shape: the shape of what is stored for a group.
+    stored. scale_shape: the shape of what is stored for a group. sequential: what a code stands for depends on its
+    whole row.
     """
 
     free: ClassVar[bool] = False
     mirrored: ClassVar[bool] = False
+    sequential: ClassVar[bool] = False
     scale_shape: ClassVar[tuple[int, ...]] = ()
 
     if TYPE_CHECKING:

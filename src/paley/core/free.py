@@ -26,6 +26,7 @@ class FreeGrid:
     mirrored: bool
 
     free: ClassVar[bool] = True
+    sequential: ClassVar[bool] = False
     affine: ClassVar[bool] = False
     gaussian: ClassVar[bool] = False
     packaged: ClassVar[bool] = True

@@ -4,6 +4,7 @@ Families, with b bits: `int{b}` two's complement, `uint{b}` with a zero point, `
 (mid-rise: no zero, no wasted level), `gauss{b}` the Lloyd-Max points of N(0, 1), `nf{b}` and `af{b}` the points of
 bitsandbytes and its successor. `p{p}n{n}`: n points in p dimensions with the least squared error for N(0, I)
 (HIGGS, arXiv:2411.17525). `e8q{q}k{k}`: a lattice too large for a table, with the same interface.
+`trellis{b}`: the value of a code depends on those before it (`paley.core.trellis`).
 `free{b}` and `mirror{b}` have no points of their own: see `paley.core.free`.
 
 All grids share one protocol: see `paley.core.fixed`.
@@ -23,12 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paley.core import free, lattice, tables
+from paley.core import free, lattice, tables, trellis
 from paley.core.errors import PaleyError, nearest_name
 from paley.core.fixed import Fixed
 from paley.core.free import FreeGrid
 from paley.core.lattice import E8Grid
 from paley.core.nearest import nearest_points
+from paley.core.trellis import TrellisGrid
 
 __all__ = [
     "FAMILIES", "AnyGrid", "FixedGrid", "FreeGrid", "Grid", "as_fixed", "as_grid", "custom", "custom_of", "family",
@@ -197,7 +199,7 @@ class Grid(Fixed):
         )
 
 
-FixedGrid = Grid | E8Grid
+FixedGrid = Grid | E8Grid | TrellisGrid
 AnyGrid = FixedGrid | FreeGrid
 
 
@@ -211,6 +213,8 @@ def load(name: str) -> AnyGrid:
         return Grid(name, points.double(), known_mse=mse, unit=True, gaussian=True)
     if name in lattice.names():
         return lattice.load(name)
+    if name in trellis.names():
+        return trellis.load(name)
     if name in free.names():
         return free.load(name)
     if name in _absmax_points():
@@ -218,7 +222,7 @@ def load(name: str) -> AnyGrid:
     match = re.fullmatch(r"([a-z]+)(\d+)", name)
     if match is None or match[1] not in FAMILIES:
         families = [f + "<bits>" for f in (*FAMILIES, "nf", "af")] + ["free<1-4>", "mirror<1-4>"]
-        known = ", ".join([*families, "p<p>n<n>", "e8q<q>k<k>"])
+        known = ", ".join([*families, "p<p>n<n>", "e8q<q>k<k>", "trellis<bits>"])
         hint = nearest_name(name, names()) + tables.how_to_make(name)
         raise PaleyError(f"unknown grid {name!r}: known are {known}{hint}")
     family, bits = match[1], int(match[2])
@@ -284,11 +288,13 @@ def custom_of(rows: tuple[tuple[float, ...], ...]) -> Grid:
 def names() -> list[str]:
     """Every packaged grid."""
     plain = [f"{family}{bits}" for family in FAMILIES for bits in range(MIN_BITS, MAX_BITS + 1)]
-    return [*plain, *_absmax_points(), *tables.names(), *lattice.names(), *free.names()]
+    return [*plain, *_absmax_points(), *tables.names(), *lattice.names(), *trellis.names(), *free.names()]
 
 
 def family(grid: AnyGrid) -> list[AnyGrid]:
     """The grid and the packaged ones of its kind: other bits, or other points in the same number of dimensions."""
+    if grid.sequential:
+        return [load(name) for name in trellis.names()]
     if kind := re.fullmatch(r"([a-z]+)\d+", grid.name):
         return [load(name) for name in names() if re.fullmatch(rf"{kind[1]}\d+", name)]
     alike = [other for name in (*tables.names(), *lattice.names()) if (other := load(name)).p == grid.p]

@@ -31,10 +31,9 @@ def _check_scale(where: str, key: str, grid: FixedGrid, scale: str) -> None:
     by_rms = scale in ("rms", "unbiased")
     if grid.affine and by_rms:
         raise PaleyError(f"{where}: grid {name!r} has a zero point and needs {key} 'absmax'")
-    if grid.p > 1 and not by_rms:
-        raise PaleyError(
-            f"{where}: grid {name!r} is made for Gaussian vectors of {grid.p} values and needs {key} 'rms'"
-        )
+    if (grid.p > 1 or grid.sequential) and not by_rms:
+        made_for = "rows of Gaussian values" if grid.sequential else f"Gaussian vectors of {grid.p} values"
+        raise PaleyError(f"{where}: grid {name!r} is made for {made_for} and needs {key} 'rms'")
     if by_rms:
         grid.check_scaled(f"{where}: grid {name!r}")
 
@@ -86,7 +85,7 @@ class WeightScheme:
         if grid.free != self.by_em:
             scale_search = "em" if grid.free else "mse"
         by_rms = scale_search in ("rms", "unbiased")
-        if not grid.free and not by_rms and (grid.p > 1 or not grid.packaged):
+        if not grid.free and not by_rms and (grid.p > 1 or grid.sequential or not grid.packaged):
             scale_search = "rms"
         elif by_rms and grid.affine:
             scale_search = "absmax"
@@ -112,6 +111,11 @@ class ActivationScheme:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", grids.as_fixed(self.grid))
+        if self.grid.sequential:
+            raise PaleyError(
+                f"activation scheme: grid {self.grid.name!r} is for weights: its search is too slow for what is "
+                "rounded at run time; set a grid such as gauss4"
+            )
         _check_scale("activation scheme", "scale", self.grid, self.scale)
         _check_group_size("activation scheme", self.group_size)
         if not 0.0 < self.clip_ratio <= 4.0:
@@ -159,6 +163,11 @@ class LinearScheme:
             raise PaleyError(
                 f"linear scheme: a code of grid {self.weight.grid.name!r} stands for {p} columns, none of which can be "
                 "an outlier alone; set outliers=0, or a grid of single values"
+            )
+        if self.outliers and self.weight is not None and self.weight.grid.sequential:
+            raise PaleyError(
+                f"linear scheme: a code of grid {self.weight.grid.name!r} changes what those after it stand for, so "
+                "that no column can be an outlier; set outliers=0"
             )
         if self.outliers and self.weight is not None and self.weight.scale_search == "unbiased":
             raise PaleyError(

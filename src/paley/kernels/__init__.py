@@ -12,9 +12,9 @@ import os
 import torch
 from torch import Tensor
 
-from paley.core import nearest, planes
+from paley.core import nearest, planes, trellis
 from paley.core.errors import PaleyError, nearest_name
-from paley.kernels import native, products
+from paley.kernels import native, products, trellis_codes
 
 __all__ = ["BACKENDS", "available", "backend", "multiplies_bfloat16", "planes_fit", "register"]
 
@@ -86,6 +86,7 @@ def register() -> torch.library.Library:
     library.impl("nearest_points", _nearest_points, "CPU")
     library.impl("planes_pack", _planes_pack, "CPU")
     library.impl("planes_matmul", _planes_matmul, "CPU")
+    library.impl("trellis_codes", _trellis_codes, "CPU")
     # Not in core: the size of a packed weight depends on the kernels.
     torch.library.register_fake("paley::planes_pack", _planes_pack_fake, lib=library)
     return library
@@ -95,6 +96,14 @@ def _nearest_points(x: Tensor, points: Tensor) -> Tensor:
     if backend() == "native":
         return native.nearest_points(x, points)
     return nearest.reference(x, points)
+
+
+def _trellis_codes(
+    x: Tensor, columns: int, scales: Tensor, table: Tensor, bits: int, states: Tensor, ends: Tensor | None,
+    spread: Tensor | None, keep: int, ahead: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    how = trellis_codes.codes if backend() == "native" else trellis.reference
+    return how(x, columns, scales, table, bits, states, ends, spread, keep, ahead)
 
 
 def _planes_pack(codes: Tensor, centroids: Tensor) -> Tensor:

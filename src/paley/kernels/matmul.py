@@ -21,6 +21,7 @@ from paley.core.errors import PaleyError, nearest_name
 from paley.core.grids import AnyGrid, FreeGrid, Grid
 from paley.core.rounding import Quantized
 from paley.core.schemes import ActivationScheme, LinearScheme
+from paley.core.trellis import TrellisGrid
 from paley.kernels import native, rounding
 
 __all__ = [
@@ -185,6 +186,8 @@ def _is_fine(grid: AnyGrid, inputs: ActivationScheme | None) -> bool:
         whole, _, error = integers(grid, _LIMITS[0])
         if int(whole.min()) < -_LIMITS[0]:
             return True
+    elif isinstance(grid, TrellisGrid):
+        error = 0.0  # its values are integers of 8 bits
     return math.hypot(error, 0.0 if inputs is not None else _INPUT_ERROR) > _SEEN * own
 
 
@@ -273,7 +276,10 @@ def _coded(q: Quantized, made: Plan) -> tuple[Tensor, Tensor, float, Tensor, Ten
         whole = table.int()[codes.long()].flatten(1)[:, : q.width]
     else:
         values = grid.look_up(codes, q.width)
-        scale = float(values.abs().max()) / limit or 1.0
+        if isinstance(grid, TrellisGrid) and not made.fine:
+            scale = grid.step_size
+        else:
+            scale = float(values.abs().max()) / limit or 1.0
         whole = (values / scale).round().int()
     return *_listed(whole, made), scale, q.scales, None
 

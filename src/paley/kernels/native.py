@@ -33,7 +33,7 @@ __all__ = [
     "why_missing",
 ]
 
-ABI_VERSION = 8  # PALEY_ABI_VERSION in csrc/paley.h
+ABI_VERSION = 9  # PALEY_ABI_VERSION in csrc/paley.h
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")  # paley_level there
 PATHS = ("auto", "popcount", "dots", "tables")  # paley_path there
 _STATUS = ("ok", "bad argument", "out of memory", "internal error")
@@ -68,6 +68,11 @@ _SIGNATURES: dict[str, list[Any]] = {
     "paley_follow": [
         ctypes.c_int32, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32,
         ctypes.c_int32, ctypes.c_void_p,
+    ],
+    "paley_trellis_codes": [
+        ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64,
+        ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32, ctypes.c_int32,
+        ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p,
     ],
     "paley_products": [
         ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64,

@@ -115,6 +115,10 @@ class Scaled:
         zeros = None if self.zeros is None else _of_each(self.zeros, groups)
         return Rounding(self.grid, None, _of_each(self.scales, groups), zeros)
 
+    def column_scales(self) -> Tensor:
+        """[out, columns]: the scale of each column."""
+        return _of_each(self.scales, self._group_of)
+
     def _groups_of(self, cols: slice | None) -> Tensor:
         return self._group_of if cols is None else self._group_of[cols.start - self._start : cols.stop - self._start]
 

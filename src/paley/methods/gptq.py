@@ -18,10 +18,12 @@ from paley.core.errors import PaleyError
 from paley.core.grids import as_fixed
 from paley.core.rounding import OUTLIER_GRID, Outliers, Quantized, check_groups, joined, quantized
 from paley.core.schemes import WeightScheme
+from paley.core.trellis import TrellisGrid
 from paley.methods.codebooks import Codebook, Free, Scaled, Split, blocks
 from paley.methods.columns import descent, feedback, follow_, inverses
 from paley.methods.nearest import weight_scales
 from paley.methods.statistics import InputStatistics, Metric
+from paley.methods.trellis import trellis_feedback
 
 __all__ = ["quantize_gptq"]
 
@@ -73,7 +75,10 @@ def _round_rows(
     """target [out, in], metric, importance: of the columns in `order` -> the codes that come nearest in the metric."""
     grid, columns = scheme.grid, target.shape[1]
     book = _codebook(target, scheme, order, 0 if outlier_columns is None else len(outlier_columns), importance, where)
-    if scheme.method == "nearest":
+    if grid.sequential:
+        assert isinstance(book, Scaled)
+        codes = _on_trellis(target, metric, book, scheme)
+    elif scheme.method == "nearest":
         codes = _one_by_one(target, book)
     else:
         codes = _feedback(target, metric.spread, book)
@@ -153,6 +158,19 @@ def _feedback(target: Tensor, spread: Tensor, book: Codebook) -> Tensor:
         codes.append(here)
         work[:, stop:] -= errors @ spread[start:stop, stop:]
     return torch.cat(codes, -1)
+
+
+def _on_trellis(target: Tensor, metric: Metric, book: Scaled, scheme: WeightScheme) -> Tensor:
+    """Codes of a row hang together: after feedback only the scales are refitted, once."""
+    grid, scales = book.grid, book.column_scales()
+    assert isinstance(grid, TrellisGrid)
+    if scheme.method == "nearest":
+        return grid.search(target / scales)
+    codes = trellis_feedback(target, metric.spread, grid, scales)
+    if scheme.sweeps:
+        wanted = target @ metric.gram
+        book.refit_(wanted - book.values(codes) @ metric.gram, wanted, metric.gram, codes)
+    return codes
 
 
 def _one_by_one(target: Tensor, book: Codebook) -> Tensor:

@@ -22,6 +22,7 @@ _ERROR_POWER = 2.4
 _SAMPLES = 2**17
 _CHUNK = 2**20  # values rounded together: a CPU cache holds them, which halves the time
 _VECTORS = 2**16
+_ROWS, _ROW = 256, 256  # of a sequential grid's sample
 _FEW = 48  # values of a group; below it, terms of the order of 1 / group^2 matter
 
 
@@ -72,9 +73,12 @@ def gaussian_error(scheme: WeightScheme, width: int) -> float:
         if scheme.method == "gptq":  # gptq refits its scales for least error
             scheme = replace(scheme, scale_search="rms")
         # If p does not divide the group, a vector across two groups lies on no sphere.
-        if group >= (4 * _FEW if group % grid.p else _FEW):
+        if grid.sequential:
+            samples = _SAMPLES
+        elif group >= (4 * _FEW if group % grid.p else _FEW):
             return _error_on_sphere(grid, group, stretched=scheme.scale_search == "unbiased")
-        samples = 8 * _SAMPLES
+        else:
+            samples = 8 * _SAMPLES
     weight = torch.randn(-(-samples // width), width, generator=torch.Generator().manual_seed(0))
     return rel_error(weight, quantize_nearest(weight, scheme).dequantize())
 
@@ -82,6 +86,10 @@ def gaussian_error(scheme: WeightScheme, width: int) -> float:
 @functools.lru_cache(maxsize=1024)
 def gaussian_spread(grid: FixedGrid) -> float:
     """Standard error of rel_error / `gaussian_error` of a Gaussian weight, times the root of its number of values."""
+    if grid.sequential:
+        rows = torch.randn(_ROWS, _ROW, generator=torch.Generator().manual_seed(0))
+        errors = (grid.look_up(grid.quantize(rows[:, None], rows.new_ones(_ROWS, 1, 1))) - rows).square().mean(1)
+        return float(errors.std() / errors.mean()) * _ROW**0.5
     length, error, _ = _moments(grid)
     weights = _weights(length, grid.p, None)
     return float((weights @ error.square() / (weights @ error).square() - 1).sqrt()) * grid.p**0.5

@@ -1,0 +1,46 @@
+#include "trellis.h"
+
+#include <new>
+
+#include "platform.h"
+
+namespace {
+
+bool valid(const paley::TrellisTask& t) {
+  const paley_trellis& grid = t.trellis;
+  if (!grid.points || grid.p < 1 || grid.p > 2 || grid.bits < 1 || grid.bits > 7) return false;
+  if (grid.state_bits < grid.bits + 4 || grid.state_bits > 16) return false;  // a vector's lanes are overlaps
+  if (t.rows < 0 || t.columns < 0 || t.wide < t.columns || t.keep < 1 || t.ahead < 0 || t.threads < 1) return false;
+  // An end can be reached from any state in as many steps as make a state.
+  if (t.ends && t.ahead < (grid.state_bits + grid.bits - 1) / grid.bits) return false;
+  return t.keep <= 1 << 16 && t.ahead <= 1 << 16 && !t.matrix == !t.errors;
+}
+
+}  // namespace
+
+extern "C" int32_t paley_trellis_codes(const paley_trellis* trellis, int32_t rows, int32_t columns, int32_t wide,
+                                       const float* x, int64_t x_row, const float* spread, const float* scales,
+                                       int64_t scale_row, int64_t scale_column, int32_t keep, int32_t ahead,
+                                       int32_t level, int32_t threads, const int32_t* ends, int32_t* states,
+                                       int32_t* codes, float* errors) {
+  const paley::TrellisTask task{*trellis, rows,  columns, wide,    x,      x_row, spread, scales, scale_row, scale_column,
+                                keep,     ahead, threads, ends,    states, codes, errors};
+  if (!valid(task) || level < PALEY_PORTABLE || level > paley_best_level()) return PALEY_BAD_ARGUMENT;
+  for (int32_t row = 0; row < rows; ++row) {
+    const int32_t end = ends ? ends[row] : 0;
+    if (states[row] < -1 || states[row] >= 1 << trellis->state_bits) return PALEY_BAD_ARGUMENT;
+    if (end < 0 || end >= 1 << trellis->state_bits) return PALEY_BAD_ARGUMENT;
+  }
+  if (rows == 0 || columns == 0) return PALEY_OK;
+  try {
+#if PALEY_X86
+    if (level == PALEY_AVX512) return paley::avx512::trellis(task), PALEY_OK;
+    if (level == PALEY_AVX2) return paley::avx2::trellis(task), PALEY_OK;
+#endif
+    return paley::portable::trellis(task), PALEY_OK;
+  } catch (const std::bad_alloc&) {
+    return PALEY_OUT_OF_MEMORY;
+  } catch (...) {
+    return PALEY_INTERNAL;
+  }
+}

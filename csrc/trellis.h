@@ -1,0 +1,35 @@
+// What rounding to a trellis-coded grid needs from its caller.
+#pragma once
+
+#include <stdint.h>
+
+#include "paley.h"
+
+namespace paley {
+
+struct TrellisTask {
+  const paley_trellis& trellis;
+  int32_t rows, columns, wide;
+  const float* x;  // [rows, wide]
+  int64_t x_row;
+  const float* matrix;  // [columns, wide], or null: no feedback
+  const float* scales;  // [rows, wide] by its strides
+  int64_t scale_row, scale_column;
+  int32_t keep, ahead, threads;
+  const int32_t* ends;  // [rows], or null
+  int32_t* states;      // [rows]
+  int32_t* codes;   // [rows, steps]
+  float* errors;    // [rows, columns], or null
+};
+
+namespace avx512 {
+void trellis(const TrellisTask& task);
+}
+namespace avx2 {
+void trellis(const TrellisTask& task);
+}
+namespace portable {
+void trellis(const TrellisTask& task);
+}
+
+}  // namespace paley

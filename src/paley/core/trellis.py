@@ -1,0 +1,244 @@
+"""Trellis-coded grids (TCQ; QTIP, arXiv:2406.11235): a value depends on its code and on those before it in the row.
+
+A code of b bits and the bits of the codes before it, STATE_BITS in all, make a state, and a table has p values for each
+state. So 2^STATE_BITS points are within reach of b bits, and the search for the best row of codes (Viterbi) comes to
+within .7 dB of Shannon's bound at two bits, where the best table of vectors is 1.9 dB off. A row is a ring: what comes
+before its first code is its last one. Nothing is stored but the codes.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from importlib import resources
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from paley.core.errors import PaleyError, nearest_name
+from paley.core.fixed import Fixed
+
+__all__ = ["KEEP", "STATE_BITS", "TrellisGrid", "load", "names", "reference"]
+
+STATE_BITS = 12
+KEEP = 480  # codes decided at a time
+_ROWS = 2**22  # costs in the memory of the PyTorch code
+_NEVER = 1e30
+
+
+@dataclass(frozen=True)
+class TrellisGrid(Fixed):
+    """bits_per_code: b. step_size: what the table's integers of 8 bits are multiplied by.
+
+    mse: t2 = E|x - round(x)|^2 on rows of 1024 values of N(0, 1).
+    """
+
+    name: str
+    bits_per_code: int
+    values_per_code: int
+    step_size: float
+    mse: float
+
+    sequential: ClassVar[bool] = True
+    points: ClassVar[None] = None  # the table is of states
+    affine: ClassVar[bool] = False
+    unit: ClassVar[bool] = True
+    gaussian: ClassVar[bool] = True
+    packaged: ClassVar[bool] = True
+    best_scaled: ClassVar[bool] = True
+    step: ClassVar[float | None] = None
+    gaussian_scale: ClassVar[float] = 1.0
+
+    @property
+    def p(self) -> int:
+        return self.values_per_code
+
+    @property
+    def size(self) -> int:
+        return 2**self.bits_per_code
+
+    @property
+    def bits(self) -> float:
+        return self.bits_per_code / self.p
+
+    @property
+    def peak(self) -> float:
+        return float(self.table.abs().max())
+
+    @property
+    def memory(self) -> int:
+        """How many codes make a state."""
+        return -(-STATE_BITS // self.bits_per_code)
+
+    @property
+    def ahead(self) -> int:
+        """How many codes more are looked at before one is decided: paths have met by then."""
+        return 5 * self.memory
+
+    @functools.cached_property
+    def table(self) -> Tensor:
+        """float32 [p, 2^STATE_BITS]: the values of each state."""
+        return torch.tensor(_data()["values"][: self.p], dtype=torch.float32) * self.step_size
+
+    def check_width(self, width: int, where: str) -> None:
+        """Raises for rows too short to close the ring."""
+        if -(-width // self.p) < self.memory:
+            raise PaleyError(
+                f"{where}: rows of {width} values are too short for grid {self.name!r}, which needs "
+                f"{self.memory * self.p}; set another grid, such as p2n{2 ** min(12, round(2 * self.bits))}"
+            )
+
+    def nearest(self, vectors: Tensor) -> Tensor:
+        """vectors [N, p], those of one row -> codes [N] of least squared error."""
+        return self.search(vectors.flatten()[None])[0]
+
+    def quantize(self, groups: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
+        vectors = self.vectors(groups, scales, zeros)
+        rows = vectors.flatten(-2)
+        return self.search(rows.reshape(-1, rows.shape[-1])).view(vectors.shape[:-1])
+
+    def search(self, x: Tensor) -> Tensor:
+        """x [rows, n] -> codes [rows, n / p] of least squared error, each row a ring."""
+        self.check_width(x.shape[1], "trellis")
+        ends = self.ring_ends(x)
+        codes, _, _ = self.codes(x, x.shape[1], x.new_ones(1, 1).expand_as(x), ends, ends, keep=KEEP, ahead=self.ahead)
+        return codes.to(self.code_dtype)
+
+    def ring_ends(self, x: Tensor) -> Tensor:
+        """x [rows, n], scaled -> int32 [rows]: good states for the end of each row, which is also before its start."""
+        near = min(self.ahead, x.shape[1] // self.p) * self.p
+        last = x.shape[1] // self.p * self.p - near  # a ragged last code counts as none here
+        around = torch.cat([x[:, last : last + near], x[:, :near]], 1)
+        free = torch.full((len(x),), -1, dtype=torch.int32, device=x.device)
+        ones = around.new_ones(1, 1).expand_as(around)
+        return self.codes(around, near, ones, free, None, keep=near // self.p, ahead=self.ahead)[1]
+
+    def codes(
+        self, x: Tensor, columns: int, scales: Tensor, states: Tensor, ends: Tensor | None, *,
+        keep: int, ahead: int, spread: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Rounds the first `columns` of x [rows, wide] -> codes [rows, c], states after them, errors [rows, columns].
+
+        scales [rows, wide]. states int32 [rows]: those before the first column; -1: any. ends: those wanted after the
+        last of `wide`. keep: codes decided at a time, with a look at `ahead` more, at least `memory`. spread [columns,
+        wide], as in GPTQ: errors change the columns to come; without it there are none, [rows, 0].
+        """
+        return torch.ops.paley.trellis_codes(
+            x, columns, scales, self.table.to(x.device), self.bits_per_code, states, ends, spread, keep, ahead
+        )
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """codes, integers [..., c], whole rows -> values float32 [..., c, p]."""
+        codes = codes.long()
+        state = torch.zeros_like(codes)
+        for back in range(self.memory):
+            state |= codes.roll(back, -1) << (back * self.bits_per_code)
+        values = self.table.to(codes.device)[:, (state & (2**STATE_BITS - 1)).flatten()]
+        return values.T.reshape(*codes.shape, self.p)
+
+    def round(self, vectors: Tensor) -> Tensor:
+        """vectors [N, p], those of one row -> `decode(nearest(vectors))`."""
+        return self.decode(self.nearest(vectors))
+
+
+@functools.cache
+def _data() -> dict:
+    return json.loads(resources.files("paley.core").joinpath("tables/trellis.json").read_text(encoding="utf-8"))
+
+
+def names() -> list[str]:
+    """Names of the packaged grids, by bits."""
+    return list(_data()["grids"])
+
+
+@functools.cache
+def load(name: str) -> TrellisGrid:
+    """'trellis2.5' -> 2.5 bits: codes of 5 bits for 2 values; PaleyError for other names."""
+    if name not in names():
+        raise PaleyError(f"unknown grid {name!r}: packaged are {', '.join(names())}{nearest_name(name, names())}")
+    entry = _data()["grids"][name]
+    return TrellisGrid(name, entry["bits"], entry["p"], entry["step"], entry["t2"])
+
+
+def reference(
+    x: Tensor, columns: int, scales: Tensor, table: Tensor, bits: int, states: Tensor, ends: Tensor | None,
+    spread: Tensor | None, keep: int, ahead: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`TrellisGrid.codes` in plain torch. Each float32 operation is rounded by itself, in one order."""
+    few = max(1, _ROWS // table.shape[1])
+    parts = [
+        _some_rows(
+            x[rows], columns, scales[rows], table, bits, states[rows], None if ends is None else ends[rows], spread,
+            keep, ahead,
+        )
+        for rows in (slice(start, start + few) for start in range(0, max(len(x), 1), few))
+    ]  # fmt: skip
+    codes, after, errors = (torch.cat(part) for part in zip(*parts, strict=True))
+    return codes, after, errors
+
+
+def _some_rows(
+    x: Tensor, columns: int, scales: Tensor, table: Tensor, bits: int, states: Tensor, ends: Tensor | None,
+    spread: Tensor | None, keep: int, ahead: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    p, wide = len(table), x.shape[1]
+    steps, all_steps = -(-columns // p), -(-wide // p)
+    work, errors, codes = x.clone(), x.new_zeros(len(x), columns if spread is not None else 0), []
+    for start in range(0, steps, keep):
+        stop = min(start + keep, steps)
+        end = min(stop + ahead, all_steps)
+        here = slice(start * p, min(end * p, wide))
+        y = torch.nn.functional.pad(work[:, here] / scales[:, here], (0, end * p - here.stop)).unflatten(1, (-1, p))
+        path = _viterbi(y, table, bits, states, ends if end == all_steps else None)[:, : stop - start]
+        codes.append(path & (2**bits - 1))
+        states = path[:, -1]
+        if spread is not None:
+            first, last = start * p, min(stop * p, columns)
+            values = table[:, path].permute(1, 2, 0).flatten(1)[:, : last - first] * scales[:, first:last]
+            for i in range(first, last):
+                e = work[:, i] - values[:, i - first]
+                for k in range(first, i):
+                    e = e - errors[:, k] * spread[k, i]
+                errors[:, i] = e / spread[i, i]
+            for i in range(first, last):
+                work[:, last:] -= errors[:, i, None] * spread[i, last:]
+    return torch.cat(codes, 1).int(), states.int(), errors
+
+
+def _viterbi(y: Tensor, table: Tensor, bits: int, states: Tensor, ends: Tensor | None) -> Tensor:
+    """y [rows, steps, p] -> states int64 [rows, steps] of the path of least squared error; of equal ones the first."""
+    p, size = table.shape
+    overlaps = size >> bits
+    cost = y.new_full((len(y), overlaps), _NEVER)
+    cost[states < 0] = 0.0
+    cost.scatter_(1, (states.long() % overlaps)[:, None], 0.0)
+    came = []
+    for values in y.unbind(1):
+        of_each = cost.repeat_interleave(2**bits, 1)
+        for i in range(p):
+            off = values[:, i, None] - table[i]
+            of_each = of_each + off * off
+        of_each = of_each.unflatten(1, (2**bits, overlaps))
+        cost, at = of_each[:, 0].clone(), torch.zeros(len(y), overlaps, dtype=torch.uint8, device=y.device)
+        for j in range(1, 2**bits):
+            better = of_each[:, j] < cost
+            cost = torch.where(better, of_each[:, j], cost)
+            at[better] = j
+        came.append(at)
+    overlap = cost.argmin(1) if ends is None else ends.long() % overlaps
+    path = []
+    for at in reversed(came):
+        state = at.gather(1, overlap[:, None])[:, 0].long() * overlaps + overlap
+        path.append(state)
+        overlap = state >> bits
+    return torch.stack(path[::-1], 1)
+
+
+_LIBRARY = torch.library.Library("paley", "FRAGMENT")
+_LIBRARY.define(
+    "trellis_codes(Tensor x, int columns, Tensor scales, Tensor table, int bits, Tensor states, Tensor? ends, "
+    "Tensor? spread, int keep, int ahead) -> (Tensor, Tensor, Tensor)"
+)
+_LIBRARY.impl("trellis_codes", reference, "CompositeExplicitAutograd")

@@ -1,0 +1,62 @@
+"""The native search for codes of a trellis-coded grid. `paley.core.trellis` has its meaning."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from paley.core.errors import PaleyError
+from paley.kernels import native
+
+__all__ = ["codes"]
+
+_SHARE = 2**10  # least number of values for a thread: some 0.5 ms
+
+
+class _Trellis(ctypes.Structure):
+    """paley_trellis of csrc/paley.h."""
+
+    _fields_ = [
+        ("points", ctypes.c_void_p), ("state_bits", ctypes.c_int32), ("bits", ctypes.c_int32), ("p", ctypes.c_int32),
+    ]  # fmt: skip
+
+
+def codes(
+    x: Tensor, columns: int, scales: Tensor, table: Tensor, bits: int, states: Tensor, ends: Tensor | None,
+    spread: Tensor | None, keep: int, ahead: int, *, level: str | None = None, threads: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """As `core.trellis.reference`, for float32 tensors on the CPU; the same codes and bits."""
+    (rows, wide), (p, size) = x.shape, table.shape
+    shapes = [(x, (rows, wide)), (scales, (rows, wide)), (table, (p, size)), (spread, (columns, wide))]
+    for tensor, shape in shapes:
+        if tensor is not None and (tensor.dtype, tuple(tensor.shape), tensor.device.type) != (
+            torch.float32,
+            shape,
+            "cpu",
+        ):
+            raise PaleyError(f"trellis: native kernels read float32 {list(shape)} on the CPU, got {tensor.dtype} "
+                             f"{list(tensor.shape)} on {tensor.device}; convert it")  # fmt: skip
+    for tensor in (states, ends):
+        if tensor is not None and (tensor.dtype, tuple(tensor.shape)) != (torch.int32, (rows,)):
+            raise PaleyError(f"trellis: states are int32 [{rows}], got {tensor.dtype} {list(tensor.shape)}")
+    x, table = x if x.stride(1) == 1 else x.contiguous(), table.contiguous()
+    spread, ends = (None if tensor is None else tensor.contiguous() for tensor in (spread, ends))
+    states = states.clone()
+    found = torch.empty(rows, -(-columns // p), dtype=torch.int32)
+    errors = torch.empty(rows, columns if spread is not None else 0)
+    trellis = _Trellis(table.data_ptr(), size.bit_length() - 1, bits, p)
+    if threads is None:
+        threads = max(1, min(torch.get_num_threads(), rows * columns // _SHARE))
+    native.call(
+        native.load().paley_trellis_codes,
+        ctypes.byref(trellis), rows, columns, wide, x.data_ptr(), x.stride(0), _address(spread), scales.data_ptr(),
+        *scales.stride(), keep, ahead, native.level_number("trellis", level, native.best_level()), threads,
+        _address(ends), states.data_ptr(), found.data_ptr(), None if spread is None else errors.data_ptr(),
+    )  # fmt: skip
+    return found, states, errors
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

@@ -1,0 +1,144 @@
+"""Trellis-coded grids: the search finds the best row of codes, a row is a ring, native codes are those of PyTorch."""
+
+import itertools
+
+import pytest
+import torch
+
+from paley.core import grids, trellis
+from paley.core.errors import PaleyError
+from paley.core.rounding import Quantized
+from paley.core.schemes import ActivationScheme, LinearScheme, WeightScheme
+from paley.kernels import native, trellis_codes
+from paley.methods.gptq import quantize_gptq
+from paley.methods.nearest import gaussian_error, gaussian_spread, quantize_nearest
+from paley.methods.statistics import InputStatistics
+
+NAMES = trellis.names()
+LEVELS = native.LEVELS[: native.LEVELS.index(native.best_level()) + 1] if native.why_missing() is None else ()
+
+
+def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_error_is_the_one_that_the_table_says(name):
+    grid, x = grids.load(name), gaussian(8, 1024)
+    error = float((grid.look_up(grid.search(x)) - x).square().mean() / x.square().mean())
+    assert error == pytest.approx(grid.mse, rel=0.06)
+    assert error > 4**-grid.bits  # Shannon's bound
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_it_is_better_than_any_table_of_vectors(bits):
+    tables = [grid for name in grids.names() if (grid := grids.load(name)).gaussian and grid.bits <= bits]
+    others = [grid.mse for grid in tables if not grid.sequential and grid.p <= 4]
+    assert grids.load(f"trellis{bits}").mse < 0.8 * min(others)
+
+
+def test_the_path_is_the_best_of_all():
+    """Against every row of codes, on a small trellis: 4 state bits, codes of one bit."""
+    table, y = gaussian(1, 16, seed=1), gaussian(3, 6, 1, seed=2)
+    states = torch.tensor([0, 5, -1], dtype=torch.int32)
+    path = trellis._viterbi(y, table, 1, states, None)
+    for row, start, found in zip(y[:, :, 0], states.tolist(), path, strict=True):
+        costs = {}
+        for begin in range(16) if start < 0 else [start]:
+            for codes in itertools.product(range(2), repeat=6):
+                state, walked = begin, []
+                for code in codes:
+                    state = (2 * state + code) % 16
+                    walked.append(state)
+                costs[tuple(walked)] = float((row - table[0, walked]).square().sum())
+        best = min(costs.values())
+        assert float((row - table[0, found]).square().sum()) == pytest.approx(best, rel=1e-5)
+        assert tuple(found.tolist()) in costs
+
+
+@pytest.mark.parametrize("name", ["trellis2", "trellis4", "trellis2.5"])
+def test_a_row_is_a_ring(name):
+    """A row that is turned decodes to the turned values: no code is special."""
+    grid = grids.load(name)
+    codes = grid.search(gaussian(3, 70))
+    turned = grid.look_up(codes.roll(9, 1))
+    assert torch.equal(turned, grid.look_up(codes).roll(9 * grid.p, 1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("width", [37, 101, 600])
+def test_native_codes_are_those_of_pytorch(name, width):
+    grid, x = grids.load(name), gaussian(5, width, seed=width)
+    ends, ones = grid.ring_ends(x), torch.ones(1, 1).expand_as(x)
+    how = (x, width, ones, grid.table, grid.bits_per_code, ends, ends, None, trellis.KEEP, grid.ahead)
+    wanted = trellis.reference(*how)
+    assert torch.equal(grid.search(x).int(), wanted[0])
+    for level, threads in itertools.product(LEVELS, (1, 3)):
+        for found, expected in zip(trellis_codes.codes(*how, level=level, threads=threads), wanted, strict=True):
+            assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["trellis1", "trellis2.5", "trellis4"])
+@pytest.mark.parametrize(("columns", "wide", "keep"), [(64, 100, 8), (33, 33, 3), (1, 1, 8), (20, 48, 50)])
+def test_native_feedback_is_that_of_pytorch(name, columns, wide, keep):
+    grid, x = grids.load(name), gaussian(5, wide)
+    spread = gaussian(columns, wide, seed=1).triu() * 0.1 + torch.eye(columns, wide)
+    scales = gaussian(5, wide, seed=2).exp()
+    states = torch.tensor([-1, 0, 7, 4095, 100], dtype=torch.int32)
+    ends = torch.arange(5, dtype=torch.int32)
+    how = (x, columns, scales, grid.table, grid.bits_per_code, states, ends, spread, keep, grid.ahead)
+    wanted = trellis.reference(*how)
+    for level, threads in itertools.product(LEVELS, (1, 2)):
+        for found, expected in zip(trellis_codes.codes(*how, level=level, threads=threads), wanted, strict=True):
+            assert torch.equal(found, expected)
+
+
+def statistics(width: int) -> InputStatistics:
+    found = InputStatistics()
+    found.add(gaussian(400, width) @ (torch.eye(width) + 0.3 * gaussian(width, width, seed=1)))
+    return found
+
+
+def loss(weight: torch.Tensor, q: Quantized, found: InputStatistics) -> float:
+    off = weight - q.dequantize()
+    return float(((off @ found.gram) * off).sum())
+
+
+@pytest.mark.parametrize(("name", "group"), [("trellis2", None), ("trellis4", 48), ("trellis2.5", None)])
+def test_feedback_lowers_the_loss_of_the_outputs(name, group):
+    weight, found = gaussian(16, 144, seed=3), statistics(144)
+    scheme = WeightScheme(name, group_size=group, scale_search="rms")
+    plain, made = quantize_nearest(weight, scheme), quantize_gptq(weight, found, scheme)
+    assert loss(weight, made, found) < 0.8 * loss(weight, plain, found)
+
+
+def test_without_correlations_feedback_is_rounding_to_nearest():
+    weight, found = gaussian(4, 200), InputStatistics()
+    found.add(torch.eye(200) * 8)
+    scheme = WeightScheme("trellis3", scale_search="rms", sweeps=0)
+    off = [weight - q.dequantize() for q in (quantize_gptq(weight, found, scheme), quantize_nearest(weight, scheme))]
+    assert float(off[0].square().sum()) == pytest.approx(float(off[1].square().sum()), rel=0.05)
+
+
+def test_the_expected_error_is_that_of_gaussian_weights():
+    scheme = WeightScheme("trellis4", method="nearest", scale_search="rms")
+    assert gaussian_error(scheme, 512) == pytest.approx(grids.load("trellis4").mse, rel=0.06)
+    assert 0.5 < gaussian_spread(grids.load("trellis4")) < 5
+
+
+def test_bad_input():
+    with pytest.raises(PaleyError, match="rows of 5 values are too short for grid 'trellis2', which needs 6; set"):
+        quantize_nearest(gaussian(2, 5), WeightScheme("trellis2", scale_search="rms"))
+    with pytest.raises(PaleyError, match="unknown grid 'trellis9'"):
+        grids.load("trellis9")
+    with pytest.raises(PaleyError, match="made for rows of Gaussian values and needs scale_search 'rms'"):
+        WeightScheme("trellis2", scale_search="mse")
+    with pytest.raises(PaleyError, match="is for weights: its search is too slow for what is"):
+        ActivationScheme("trellis4", scale="rms")
+    with pytest.raises(PaleyError, match="set outliers=0"):
+        LinearScheme(WeightScheme("trellis4", scale_search="rms"), outliers=2)
+    grid, x = grids.load("trellis4"), gaussian(2, 30)
+    with pytest.raises(PaleyError, match="bad argument"):
+        grid.codes(
+            x, 30, torch.ones(1, 1).expand_as(x), torch.tensor([0, 4096], dtype=torch.int32), None, keep=8, ahead=9
+        )
