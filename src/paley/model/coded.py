@@ -70,6 +70,15 @@ class Coded(nn.Module):
                 raise PaleyError(f"{full}: must have shape {tuple(own.shape)}, got {tuple(tensor.shape)}")
             own.copy_(tensor)
 
+    def take_(self, q: Quantized | None, kept: Tensor) -> None:
+        """Packs in q; without it, a scheme that keeps the weight gets a copy of `kept` [rows, width]."""
+        if q is not None:
+            self.set_quantized_(q)
+        elif self.scheme.weight is None:
+            self.weight = parameter(kept.detach().clone())
+        else:
+            raise PaleyError(f"{self.name}: the scheme wants codes of {self.scheme.weight.grid.name!r}, but none came")
+
     def share_(self, other: Coded) -> Self:
         """Takes the very codes of another, of a tied pair; a state dict has them once, under the other's name."""
         for part in PARTS:

@@ -19,7 +19,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from paley.core.errors import PaleyError
 from paley.core.rounding import Quantized
 from paley.core.schemes import ActivationScheme, LinearScheme
-from paley.model.coded import Coded, parameter
+from paley.model.coded import Coded
 from paley.model.walk import is_experts, stacks_of
 from paley.ops.inputs import round_input
 
@@ -68,12 +68,7 @@ class QuantExperts(Coded):
             stack.experts, stack.out_features, stack.in_features, scheme, dtype=kept.dtype, device=kept.device,
             name=name,
         )  # fmt: skip
-        if q is not None:
-            made.set_quantized_(q)
-        elif scheme.weight is None:
-            made.weight = parameter(kept.detach().clone())
-        else:
-            raise PaleyError(f"{name}: the scheme wants codes of {scheme.weight.grid.name!r}, but none came")
+        made.take_(q, kept)
         return made
 
     def prepare_(self, product: str = "auto", dtype: torch.dtype = torch.float32) -> None:

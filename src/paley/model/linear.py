@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paley.core.errors import PaleyError
 from paley.core.rounding import Quantized, check_groups
 from paley.core.schemes import ActivationScheme, LinearScheme
 from paley.model.coded import Coded, parameter
@@ -62,12 +61,7 @@ class QuantLinear(Coded):
             in_features, out_features, bias=bias, scheme=scheme, dtype=linear.bias.dtype if bias else kept.dtype,
             device=kept.device, name=name,
         )  # fmt: skip
-        if q is not None:
-            made.set_quantized_(q)
-        elif scheme.weight is None:
-            made.weight = parameter(kept.detach().clone())
-        else:
-            raise PaleyError(f"{name}: the scheme wants codes of {scheme.weight.grid.name!r}, but none came")
+        made.take_(q, kept)
         if bias:
             made.bias = parameter(linear.bias.detach().clone())
         if scheme.diagonal and getattr(linear, "diagonal", None) is not None:
