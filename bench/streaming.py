@@ -12,16 +12,19 @@ import argparse
 import hashlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from bench.record import DEMO, RESULTS, provenance, save
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from paley.format.checkpoint import Checkpoint
 from paley.format.writer import ShardWriter
@@ -31,20 +34,37 @@ PRESET = "higgs-4"
 
 def make(folder: Path, layers: int) -> None:
     """Gaussian weights, tensor by tensor, with the widths of Llama-3.2-3B and tied embeddings."""
-    config = LlamaConfig(
+    fill(folder, LlamaConfig(
         vocab_size=128256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=layers, num_attention_heads=24,
         num_key_value_heads=8, head_dim=128, tie_word_embeddings=True, dtype=torch.bfloat16,
         architectures=["LlamaForCausalLM"],
-    )  # fmt: skip
+    ))  # fmt: skip
+
+
+def fill(folder: Path, config: Any) -> None:
+    """Saves a random model with this config, and the demo model's tokenizer."""
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in LlamaForCausalLM(config).named_parameters()}
+        model = AutoModelForCausalLM.from_config(config)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
     generator = torch.Generator().manual_seed(0)
     with ShardWriter(folder, max_shard_bytes=10**9) as writer:
-        for name, shape in shapes.items():
+        for name, shape in (matrix for item in shapes.items() for matrix in as_published(*item)):
             tensor = torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * 0.02
             writer.add(name, tensor.bfloat16(), own=True)
     config.save_pretrained(folder)
     AutoTokenizer.from_pretrained(DEMO).save_pretrained(folder)
+
+
+def as_published(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """A tensor of the model, or, of a stack of experts, a matrix for each, as files have them."""
+    if len(shape) < 3:
+        yield name, shape
+        return
+    owner, _, part = name.rpartition(".")
+    names = ("gate_proj", "up_proj") if part == "gate_up_proj" else (part,)
+    for expert in range(shape[0]):
+        for own in names:
+            yield f"{owner}.{expert}.{own}.weight", (shape[1] // len(names), shape[2])
 
 
 def command(model: Path, output: Path, *more: str) -> list[str]:
@@ -54,7 +74,7 @@ def command(model: Path, output: Path, *more: str) -> list[str]:
 
 def run(args: list[str], kill_after: float | None = None) -> dict:
     """Runs the command, sampling the memory of it and its children twenty times a second."""
-    start, peak_one, peak_all = time.time(), 0, 0
+    start, peak_one, peak_all, before = time.time(), 0, 0, processor_seconds()
     process = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while process.poll() is None:
         sizes = [_resident(pid) for pid in (process.pid, *_children(process.pid))]
@@ -66,7 +86,17 @@ def run(args: list[str], kill_after: float | None = None) -> dict:
     seconds = time.time() - start
     if process.returncode not in (0, -signal.SIGKILL):
         raise SystemExit(process.stderr.read() if process.stderr else "failed")
-    return {"seconds": round(seconds, 1), "peak_bytes": peak_one, "peak_bytes_all_processes": peak_all}
+    used = processor_seconds() - before
+    return {
+        "seconds": round(seconds, 1), "processor_seconds": round(used, 1), "peak_bytes": peak_one,
+        "peak_bytes_all_processes": peak_all,
+    }  # fmt: skip
+
+
+def processor_seconds() -> float:
+    """Of all processes that were waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _resident(pid: int) -> int:

@@ -103,5 +103,5 @@ def test_a_text_part_that_is_no_causal_model_is_named(tmp_path):
     config = AutoConfig.for_model("clip")
     config.save_pretrained(tmp_path)
     save_file({"text_model.layers.11.a": torch.ones(2)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(PaleyError, match=r"clip.* no causal language model"):
+    with pytest.raises(PaleyError, match=r"clip.* no causal language model.*; give the folder of a model"):
         open_source(tmp_path)

@@ -11,6 +11,7 @@ from every_type import save_type, tiny_model
 from paley.core.errors import PaleyError
 from paley.model.loading import open_source
 from paley.model.walk import sites_of
+from tiny_models import change_config
 
 
 def test_what_a_walk_finds():
@@ -39,3 +40,29 @@ def test_experts_of_unequal_shapes_are_named(tmp_path):
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(PaleyError, match=r"experts\.1\..* has shape \[3, 64\], but .*get the checkpoint's original"):
         open_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["transformer.h.0.attn.c_attn.scale", "transformer.h.1.mlp.experts.0.w1", "transformer.wte.norm"]
+)
+def test_tensors_that_no_place_takes_are_named(name, tmp_path):
+    save_type("gpt2", tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file(load_file(file) | {name: torch.ones(2)}, file, metadata={"format": "pt"})
+    with pytest.raises(PaleyError, match=rf"1 tensors too many, the first is {name}; use the config\.json"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize(("layers", "complaint"), [(200, "no tensor"), (10**6, "n_layer is 1,000,000, but")])
+def test_more_layers_than_the_weights_have(layers, complaint, tmp_path):
+    """Some families run a block several times, so that a few hundred are not refused at once."""
+    save_type("gpt2", tmp_path)
+    with pytest.raises(PaleyError, match=complaint):
+        open_source(change_config(tmp_path, n_layer=layers))
+
+
+def test_why_a_linear_stays_is_known():
+    """A module that reads a linear's weight, or its type, cannot have it coded."""
+    kept = sites_of(tiny_model("falcon_mamba")).kept
+    assert "also read" in kept["backbone.layers.0.mixer.x_proj"]
+    assert not sites_of(tiny_model("falcon")).kept  # linears with a forward of their own that do nothing else

@@ -32,7 +32,7 @@ def text_part(folder: Path, config: Any, raw: dict[str, Any]) -> Any:
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise PaleyError(
             f"{folder}: the text part of this {config.model_type} model is a {inner.model_type}, which has no "
-            "causal language model in transformers; only models that predict the next token can be quantized"
+            "causal language model in transformers; give the folder of a model that predicts the next token"
         )
     fields = inner.to_dict()
     if kind != inner.model_type:
