@@ -3,8 +3,8 @@
     python -m bench.every_type [--only TYPE ...] [--seconds 120]
 
 A random model of each type, as small as its config class allows, is quantized by each recipe of tests/every_type.py,
-saved, loaded, and compared with the one quantized in memory. Each type has a process of its own. A script that was
-stopped goes on; types named by --only are tried again.
+saved, loaded, and compared with the one quantized in memory; and its blocks are run one by one, as GPTQ needs it. Each
+type has a process of its own. A script that was stopped goes on; types named by --only are tried again.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ from bench.record import ROOT, provenance, save
 
 sys.path.insert(0, str(ROOT / "tests"))
 
-from every_type import OUTCOMES, RECIPES, TYPES, judged
+from every_type import GPTQ, OUTCOMES, RECIPES, TYPES, judged
+
+ASKED = (*RECIPES, GPTQ)
 
 
 def _child(kind: str, pipe: Any) -> None:
     torch.set_num_threads(1)
-    for recipe in RECIPES:
+    for recipe in ASKED:
         with tempfile.TemporaryDirectory() as folder:
             pipe.send((recipe, judged(kind, recipe, Path(folder))))
 
@@ -44,14 +46,14 @@ def examine(kind: str, seconds: float) -> dict[str, str]:
     there.close()
     found: dict[str, str] = {}
     try:
-        while len(found) < len(RECIPES) and here.poll(seconds):
+        while len(found) < len(ASKED) and here.poll(seconds):
             recipe, outcome = here.recv()
             found[recipe] = outcome
     except EOFError:
         pass
     process.kill()
     process.join()
-    return {name: found.get(name, f"no answer in {seconds:.0f} s, or the process ended") for name in RECIPES}
+    return {name: found.get(name, f"no answer in {seconds:.0f} s, or the process ended") for name in ASKED}
 
 
 def main() -> None:

@@ -1,10 +1,11 @@
 """Damages finished folders at random, and tells what load and `paley verify` say of each.
 
-    python bench/mutations.py OUT OTHER --count 2000 --seed 0
+    python -m bench.mutations OUT OTHER --count 2000 --seed 0 [--record]
 
 OUT and OTHER are quantized folders; OTHER's parts are mixed into OUT. A copy of OUT is damaged in one place. Then
 `paley.load`, in a process of its own, must refuse it in one line, or give the very logits of the sound folder, in at
 most twice its memory. What loads and is no longer as written, `paley.verify` must name. All else is a failure.
+--record adds the outcome to bench/results/mutations.json.
 """
 
 from __future__ import annotations
@@ -336,9 +337,22 @@ def main() -> None:
     parser.add_argument("other", type=Path)
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--record", action="store_true")
     asked = parser.parse_args()
     counts, failed = run(asked.out, asked.other, asked.count, asked.seed, progress=True)
-    print(json.dumps({"count": asked.count, "seed": asked.seed, **counts, "failures": len(failed)}, indent=2))
+    result = {"of": asked.out.name, "count": asked.count, "seed": asked.seed, **counts, "failures": len(failed)}
+    print(json.dumps(result, indent=2))
+    if asked.record:
+        record(result)
+
+
+def record(result: dict) -> None:
+    """Adds a run to the file of all of them."""
+    from bench.record import RESULTS, provenance, save
+
+    file = RESULTS / "mutations.json"
+    earlier = json.loads(file.read_text())["runs"] if file.exists() else []
+    save({"runs": [*earlier, provenance() | result]}, file)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -45,9 +45,15 @@ Their modules are walked. Weights, embedding, head and inputs can be quantized, 
 values where transformers lets attention be replaced. GPTQ needs blocks that can be run one by one, which is tried out
 first. Rotations are never folded, nothing is widened, and the engine does not run them. A small random model of each
 was quantized with `higgs-4` and with data-free `w4a8kv8`, saved and loaded, and gave the logits of the one in memory
-({of}):
+({of}).
+
+With GPTQ and without:
 
 {works}
+
+Data-free only, as their blocks need more than hidden states:
+
+{nearest}
 
 ## Types that do not work
 
@@ -97,8 +103,10 @@ def rows(families: Mapping[str, Architecture]) -> Iterator[str]:
 
 def page(outcomes: Mapping[str, Any]) -> str:
     """The whole page. outcomes: what bench/every_type.py wrote."""
-    types = {kind: sorted(set(found.values())) for kind, found in outcomes["types"].items() if kind not in FAMILIES}
+    without = {kind: found for kind, found in outcomes["types"].items() if kind not in FAMILIES}
+    types = {kind: sorted({how for name, how in found.items() if name != "gptq"}) for kind, found in without.items()}
     works = [kind for kind, found in types.items() if found == ["works"]]
+    whole = {kind: without[kind]["gptq"] == "works" for kind in works}
     unbuilt = {k: found[0] for k, found in types.items() if found[0].startswith("cannot be built")}
     fails = {kind: found for kind, found in types.items() if kind not in works and kind not in unbuilt}
     return (
@@ -107,7 +115,8 @@ def page(outcomes: Mapping[str, Any]) -> str:
         + "\n"
         + WITHOUT.format(
             of=outcomes["of"],
-            works=fill(", ".join(f"`{kind}`" for kind in works) + ".", 120, break_on_hyphens=False),
+            works=_listed(kind for kind in works if whole[kind]),
+            nearest=_listed(kind for kind in works if not whole[kind]),
             fails="\n".join(
                 f"| `{kind}` | {_cell('; '.join(why for why in found if why != 'works'))} |"
                 for kind, found in fails.items()
@@ -115,6 +124,10 @@ def page(outcomes: Mapping[str, Any]) -> str:
             unbuilt="\n".join(f"| `{kind}` | {_cell(why.partition(': ')[2])} |" for kind, why in unbuilt.items()),
         )
     )
+
+
+def _listed(kinds: Iterable[str]) -> str:
+    return fill(", ".join(f"`{kind}`" for kind in kinds) + ".", 120, break_on_hyphens=False)
 
 
 def _cell(text: str) -> str:

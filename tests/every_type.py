@@ -12,15 +12,28 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from paley import hf
 from paley.core.errors import PaleyError
+from paley.model.adapter import Adapter
 from paley.model.loading import open_source
 from paley.model.reading import prepare_
+from paley.model.replay import runner_of
 from paley.pipeline import quantize
 from paley.pipeline.execute import execute
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.resolve import resolve
 from paley.recipe import apply_settings, preset
 
-__all__ = ["OUTCOMES", "RECIPES", "TYPES", "compared", "judged", "random_", "save_type", "tiny_config", "tiny_model"]
+__all__ = [
+    "GPTQ",
+    "OUTCOMES",
+    "RECIPES",
+    "TYPES",
+    "compared",
+    "judged",
+    "random_",
+    "save_type",
+    "tiny_config",
+    "tiny_model",
+]
 
 OUTCOMES = Path(__file__).parents[1] / "bench" / "results" / "every-type.json"  # how each type does, with its reason
 TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -131,6 +144,7 @@ def save_type(kind: str, folder: Path) -> PreTrainedModel:
     return model
 
 
+GPTQ = "gptq"  # whether a type's blocks can be run one by one
 # Weights alone; and inputs, keys and values too.
 RECIPES = {
     "higgs-4": ("higgs-4", ()),
@@ -161,6 +175,13 @@ def compared(folder: Path, name: str, output: Path) -> tuple[float, float, int]:
     return float((stored - in_memory).abs().max() / size), float((stored - wanted).std() / size), count
 
 
+@torch.no_grad()
+def run_one_by_one(folder: Path) -> None:
+    """Raises unless the blocks of a saved model can be run one by one, as GPTQ needs it."""
+    adapter = Adapter(open_source(folder).load())
+    runner_of(adapter).embed(torch.randint(5, _VOCAB - 1, (2, 14), generator=torch.Generator().manual_seed(1)))
+
+
 def judged(kind: str, name: str, folder: Path) -> str:
     """ "works", "cannot be built: ..." if no tiny model of this type can be, or what is wrong."""
     try:
@@ -168,6 +189,9 @@ def judged(kind: str, name: str, folder: Path) -> str:
     except Exception as error:  # what a config class demands is its own
         return f"cannot be built: {_one_line(error)}"
     try:
+        if name == GPTQ:
+            run_one_by_one(folder / "model")
+            return "works"
         apart, lost, weights = compared(folder / "model", name, folder / "out")
     except PaleyError as error:
         return f"refused: {str(error).replace(str(folder), '')}"
