@@ -1,17 +1,21 @@
 #include "platform.h"
 
 #if PALEY_X86
+#include <immintrin.h>
+
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #include <vector>
 
 #include "parallel.h"
 #include "trellis.h"
 
-PALEY_TARGET_BEGIN("avx2")
+PALEY_TARGET_BEGIN("popcnt,avx2,fma")
 namespace paley::avx2 {
-constexpr int LANES = 8;
+#include "lanes_avx2.h"
+
 #include "trellis_search.h"
 }  // namespace paley::avx2
 PALEY_TARGET_END

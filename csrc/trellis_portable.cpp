@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -9,6 +10,7 @@
 #include "trellis.h"
 
 namespace paley::portable {
-constexpr int LANES = 4;
+#include "lanes_portable.h"
+
 #include "trellis_search.h"
 }  // namespace paley::portable

@@ -1,15 +1,5 @@
 // Viterbi's search for the codes of least squared error, once for each instruction set: included inside a namespace,
-// after LANES. src/paley/core/trellis.py has its meaning: float32 operations are rounded one by one, in its order.
-
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
-typedef uint8_t Bytes __attribute__((vector_size(LANES)));
-
-PALEY_INLINE Floats load(const float* p) {
-  Floats a;
-  std::memcpy(&a, p, sizeof a);
-  return a;
-}
+// after its lanes. src/paley/core/trellis.py has its meaning: float32 operations are rounded one by one, in its order.
 
 constexpr float NEVER = 1e30f;
 
@@ -20,54 +10,60 @@ struct Search {
   const int size = 1 << task.trellis.state_bits, overlaps = size / K;
   const int steps = (task.columns + P - 1) / P, all_steps = (task.wide + P - 1) / P;
   const int most = std::min(task.keep + task.ahead, all_steps);
-  std::vector<float> cost = std::vector<float>(overlaps), wide = std::vector<float>(size);
-  std::vector<uint8_t> from = std::vector<uint8_t>(size_t{1} * most * overlaps);
+  std::vector<float> cost = std::vector<float>((most + size_t{1}) * overlaps), wide = std::vector<float>(size);
   std::vector<float> work = std::vector<float>(size_t{1} * all_steps * P), y = std::vector<float>(size_t{1} * most * P);
   std::vector<int32_t> found = std::vector<int32_t>(most);
 
   explicit Search(const TrellisTask& task) : task(task) {}
 
-  // cost: of each way to share `overlaps` low bits with the next state; state s comes from overlap s / K, and its low
-  // bits are s % overlaps.
-  PALEY_INLINE void step(const float* values, uint8_t* chosen) {
-    for (int t = 0; t < overlaps; ++t) {
-      for (int c = 0; c < K; ++c) wide[t * K + c] = cost[t];
+  // before, after [overlaps]: the least cost of each way to share low bits with the next state. State s comes from
+  // overlap s / K, and its low bits are s % overlaps.
+  PALEY_INLINE void step(const float* values, const float* before, float* after) {
+    if constexpr (K < W) {
+      for (int t = 0; t < overlaps; ++t) {
+        for (int c = 0; c < K; ++c) wide[t * K + c] = before[t];
+      }
     }
     const float* points = task.trellis.points;
-    for (int t = 0; t < overlaps; t += LANES) {
-      Floats best = of(values, points, t);
-      Ints at{};
-      for (int j = 1; j < K; ++j) {
-        const Floats other = of(values, points, j * overlaps + t);
-        const Ints better = other < best;
-        best = better ? other : best;
-        at = better ? Ints{} + j : at;
+    for (int t = 0; t < overlaps; t += W) {
+      Floats best = all(NEVER);
+      for (int s = t; s < size; s += overlaps) {
+        Floats sum = K < W ? load(wide.data() + s) : all(before[s / K]);
+        for (int i = 0; i < P; ++i) {
+          const Floats off = all(values[i]) - load(points + size_t{1} * i * size + s);
+          sum = sum + off * off;
+        }
+        best = min(sum, best);
       }
-      std::memcpy(cost.data() + t, &best, sizeof best);
-      const Bytes narrow = __builtin_convertvector(at, Bytes);
-      std::memcpy(chosen + t, &narrow, sizeof narrow);
+      store(after + t, best);
     }
   }
 
-  PALEY_INLINE Floats of(const float* values, const float* points, int s) const {
-    Floats sum = load(wide.data() + s);
-    for (int i = 0; i < P; ++i) {
-      const Floats off = values[i] - load(points + size_t{1} * i * size + s);
-      sum = sum + off * off;
+  // -> which of the states with these low bits had the least cost, the first of equal ones.
+  int chosen(const float* values, const float* before, int overlap) const {
+    float best = INFINITY;
+    int found_at = overlap;
+    for (int s = overlap; s < size; s += overlaps) {
+      float sum = before[s / K];
+      for (int i = 0; i < P; ++i) {
+        const float off = values[i] - task.trellis.points[size_t{1} * i * size + s];
+        sum = sum + off * off;
+      }
+      if (sum < best) best = sum, found_at = s;
     }
-    return sum;
+    return found_at;
   }
 
   // y [count, P] -> found [count]: the states of the best path from `state` on, and to the overlap `last` if it is one.
   void run(int count, int32_t state, int32_t last) {
-    std::fill(cost.begin(), cost.end(), state < 0 ? 0.0f : NEVER);
+    std::fill(cost.begin(), cost.begin() + overlaps, state < 0 ? 0.0f : NEVER);
     if (state >= 0) cost[state & (overlaps - 1)] = 0.0f;
-    for (int i = 0; i < count; ++i) step(y.data() + i * P, from.data() + size_t{1} * i * overlaps);
-    int at = last >= 0 ? last : static_cast<int>(std::min_element(cost.begin(), cost.end()) - cost.begin());
+    const auto costs = [this](int i) { return cost.data() + size_t{1} * i * overlaps; };
+    for (int i = 0; i < count; ++i) step(y.data() + i * P, costs(i), costs(i + 1));
+    int at = last >= 0 ? last : static_cast<int>(std::min_element(costs(count), costs(count) + overlaps) - costs(count));
     for (int i = count - 1; i >= 0; --i) {
-      const int s = from[size_t{1} * i * overlaps + at] * overlaps + at;
-      found[i] = s;
-      at = s / K;
+      found[i] = chosen(y.data() + i * P, costs(i), at);
+      at = found[i] / K;
     }
   }
 

@@ -27,7 +27,22 @@ DOC = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf
 GAUSSIAN = json.loads(resources.files("paley.core").joinpath("tables/gaussian.json").read_text())["points"]
 TABLES = resources.files("paley.core").joinpath("tables")
 GRIDS = [f"{family}{bits}" for family in grids.FAMILIES for bits in range(2, 9)]
-GRIDS += ["nf4", "af3", "p1n9", "p2n16", "p2n88", "p2n256", "p3n830", "p4n4096", "e8q3k9", "e8q14k4"]
+GRIDS += [
+    "nf4",
+    "af3",
+    "p1n9",
+    "p2n16",
+    "p2n88",
+    "p2n256",
+    "p3n830",
+    "p4n4096",
+    "e8q3k9",
+    "e8q14k4",
+    "trellis1",
+    "trellis2.5",
+    "trellis4",
+    "trellis5",
+]
 GRIDS += ["free1", "free2", "free3", "mirror1", "mirror2", "mirror4"]
 GRIDS = [*map(grids.load, GRIDS), grids.custom(torch.arange(21).reshape(7, 3) / 10)]
 OUT = 5

@@ -1,0 +1,72 @@
+"""What is lost at equal bytes, all tensors counted, beside llama.cpp's quantizer: studies/results/peers-MODEL.json.
+
+python -m studies.peers MODEL --gguf FILE --text FILE --test-text FILE [--only RE]
+MODEL should be what `studies.off_grid` makes of a published model. FILE is any GGUF file of the same model, whose keys
+are used. llama.cpp gets the importance matrix of the very text that our recipes calibrate on.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from studies.experiment import Experiment
+from studies.llama_cpp import Peer
+
+from paley.eval.perplexity import evaluate
+from paley.recipe import apply_settings, preset
+
+KINDS = (
+    "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K_M", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_K_S", "Q4_1", "Q4_K_M", "Q5_0",
+    "Q5_K_M", "Q6_K", "Q8_0",
+)  # fmt: skip
+OURS = {  # name -> preset, settings
+    **{f"higgs-{bits}": (f"higgs-{bits}", ()) for bits in (3, 4, 5)},
+    **{f"higgs-{bits}, diagonal": (f"higgs-{bits}", ("diagonal=true",)) for bits in (3, 4, 5)},
+    **{
+        f"trellis{bits}, diagonal": (f"higgs-{max(2, int(bits))}", ("diagonal=true", f"weights.grid=trellis{bits}"))
+        for bits in (2, 2.5, 3, 4, 5)
+    },
+    **{f"w{bits}a16": (f"w{bits}a16", ()) for bits in (2, 3, 4, 5)},
+    **{f"w{bits}a16, trellis": (f"w{bits}a16", (f"weights.grid=trellis{bits}",)) for bits in (2, 3, 4, 5)},
+}
+
+
+def main() -> None:
+    parser = Experiment.parser(__doc__, calibration=16, search=0, test=8)
+    parser.add_argument("--gguf", type=Path, required=True, help="a GGUF file of the model, for its keys")
+    arguments = parser.parse_args()
+    experiment = Experiment("peers", arguments)
+    parameters = experiment.result["parameters"]
+
+    def ours(name: str, settings: tuple[str, ...]) -> dict:
+        return experiment.quantize(apply_settings(preset(name), list(settings))).row
+
+    for name, (base, settings) in OURS.items():
+        experiment.row(name, lambda base=base, settings=settings: ours(base, settings))
+    with tempfile.TemporaryDirectory() as folder:
+        model = experiment.source.load().float()
+        peer = Peer(model, arguments.gguf, Path(folder))
+        peer.write()
+        peer.write_matrix(experiment.blocks.calibration.ids)
+        original = {name: value.clone() for name, value in model.state_dict().items()}
+
+        def theirs(kind: str) -> dict:
+            start = time.time()
+            weights, nbytes, kinds = peer.quantize(kind)
+            seconds = {"quantize": round(time.time() - start, 1)}
+            with torch.no_grad():
+                for name, value in weights.items():
+                    model.get_parameter(name).copy_(value)
+            score = evaluate(model, experiment.blocks.test, experiment.reference).to_dict()
+            return score | {"bits": 8 * nbytes / parameters, "bytes": nbytes, "types": kinds, "seconds": seconds}
+
+        for kind in KINDS:
+            experiment.row(f"llama.cpp {kind}", lambda kind=kind: theirs(kind))
+        model.load_state_dict(original)
+
+
+if __name__ == "__main__":
+    main()
