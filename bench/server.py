@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import os
 import shutil
 import socket
@@ -131,6 +132,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=RESULTS / "server.json")
     args = parser.parse_args()
+    before = os.getloadavg()[0]
     tokenizer = AutoTokenizer.from_pretrained(args.folder)
 
     def count(text: str) -> int:
@@ -154,29 +156,27 @@ def main() -> None:
             answers["transformers"] = lambda number: ask(other, str(args.original), number, args.new)
         model = open_text_model(args.folder)
         numbers = iter(range(10**9))
-        for answer in (*answers.values(), lambda number: alone(model, number, args.new)):  # warm up
+        answers["alone"] = lambda number: alone(model, number, args.new)
+        for answer in answers.values():  # warm up
             answer(next(numbers))
         kept: dict[str, list[dict[str, float]]] = {}
-        for _ in range(args.rounds):
-            for clients in CLIENTS:
-                for name, answer in answers.items():
-                    made = round_of(answer, clients, args.requests, numbers, count)
-                    kept.setdefault(f"{name} {clients}", []).append(made)
-                    print(name, clients, made, flush=True)
-            own = round_of(lambda number: alone(model, number, args.new), 1, args.requests, numbers, count)
-            kept.setdefault("alone", []).append(own)
-            print("alone", own, flush=True)
+        for _, clients in itertools.product(range(args.rounds), CLIENTS):
+            for name, answer in answers.items():
+                if name == "alone" and clients > 1:
+                    continue
+                made = round_of(answer, clients, args.requests, numbers, count)
+                kept.setdefault(f"{name} {clients}", []).append(made)
+                print(name, clients, made, flush=True)
     found = {name: medians(rounds) for name, rounds in kept.items()}
     rate = {name: entry["tokens_per_second"] for name, entry in found.items()}
-    ratios = {"to the engine alone, 1 client": rate["paley 1"] / rate["alone"]}
+    ratios = {"to the engine alone, 1 client": rate["paley 1"] / rate["alone 1"]}
     if args.original is not None:
         ratios |= {f"to transformers, {n} clients": rate[f"paley {n}"] / rate[f"transformers {n}"] for n in CLIENTS}
-    load = os.getloadavg()[0]
     save(
         provenance() | {
             "folder": args.folder.name, "engine": model.engine, "requests": args.requests, "new_tokens": args.new,
             "rounds": args.rounds, "transformers_serve": {"dtype": args.dtype, "batching": args.batching},
-            "load_at_the_end": load, "measured": found, "ratios": ratios,
+            "load": [before, os.getloadavg()[0]], "measured": found, "ratios": ratios,
         },
         args.output,
     )  # fmt: skip
