@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from paley.core import packing
 from paley.core.errors import PaleyError
 from paley.core.packing import pack, packed_width, unpack
 
@@ -135,3 +136,12 @@ def test_the_device_does_not_matter():
     packed = pack(codes.cuda(), 3)
     assert torch.equal(packed.cpu(), pack(codes, 3))
     assert torch.equal(unpack(packed, 3, 77).cpu(), codes)
+
+
+@pytest.mark.parametrize("size", [88, 256, 3, 1000])
+def test_a_large_matrix_is_packed_a_few_rows_at_a_time(size, monkeypatch):
+    codes = torch.randint(size, (37, 29), generator=torch.Generator().manual_seed(0))
+    packed = packing.pack_codes(codes, size)
+    monkeypatch.setattr(packing, "_AT_ONCE", 100)
+    assert torch.equal(packing.pack_codes(codes, size), packed)
+    assert torch.equal(packing.unpack_codes(packed, size, 29).long(), codes)

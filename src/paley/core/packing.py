@@ -24,6 +24,7 @@ __all__ = ["pack", "pack_codes", "packed_bytes", "packed_width", "stored_bits", 
 
 # Words at a time: they fit a CPU's second-level cache. Measured best for 2 to 7 bits.
 _CPU_WORDS = 2**15
+_AT_ONCE = 2**22  # codes of a matrix, some of which take eight bytes each on their way
 _WIDEST = 48  # bits of a symbol: with the 7 before it in its first byte it still fits an int64
 
 
@@ -50,10 +51,16 @@ def packed_bytes(n: int, size: int) -> int:
 
 def pack_codes(codes: Tensor, size: int) -> Tensor:
     """codes, integers [..., n] below `size` -> uint8 [..., packed_bytes(n, size)]; PaleyError on larger ones."""
-    k, bits = symbol(size)
     low, high = (int(codes.min()), int(codes.max())) if codes.numel() else (0, 0)
     if low < 0 or high >= size:
         raise PaleyError(f"pack: codes must be between 0 and {size - 1}, got {low} to {high}")
+    if codes.dim() == 2 and codes.numel() > _AT_ONCE:
+        return torch.cat([_packed(rows, size) for rows in codes.split(max(1, _AT_ONCE // codes.shape[1]))])
+    return _packed(codes, size)
+
+
+def _packed(codes: Tensor, size: int) -> Tensor:
+    k, bits = symbol(size)
     if k == 1:
         return pack(codes.to(torch.uint8), bits) if bits <= 8 else _pack_wide(codes.long(), bits)
     symbols = torch.nn.functional.pad(codes.long(), (0, -codes.shape[-1] % k)).unflatten(-1, (-1, k))
@@ -67,6 +74,13 @@ def unpack_codes(packed: Tensor, size: int, n: int) -> Tensor:
 
     Errors: PaleyError for symbols that no codes can give.
     """
+    if packed.dim() == 2 and len(packed) * n > _AT_ONCE:
+        parts = packed.split(max(1, _AT_ONCE // n))
+        return torch.cat([_unpacked(rows, size, n) for rows in parts])
+    return _unpacked(packed, size, n)
+
+
+def _unpacked(packed: Tensor, size: int, n: int) -> Tensor:
     k, bits = symbol(size)
     count = -(-n // k)
     symbols = unpack(packed, bits, count) if bits <= 8 else _unpack_wide(packed, bits, count)
