@@ -110,7 +110,7 @@ struct paley_trellis {
 };
 
 // Rounds the first `columns` of x [rows, wide] to the codes of least squared error, of each row from its state on
-// (-1: any), and so that the state after the last of `wide` shares its low bits with `ends` [rows], unless that is null.
+// (-1: any), and so that, in a row of at least as many codes as make a state, the state after the last of `wide` shares its low bits with `ends` [rows], unless that is null.
 // scales [rows, wide] by strides. `keep` codes at a time are decided, with a look at `ahead` more. With spread [columns,
 // wide], upper triangular, the columns to come then change by the errors, as in paley_feedback; else it is null.
 // -> codes [rows, ceil(columns / p)], states after the last, and errors [rows, columns], null without spread. A row of

@@ -8,9 +8,9 @@ namespace {
 
 bool valid(const paley::TrellisTask& t) {
   const paley_trellis& grid = t.trellis;
-  if (!grid.points || grid.p < 1 || grid.p > 2 || grid.bits < 1 || grid.bits > 7) return false;
+  if (!t.x || !t.scales || !t.states || !t.codes || !grid.points || grid.p < 1 || grid.p > 2 || grid.bits < 1 || grid.bits > 7) return false;
   if (grid.state_bits < grid.bits + 4 || grid.state_bits > 16) return false;  // a vector's lanes are overlaps
-  if (t.rows < 0 || t.columns < 0 || t.wide < t.columns || t.keep < 1 || t.ahead < 0 || t.threads < 1) return false;
+  if (t.rows < 0 || t.columns < 0 || t.wide < t.columns || t.wide > 1 << 30 || t.keep < 1 || t.ahead < 0 || t.threads < 1) return false;
   // An end can be reached from any state in as many steps as make a state.
   if (t.ends && t.ahead < (grid.state_bits + grid.bits - 1) / grid.bits) return false;
   return t.keep <= 1 << 16 && t.ahead <= 1 << 16 && !t.matrix == !t.errors;
@@ -23,6 +23,7 @@ extern "C" int32_t paley_trellis_codes(const paley_trellis* trellis, int32_t row
                                        int64_t scale_row, int64_t scale_column, int32_t keep, int32_t ahead,
                                        int32_t level, int32_t threads, const int32_t* ends, int32_t* states,
                                        int32_t* codes, float* errors) {
+  if (!trellis) return PALEY_BAD_ARGUMENT;
   const paley::TrellisTask task{*trellis, rows,  columns, wide,    x,      x_row, spread, scales, scale_row, scale_column,
                                 keep,     ahead, threads, ends,    states, codes, errors};
   if (!valid(task) || level < PALEY_PORTABLE || level > paley_best_level()) return PALEY_BAD_ARGUMENT;

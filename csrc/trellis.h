@@ -18,8 +18,8 @@ struct TrellisTask {
   int32_t keep, ahead, threads;
   const int32_t* ends;  // [rows], or null
   int32_t* states;      // [rows]
-  int32_t* codes;   // [rows, steps]
-  float* errors;    // [rows, columns], or null
+  int32_t* codes;       // [rows, steps]
+  float* errors;        // [rows, columns], or null
 };
 
 namespace avx512 {

@@ -84,7 +84,7 @@ def test_recipes_are_frozen():
 
 
 def test_packaged_methods():
-    assert preset_methods() == ["bwa", "gbs", "higgs", "paley", "quarot", "quarot-clipped", "rtn"]
+    assert preset_methods() == ["bwa", "gbs", "higgs", "paley", "quarot", "quarot-clipped", "rtn", "trellis"]
 
 
 def test_binary_weights_have_short_names():
@@ -125,6 +125,13 @@ def test_every_method_loads_at_every_width(method, bits):
     for scheme in (recipe.weights, recipe.inputs, recipe.keys, recipe.values):
         assert scheme is not None
         assert scheme.grid.bits == bits
+
+
+def test_trellis_has_the_weights_of_its_grids():
+    assert preset("trellis-w3a4kv4").weights == WeightScheme("trellis3", scale_search="rms")
+    assert preset("trellis-w3a4kv4").inputs == preset("w3a4kv4").inputs
+    with pytest.raises(PaleyError, match=r"unknown grid 'trellis8'.*did you mean"):
+        preset("trellis-w8a16")
 
 
 @pytest.mark.parametrize(

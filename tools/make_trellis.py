@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from paley import kernels
 from paley.core import trellis
 from paley.core.trellis import STATE_BITS, TrellisGrid
 
@@ -22,7 +23,7 @@ RATES = {  # name -> bits of a code, values of a code
     "trellis3.5": (7, 2), "trellis4": (4, 1), "trellis5": (5, 1),
 }  # fmt: skip
 WIDER = 0.05
-BETAS = (0.96, 0.98, 1.0, 1.02, 1.04)
+BETAS = [round(0.86 + 0.02 * i, 2) for i in range(20)]
 ROWS, WIDTH, SEED = 64, 1024, 2406_11235
 
 
@@ -39,6 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=ROWS, help=f"measured rows of {WIDTH} values, {ROWS} by default")
     arguments = parser.parse_args()
+    kernels.register()  # the native search, if it was built
     data = {"script": SCRIPT, "seed": SEED, "values": values(), "grids": {}}
     trellis._data = lambda: data  # the grids below read what is being made
     unit = 1 / math.sqrt(sum(v * v for v in data["values"][0]) / 2**STATE_BITS)
@@ -47,10 +49,12 @@ def main() -> None:
         best = None
         for beta in BETAS:
             grid = TrellisGrid(name, bits, p, unit * beta, math.nan)
-            errors = (grid.look_up(grid.search(x)) - x).square()
+            errors = (grid.look_up(grid.search(x)) - x).square().mean(1) / x.square().mean(1)
             if best is None or float(errors.mean()) < best["t2"]:
-                spread = float(errors.mean(1).std()) / arguments.rows**0.5
+                chosen, spread = beta, float(errors.std()) / arguments.rows**0.5
                 best = {"bits": bits, "p": p, "step": unit * beta, "t2": float(errors.mean()), "stderr": spread}
+        if chosen in (BETAS[0], BETAS[-1]):
+            raise SystemExit(f"{name}: the best scale {chosen} is at an end of those tried")
         data["grids"][name] = best
         bound = 4.0 ** (-bits / p)
         print(

@@ -56,13 +56,26 @@ def test_the_path_is_the_best_of_all():
         assert tuple(found.tolist()) in costs
 
 
-@pytest.mark.parametrize("name", ["trellis2", "trellis4", "trellis2.5"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_row_is_a_ring(name):
-    """A row that is turned decodes to the turned values: no code is special."""
+    """The path that the search followed is the one that codes decode to, before the seam and behind it."""
     grid = grids.load(name)
-    codes = grid.search(gaussian(3, 70))
-    turned = grid.look_up(codes.roll(9, 1))
-    assert torch.equal(turned, grid.look_up(codes).roll(9 * grid.p, 1))
+    x = gaussian(3, 12 * grid.memory * grid.p)
+    ends, ones = grid.ring_ends(x), torch.ones(1, 1).expand_as(x)
+    codes, last, _ = grid.codes(x, x.shape[1], ones, ends, ends, keep=20, ahead=grid.ahead)
+    overlap = 2**12 // grid.size
+    assert torch.equal(last % overlap, ends % overlap)
+    state, path = ends.long(), []
+    for code in codes.long().unbind(1):
+        state = (state * grid.size + code) % 2**12
+        path.append(grid.table[:, state].T)
+    assert torch.equal(grid.decode(codes), torch.stack(path, 1))
+
+
+def test_short_rows_have_no_seam_that_costs():
+    grid, x = grids.load("trellis2"), gaussian(64, 48)
+    error = float((grid.look_up(grid.search(x)) - x).square().mean() / x.square().mean())
+    assert error < 1.1 * grid.mse
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -123,12 +136,17 @@ def test_without_correlations_feedback_is_rounding_to_nearest():
 def test_the_expected_error_is_that_of_gaussian_weights():
     scheme = WeightScheme("trellis4", method="nearest", scale_search="rms")
     assert gaussian_error(scheme, 512) == pytest.approx(grids.load("trellis4").mse, rel=0.06)
-    assert 0.5 < gaussian_spread(grids.load("trellis4")) < 5
+    rows = gaussian(64, 512, seed=5)
+    errors = [(row - quantize_nearest(row[None], scheme).dequantize()).square().mean() for row in rows]
+    spread = torch.stack(errors).std() / torch.stack(errors).mean() * 512**0.5
+    assert gaussian_spread(grids.load("trellis4")) == pytest.approx(float(spread), rel=0.4)
 
 
 def test_bad_input():
     with pytest.raises(PaleyError, match="rows of 5 values are too short for grid 'trellis2', which needs 6; set"):
         quantize_nearest(gaussian(2, 5), WeightScheme("trellis2", scale_search="rms"))
+    with pytest.raises(PaleyError, match="mine: rows of 5 values are too short"):
+        quantize_gptq(gaussian(2, 5), statistics(5), WeightScheme("trellis2", scale_search="rms"), where="mine")
     with pytest.raises(PaleyError, match="unknown grid 'trellis9'"):
         grids.load("trellis9")
     with pytest.raises(PaleyError, match="made for rows of Gaussian values and needs scale_search 'rms'"):

@@ -27,6 +27,7 @@ TEXT = [1, *range(10, 48)]
 SCHEMES = {
     "w4a16": "higgs-w4a16",
     "higgs-4": "higgs-4",
+    "trellis": "trellis-w3a8kv8",
     "w4a8kv8": "higgs-w4a8kv8",
     "w4a4kv4": "higgs-w4a4kv4",
     "w3a3kv3": "higgs-w3a3kv3",
@@ -75,7 +76,7 @@ def test_logits_are_those_of_transformers(tmp_path, tiny_tokenizer, qwen, scheme
     assert found[-1] < 0.1
 
 
-@pytest.mark.parametrize("scheme", ["w4a16", "higgs-4"])
+@pytest.mark.parametrize("scheme", ["w4a16", "higgs-4", "trellis"])
 def test_integers_add_little(tmp_path, tiny_tokenizer, scheme):
     """Far less than the rounding of the weights."""
     folder = quantized(tmp_path, tiny_tokenizer, SCHEMES[scheme], qwen=True)

@@ -87,5 +87,8 @@ class Fixed:
         if not bool(((scales > 0) & scales.isfinite()).all()):
             raise PaleyError(f"{where}: must be positive and finite, and are not; the file is damaged")
 
+    def check_width(self, width: int, where: str) -> None:
+        """Raises for rows of so many values that the grid cannot have."""
+
     def check_scaled(self, where: str) -> None:
         """Raises if the points do not fit values of variance 1, which scales by rms need."""

@@ -63,6 +63,9 @@ class FreeGrid:
         codes = codes.unflatten(-1, (scales.shape[-2], -1))
         return self.group_points(scales.float()).gather(-1, codes.long()).flatten(-2)
 
+    def check_width(self, width: int, where: str) -> None:
+        """Raises for rows of so many values that the grid cannot have."""
+
     def check_scales(self, scales: Tensor, where: str) -> None:
         """Raises unless a file's scales [..., g, stored] can be those of a weight."""
         points = self.group_points(scales.float())

@@ -47,7 +47,7 @@ class WeightScheme:
     finds the codes like "rms" and then stretches each group to the length of its weight (gptq refits its own scales).
     The points of free grids come from expectation maximization (arXiv:2504.05352): "em" weighs all errors alike,
     "em_diagonal" by the diagonal of the Hessian H = X^T X, "em_inverse" by 1 / [H^-1]_ii^2.
-    sweeps: rounds of scale refit and coordinate descent after GPTQ.
+    sweeps: rounds of scale refit and coordinate descent after GPTQ; on a sequential grid any number is one refit.
     """
 
     __pydantic_config__: ClassVar = _STRICT

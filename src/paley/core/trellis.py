@@ -23,8 +23,9 @@ from paley.core.fixed import Fixed
 __all__ = ["KEEP", "STATE_BITS", "TrellisGrid", "load", "names", "reference"]
 
 STATE_BITS = 12
-KEEP = 480  # codes decided at a time
-_ROWS = 2**22  # costs in the memory of the PyTorch code
+KEEP = 480  # codes decided at a time, of a search without feedback
+_BYTES = 2**26  # of the PyTorch code's memory, about
+_TILE = 2**20  # codes decoded at a time
 _NEVER = 1e30
 
 
@@ -131,12 +132,17 @@ class TrellisGrid(Fixed):
 
     def decode(self, codes: Tensor) -> Tensor:
         """codes, integers [..., c], whole rows -> values float32 [..., c, p]."""
-        codes = codes.long()
-        state = torch.zeros_like(codes)
-        for back in range(self.memory):
-            state |= codes.roll(back, -1) << (back * self.bits_per_code)
-        values = self.table.to(codes.device)[:, (state & (2**STATE_BITS - 1)).flatten()]
-        return values.T.reshape(*codes.shape, self.p)
+        table, rows = self.table.to(codes.device), codes.reshape(-1, codes.shape[-1])
+        values = torch.empty(*rows.shape, self.p, device=codes.device)
+        few = max(1, _TILE // max(1, rows.shape[1]))
+        for some, out in zip(rows.split(few), values.split(few), strict=True):
+            latest, state = some.int(), torch.zeros_like(some, dtype=torch.int32)
+            for back in range(self.memory):
+                state |= latest.roll(back, -1) << (back * self.bits_per_code)
+            state &= 2**STATE_BITS - 1
+            for i, of_states in enumerate(table):
+                out[..., i] = of_states[state]
+        return values.view(*codes.shape, self.p)
 
     def round(self, vectors: Tensor) -> Tensor:
         """vectors [N, p], those of one row -> `decode(nearest(vectors))`."""
@@ -167,7 +173,8 @@ def reference(
     spread: Tensor | None, keep: int, ahead: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`TrellisGrid.codes` in plain torch. Each float32 operation is rounded by itself, in one order."""
-    few = max(1, _ROWS // table.shape[1])
+    size = table.shape[1]
+    few = max(1, _BYTES // ((keep + ahead) * (size >> bits) + 8 * size))
     parts = [
         _some_rows(
             x[rows], columns, scales[rows], table, bits, states[rows], None if ends is None else ends[rows], spread,
@@ -214,7 +221,7 @@ def _viterbi(y: Tensor, table: Tensor, bits: int, states: Tensor, ends: Tensor |
     cost = y.new_full((len(y), overlaps), _NEVER)
     cost[states < 0] = 0.0
     cost.scatter_(1, (states.long() % overlaps)[:, None], 0.0)
-    came = []
+    chosen = []
     for values in y.unbind(1):
         of_each = cost.repeat_interleave(2**bits, 1)
         for i in range(p):
@@ -226,10 +233,10 @@ def _viterbi(y: Tensor, table: Tensor, bits: int, states: Tensor, ends: Tensor |
             better = of_each[:, j] < cost
             cost = torch.where(better, of_each[:, j], cost)
             at[better] = j
-        came.append(at)
+        chosen.append(at)
     overlap = cost.argmin(1) if ends is None else ends.long() % overlaps
     path = []
-    for at in reversed(came):
+    for at in reversed(chosen):
         state = at.gather(1, overlap[:, None])[:, 0].long() * overlaps + overlap
         path.append(state)
         overlap = state >> bits

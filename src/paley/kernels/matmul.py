@@ -195,6 +195,8 @@ def _kind(grid: AnyGrid, fine: bool, group: int) -> str:
     """The smallest kind that holds the grid's codes."""
     if isinstance(grid, FreeGrid):
         return "own2" if grid.bits <= 2 else "bytes"
+    if isinstance(grid, TrellisGrid):
+        return "bytes"
     if not isinstance(grid, Grid) or group % grid.p:
         return "words" if fine else "bytes"
     look = next((bits for bits in (8, 9, 10, 12) if grid.size <= 2**bits), None)
@@ -276,10 +278,8 @@ def _coded(q: Quantized, made: Plan) -> tuple[Tensor, Tensor, float, Tensor, Ten
         whole = table.int()[codes.long()].flatten(1)[:, : q.width]
     else:
         values = grid.look_up(codes, q.width)
-        if isinstance(grid, TrellisGrid) and not made.fine:
-            scale = grid.step_size
-        else:
-            scale = float(values.abs().max()) / limit or 1.0
+        exact = isinstance(grid, TrellisGrid)
+        scale = grid.step_size if exact else float(values.abs().max()) / limit or 1.0
         whole = (values / scale).round().int()
     return *_listed(whole, made), scale, q.scales, None
 

@@ -77,6 +77,7 @@ def _round_rows(
     book = _codebook(target, scheme, order, 0 if outlier_columns is None else len(outlier_columns), importance, where)
     if grid.sequential:
         assert isinstance(book, Scaled)
+        grid.check_width(columns, where)
         codes = _on_trellis(target, metric, book, scheme)
     elif scheme.method == "nearest":
         codes = _one_by_one(target, book)
@@ -161,12 +162,12 @@ def _feedback(target: Tensor, spread: Tensor, book: Codebook) -> Tensor:
 
 
 def _on_trellis(target: Tensor, metric: Metric, book: Scaled, scheme: WeightScheme) -> Tensor:
-    """Codes of a row hang together: after feedback only the scales are refitted, once."""
+    """Codes of a row hang together: after feedback scales are refitted once, and no code descends by itself."""
     grid, scales = book.grid, book.column_scales()
     assert isinstance(grid, TrellisGrid)
     if scheme.method == "nearest":
         return grid.search(target / scales)
-    codes = trellis_feedback(target, metric.spread, grid, scales)
+    codes = trellis_feedback(target, metric.spread, grid, scales, block=BLOCK)
     if scheme.sweeps:
         wanted = target @ metric.gram
         book.refit_(wanted - book.values(codes) @ metric.gram, wanted, metric.gram, codes)

@@ -147,6 +147,7 @@ def quantize_nearest(weight: Tensor, scheme: WeightScheme, where: str = "weight"
     """weight [out, in] -> codes [out, in / p], each the nearest point under its group's scale."""
     scales, zeros = weight_scales(weight, scheme, where)
     groups = split_groups(weight.float(), scheme.group_size, where)
+    scheme.grid.check_width(weight.shape[1], where)
     codes = scheme.grid.quantize(groups, scales, zeros)
     if scheme.scale_search == "unbiased":
         points = as_fixed(scheme.grid).look_up(codes, weight.shape[1])

@@ -11,22 +11,31 @@ from torch import Tensor
 
 from paley.core.trellis import TrellisGrid
 
-__all__ = ["BLOCK", "KEEP", "trellis_feedback"]
+__all__ = ["AHEAD", "KEEP", "trellis_feedback"]
 
-BLOCK = 128  # columns: what is beyond them is changed once a block, by one matmul
-KEEP = 8  # codes decided at a time
-AHEAD = 6  # times as many codes as make a state are looked at before
+KEEP = 8  # codes decided at a time, of a search with feedback
+AHEAD = 6  # codes looked at beyond them, as a multiple of those that make a state
 
 
 def trellis_feedback(
-    target: Tensor, spread: Tensor, grid: TrellisGrid, scales: Tensor, *, keep: int = KEEP, ahead: int = AHEAD
+    target: Tensor,
+    spread: Tensor,
+    grid: TrellisGrid,
+    scales: Tensor,
+    *,
+    block: int,
+    keep: int = KEEP,
+    ahead: int = AHEAD,
 ) -> Tensor:
-    """target [out, in], scales [out, in], spread [in, in] as in `statistics.Metric` -> codes [out, ceil(in / p)]."""
+    """target [out, in], scales [out, in], spread [in, in] as in `statistics.Metric` -> codes [out, ceil(in / p)].
+
+    block: columns, after which those beyond are changed by one matmul.
+    """
     width, codes, work = target.shape[1], [], target.clone()
     ends = states = grid.ring_ends(target / scales)
     look = ahead * grid.memory
-    for start in range(0, width, BLOCK):
-        stop = min(start + BLOCK, width)
+    for start in range(0, width, block):
+        stop = min(start + block, width)
         wide = min(stop + look * grid.p, width)
         here, states, errors = grid.codes(
             work[:, start:wide], stop - start, scales[:, start:wide], states, ends if wide == width else None,

@@ -121,6 +121,7 @@ class Problem:
             width = scheme.stored_width(columns)
             if scheme.weight is not None:
                 check_groups(width, scheme.weight.group_size, site.name, what="in_features=", way_out=self.fit_remedy)
+                scheme.weight.grid.check_width(width, site.name)
             spec.expected_tensors(site.name, scheme, width, rows)
             if scheme.input is not None:
                 check_groups(width, scheme.input.group_size, f"{site.name}: input", way_out=self.fit_remedy)

@@ -17,6 +17,8 @@ from paley import kernels
 from paley.arch import Site
 from paley.core.defaults import SELF
 from paley.core.errors import PaleyError, Setting
+from paley.core.trellis import TrellisGrid
+from paley.methods.trellis import AHEAD, KEEP
 from paley.model.problem import Problem
 from paley.model.steps import KEPT
 from paley.pipeline.machine import free_memory, multiplications
@@ -54,6 +56,7 @@ class Costs:
     sampled: float = 2.5  # times the products of a token that the model writes
     loop: tuple[float, ...] = (0.0, 1500.0, 3000.0, 9000.0, 16_000.0)  # a weight and pass of GPTQ, by its grid's p
     nearest: float = 5000.0  # a weight rounded to the nearest point
+    trellis: float = 7000.0  # a code of a sequential grid looked at
     packed: float = 4500.0  # a weight's codes packed, decoded and kept
     written: float = 450.0  # a weight's codes in the new checkpoint
     factor: float = 3.5  # of n³: the Hessian's Cholesky factor and its inverse, float64
@@ -237,13 +240,21 @@ class _Work:
             return self._nearest(site)
         rows, columns = self.problem.shape(site)
         columns, sweeps = scheme.stored_width(columns), scheme.weight.sweeps
+        grid = scheme.weight.grid
+        if isinstance(grid, TrellisGrid):
+            looked_at = 1 + AHEAD * grid.memory / KEEP
+            loops, sweeps = COSTS.trellis * looked_at / grid.p * self.native, min(sweeps, 1)
+        else:
+            loops = (1 + sweeps) * COSTS.loop[min(grid.p, 4)] * self.native
         products = (COSTS.target + COSTS.sweep * sweeps) * rows * columns**2
-        loops = (1 + sweeps) * COSTS.loop[min(scheme.weight.grid.p, 4)] * self.native
         return products + (loops + COSTS.packed) * rows * columns
 
     def _nearest(self, site: Site) -> float:
         scheme = self.problem.schemes.linears[site.name].weight
-        return 0.0 if scheme is None else COSTS.nearest * self.native * site.numel
+        if scheme is None:
+            return 0.0
+        cost = COSTS.trellis / scheme.grid.p if scheme.grid.sequential else COSTS.nearest
+        return cost * self.native * site.numel
 
     def _outer(self) -> float:
         return sum(self._nearest(site) for site in self.sites.of("embedding", "head") if site.stored_as == site.name)
