@@ -160,7 +160,7 @@ def test_a_unit_carries_the_grid_it_needs(tmp_path, tiny_tokenizer, monkeypatch)
     outcome = quantize(folder, higgs(f"weights.grid={json.dumps(to_plain(grid))}"), output=tmp_path / "out")
     name, scheme = next(iter(outcome.plan.linears.items()))
     info = Checkpoint.open(folder).info(f"{name}.weight")
-    job = pickle.dumps(streaming.TensorJob(name, info, scheme, tmp_path / "unit.safetensors"))
+    job = pickle.dumps(streaming.TensorJob(name, info.shape[0], info, scheme, tmp_path / "unit.safetensors"))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         report = pool.submit(_unpickled, job).result()

@@ -24,7 +24,7 @@ __all__ = ["pack", "pack_codes", "packed_bytes", "packed_width", "stored_bits", 
 
 # Words at a time: they fit a CPU's second-level cache. Measured best for 2 to 7 bits.
 _CPU_WORDS = 2**15
-_AT_ONCE = 2**22  # codes of a matrix, some of which take eight bytes each on their way
+_AT_ONCE = 2**20  # codes of a matrix, some of which take eight bytes each on their way
 _WIDEST = 48  # bits of a symbol: with the 7 before it in its first byte it still fits an int64
 
 
@@ -55,7 +55,11 @@ def pack_codes(codes: Tensor, size: int) -> Tensor:
     if low < 0 or high >= size:
         raise PaleyError(f"pack: codes must be between 0 and {size - 1}, got {low} to {high}")
     if codes.dim() == 2 and codes.numel() > _AT_ONCE:
-        return torch.cat([_packed(rows, size) for rows in codes.split(max(1, _AT_ONCE // codes.shape[1]))])
+        few, width = max(1, _AT_ONCE // codes.shape[1]), packed_bytes(codes.shape[1], size)
+        packed = torch.empty(len(codes), width, dtype=torch.uint8, device=codes.device)
+        for rows, out in zip(codes.split(few), packed.split(few), strict=True):
+            out.copy_(_packed(rows, size))
+        return packed
     return _packed(codes, size)
 
 

@@ -6,8 +6,8 @@ Every faster kernel must agree with the torch code here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
@@ -35,10 +35,13 @@ __all__ = [
     "quantized",
     "round_trip",
     "split_groups",
+    "stacked",
     "storable",
 ]
 
 _COARSE = 2.0**-20  # float16 has steps of 2^-24 there
+_AT_ONCE = 2**22  # values of a weight
+_STACKED = ("codes", "scales", "zeros")
 _LOST = 1e-3  # of a weight's energy
 OUTLIER_GRID = "int8"
 
@@ -167,9 +170,10 @@ def check_range(weight: Tensor, grid: AnyGrid, where: str) -> None:
 
     A small part of the energy may be lost: rows that are as good as zero occur in real models.
     """
-    largest = torch.stack(weight.aminmax(dim=1)).abs().amax(0).double()
+    parts = weight.split(max(1, _AT_ONCE // weight.shape[1]))  # a norm in float64 copies what it reads
+    largest = torch.cat([torch.stack(rows.aminmax(dim=1)).abs().amax(0).double() for rows in parts])
     scales = largest / getattr(grid, "peak", 1.0)  # what a row needs if nothing is clipped; free grids store values
-    energy = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64).square()
+    energy = torch.cat([torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64) for rows in parts]).square()
     lost = float(energy[(scales < _COARSE) & (scales > 0)].sum() / energy.sum().clamp(min=1e-300))
     if float(scales.max()) > torch.finfo(torch.float16).max or lost > _LOST:
         raise PaleyError(
@@ -189,7 +193,7 @@ def quantize_dynamic(x: Tensor, scheme: ActivationScheme, scale_dtype: torch.dty
 def joined(parts: Sequence[Quantized]) -> Quantized:
     """The rows of all parts, one below the other; the parts are of one grid, width and set of outlier columns."""
 
-    def stacked(of: Callable[[Any], Tensor | None]) -> Any:
+    def together(of: Callable[[Any], Tensor | None]) -> Any:
         tensors = [tensor for part in parts if (tensor := of(part)) is not None]
         return torch.cat(tensors) if tensors else None
 
@@ -197,10 +201,26 @@ def joined(parts: Sequence[Quantized]) -> Quantized:
     if len(parts) == 1:
         return first
     if outliers is not None:
-        codes, scales = stacked(lambda part: part.outliers.codes), stacked(lambda part: part.outliers.scales)
+        codes, scales = together(lambda part: part.outliers.codes), together(lambda part: part.outliers.scales)
         outliers = Outliers(outliers.columns, codes, scales)
-    codes, scales, zeros = (stacked(attrgetter(name)) for name in ("codes", "scales", "zeros"))
+    codes, scales, zeros = (together(attrgetter(name)) for name in ("codes", "scales", "zeros"))
     return Quantized(codes, scales, zeros, first.grid, first.columns, outliers)
+
+
+def stacked(parts: Iterable[Quantized], rows: int) -> Quantized:
+    """As `joined`, for parts without outliers that have so many rows in all; only one part is in memory at a time."""
+    whole, at = None, 0
+    for part in parts:
+        if whole is None:
+            room = {n: None if (t := getattr(part, n)) is None else t.new_empty(rows, *t.shape[1:]) for n in _STACKED}
+            whole = replace(part, **room)
+        for name in _STACKED:
+            if (tensor := getattr(part, name)) is not None:
+                getattr(whole, name)[at : at + len(tensor)] = tensor
+        at += len(part.codes)
+    assert whole is not None
+    assert at == rows
+    return whole
 
 
 def quantized(

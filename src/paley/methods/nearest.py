@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from paley.core.grids import FixedGrid, as_fixed
 from paley.core.metrics import rel_error
-from paley.core.rounding import Quantized, check_range, dynamic_scales, joined, quantized, split_groups, storable
+from paley.core.rounding import Quantized, check_range, dynamic_scales, quantized, split_groups, stacked, storable
 from paley.core.schemes import WeightScheme
 from paley.core.transforms import Transform
 from paley.methods.binary import fit_centroids
@@ -159,15 +160,19 @@ def quantize_turned(
     weight: Tensor, scheme: WeightScheme, transform: Transform | None, where: str = "weight"
 ) -> tuple[Quantized, float]:
     """As `quantize_nearest`, of weight · Tᵀ, a few rows at a time; and the relative squared error."""
-    parts: list[Quantized] = []
     error = norm = 0.0
     check_range(weight, scheme.grid, where)
-    for rows in weight.split(max(1, _CHUNK // weight.shape[1])):
-        rows = (rows.double() if transform is None else transform.apply(rows.double())).float()
-        parts.append(part := quantize_nearest(rows, scheme, where))
-        error += float(torch.linalg.vector_norm(part.dequantize() - rows)) ** 2
-        norm += float(torch.linalg.vector_norm(rows)) ** 2
-    return joined(parts), error / norm if norm else error
+
+    def parts() -> Iterator[Quantized]:
+        nonlocal error, norm
+        for rows in weight.split(max(1, _CHUNK // weight.shape[1])):
+            rows = (rows.double() if transform is None else transform.apply(rows.double())).float()
+            yield (part := quantize_nearest(rows, scheme, where))
+            error += float(torch.linalg.vector_norm(part.dequantize() - rows)) ** 2
+            norm += float(torch.linalg.vector_norm(rows)) ** 2
+
+    q = stacked(parts(), len(weight))
+    return q, error / norm if norm else error
 
 
 def _stretched(groups: Tensor, points: Tensor, scales: Tensor) -> Tensor:

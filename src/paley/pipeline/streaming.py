@@ -22,7 +22,7 @@ from torch import Tensor
 
 from paley.arch import Site
 from paley.core.errors import PaleyError, Setting
-from paley.core.rounding import joined
+from paley.core.rounding import Quantized, stacked
 from paley.core.schemes import LinearScheme
 from paley.core.transforms import Transform
 from paley.format import spec
@@ -46,9 +46,13 @@ _SHARD = 2**28  # bytes; a shard is in memory while it fills
 
 @dataclass(frozen=True)
 class TensorJob:
-    """One weight: where it is read, what is done to it, and the file that its codes go to; of a stack all experts."""
+    """One weight: where it is read, what is done to it, and the file that its codes go to; of a stack all experts.
+
+    rows: of its codes.
+    """
 
     name: str
+    rows: int
     weight: TensorInfo
     scheme: LinearScheme
     file: Path
@@ -60,17 +64,21 @@ def quantize_tensor(job: TensorJob) -> LayerReport:
     """Reads, rotates, rounds and writes one weight; the file appears whole or not at all."""
     scheme, transform = job.scheme.weight, job.scheme.transform
     assert scheme is not None
-    parts, errors, norms = [], [], []
-    for weight in _matrices(job):
-        q, error = quantize_turned(weight, scheme, transform, job.name)
-        parts.append(q)
-        errors.append(error)
-        norms.append(float(torch.linalg.vector_norm(weight.float())) ** 2 if job.experts else 1.0)
+    errors, norms = list[float](), list[float]()
+
+    def parts() -> Iterator[Quantized]:
+        for weight in _matrices(job):
+            q, error = quantize_turned(weight, scheme, transform, job.name)
+            errors.append(error)
+            norms.append(float(torch.linalg.vector_norm(weight.float())) ** 2 if job.experts else 1.0)
+            yield q
+
+    q = stacked(parts(), job.rows)
     total = sum(norms)
     rel_error = sum(e * n for e, n in zip(errors, norms, strict=True)) / total if total else sum(errors)
     experts = errors if job.experts else []
     told = {"rel_error": repr(rel_error), "experts": json.dumps(experts)}
-    write_tensors(job.file, spec.encode_linear(job.name, joined(parts)), told)
+    write_tensors(job.file, spec.encode_linear(job.name, q), told)
     return LayerReport(job.name, rel_error, None, tuple(experts))
 
 
@@ -86,6 +94,7 @@ def stream_checkpoint(problem: Problem, run: RunDirectory, monitor: Monitor, wor
     jobs = [
         TensorJob(
             site.name,
+            site.shape[0],
             source.checkpoint.info(site.tensor),
             scheme,
             run.stage_file("final", site.name),
