@@ -42,7 +42,12 @@ MODELS: dict[str, tuple[dict[str, Any], tuple[tuple[str, ...], ...]]] = {
     "gemma3 tied": ({"gemma": True}, (ONLINE,)),
     "gemma3 untied": ({"gemma": True, "tie_word_embeddings": False}, (ONLINE,)),
 }
-CASES = [(m, how, name) for m, (_, rotations) in MODELS.items() for how in rotations for name in PRESETS]
+CASES = [
+    pytest.param((m, how, name), marks=[] if how == ONLINE or name == "w4a4kv4" else pytest.mark.long)
+    for m, (_, rotations) in MODELS.items()
+    for how in rotations
+    for name in PRESETS
+]
 IDS = torch.arange(3, 40)[None]
 
 
@@ -131,7 +136,7 @@ PLAIN = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["w4a16", "higgs-4e16h16"])
+@pytest.mark.parametrize("name", ["w4a16", pytest.param("higgs-4e16h16", marks=pytest.mark.long)])
 @pytest.mark.parametrize(("model", "how"), PLAIN)
 def test_the_plain_checkpoint_predicts_the_same(model, how, name, folders, text, tmp_path):
     """Whatever turns: a pair between whose sides the stream turns is untied, every other one stays tied."""

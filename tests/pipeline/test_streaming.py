@@ -99,6 +99,7 @@ def test_processes_share_the_work_without_changing_it(folder, tmp_path):
     assert contents(alone.output) == contents(shared.output)
 
 
+@pytest.mark.long
 @OF_ONE_MODEL
 def test_workers_are_other_processes(folder, tmp_path, monkeypatch):
     """What is patched here a spawned process does not see: units that fail here are made elsewhere, or not at all."""
@@ -154,6 +155,7 @@ def in_memory() -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}.values())
 
 
+@pytest.mark.long
 def test_a_unit_carries_the_grid_it_needs(tmp_path, tiny_tokenizer, monkeypatch):
     folder = save_tiny(tmp_path / "model", tiny_tokenizer)
     grid = grids.custom(torch.randn(9, 2, generator=torch.Generator().manual_seed(5)))
@@ -260,6 +262,7 @@ def test_a_kept_weight_is_turned_where_its_input_is(folder, tmp_path):
     assert torch.equal(hf.load(outcome.output, product="packed")(ids).logits, expected(ids).logits)
 
 
+@pytest.mark.long
 @OF_ONE_MODEL
 def test_processes_know_a_grid_of_ones_own(folder, tmp_path):
     grid = grids.custom(torch.randn(9, 2, generator=torch.Generator().manual_seed(3)))

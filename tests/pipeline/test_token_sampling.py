@@ -87,7 +87,7 @@ def test_presence_and_frequency_count_the_answer_alone():
         ({"top_k": -1}, "top_k=-1: must be 0 or more"),
         ({"top_k": 10**400}, "top_k=10+: must be 0 or more"),
         ({"temperature": math.inf}, "temperature=inf: must be"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0: must be above 0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0: must be 0.01 or more"),
         ({"seed": 2**63}, "seed=9223372036854775808: must be"),
     ],
 )
