@@ -110,9 +110,10 @@ struct paley_trellis {
 };
 
 // Rounds the first `columns` of x [rows, wide] to the codes of least squared error, of each row from its state on
-// (-1: any), and so that, in a row of at least as many codes as make a state, the state after the last of `wide` shares its low bits with `ends` [rows], unless that is null.
-// scales [rows, wide] by strides. `keep` codes at a time are decided, with a look at `ahead` more. With spread [columns,
-// wide], upper triangular, the columns to come then change by the errors, as in paley_feedback; else it is null.
+// (-1: any). Unless ends [rows] is null, the state after the last of `wide` shares its low bits with it, which needs as
+// many codes as make a state. scales [rows, wide] by strides. `keep` codes at a time are decided, with a look at `ahead`
+// more. With spread [columns, wide], upper triangular, the columns to come then change by the errors, as in
+// paley_feedback; else it is null.
 // -> codes [rows, ceil(columns / p)], states after the last, and errors [rows, columns], null without spread. A row of
 // no multiple of p columns ends with values of 0. Results depend on neither level nor threads.
 PALEY_EXPORT int32_t paley_trellis_codes(const paley_trellis* trellis, int32_t rows, int32_t columns, int32_t wide,

@@ -8,9 +8,11 @@ namespace {
 
 bool valid(const paley::TrellisTask& t) {
   const paley_trellis& grid = t.trellis;
-  if (!t.x || !t.scales || !t.states || !t.codes || !grid.points || grid.p < 1 || grid.p > 2 || grid.bits < 1 || grid.bits > 7) return false;
+  if (!t.x || !t.scales || !t.states || !t.codes || !grid.points) return false;
+  if (grid.p < 1 || grid.p > 2 || grid.bits < 1 || grid.bits > 7) return false;
   if (grid.state_bits < grid.bits + 4 || grid.state_bits > 16) return false;  // a vector's lanes are overlaps
-  if (t.rows < 0 || t.columns < 0 || t.wide < t.columns || t.wide > 1 << 30 || t.keep < 1 || t.ahead < 0 || t.threads < 1) return false;
+  if (t.rows < 0 || t.columns < 0 || t.wide < t.columns || t.wide > 1 << 30) return false;
+  if (t.keep < 1 || t.ahead < 0 || t.threads < 1) return false;
   // An end can be reached from any state in as many steps as make a state.
   if (t.ends && t.ahead < (grid.state_bits + grid.bits - 1) / grid.bits) return false;
   return t.keep <= 1 << 16 && t.ahead <= 1 << 16 && !t.matrix == !t.errors;

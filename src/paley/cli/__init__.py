@@ -9,20 +9,6 @@ from paley.cli import dequantize, verify, push, bench, doctor, presets
 from paley.cli.app import app
 
 __all__ = [
-    "app",
-    "bench",
-    "chat",
-    "dequantize",
-    "doctor",
-    "eval",
-    "generate",
-    "inspect",
-    "plan",
-    "presets",
-    "push",
-    "quantize",
-    "report",
-    "sensitivity",
-    "serve",
-    "verify",
+    "app", "bench", "chat", "dequantize", "doctor", "eval", "generate", "inspect", "plan", "presets", "push",
+    "quantize", "report", "sensitivity", "serve", "verify",
 ]  # fmt: skip
