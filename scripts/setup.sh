@@ -29,18 +29,20 @@ find_python() {
         "install one, or name it: make setup PYTHON=/path/to/python3.12"
 }
 
-# install STEP ARGUMENTS...: one printed line, pip's own words only in the log.
-install() {
-    local step=$1 start=$SECONDS
+# step NAME COMMAND...: one printed line, the command's own words only in the log.
+step() {
+    local name=$1 start=$SECONDS
     shift
-    printf 'setup: %s ... ' "$step"
-    if "$venv" -m pip install --no-compile "$@" >"$log" 2>&1; then
+    printf 'setup: %s ... ' "$name"
+    if "$@" >"$log" 2>&1; then
         printf '%d s\n' $((SECONDS - start))
     else
         printf 'failed\n'
         return 1
     fi
 }
+
+install() { step "$1" "$venv" -m pip install --no-compile "${@:2}"; }
 
 show_log_and_fail() {
     tail -n 15 "$log" >&2
@@ -66,6 +68,8 @@ if ! nvidia-smi -L >/dev/null 2>&1 && ! "$venv" -c 'import torch; torch.ones(1)'
 fi
 # -v: the log also has what the C++ compiler said.
 install "paley, its native kernels and its development tools" -v -e ".[bench,dev]" || show_log_and_fail
+# pip does it on one core; and where bytecode may not be written, each process would compile all it imports once more.
+step "bytecode" "$venv" -m compileall -q -j 0 .venv/lib || true # some packages hold templates that are no Python
 if ! compgen -G "src/paley/kernels/libpaley.*" >/dev/null; then
     say "the native kernels were not built, slower torch code runs instead (the compiler's words: $log);" \
         "install a C++ compiler (on Debian and Ubuntu: apt install g++) and run make setup again"

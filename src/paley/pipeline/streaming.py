@@ -15,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import active_children
 from pathlib import Path
 
 import torch
@@ -135,7 +136,7 @@ def _run(jobs: list[TensorJob], workers: int) -> Iterator[LayerReport]:
         return
     # Spawned, as torch's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin)
+    pool, others = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin), active_children()
     try:
         with _no_interrupt():
             begun = [pool.submit(quantize_tensor, job) for job in waiting]
@@ -146,6 +147,10 @@ def _run(jobs: list[TensorJob], workers: int) -> Iterator[LayerReport]:
             f"one of the {workers} processes was ended from outside, as a system does that runs out of memory",
             remedy=("go on with ", Setting("resume", True), " and fewer ", Setting("workers")),
         ) from None
+    except BaseException:
+        for process in set(active_children()) - set(others):  # at once: they may still import for seconds
+            process.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
