@@ -69,7 +69,8 @@ fi
 # -v: the log also has what the C++ compiler said.
 install "paley, its native kernels and its development tools" -v -e ".[bench,dev]" || show_log_and_fail
 # pip does it on one core; and where bytecode may not be written, each process would compile all it imports once more.
-step "bytecode" "$venv" -m compileall -q -j 0 .venv/lib || true # some packages hold templates that are no Python
+compile() { "$venv" -m compileall -q -j 0 .venv/lib || true; } # some packages hold templates that are no Python
+step "bytecode" compile
 if ! compgen -G "src/paley/kernels/libpaley.*" >/dev/null; then
     say "the native kernels were not built, slower torch code runs instead (the compiler's words: $log);" \
         "install a C++ compiler (on Debian and Ubuntu: apt install g++) and run make setup again"
