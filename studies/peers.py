@@ -17,6 +17,7 @@ from studies.llama_cpp import Peer
 
 from paley.eval.perplexity import evaluate
 from paley.recipe import apply_settings, preset
+from paley.recipe.targets import TARGETS
 
 KINDS = (
     "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K_M", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_K_S", "Q4_1", "Q4_K_M", "Q5_0",
@@ -30,6 +31,7 @@ OURS = {  # name -> preset, settings
         for bits in (2, 2.5, 3, 4, 5)
     },
     **{f"w{bits}a16": (f"w{bits}a16", ()) for bits in (2, 3, 4, 5)},
+    **{name: (name, ()) for name in TARGETS if name.startswith("gguf-")},
     **{f"w{bits}a16, trellis": (f"w{bits}a16", (f"weights.grid=trellis{bits}",)) for bits in (2, 3, 4, 5)},
 }
 

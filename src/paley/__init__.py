@@ -14,6 +14,8 @@ from paley.core.errors import PaleyError
 if TYPE_CHECKING:
     from paley.core.hadamard import hadamard
     from paley.eval.perplexity import evaluate
+    from paley.export.folder import Exported
+    from paley.export.formats import export_to
     from paley.export.plain import dequantize
     from paley.hf import load, register
     from paley.model.kv_cache import PackedKVCache, cache_argument
@@ -42,6 +44,7 @@ __all__ = [
     "Doctor",
     "Estimate",
     "EvalResult",
+    "Exported",
     "Generated",
     "Inspection",
     "Monitor",
@@ -62,6 +65,7 @@ __all__ = [
     "doctor",
     "estimate",
     "evaluate",
+    "export_to",
     "generate",
     "hadamard",
     "inspect",
@@ -84,6 +88,7 @@ _HOMES = {  # name -> the module that has it
     "Chat": "paley.pipeline.chat",
     "Bench": "paley.pipeline.bench",
     "Doctor": "paley.pipeline.doctor",
+    "Exported": "paley.export.folder",
     "Estimate": "paley.pipeline.estimate",
     "EvalResult": "paley.results",
     "Generated": "paley.pipeline.generate",
@@ -104,6 +109,7 @@ _HOMES = {  # name -> the module that has it
     "doctor": "paley.pipeline.doctor",
     "estimate": "paley.pipeline.run",
     "evaluate": "paley.eval.perplexity",
+    "export_to": "paley.export.formats",
     "generate": "paley.pipeline.generate",
     "hadamard": "paley.core.hadamard",
     "inspect": "paley.pipeline.inspect",

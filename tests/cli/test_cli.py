@@ -44,6 +44,7 @@ VERBS = (
     "serve",
     "inspect",
     "dequantize",
+    "export",
     "verify",
     "presets",
 )

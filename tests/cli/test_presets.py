@@ -15,6 +15,7 @@ def test_every_listed_name_is_one_and_is_shown():
     shown = paley_("presets").out
     figures = measured()["presets"]
     assert figures.keys() <= LISTED.keys()
+    assert "gguf-q4_0 (llama.cpp, 4.5 bits)" in shown
     for name in LISTED:
         preset(name)
         row = next(line for line in shown.splitlines() if line.split()[:1] == [name])
@@ -26,6 +27,7 @@ def test_json_has_figures_and_recipes():
     found = json.loads(paley_("presets", "--json").out)
     assert [entry["name"] for entry in found["presets"]] == list(LISTED)
     assert found["presets"][1]["bits_per_weight"] == measured()["presets"]["w4a16"]["bits_per_weight"]
+    assert found["targets"]["gguf-q4_0"]["weights"]["scale_search"] == "signed"
     assert found["methods"]["quarot-w4a4kv4"]["weights"]["method"] == "gptq"
 
 

@@ -27,6 +27,7 @@ def presets_verb(name: Name = None, as_json: options.Json = False) -> None:
     from paley.recipe import examples, preset
     from paley.recipe.presets import DEFAULT_METHOD, GRAMMAR, LISTED, measured
     from paley.recipe.saving import json_lines
+    from paley.recipe.targets import TARGETS
 
     if name is not None:
         recipe = preset(name)
@@ -42,6 +43,7 @@ def presets_verb(name: Name = None, as_json: options.Json = False) -> None:
                 "grammar": GRAMMAR,
                 "measured_on": {key: figures[key] for key in ("model", "settings", "original_bytes", "tokens")},
                 "presets": [{"name": n, "what": what, **figures["presets"].get(n, {})} for n, what in LISTED.items()],
+                "targets": {n: preset(n).model_dump(mode="json") for n in TARGETS},
                 "methods": {n: preset(n).model_dump(mode="json") for n in examples()},
             }
         )
@@ -62,5 +64,6 @@ def presets_verb(name: Name = None, as_json: options.Json = False) -> None:
     line("W, A and KV: bits of the weights, the linear layers' inputs and the KV cache; 16: unquantized.")
     line(f"G: columns of a weight that share a scale, without it the whole row. METHOD, without it {DEFAULT_METHOD}:")
     display.show(display.presets_table({n: preset(n) for n in examples()}))
+    line("For other tools, with `paley export`: " + "; ".join(f"{n} ({what})" for n, (what, _) in TARGETS.items()))
     line("--set changes any value, for example --set calibration.sequences=64 inputs.clip_ratio=0.9 seed=1;")
     line("`paley presets NAME` shows all values.")

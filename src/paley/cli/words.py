@@ -41,6 +41,7 @@ _OPTIONS = {
     "top_k": "--top-k",
     "top_p": "--top-p",
     "weights.grid": "--grid",
+    "to": "--to",
     "workers": "--workers",
 }
 # Of options without a value.

@@ -29,6 +29,8 @@ def _check_group_size(where: str, group_size: int | None) -> None:
 def _check_scale(where: str, key: str, grid: FixedGrid, scale: str) -> None:
     name = grid.name
     by_rms = scale in ("rms", "unbiased")
+    if scale == "signed" and not grid.affine:
+        raise PaleyError(f"{where}: grid {name!r} has no zero point, which {key} 'signed' chooses; set 'mse'")
     if grid.affine and by_rms:
         raise PaleyError(f"{where}: grid {name!r} has a zero point and needs {key} 'absmax'")
     if (grid.p > 1 or grid.sequential) and not by_rms:
@@ -45,6 +47,8 @@ class WeightScheme:
     scale_search "absmax" scales the grid's end to the largest weight; "mse" tries smaller scales and keeps
     the one of least error; "rms" takes the best scale for Gaussian values of the group's rms, as HIGGS does; "unbiased"
     finds the codes like "rms" and then stretches each group to the length of its weight (gptq refits its own scales).
+    "signed" is "mse" on a grid with a zero point that is one of the two codes in the middle, so that a scale with a
+    sign can stand for the two: d · (c - 8) of 4-bit codes, with d < 0 where 7 is the zero (ggml's Q4_0, Q5_0).
     The points of free grids come from expectation maximization (arXiv:2504.05352): "em" weighs all errors alike,
     "em_diagonal" by the diagonal of the Hessian H = X^T X, "em_inverse" by 1 / [H^-1]_ii^2.
     sweeps: rounds of scale refit and coordinate descent after GPTQ; on a sequential grid any number is one refit.
@@ -55,13 +59,13 @@ class WeightScheme:
     grid: AnyGridField
     group_size: int | None = None
     method: Literal["nearest", "gptq"] = "gptq"
-    scale_search: Literal["absmax", "mse", "rms", "unbiased", "em", "em_diagonal", "em_inverse"] = "mse"
+    scale_search: Literal["absmax", "mse", "signed", "rms", "unbiased", "em", "em_diagonal", "em_inverse"] = "mse"
     sweeps: int = 4
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", grid := grids.as_grid(self.grid))
         if grid.free != self.by_em:
-            need = " or ".join(map(repr, _BY_EM if grid.free else ("absmax", "mse", "rms", "unbiased")))
+            need = " or ".join(map(repr, _BY_EM if grid.free else ("absmax", "mse", "signed", "rms", "unbiased")))
             raise PaleyError(f"weight scheme: grid {grid.name!r} needs scale_search {need}, got {self.scale_search!r}")
         if not self.by_em:
             _check_scale("weight scheme", "scale_search", grids.as_fixed(grid), self.scale_search)
@@ -89,6 +93,8 @@ class WeightScheme:
             scale_search = "rms"
         elif by_rms and grid.affine:
             scale_search = "absmax"
+        elif scale_search == "signed" and not grid.affine:
+            scale_search = "mse"
         return replace(self, grid=grid, scale_search=scale_search)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,19 +23,19 @@ from paley.core.files import write_atomic
 from paley.core.rounding import Quantized
 from paley.core.schemes import LinearScheme
 from paley.core.transforms import Transform
+from paley.export.folder import Exported, QuantizedFolder, place_for
 from paley.format import digests, spec
 from paley.format.checkpoint import Checkpoint
 from paley.format.dtypes import FLOATS, cast_to_store
 from paley.format.files import copy_companions, write_json
-from paley.format.publish import RESULTS, Work
+from paley.format.publish import RESULTS
 from paley.format.rope import with_older_keys
 from paley.format.writer import ShardWriter
-from paley.model.checks import check_layers
 from paley.model.keys import MEAN_KEYS
 from paley.model.loading import check_fit, empty_model, join_tie, read_config
 from paley.model.walk import sites_of
 
-__all__ = ["Plain", "dequantize"]
+__all__ = ["dequantize"]
 
 _CHUNK = 2**22  # values decoded together
 _SHARD = 2**28  # bytes; a shard is in memory while it fills
@@ -58,20 +57,6 @@ take {size:,} bytes, the quantized folder {quantized_size:,}.
 _DROPPED = """
 What the quantized model does beside is not done here, so this one predicts differently. Dropped: {dropped}.
 """
-
-
-@dataclass(frozen=True)
-class Plain:
-    """Where the ordinary checkpoint is, what it does not do any more, and bytes of all tensors before and after.
-
-    leftover: what is still there of an older output that it replaced, as the system does not delete it.
-    """
-
-    output: Path
-    dropped: tuple[str, ...]
-    quantized_bytes: int
-    bytes: int
-    leftover: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -128,7 +113,7 @@ def dequantize(
     dtype: str | None = None,
     overwrite: bool = False,
     on_tensor: Callable[[int, str], None] = lambda total, name: None,
-) -> Plain:
+) -> Exported:
     """Writes the quantized folder `path` as an ordinary checkpoint to the new folder `output`, tensor by tensor.
 
     weights_only: leave out what an ordinary checkpoint cannot do: the rounding of linear inputs, keys and values, and
@@ -137,23 +122,9 @@ def dequantize(
     and how many there are. Errors: PaleyError, with nothing in `output`.
     """
     folder, output = Path(path), Path(output)
-    place = Work(output)
-    place.check_apart(folder)
-    if place.output.is_relative_to(folder.resolve()):
-        raise PaleyError(f"{output}: lies in the model's own folder; choose another --output")
-    place.check_free(overwrite=overwrite)
-    stored = Checkpoint.open(folder)
-    section = spec.quantization_of(stored)
-    digests.check(stored)
-    check_layers(folder / "config.json", stored.config, stored.names)
-    dropped, left_out = _rounded_at_run_time(section), _left_out(section)
-    if (dropped or left_out) and not weights_only:
-        cannot = "round what this model rounds" if dropped else "leave out what this model leaves out"
-        raise PaleyError(
-            f"an ordinary checkpoint cannot {cannot} as it runs: {'; '.join([*dropped, *left_out])}",
-            where=folder,
-            remedy=(Setting("weights_only", True), " leaves that out, and keeps the weights"),
-        )
+    place = place_for(output, folder, overwrite=overwrite)
+    source = QuantizedFolder.open(folder, weights_only=weights_only, what="an ordinary checkpoint")
+    stored, section = source.stored, source.section
     config = {key: value for key, value in stored.config.items() if key != "quantization_config"}
     config = with_older_keys(config)
     config["dtype"] = _dtype_name(folder, dtype, config)
@@ -175,29 +146,12 @@ def dequantize(
             write_json(new / "config.json", config)
             copy_companions(folder, new)
             digests.seal_model(new)
-            made = Plain(output, (*dropped, *left_out), stored.nbytes, Checkpoint.open(new).nbytes)
-            _describe(new, folder, section, config, made)
+            made = Exported(output, source.dropped, stored.nbytes, Checkpoint.open(new).nbytes)
+            _describe(new, source, config, made)
             digests.seal(new)
             return replace(made, leftover=work.publish())
     except OSError as error:
         raise PaleyError(f"{output}: cannot be written: {error.strerror or error}") from error
-
-
-def _rounded_at_run_time(section: spec.QuantizationConfig) -> list[str]:
-    """What is rounded while the model runs, summed up: '14 linear inputs to int4'."""
-    found = Counter(f"linear inputs to {slot.input.grid.name}" for slot in section.linears.values() if slot.input)
-    for what in ("keys", "values"):
-        schemes = (getattr(slot, what) for slot in section.attentions.values())
-        found.update(f"layers' cached {what} to {scheme.grid.name}" for scheme in schemes if scheme)
-    return [f"{count} {what}" for what, count in found.items()]
-
-
-def _left_out(section: spec.QuantizationConfig) -> list[str]:
-    """What the final norm of a tied pair does not see of a widened stream: an untied one's sees all of it."""
-    stream = section.stream
-    if stream is None or stream.out_dim == stream.in_dim:
-        return []
-    return [f"errors outside of {stream.in_dim} of the stream's {stream.out_dim} directions, in the final norm"]
 
 
 def _dtype_name(folder: Path, asked: str | None, config: dict[str, Any]) -> str:
@@ -332,14 +286,14 @@ def _rows(q: Quantized, part: slice) -> Quantized:
     return replace(q, codes=q.codes[part], scales=q.scales[part], zeros=zeros, outliers=outliers)
 
 
-def _describe(work: Path, folder: Path, section: spec.QuantizationConfig, config: dict[str, Any], made: Plain) -> None:
+def _describe(work: Path, source: QuantizedFolder, config: dict[str, Any], made: Exported) -> None:
     """results.json and the card: where this checkpoint came from. plan.json says which texts the model was tuned on."""
-    grids = Counter("16 bits" if slot.weight is None else slot.weight.grid.name for slot in section.linears.values())
+    folder = source.path
     about = {"quantized_bytes": made.quantized_bytes, "bytes": made.bytes, "dropped": list(made.dropped)}
     write_json(work / RESULTS, {"run": _RUN, "from": folder.resolve().name, **about})
     card = _CARD.format(
         model_type=config.get("model_type"), folder=folder.resolve().name, dtype=config["dtype"], size=made.bytes,
-        grids=", ".join(f"{grid} × {count}" for grid, count in grids.items()), quantized_size=made.quantized_bytes,
+        grids=source.grids, quantized_size=made.quantized_bytes,
         dropped=_DROPPED.format(dropped="; ".join(made.dropped)) if made.dropped else "",
     )  # fmt: skip
     write_atomic(work / "README.md", card)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -30,25 +30,41 @@ _FEW = 48  # values of a group; below it, terms of the order of 1 / group^2 matt
 def weight_scales(weight: Tensor, scheme: WeightScheme, where: str = "weight") -> tuple[Tensor, Tensor | None]:
     """weight [out, in] -> scales [out, groups, 1], float16 values, and zeros on affine grids.
 
-    "mse" tries 80 clip ratios; in each group the one of least sum |error|^2.4 stays. Free grids: [out, groups, stored].
+    "mse" tries 80 clip ratios; in each group the one of least sum |error|^2.4 stays. "signed" tries them with either
+    zero. Free grids: [out, groups, stored].
     """
     groups = split_groups(weight.float(), scheme.group_size, where)
     if scheme.by_em:
         return fit_centroids(groups, None, scheme.grid.size, mirrored=scheme.grid.mirrored, where=where), None
     grid = as_fixed(scheme.grid)
-    if scheme.scale_search != "mse":
+    if scheme.scale_search not in ("mse", "signed"):
         rule = "absmax" if scheme.scale_search == "absmax" else "rms"
         return dynamic_scales(groups, grid, rule, 1.0, torch.float16)
-    scales, zeros = _least_error(groups, grid)
+    starts = _either_sign if scheme.scale_search == "signed" else _absmax
+    scales, zeros = _least_error(groups, grid, starts)
     return scales, zeros if grid.affine else None
 
 
-def _least_error(groups: Tensor, grid: FixedGrid) -> tuple[Tensor, Tensor]:
+Starts = Callable[[Tensor, FixedGrid, float], Iterator[tuple[Tensor, Tensor | None]]]
+
+
+def _absmax(groups: Tensor, grid: FixedGrid, clip_ratio: float) -> Iterator[tuple[Tensor, Tensor | None]]:
+    yield dynamic_scales(groups, grid, "absmax", clip_ratio, torch.float16)
+
+
+def _either_sign(groups: Tensor, grid: FixedGrid, clip_ratio: float) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """With each of the two zeros in the middle, the scale that reaches the group's ends."""
+    for zero in (grid.size // 2, grid.size // 2 - 1):
+        low, high = groups.amin(-1, keepdim=True) / -zero, groups.amax(-1, keepdim=True) / (grid.size - 1 - zero)
+        scales = storable(torch.maximum(low, high) * clip_ratio)
+        yield scales, torch.full_like(scales, zero)
+
+
+def _least_error(groups: Tensor, grid: FixedGrid, starts: Starts) -> tuple[Tensor, Tensor]:
     """groups [rows, groups, size] -> the scales and zeros of least error; zeros are 0 on grids that have none."""
     best_error = groups.new_full((*groups.shape[:2], 1), torch.inf)
     best_scales, best_zeros = torch.zeros_like(best_error), torch.zeros_like(best_error)
-    for step in range(_SHRINK_STEPS):
-        scales, zeros = dynamic_scales(groups, grid, "absmax", 1 - step / 100, torch.float16)
+    for scales, zeros in (start for step in range(_SHRINK_STEPS) for start in starts(groups, grid, 1 - step / 100)):
         codes = grid.quantize(groups, scales, zeros)
         points = grid.look_up(codes).view_as(groups)
         values = (points if zeros is None else points - zeros) * scales

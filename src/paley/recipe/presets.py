@@ -18,6 +18,7 @@ from paley.core.grids import MAX_BITS, MAX_POINTS, MIN_BITS
 from paley.core.packing import stored_bits
 from paley.recipe.loading import load_recipe, yaml_value
 from paley.recipe.models import Budget, Recipe
+from paley.recipe.targets import TARGETS, target
 from paley.recipe.validation import problems, validate
 
 __all__ = ["LISTED", "MEASURED", "as_recipe", "examples", "measured", "preset", "preset_methods", "under_budget"]
@@ -102,7 +103,12 @@ def examples() -> list[str]:
 
 
 def preset(name: str) -> Recipe:
-    """A name such as 'w3a3kv3', 'w4g64a16', 'quarot-w4a4kv4', 'w1a4' or 'higgs-3.25' -> recipe; 16: unquantized."""
+    """A name such as 'w3a3kv3', 'w4g64a16', 'quarot-w4a4kv4', 'w1a4', 'higgs-3.25' or 'gguf-q4_0' -> recipe.
+
+    16 bits are unquantized.
+    """
+    if (exact := name.strip().lower()) in TARGETS:
+        return validate(Recipe, target(exact), f"preset {name!r}")
     if (short := WEIGHTS_ONLY.fullmatch(name.strip().lower())) is not None:
         return _higgs(
             float(short["bits"]), f"e{short['e']}" * bool(short["e"]) + f"h{short['h']}" * bool(short["h"]), name

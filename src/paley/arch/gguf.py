@@ -1,0 +1,71 @@
+"""What GGUF files of each family say, as data: llama.cpp's name of it, its keys and tensors, and how its RoPE turns.
+
+One table serves both ways: writing a file, and reading one. Names of tensors are the gguf package's own table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from paley.arch.row import STREAM
+
+__all__ = ["GGUF", "KEYS", "ROPE_FACTORS", "GgufFamily"]
+
+Pairs = Literal["halves", "interleaved"]
+
+ROPE_FACTORS = "rope_freqs.weight"  # what llama3's scaling divides each frequency by
+
+# Key after the architecture's name -> the config's attribute. A family's own are beside.
+KEYS: Mapping[str, str] = {
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "vocab_size": "vocab_size",
+}
+
+
+@dataclass(frozen=True)
+class GgufFamily:
+    """One family in GGUF.
+
+    architecture: llama.cpp's name. pairs: of a head's values, those that its RoPE turns together; queries and keys of a
+    family that says otherwise (`Architecture.rotary_pairs`) are in another order in the file. keys: as KEYS, of this
+    family alone. windows: every so many layers one sees all tokens and the others have a window; 1: none has one.
+    rope_every: every so many layers one has no RoPE; 0: all have it. local_theta: RoPE's
+    base in layers with a window, which no key tells. activation: of the gate. biased: wires whose linears may have a
+    bias.
+    """
+
+    architecture: str
+    pairs: Pairs
+    keys: Mapping[str, str] = field(default_factory=dict)
+    windows: int = 1
+    rope_every: int = 0
+    local_theta: float | None = None
+    activation: str = "silu"
+    biased: tuple[str, ...] = ()
+
+
+_GEMMA_WINDOW = {"attention.sliding_window": "sliding_window"}
+_QKV = ("queries", "keys", "values")
+_GELU = "gelu_pytorch_tanh"
+_CAPS = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
+
+GGUF: Mapping[str, GgufFamily] = {
+    "llama": GgufFamily("llama", "interleaved", biased=(*_QKV, STREAM)),
+    "mistral": GgufFamily("llama", "interleaved"),
+    "smollm3": GgufFamily("smollm3", "interleaved", rope_every=4),
+    "qwen2": GgufFamily("qwen2", "halves", biased=_QKV),
+    "qwen3": GgufFamily("qwen3", "halves"),
+    "gemma": GgufFamily("gemma", "halves", activation=_GELU),
+    "gemma2": GgufFamily("gemma2", "halves", windows=2, keys=_GEMMA_WINDOW | _CAPS, activation=_GELU),
+    "gemma3_text": GgufFamily(
+        "gemma3", "halves", windows=6, local_theta=10000.0, keys=_GEMMA_WINDOW, activation=_GELU,
+    ),
+}  # fmt: skip

@@ -1,0 +1,124 @@
+"""What a GGUF file says of a model: its config as keys, and the order of its queries' and keys' rows.
+
+A file cannot say everything: llama.cpp knows of a family which layers have windows, for example. A model that differs
+from what llama.cpp takes for granted is refused here, before any work.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paley.arch import Architecture, Site, Sites, window
+from paley.arch.gguf import GGUF, KEYS, GgufFamily
+from paley.core.errors import PaleyError
+
+__all__ = ["GgufModel"]
+
+_NEAREST = "keep the folder for Paley, or export it --to plain"
+
+
+@dataclass(frozen=True)
+class GgufModel:
+    """One model's family, in Paley and in GGUF, and its config."""
+
+    row: Architecture
+    family: GgufFamily
+    config: Any
+    where: str
+
+    @classmethod
+    def of(cls, sites: Sites, config: Any, where: str) -> GgufModel:
+        """Errors: PaleyError for a family that Paley writes no GGUF files of, and for what a file cannot say."""
+        if (family := GGUF.get(config.model_type)) is None:
+            raise PaleyError(
+                f"a model of type {config.model_type!r} cannot be a GGUF file; those that can are {', '.join(GGUF)}",
+                where=where, remedy=_NEAREST,
+            )  # fmt: skip
+        model = cls(sites.architecture, family, config, where)
+        model._check()
+        return model
+
+    def keys(self) -> dict[str, int | float]:
+        """Key after the architecture's name -> value."""
+        head_dim = self.row.head_dim(self.config)
+        found = {key: getattr(self.config, name) for key, name in {**KEYS, **self.family.keys}.items()}
+        found |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
+        found |= {"rope.dimension_count": head_dim, "rope.freq_base": float(self._rope["rope_theta"])}
+        return {key: value for key, value in found.items() if value is not None}
+
+    def scaling(self) -> dict[str, str | float]:
+        """Keys of a linear scaling of RoPE; none if there is no scaling, or if `rope_factors` says it."""
+        if self._rope.get("rope_type", "default") != "linear":
+            return {}
+        return {"rope.scaling.type": "linear", "rope.scaling.factor": float(self._rope["factor"])}
+
+    def rope_factors(self) -> Tensor | None:
+        """What each of the head_dim / 2 frequencies is divided by, float32; None if they are as they are."""
+        rope = self._rope
+        if rope.get("rope_type", "default") != "llama3":
+            return None
+        half, context = self.row.head_dim(self.config) // 2, rope["original_max_position_embeddings"]
+        frequencies = rope["rope_theta"] ** -(torch.arange(half, dtype=torch.float64) / half)
+        turns = context * frequencies / (2 * math.pi)  # in the context that the model was first trained with
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        share = ((turns - low) / (high - low)).clamp(0, 1)
+        return (1 / ((1 - share) / rope["factor"] + share)).float()
+
+    def row_order(self, site: Site) -> Tensor | None:
+        """Which row of a linear is written at each place of the file; None: as they are."""
+        if self.row.rotary_pairs == self.family.pairs:
+            return None
+        heads = {self.row.queries: "num_attention_heads", self.row.keys: "num_key_value_heads"}.get(site.writes or "")
+        if heads is None:
+            return None
+        rows = torch.arange(site.shape[0]).unflatten(0, (getattr(self.config, heads), 2, -1))
+        return rows.transpose(1, 2).flatten()  # value i and its partner i + head_dim / 2 become 2i and 2i + 1
+
+    @property
+    def _rope(self) -> Mapping[str, Any]:
+        """RoPE's settings, of layers that see all tokens."""
+        found = self.config.rope_parameters
+        return found.get("full_attention", found)
+
+    def _check(self) -> None:
+        config, family = self.config, self.family
+        self._wants("sliding_window", [window(config, i) is not None for i in range(config.num_hidden_layers)],
+                    [bool((i + 1) % family.windows) for i in range(config.num_hidden_layers)])  # fmt: skip
+        every = family.rope_every
+        self._wants("no_rope_layers", [self.row.has_rope(config, i) for i in range(config.num_hidden_layers)],
+                    [not every or bool((i + 1) % every) for i in range(config.num_hidden_layers)])  # fmt: skip
+        kind = self._rope.get("rope_type", "default")
+        if kind not in ("default", "linear", "llama3"):
+            raise self._differs("rope_parameters: rope_type", kind, "default, linear or llama3")
+        local = config.rope_parameters.get("sliding_attention") or {}
+        if family.local_theta is not None:
+            self._wants("rope_parameters: sliding_attention", local.get("rope_theta"), family.local_theta)
+        if local.get("rope_type", "default") != "default":
+            raise self._differs("rope_parameters: sliding_attention", local["rope_type"], "default")
+        self._wants("rope_parameters: partial_rotary_factor", self._rope.get("partial_rotary_factor") or 1.0, 1.0)
+        self._wants(self.row.activation, getattr(config, self.row.activation) or family.activation, family.activation)
+        usual = self.row.head_dim(config) ** -0.5  # no key tells another one
+        self._wants("attention scale", round(self.row.attention_scale(config), 9), round(usual, 9))
+
+    def _wants(self, key: str, got: object, wanted: object) -> None:
+        if got != wanted:
+            raise self._differs(key, got, wanted)
+
+    def _differs(self, key: str, got: object, wanted: object) -> PaleyError:
+        return PaleyError(
+            f"a GGUF file of this family can only have {key} {_short(wanted)}", where=self.where, got=_short(got),
+            remedy=_NEAREST,
+        )  # fmt: skip
+
+
+def _short(value: object) -> str:
+    """A list of layers' flags as the numbers of those that are set."""
+    if isinstance(value, list):
+        return f"in layers {', '.join(str(i) for i, flag in enumerate(value) if flag) or 'none'}"
+    return str(value)

@@ -1,0 +1,38 @@
+"""Recipes whose every grid and group another tool's file holds exactly: their names, and what they restrict.
+
+Nothing turns or is rounded at run time, as no such file can say it. GPTQ and all else that only chooses codes stays.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["TARGETS", "target"]
+
+# ggml: 32 columns share a float16 scale, and in the types with _1 a float16 offset; the others' scales have a sign.
+_GGML_GROUP = 32
+_Q8_0 = {"grid": "int8", "group_size": _GGML_GROUP, "scale_search": "absmax"}
+
+
+def _weights(grid: str, group_size: int, scale_search: str) -> dict[str, Any]:
+    return {"grid": grid, "group_size": group_size, "method": "gptq", "scale_search": scale_search}
+
+
+def _ggml(grid: str, scale_search: str) -> dict[str, Any]:
+    """Embedding and head in 8 bits, as llama.cpp's quantizer leaves those of widths that 256 does not divide."""
+    outer = _Q8_0 | {"method": "nearest"}
+    return {"weights": _weights(grid, _GGML_GROUP, scale_search), "embedding": outer, "head": outer}
+
+
+TARGETS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> what it is for, the recipe's own keys
+    "gguf-q4_0": ("llama.cpp, 4.5 bits", _ggml("uint4", "signed")),
+    "gguf-q4_1": ("llama.cpp, 5 bits: with offsets", _ggml("uint4", "mse")),
+    "gguf-q5_0": ("llama.cpp, 5.5 bits", _ggml("uint5", "signed")),
+    "gguf-q5_1": ("llama.cpp, 6 bits: with offsets", _ggml("uint5", "mse")),
+    "gguf-q8_0": ("llama.cpp, 8.5 bits", _ggml("int8", "absmax")),
+}
+
+
+def target(name: str) -> dict[str, Any]:
+    """The recipe called `name`, one of TARGETS, as plain data."""
+    return {"rotate": "none", "search": {"method": "none"}} | TARGETS[name][1]

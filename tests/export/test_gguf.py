@@ -1,0 +1,306 @@
+"""GGUF files: llama.cpp reads them, says what our decoder says, and has the same weights to the bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+import paley
+from command_line import paley_
+from llama_cpp import open_llama_cpp
+from paley.core.errors import PaleyError
+from paley.export.gguf import export_gguf
+from paley.format.checkpoint import Checkpoint
+from paley.model.loading import read_config
+from paley.recipe import apply_settings, preset
+from tiny_models import change_config, unseal
+
+gguf = pytest.importorskip("gguf")
+
+# Rows of 128 values at least: this llama.cpp multiplies shorter ones of Q4_1 and Q5_1 wrongly.
+SIZES = {
+    "vocab_size": 320, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2,
+    "pad_token_id": 3, "initializer_range": 0.15,
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 20000.0, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+}
+SLIDES = ["sliding_attention"] * 5 + ["full_attention"]
+FAMILIES = {
+    "llama": ("LlamaConfig", {}),
+    "llama, linear rope, biases": ("LlamaConfig", {"rope_parameters": LINEAR, "attention_bias": True}),
+    "mistral": ("MistralConfig", {"sliding_window": None}),
+    "smollm3": ("SmolLM3Config", {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]}),
+    "qwen2": ("Qwen2Config", {"tie_word_embeddings": True, "head_dim": 16}),
+    "qwen3": ("Qwen3Config", {}),
+    "gemma": ("GemmaConfig", {}),
+    "gemma2": (
+        "Gemma2Config",
+        {
+            "initializer_range": 0.06, "sliding_window": 8, "layer_types": SLIDES[4:] * 13, "num_hidden_layers": 26,
+            "query_pre_attn_scalar": 32,
+        },
+    ),
+    "gemma3_text": (
+        "Gemma3TextConfig",
+        {
+            "sliding_window": 8, "layer_types": SLIDES, "num_hidden_layers": 6, "query_pre_attn_scalar": 32,
+            "rope_parameters": GEMMA3_ROPE,
+        },
+    ),
+}  # fmt: skip
+DEMO = Path(__file__).parents[2] / "assets" / "demo-model"
+TEXT = "Once upon a time, there were 12 girls' toys.\n\nThey <b>said</b>: \"It's\tlate!\" héllo"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes and a few merges, split as GPT-2 does; special tokens, one of which is not."""
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    pieces = [*special.values(), *sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "er", "Ġt", "Ġth", "on"]
+    merges = [("t", "h"), ("e", "r"), ("Ġ", "t"), ("Ġt", "h"), ("o", "n")]
+    made = Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, merges=merges))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=made, **special)
+    fast.add_tokens(["<b>"])
+    fast.chat_template = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
+    return fast
+
+
+def save(folder: Path, tokenizer: PreTrainedTokenizerFast, family: str, **changes: object) -> Path:
+    name, own = FAMILIES[family]
+    torch.manual_seed(0)
+    config = getattr(transformers, name)(**{**SIZES, **own, **changes})
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, 0.6, 0.2)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def quantized(folder: Path, out: Path, *settings: str, name: str = "gguf-q4_0") -> Path:
+    recipe = apply_settings(preset(name), ["test=null", "weights.method=nearest", *settings])
+    return paley.quantize(folder, recipe, output=out).output
+
+
+def file_of(folder: Path) -> Path:
+    (file,) = folder.glob("*.gguf")
+    return file
+
+
+def kl(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    p, q = ours.double().log_softmax(-1), theirs.double().log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_llama_cpp_says_the_same(family, tokenizer, tmp_path):
+    out = quantized(save(tmp_path / "model", tokenizer, family), tmp_path / "out", name="gguf-q8_0")
+    made = export_gguf(out, output=tmp_path / "gguf")
+    ids = torch.randint(3, 250, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+    ours = paley.load(out, product="dense")(torch.tensor([ids]), use_cache=False).logits[0]
+    with open_llama_cpp(file_of(made.output)) as peer:
+        theirs = peer.logits(ids)
+        assert theirs.shape == ours.shape
+        # What linears read is rounded to 8 bits there. Rows of queries in another order would be off by their norm.
+        assert (theirs - ours).norm() < 0.1 * ours.norm()
+        assert kl(ours, theirs) < 0.02
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gguf-q4_0", "gguf-q4_1", "gguf-q5_0", "gguf-q5_1", "gguf-q8_0"])
+def test_each_type_holds_the_weights_to_the_bit(name, tokenizer, tmp_path):
+    model = save(tmp_path / "model", tokenizer, "llama")
+    out = quantized(model, tmp_path / "out", name=name)
+    made = export_gguf(out, output=tmp_path / "gguf")
+    kind = name.removeprefix("gguf-").upper()
+    assert made.types == ({"Q8_0": 23, "F32": 7} if kind == "Q8_0" else {kind: 21, "Q8_0": 2, "F32": 7})
+    assert file_of(made.output).name == f"model-{kind}.gguf"
+    tolerance = 2**-10 if kind.endswith("_1") else 0.0
+    assert bool(made.notes) == bool(tolerance)
+    paley.dequantize(out, output=tmp_path / "plain", dtype="float32")
+    plain = Checkpoint.open(tmp_path / "plain")
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(file_of(made.output)).tensors}
+
+    def theirs(name: str) -> torch.Tensor:
+        return torch.from_numpy(gguf.dequantize(found[name].data, found[name].tensor_type).copy())
+
+    keys = theirs("blk.1.attn_k.weight").unflatten(0, (2, 16, 2)).transpose(1, 2).flatten(0, 2)
+    for weight, name in (
+        (theirs("blk.1.ffn_down.weight"), "mlp.down_proj"),
+        (keys, "self_attn.k_proj"),  # values i and i + 16 of a head are neighbours there
+    ):
+        ours = plain[f"model.layers.1.{name}.weight"]
+        assert (weight - ours).abs().max() <= tolerance * ours.abs().max()
+    assert made.bytes < Checkpoint.open(model).nbytes
+
+
+def test_a_real_model_writes_the_same_text(tmp_path):
+    out = quantized(DEMO, tmp_path / "out")
+    made = export_gguf(out, output=tmp_path / "gguf")
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    ids = tokenizer("The function returns")["input_ids"]
+    model = paley.load(out, product="dense")
+    with open_llama_cpp(file_of(made.output)) as peer, torch.no_grad():
+        assert peer.tokens("The function returns") == ids
+        assert kl(model(torch.tensor([ids]), use_cache=False).logits[0], peer.logits(ids)) < 2e-3
+        want = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False, eos_token_id=None)
+        assert peer.greedy(ids, 12) == want[0, len(ids) :].tolist()
+
+
+def sentencepiece() -> PreTrainedTokenizerFast:
+    """A BPE of SentencePiece's kind: spaces are part of pieces, unknown characters fall back to bytes."""
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    letters = [chr(i) for i in range(33, 127)]
+    merges = [("▁", "t"), ("h", "e"), ("▁t", "he"), ("e", "r"), ("▁", "a"), ("o", "n"), ("t", "he"), ("▁", "the")]
+    joined = list(dict.fromkeys(left + right for left, right in merges))
+    pieces = [*special.values(), *(f"<0x{i:02X}>" for i in range(256)), "▁", *letters, *joined]
+    made = Tokenizer(
+        models.BPE(
+            {piece: index for index, piece in enumerate(pieces)}, merges, unk_token="<unk>", byte_fallback=True,
+            fuse_unk=True,
+        )
+    )  # fmt: skip
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    made.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=made, **special)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+def test_text_becomes_the_same_tokens(kind, tokenizer, tmp_path):
+    tokenizer = tokenizer if kind == "bytes" else sentencepiece()
+    out = quantized(save(tmp_path / "model", tokenizer, "llama", vocab_size=400), tmp_path / "out")
+    made = export_gguf(out, output=tmp_path / "gguf")
+    fields = gguf.GGUFReader(file_of(made.output)).fields
+    types = fields["tokenizer.ggml.token_type"].contents()
+    assert types[:4] == [3, 3, 3, 3] if kind == "bytes" else [2, 3, 3, 3]
+    if kind == "bytes":
+        assert fields["tokenizer.chat_template"].contents() == tokenizer.chat_template
+        assert fields["tokenizer.ggml.tokens"].contents()[265:267] == ["<b>", "[PAD266]"]
+        assert types[264:267] == [1, 4, 5]
+    with open_llama_cpp(file_of(made.output)) as peer:
+        for text in (TEXT, "the other one on a theatre", " two  spaces", "</s> then <s>the"):
+            assert peer.tokens(text) == tokenizer(text)["input_ids"], text
+
+
+def test_llama3_scaling_divides_each_frequency(tokenizer, tmp_path):
+    """As a tensor of factors: those that transformers' own frequencies have been divided by."""
+    model = save(tmp_path / "model", tokenizer, "llama", rope_parameters=LLAMA3)
+    made = export_gguf(quantized(model, tmp_path / "out"), output=tmp_path / "gguf")
+    rotary = AutoModelForCausalLM.from_pretrained(model).model.rotary_emb
+    plain = LLAMA3["rope_theta"] ** -(torch.arange(16) / 16)
+    (factors,) = [t for t in gguf.GGUFReader(file_of(made.output)).tensors if t.name == "rope_freqs.weight"]
+    assert torch.allclose(torch.from_numpy(factors.data.copy()), plain / rotary.inv_freq, rtol=1e-5)
+
+
+def test_layers_that_are_kept_and_weights_alone(tokenizer, tmp_path):
+    model = save(tmp_path / "model", tokenizer, "qwen2", intermediate_size=264)
+    keep = 'overrides=[{pattern: "*.down_proj", keep: true}]'
+    out = quantized(model, tmp_path / "out", keep, "inputs={grid: int8}", "dtype=bfloat16")
+    with pytest.raises(PaleyError, match="GGUF file cannot round what this model rounds as it runs: 18 linear"):
+        export_gguf(out, output=tmp_path / "gguf")
+    assert not (tmp_path / "gguf").exists()
+    made = export_gguf(out, output=tmp_path / "gguf", weights_only=True)
+    assert made.dropped == ("18 linear inputs to int8",)
+    assert made.types["BF16"] == 3
+    assert "Left out: 18 linear inputs to int8" in (made.output / "README.md").read_text()
+
+
+REFUSED = {
+    "rotated": (("rotate=online",), r"its input turns at run time, which GGUF cannot say; .*gguf-q4_0"),
+    "grid": (("weights.grid=gauss4", "weights.scale_search=mse"), r"no type of GGUF holds grid 'gauss4'; the nearest"),
+    "vectors": (("weights.grid=p2n256", "weights.scale_search=rms"), r"no type of GGUF holds grid 'p2n256'"),
+    "group": (("weights.group_size=16",), r"groups of a multiple of 32 columns, got group_size=16"),
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_what_gguf_cannot_hold_is_refused_before_any_work(why, tokenizer, tmp_path):
+    settings, complaint = REFUSED[why]
+    out = quantized(save(tmp_path / "model", tokenizer, "llama"), tmp_path / "out", *settings)
+    with pytest.raises(PaleyError, match=complaint):
+        export_gguf(out, output=tmp_path / "gguf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+
+
+def test_models_that_a_file_cannot_describe_are_refused(tokenizer, tmp_path):
+    for family, changes, complaint in [
+        ("mistral", {"sliding_window": 8}, r"can only have sliding_window in layers none, got in layers 0, 1, 2"),
+        ("gemma3_text", {"query_pre_attn_scalar": 20}, "can only have attention scale"),
+        ("smollm3", {"no_rope_layers": [1, 0, 1, 0]}, "no_rope_layers in layers 0, 1, 2, got in layers 0, 2"),
+        ("llama", {"hidden_act": "gelu"}, "can only have hidden_act silu, got gelu"),
+        ("llama", {"mlp_bias": True}, "GGUF has no place for this bias"),
+        ("llama", {"rope_parameters": LINEAR | {"rope_type": "dynamic"}}, "linear or llama3, got dynamic"),
+    ]:
+        model = save(tmp_path / f"{family}{complaint[-8:]}", tokenizer, family, **changes)
+        out = quantized(model, tmp_path / f"out {model.name}")
+        with pytest.raises(PaleyError, match=complaint):
+            export_gguf(out, output=tmp_path / "gguf")
+    assert not (tmp_path / "gguf").exists()
+
+
+def test_a_family_without_gguf_names_those_that_have(tmp_path, tokenizer):
+    torch.manual_seed(0)
+    config = transformers.Olmo2Config(**{k: v for k, v in SIZES.items() if k != "head_dim"})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    out = quantized(tmp_path / "model", tmp_path / "out")
+    with pytest.raises(PaleyError, match=r"'olmo2' cannot be a GGUF file; those that can are llama, mistral"):
+        export_gguf(out, output=tmp_path / "gguf")
+
+
+def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused(tmp_path, tiny_tokenizer, tokenizer):
+    out = quantized(save(tmp_path / "model", tiny_tokenizer, "llama"), tmp_path / "out")
+    with pytest.raises(PaleyError, match=r"that Paley has no name of llama.cpp for; known are gpt-2, smollm"):
+        export_gguf(out, output=tmp_path / "gguf")
+    many = save(tmp_path / "many", tokenizer, "llama", vocab_size=200)
+    with pytest.raises(PaleyError, match="a piece of id 265, but the embedding has 200 rows"):
+        export_gguf(quantized(many, tmp_path / "out many"), output=tmp_path / "gguf")
+    assert not (tmp_path / "gguf").exists()
+
+
+def test_a_damaged_folder_is_refused(tokenizer, tmp_path):
+    out = quantized(save(tmp_path / "model", tokenizer, "llama"), tmp_path / "out")
+    change_config(out, rms_norm_eps=0.5)
+    with pytest.raises(PaleyError, match="rms_norm_eps"):
+        export_gguf(out, output=tmp_path / "gguf")
+    unseal(out)
+    change_config(out, hidden_act="gelu")
+    assert read_config(out).hidden_act == "gelu"
+    with pytest.raises(PaleyError, match="can only have hidden_act silu"):
+        export_gguf(out, output=tmp_path / "gguf")
+
+
+def test_the_command_line_and_overwriting(tokenizer, tmp_path):
+    out = quantized(save(tmp_path / "model", tokenizer, "llama"), tmp_path / "out")
+    args = ["export", out, "--to", "gguf", "--output", tmp_path / "gguf"]
+    shown = paley_(*args).out
+    assert "tensors: Q4_0 × 21, Q8_0 × 2, F32 × 7" in shown
+    assert "exists already" in paley_(*args, code=2).err
+    found = json.loads(paley_(*args, "--overwrite", "--json").out)
+    assert found["types"] == {"Q4_0": 21, "Q8_0": 2, "F32": 7}
+    assert sorted(path.name for path in (tmp_path / "gguf").iterdir()) == [
+        "README.md", "model-Q4_0.gguf", "results.json",
+    ]  # fmt: skip
+    assert "must be gguf, plain, got 'ggfu'" in paley_("export", out, "--to", "ggfu", "--output", "x", code=2).err
+    plain = json.loads(paley_("export", out, "--to", "plain", "--output", tmp_path / "plain", "--json").out)
+    assert plain["types"] == {}
+    assert Checkpoint.open(tmp_path / "plain").nbytes == plain["bytes"]
