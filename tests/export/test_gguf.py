@@ -44,7 +44,7 @@ FAMILIES = {
     "llama, linear rope, biases": ("LlamaConfig", {"rope_parameters": LINEAR, "attention_bias": True}),
     "mistral": ("MistralConfig", {"sliding_window": None}),
     "smollm3": ("SmolLM3Config", {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]}),
-    "qwen2": ("Qwen2Config", {"tie_word_embeddings": True, "head_dim": 16}),
+    "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3Config", {}),
     "gemma": ("GemmaConfig", {}),
     "gemma2": (
@@ -247,6 +247,7 @@ def test_models_that_a_file_cannot_describe_are_refused(tokenizer, tmp_path):
         ("gemma3_text", {"query_pre_attn_scalar": 20}, "can only have attention scale"),
         ("smollm3", {"no_rope_layers": [1, 0, 1, 0]}, "no_rope_layers in layers 0, 1, 2, got in layers 0, 2"),
         ("llama", {"hidden_act": "gelu"}, "can only have hidden_act silu, got gelu"),
+        ("qwen2", {"head_dim": 16}, "can only have head_dim 32, got 16"),
         ("llama", {"mlp_bias": True}, "GGUF has no place for this bias"),
         ("llama", {"rope_parameters": LINEAR | {"rope_type": "dynamic"}}, "linear or llama3, got dynamic"),
     ]:
@@ -293,7 +294,7 @@ def test_the_command_line_and_overwriting(tokenizer, tmp_path):
     out = quantized(save(tmp_path / "model", tokenizer, "llama"), tmp_path / "out")
     args = ["export", out, "--to", "gguf", "--output", tmp_path / "gguf"]
     shown = paley_(*args).out
-    assert "tensors: Q4_0 × 21, Q8_0 × 2, F32 × 7" in shown
+    assert "tensors: Q4_0 × 21, F32 × 7, Q8_0 × 2" in shown
     assert "exists already" in paley_(*args, code=2).err
     found = json.loads(paley_(*args, "--overwrite", "--json").out)
     assert found["types"] == {"Q4_0": 21, "Q8_0": 2, "F32": 7}

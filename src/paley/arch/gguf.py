@@ -37,9 +37,9 @@ class GgufFamily:
     architecture: llama.cpp's name. pairs: of a head's values, those that its RoPE turns together; queries and keys of a
     family that says otherwise (`Architecture.rotary_pairs`) are in another order in the file. keys: as KEYS, of this
     family alone. windows: every so many layers one sees all tokens and the others have a window; 1: none has one.
-    rope_every: every so many layers one has no RoPE; 0: all have it. local_theta: RoPE's
-    base in layers with a window, which no key tells. activation: of the gate. biased: wires whose linears may have a
-    bias.
+    rope_every: every so many layers one has no RoPE; 0: all have it. local_theta: RoPE's base in layers with a window,
+    which no key tells. activation: of the gate. biased: wires whose linears may have a bias. heads_fill: the heads of
+    queries together are as wide as the stream.
     """
 
     architecture: str
@@ -50,6 +50,7 @@ class GgufFamily:
     local_theta: float | None = None
     activation: str = "silu"
     biased: tuple[str, ...] = ()
+    heads_fill: bool = False
 
 
 _GEMMA_WINDOW = {"attention.sliding_window": "sliding_window"}
@@ -61,7 +62,7 @@ GGUF: Mapping[str, GgufFamily] = {
     "llama": GgufFamily("llama", "interleaved", biased=(*_QKV, STREAM)),
     "mistral": GgufFamily("llama", "interleaved"),
     "smollm3": GgufFamily("smollm3", "interleaved", rope_every=4),
-    "qwen2": GgufFamily("qwen2", "halves", biased=_QKV),
+    "qwen2": GgufFamily("qwen2", "halves", biased=_QKV, heads_fill=True),
     "qwen3": GgufFamily("qwen3", "halves"),
     "gemma": GgufFamily("gemma", "halves", activation=_GELU),
     "gemma2": GgufFamily("gemma2", "halves", windows=2, keys=_GEMMA_WINDOW | _CAPS, activation=_GELU),

@@ -103,6 +103,8 @@ class GgufModel:
             raise self._differs("rope_parameters: sliding_attention", local["rope_type"], "default")
         self._wants("rope_parameters: partial_rotary_factor", self._rope.get("partial_rotary_factor") or 1.0, 1.0)
         self._wants(self.row.activation, getattr(config, self.row.activation) or family.activation, family.activation)
+        if family.heads_fill:
+            self._wants("head_dim", self.row.head_dim(config), config.hidden_size // config.num_attention_heads)
         usual = self.row.head_dim(config) ** -0.5  # no key tells another one
         self._wants("attention scale", round(self.row.attention_scale(config), 9), round(usual, 9))
 
