@@ -51,6 +51,7 @@ struct Inputs {
 
 // What pack_matrix makes a blob of, and how values become codes: see paley.h.
 using MatrixSource = paley_matrix_source;
+using PackedCodes = paley_packed_codes;
 using InputsHow = paley_inputs_how;
 
 // A prepared matrix, viewed. `open` checks everything that a damaged blob could break.
@@ -71,8 +72,9 @@ struct Matrix {
 
 // -> bytes of the blob, or -1 if there can be none of this shape and kind. Reads no arrays.
 int64_t matrix_bytes(const MatrixSource& source);
-// Fills a blob of matrix_bytes. -> false for codes, points or columns that are out of range.
-bool pack_matrix(const MatrixSource& source, uint8_t* blob);
+// Fills a blob of matrix_bytes; packed: in place of source.codes, or null. -> false for codes, points or columns that
+// are out of range. Throws std::bad_alloc.
+bool pack_matrix(const MatrixSource& source, const PackedCodes* packed, int threads, uint8_t* blob);
 
 // x [count, in] float32, tokens first .. first + count of `inputs`. Throws std::bad_alloc.
 // A thread can take some tokens, others the rest.

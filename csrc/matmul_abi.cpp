@@ -46,8 +46,15 @@ extern "C" int32_t paley_matrix_bytes(const paley_matrix_source* source, int64_t
 }
 
 extern "C" int32_t paley_pack_matrix(const paley_matrix_source* source, int64_t bytes, uint8_t* blob) {
-  if (bytes != paley::matrix_bytes(*source) || bytes < 0) return PALEY_BAD_ARGUMENT;
-  return paley::pack_matrix(*source, blob) ? PALEY_OK : PALEY_BAD_ARGUMENT;
+  return paley_pack_stored_matrix(source, nullptr, 1, bytes, blob);
+}
+
+extern "C" int32_t paley_pack_stored_matrix(const paley_matrix_source* source, const paley_packed_codes* codes,
+                                            int32_t threads, int64_t bytes, uint8_t* blob) {
+  if (threads < 1 || bytes != paley::matrix_bytes(*source) || bytes < 0) return PALEY_BAD_ARGUMENT;
+  bool good = false;
+  const int32_t status = guarded([&] { good = paley::pack_matrix(*source, codes, threads, blob); });
+  return status != PALEY_OK || good ? status : PALEY_BAD_ARGUMENT;
 }
 
 extern "C" int32_t paley_inputs_bytes(const uint8_t* blob, int64_t blob_bytes, int64_t tokens, int64_t* bytes) {

@@ -214,6 +214,14 @@ struct paley_matrix_source {
   const uint16_t* outlier_scales;  // float16 [out]
 };
 
+// The codes of a matrix as a file has them: each row is a stream of numbers of symbol_bits bits, the least significant
+// bit first; each number is per_symbol codes below size, the first one its lowest digit.
+struct paley_packed_codes {
+  const uint8_t* bytes;  // [out, row_bytes]
+  int64_t row_bytes;
+  int32_t per_symbol, symbol_bits, size;
+};
+
 // How the values of tokens become the integers that meet a matrix. rounding: what is done to them before, or null. If
 // it rounds, its codes become map[code] - zero times map_scale times the group's scale; else, or if map is null, values
 // are rounded to int8, or to 13 bits if the inputs are fine, with a scale for each segment.
@@ -236,6 +244,10 @@ PALEY_EXPORT int32_t paley_matrix_bytes(const paley_matrix_source* source, int64
 
 // -> the blob, which any level reads.
 PALEY_EXPORT int32_t paley_pack_matrix(const paley_matrix_source* source, int64_t bytes, uint8_t* blob);
+
+// The same blob from packed codes; source->codes are not read, unless `codes` is null.
+PALEY_EXPORT int32_t paley_pack_stored_matrix(const paley_matrix_source* source, const paley_packed_codes* codes,
+                                              int32_t threads, int64_t bytes, uint8_t* blob);
 
 // -> bytes of the inputs of so many tokens for this matrix, and for all of the same columns, groups and segments.
 PALEY_EXPORT int32_t paley_inputs_bytes(const uint8_t* blob, int64_t blob_bytes, int64_t tokens, int64_t* bytes);

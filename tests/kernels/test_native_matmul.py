@@ -30,7 +30,7 @@ def scheme_of(
     transform: Transform | None = None,
 ) -> LinearScheme:  # fmt: skip
     loaded = grids.load(grid)
-    scale = "em" if loaded.free else "rms" if loaded.p > 1 else "absmax"
+    scale = "em" if loaded.free else "rms" if loaded.p > 1 or loaded.sequential else "absmax"
     return LinearScheme(WeightScheme(loaded, group, "nearest", scale), inputs, transform, outliers)
 
 

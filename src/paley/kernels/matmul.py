@@ -23,6 +23,7 @@ from paley.core.rounding import Quantized
 from paley.core.schemes import ActivationScheme, LinearScheme
 from paley.core.trellis import TrellisGrid
 from paley.kernels import native, rounding
+from paley.kernels.stored import StoredWeight
 
 __all__ = [
     "LEVELS", "InputsHow", "Plan", "PreparedMatrix", "best_level", "encode", "fastest", "inputs_how", "integers",
@@ -42,6 +43,7 @@ _SEEN = 0.12  # what rounding to 8 bits may add to a grid's relative error, as a
 _LEAST_SEGMENT = 16
 _MOST_BITS = 17.0
 _SHARE = 2**22  # least number of products for a thread
+_PACKED = 2**18  # likewise of weights that are prepared, some 0.5 ms
 _PROBES = 2**14
 
 
@@ -231,15 +233,17 @@ def takes(scheme: LinearScheme, width: int) -> bool:
     return made is not None and made.bits(width) <= _MOST_BITS
 
 
-def prepare(q: Quantized, scheme: LinearScheme, made: Plan | None = None) -> PreparedMatrix:
+def prepare(q: Quantized | StoredWeight, scheme: LinearScheme, made: Plan | None = None) -> PreparedMatrix:
     """A weight q of `scheme` -> what `matmul` reads, as `made` or `plan` says; PaleyError if there is no plan."""
     made = made or plan(scheme, q.width)
     if made is None:
         raise PaleyError(f"matmul: native kernels take no weights such as {scheme}; take another product")
-    rows = q.codes.shape[0]
+    if isinstance(q, StoredWeight) and not (isinstance(q.grid, Grid) or made.kind == "own2"):
+        q = q.unpacked()  # values do not follow from single codes
+    rows, stored = q.codes.shape[0], isinstance(q, StoredWeight)
     table, codes, table_scale, scales, own = _coded(q, made)
     zeros = None if q.zeros is None else q.zeros.contiguous()
-    kept = [table, codes.int().contiguous(), scales.half().contiguous(), zeros, own]
+    kept = [table, codes.contiguous() if stored else codes.int().contiguous(), scales.half().contiguous(), zeros, own]
     outliers, values = q.outliers, (None, None, None)
     if outliers is not None:
         ints = outliers.codes.short() - 128
@@ -251,15 +255,26 @@ def prepare(q: Quantized, scheme: LinearScheme, made: Plan | None = None) -> Pre
         4 if own is not None else len(table), table_scale, *pointers[:5],
         0 if outliers is None else len(outliers.columns), *pointers[5:],
     )  # fmt: skip
-    size = ctypes.c_int64()
-    native.call(native.load().paley_matrix_bytes, ctypes.byref(source), ctypes.byref(size))
+    packed = None
+    if isinstance(q, StoredWeight):
+        source.codes, packed = None, ctypes.byref(q.packed(kept[1]))
+        source.p = q.grid.p  # also of a kind that has values in place of codes
+    library, size = native.load(), ctypes.c_int64()
+    native.call(library.paley_matrix_bytes, ctypes.byref(source), ctypes.byref(size))
     blob = aligned(size.value)
-    native.call(native.load().paley_pack_matrix, ctypes.byref(source), size.value, blob.data_ptr())
+    threads = max(1, min(torch.get_num_threads(), rows * q.width // _PACKED))
+    status = library.paley_pack_stored_matrix(ctypes.byref(source), packed, threads, size.value, blob.data_ptr())
+    if status and isinstance(q, StoredWeight):
+        q.unpacked()  # raises for codes that cannot be
+    native.check(library.paley_pack_stored_matrix, status)
     return PreparedMatrix(made, blob, rows, q.width, values[0])
 
 
-def _coded(q: Quantized, made: Plan) -> tuple[Tensor, Tensor, float, Tensor, Tensor | None]:
-    """-> table int16 [n, p], codes [out, c], its scale, scales [out, groups], own points int8 [.., groups, 4]."""
+def _coded(q: Quantized | StoredWeight, made: Plan) -> tuple[Tensor, Tensor, float, Tensor, Tensor | None]:
+    """-> table int16 [n, p], codes [out, c], its scale, scales [out, groups], own points int8 [.., groups, 4].
+
+    Codes that are packed stay so.
+    """
     limit = _LIMITS[made.fine]
     empty = torch.zeros(1, 1, dtype=torch.int16)
     grid, codes = q.grid, q.codes
@@ -273,7 +288,7 @@ def _coded(q: Quantized, made: Plan) -> tuple[Tensor, Tensor, float, Tensor, Ten
         return *_listed(whole, made), 1.0, scales, None
     if isinstance(grid, Grid):
         table, scale, _ = integers(grid, limit)
-        if made.kind not in ("bytes", "words"):
+        if made.kind not in ("bytes", "words") or isinstance(q, StoredWeight):
             return table.contiguous(), codes, scale, q.scales, None
         whole = table.int()[codes.long()].flatten(1)[:, : q.width]
     else:

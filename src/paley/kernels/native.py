@@ -24,6 +24,7 @@ __all__ = [
     "best_planes_level",
     "blob_bytes",
     "call",
+    "check",
     "fits",
     "level_number",
     "load",
@@ -83,6 +84,9 @@ _SIGNATURES: dict[str, list[Any]] = {
     "paley_matmul_levels": [],
     "paley_matrix_bytes": [ctypes.c_void_p, ctypes.c_void_p],
     "paley_pack_matrix": [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p],
+    "paley_pack_stored_matrix": [
+        ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p,
+    ],
     "paley_inputs_bytes": [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p],
     "paley_encode_inputs": [
         ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32,
@@ -280,6 +284,10 @@ def _check_cpu(what: str, *tensors: Tensor) -> None:
 
 
 def call(function: Callable[..., int], *arguments: Any) -> None:
-    status = function(*arguments)
+    check(function, function(*arguments))
+
+
+def check(function: Callable[..., int], status: int) -> None:
+    """Raises for a status of `function` that is not ok."""
     if status:
         raise PaleyError(f"native kernels: {function.__name__} failed: {_STATUS[status]}")

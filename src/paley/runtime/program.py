@@ -24,7 +24,7 @@ from paley.runtime import native
 from paley.runtime.native import array
 from paley.runtime.rope import Rope, rope_of, rope_settings
 from paley.runtime.support import Facts, why_not_rounded
-from paley.runtime.weights import Mapped, coded_weight, dense_weight, floats, plain_shape, scheme_of
+from paley.runtime.weights import Mapped, dense_weight, floats, plain_shape, scheme_of, stored_weight
 
 __all__ = ["Program", "build"]
 
@@ -249,7 +249,7 @@ class _Builder:
         exact = scheme.outliers > 0 and scheme.input is None
         if not exact and (plan := matmul.plan(scheme, width)) is not None:
             plan = matmul.fastest(plan)
-            matrix = matmul.prepare(coded_weight(self.facts, self.tensors, site.name), scheme, plan)
+            matrix = matmul.prepare(stored_weight(self.facts, self.tensors, site.name), scheme, plan)
             weight, item.columns, how = matrix.blob, width, f"integers {plan.kind}{' fine' if plan.fine else ''}"
             item.stored, item.bytes = native.STORED["matrix"], weight.nbytes
             item.input = self.integers_of(plan, scheme, stored, reads)

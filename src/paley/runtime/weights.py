@@ -12,13 +12,30 @@ import torch
 from torch import Tensor
 
 from paley.core.errors import PaleyError
-from paley.core.rounding import Quantized
+from paley.core.rounding import Outliers, Quantized
 from paley.core.schemes import LinearScheme
 from paley.format.checkpoint import Checkpoint
-from paley.format.spec import BIAS, DIAGONAL, PARTS, WEIGHT, check_values, decode_linear, expected_tensors
+from paley.format.spec import (
+    BIAS,
+    CODES,
+    DIAGONAL,
+    OUTLIER_COLUMNS,
+    OUTLIER_SCALES,
+    OUTLIERS,
+    PARTS,
+    SCALES,
+    WEIGHT,
+    ZEROS,
+    check_values,
+    decode_linear,
+    expected_tensors,
+)
+from paley.kernels.stored import StoredWeight
 from paley.runtime.support import Facts
 
-__all__ = ["Mapped", "check_tensors", "coded_weight", "dense_weight", "floats", "plain_shape", "scheme_of"]
+__all__ = [
+    "Mapped", "check_tensors", "coded_weight", "dense_weight", "floats", "plain_shape", "scheme_of", "stored_weight",
+]  # fmt: skip
 
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -134,6 +151,18 @@ def _expected(facts: Facts) -> dict[str, tuple[torch.dtype | None, tuple[int, ..
 def coded_weight(facts: Facts, tensors: Mapped, name: str) -> Quantized:
     """The codes of a weight, unpacked."""
     return decode_linear(facts.sites[name].stored_as, tensors, scheme_of(facts, name), _width(facts, name))
+
+
+def stored_weight(facts: Facts, tensors: Mapped, name: str) -> StoredWeight:
+    """The codes of a weight as the file has them; `check_tensors` must have passed."""
+    stored, scheme = facts.sites[name].stored_as, scheme_of(facts, name)
+    assert scheme.weight is not None
+    outliers = None
+    if scheme.outliers:
+        outliers = Outliers(*(tensors[stored + part] for part in (OUTLIER_COLUMNS, OUTLIERS, OUTLIER_SCALES)))
+    zeros = tensors[stored + ZEROS] if scheme.weight.grid.affine else None
+    codes, scales = tensors[stored + CODES], tensors[stored + SCALES]
+    return StoredWeight(stored, codes, scales, zeros, scheme.weight.grid, _width(facts, name), outliers)
 
 
 def dense_weight(facts: Facts, tensors: Mapped, name: str) -> tuple[Tensor, bool]:

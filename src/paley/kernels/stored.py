@@ -1,0 +1,50 @@
+"""A weight whose codes are still packed as a file has them."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from paley.core import packing
+from paley.core.errors import PaleyError
+from paley.core.grids import AnyGrid
+from paley.core.rounding import Outliers, Quantized, codes_per_row
+
+__all__ = ["PackedCodes", "StoredWeight"]
+
+
+class PackedCodes(ctypes.Structure):
+    """paley_packed_codes of csrc/paley.h."""
+
+    _fields_ = [
+        ("bytes", ctypes.c_void_p), ("row_bytes", ctypes.c_int64), ("per_symbol", ctypes.c_int32),
+        ("symbol_bits", ctypes.c_int32), ("size", ctypes.c_int32),
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class StoredWeight:
+    """As `Quantized`, but codes are uint8 [out, bytes] of `packing.pack_codes`. name: for messages."""
+
+    name: str
+    codes: Tensor = field(repr=False)
+    scales: Tensor
+    zeros: Tensor | None
+    grid: AnyGrid
+    width: int
+    outliers: Outliers | None = None
+
+    def unpacked(self) -> Quantized:
+        """PaleyError for bytes that no codes can give."""
+        try:
+            codes = packing.unpack_codes(self.codes, self.grid.size, codes_per_row(self.width, self.grid.p))
+        except PaleyError as error:
+            raise PaleyError(f"{self.name}: {error}") from None
+        return Quantized(codes, self.scales, self.zeros, self.grid, self.width, self.outliers)
+
+    def packed(self, codes: Tensor) -> PackedCodes:
+        """codes: this weight's, contiguous; they must live as long as what is returned."""
+        per_symbol, bits = packing.symbol(self.grid.size)
+        return PackedCodes(codes.data_ptr(), codes.shape[1], per_symbol, bits, self.grid.size)
