@@ -16,7 +16,8 @@ from paley.cli.process import line, peak_memory, say
 __all__ = ["export_verb"]
 
 To = Annotated[
-    str, typer.Option("--to", metavar="FORMAT", help="gguf (llama.cpp) or plain (16 bits).", show_default=False)
+    str,
+    typer.Option("--to", metavar="FORMAT", help="gguf, compressed-tensors, mlx, plain (16 bits).", show_default=False),
 ]
 
 
@@ -31,8 +32,9 @@ def export_verb(
 ) -> None:
     """Write a quantized folder in another tool's format.
 
-    gguf: one file for llama.cpp, with the very codes and scales; quantize with a preset such as gguf-q4_0. plain: an
-    ordinary checkpoint, as `paley dequantize` writes. What a format cannot hold is refused.
+    The very codes and scales: gguf for llama.cpp (quantize with a preset such as gguf-q4_0), compressed-tensors for
+    transformers and vLLM (ct-w4g128), mlx for Apple's (mlx-4). plain: an ordinary checkpoint, as `paley dequantize`
+    writes. What a format cannot hold is refused.
 
     Example: `paley export llama-q4_0 --to gguf --output llama-gguf`
     """

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Protocol
 
 from paley.core.errors import PaleyError, Setting, nearest_name
+from paley.export.compressed_tensors import export_compressed_tensors
 from paley.export.folder import Exported
 from paley.export.gguf import export_gguf
+from paley.export.mlx import export_mlx
 from paley.export.plain import dequantize
 
 __all__ = ["FORMATS", "export_to"]
@@ -23,7 +25,9 @@ class Exporter(Protocol):
     ) -> Exported: ...  # fmt: skip
 
 
-FORMATS: dict[str, Exporter] = {"gguf": export_gguf, "plain": dequantize}
+FORMATS: dict[str, Exporter] = {
+    "gguf": export_gguf, "compressed-tensors": export_compressed_tensors, "mlx": export_mlx, "plain": dequantize,
+}  # fmt: skip
 
 
 def export_to(
