@@ -4,8 +4,8 @@
 #
 # transformers makes an empty model, lets compressed-tensors give it the packed layout, and loads the file's tensors into
 # it. PackedQuantizationCompressor.compress returns early for tensors on the meta device, before it packs the zero points:
-# the empty model expects one value for each row, the file has eight of 4 bits in a word. from_pretrained says MISMATCH in
-# its report and goes on with zero points of its own. Symmetric weights, which have none, load well.
+# the empty model expects one value for each row, the file has eight of 4 bits in a word. from_pretrained reports MISMATCH
+# and raises RuntimeError. Symmetric weights, which have none, load well.
 # Seen: 8 rows of 4-bit codes: weight_zero_point is [1, 2] if packed, and [8, 2] on the meta device.
 #
 # Exits 0 if it is still so, 1 if it has changed.
