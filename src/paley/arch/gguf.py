@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from enum import IntEnum
+from typing import Any, Literal
 
 from paley.arch.row import STREAM
 
-__all__ = ["GGUF", "KEYS", "ROPE_FACTORS", "GgufFamily"]
+__all__ = ["ALIKE", "GGUF", "KEYS", "ROPE_FACTORS", "SPLITS", "GgufFamily", "Token", "family_of"]
 
 Pairs = Literal["halves", "interleaved"]
 
@@ -70,3 +71,44 @@ GGUF: Mapping[str, GgufFamily] = {
         "gemma3", "halves", windows=6, local_theta=10000.0, keys=_GEMMA_WINDOW, activation=_GELU,
     ),
 }  # fmt: skip
+
+_BYTES = {"type": "ByteLevel", "add_prefix_space": False}
+_QWEN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_LLAMA3 = _QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+
+
+def _split(pattern: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+# llama.cpp's name of a way to split text -> the steps of Hugging Face's tokenizer that do the same.
+SPLITS: dict[str, list[dict[str, Any]]] = {
+    "gpt-2": [_BYTES | {"use_regex": True}],
+    "smollm": [{"type": "Digits", "individual_digits": True}, _BYTES | {"use_regex": True}],
+    "qwen2": [_split(_QWEN), _BYTES | {"use_regex": False}],
+    "llama-bpe": [_split(_LLAMA3), _BYTES | {"use_regex": False}],
+}
+
+# Other names of the same.
+ALIKE = {
+    "llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2", "starcoder": "smollm",
+    "refact": "smollm", "command-r": "smollm",
+}  # fmt: skip
+
+
+class Token(IntEnum):
+    """Kinds of tokens."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+def family_of(architecture: str) -> str | None:
+    """The `model_type` that a file of llama.cpp's architecture is read as; None: Paley reads none."""
+    return next((kind for kind, family in GGUF.items() if family.architecture == architecture), None)

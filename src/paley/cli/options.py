@@ -85,7 +85,7 @@ def _needed(ctx: typer.Context, value: Path | None) -> Path | None:
     return value
 
 
-Model = Annotated[str, _argument("MODEL", "The original model: a folder, or a Hub name (owner/name).")]
+Model = Annotated[str, _argument("MODEL", "The original model: a folder, a Hub name (owner/name), or a GGUF file.")]
 AnyModel = Annotated[str, _argument("OUT", "A quantized folder, or any model.")]
 Folder = Annotated[Path, _argument("OUT", "A folder that `paley quantize` wrote.")]
 AnyFolder = Annotated[Path | None, _argument("[OUT]", "A folder that `paley quantize` wrote.")]

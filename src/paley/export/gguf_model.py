@@ -6,7 +6,6 @@ from what llama.cpp takes for granted is refused here, before any work.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from paley.arch import Architecture, Site, Sites, window
 from paley.arch.gguf import GGUF, KEYS, GgufFamily
+from paley.arch.rope import llama3_factors
 from paley.core.errors import PaleyError
 
 __all__ = ["GgufModel"]
@@ -63,12 +63,7 @@ class GgufModel:
         rope = self._rope
         if rope.get("rope_type", "default") != "llama3":
             return None
-        half, context = self.row.head_dim(self.config) // 2, rope["original_max_position_embeddings"]
-        frequencies = rope["rope_theta"] ** -(torch.arange(half, dtype=torch.float64) / half)
-        turns = context * frequencies / (2 * math.pi)  # in the context that the model was first trained with
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        share = ((turns - low) / (high - low)).clamp(0, 1)
-        return (1 / ((1 - share) / rope["factor"] + share)).float()
+        return torch.tensor(llama3_factors(rope, self.row.head_dim(self.config)), dtype=torch.float32)
 
     def row_order(self, site: Site) -> Tensor | None:
         """Which row of a linear is written at each place of the file; None: as they are."""

@@ -13,30 +13,10 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from paley.arch.gguf import SPLITS, Token
 from paley.core.errors import PaleyError
 
 __all__ = ["tokenizer_keys"]
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp's kinds of tokens
-
-_BYTES = {"type": "ByteLevel", "add_prefix_space": False}
-_QWEN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_LLAMA3 = _QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
-
-
-def _split(pattern: str) -> dict[str, Any]:
-    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-
-
-# llama.cpp's name of a way to split text -> the steps of Hugging Face's tokenizer that do the same.
-_SPLITS: dict[str, list[dict[str, Any]]] = {
-    "gpt-2": [_BYTES | {"use_regex": True}],
-    "smollm": [{"type": "Digits", "individual_digits": True}, _BYTES | {"use_regex": True}],
-    "qwen2": [_split(_QWEN), _BYTES | {"use_regex": False}],
-    "llama-bpe": [_split(_LLAMA3), _BYTES | {"use_regex": False}],
-}
 
 
 def tokenizer_keys(folder: Path, vocabulary: int) -> dict[str, Any]:
@@ -79,14 +59,14 @@ def _pieces(data: dict[str, Any], vocabulary: int, folder: Path) -> tuple[list[s
             f"its tokenizer has a piece of id {most}, but the embedding has {vocabulary} rows", where=folder,
             remedy="take the tokenizer that the model was trained with",
         )  # fmt: skip
-    kinds = {token["id"]: CONTROL if token["special"] else USER_DEFINED for token in added}
+    kinds = {token["id"]: Token.CONTROL if token["special"] else Token.USER_DEFINED for token in added}
     if model["byte_fallback"]:
-        kinds = {index: BYTE for index, piece in named.items() if _is_byte(piece)} | kinds
+        kinds = {index: Token.BYTE for index, piece in named.items() if _is_byte(piece)} | kinds
         if (unknown := model["vocab"].get(model["unk_token"])) is not None:
-            kinds[unknown] = UNKNOWN
+            kinds[unknown] = Token.UNKNOWN
     return (
         [named.get(index, f"[PAD{index}]") for index in range(vocabulary)],
-        [kinds.get(index, NORMAL) if index in named else UNUSED for index in range(vocabulary)],
+        [int(kinds.get(index, Token.NORMAL) if index in named else Token.UNUSED) for index in range(vocabulary)],
     )
 
 
@@ -128,11 +108,11 @@ def _name_of_split(data: dict[str, Any], folder: Path) -> str:
         {key: value for key, value in step.items() if key != "trim_offsets"}
         for step in _steps(data["pre_tokenizer"], "pretokenizers")
     ]
-    for name, steps in _SPLITS.items():
+    for name, steps in SPLITS.items():
         if found == steps:
             return name
     raise PaleyError(
-        f"its tokenizer splits text in a way that Paley has no name of llama.cpp for; known are {', '.join(_SPLITS)}",
+        f"its tokenizer splits text in a way that Paley has no name of llama.cpp for; known are {', '.join(SPLITS)}",
         where=f"{folder}/tokenizer.json: pre_tokenizer", remedy="export it --to plain, and use llama.cpp's converter",
     )  # fmt: skip
 

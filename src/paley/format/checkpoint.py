@@ -14,10 +14,13 @@ from torch import Tensor
 
 from paley.core.errors import PaleyError, nearest_name
 from paley.core.reading import read_json
+from paley.format.gguf import GgufFile
 from paley.format.header import TensorInfo, as_bytes, read_header
 from paley.format.writer import INDEX, SINGLE
 
-__all__ = ["Checkpoint", "read_tensors"]
+__all__ = ["GGUF_FILE", "Checkpoint", "read_tensors"]
+
+GGUF_FILE = "source.paley.gguf"  # a link to one, in a folder that `model.gguf_source` has made for it
 
 # Keys of config.json that do not change the model: tensors have their own dtype.
 VOLATILE = {"transformers_version", "_name_or_path", "torch_dtype", "dtype"}
@@ -48,7 +51,8 @@ class Checkpoint:
             )
         if not (folder / "config.json").is_file():
             raise PaleyError(f"{folder}: no config.json here; give the folder of a Hugging Face checkpoint")
-        return cls(folder, _read(folder / "config.json"), _find_tensors(folder))
+        config = _read(folder / "config.json")
+        return cls(folder, config, _find_tensors(folder, config))
 
     @property
     def names(self) -> list[str]:
@@ -148,9 +152,11 @@ def _canonical(obj: Any) -> bytes:
     return json.dumps(obj, sort_keys=True, separators=(",", ":")).encode() + b"\n"
 
 
-def _find_tensors(folder: Path) -> dict[str, TensorInfo]:
-    """All tensors of the folder, from model.safetensors or from the shards in the index."""
+def _find_tensors(folder: Path, config: dict[str, Any]) -> dict[str, TensorInfo]:
+    """All tensors of the folder, from model.safetensors or from the shards in the index; or from a GGUF file."""
     single, index = folder / SINGLE, folder / INDEX
+    if (folder / GGUF_FILE).exists():
+        return GgufFile.open((folder / GGUF_FILE).resolve()).named(config)
     if single.is_file() and index.is_file():
         raise PaleyError(f"{folder}: holds both {SINGLE} and {INDEX}; remove the one that is out of date")
     if single.is_file():

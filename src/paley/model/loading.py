@@ -32,6 +32,7 @@ from paley.format.files import OTHER_WEIGHTS
 from paley.format.header import NAMES, TensorInfo
 from paley.model.checks import check_config, check_family, check_layers
 from paley.model.converting import convert
+from paley.model.gguf_source import gguf_folder
 from paley.model.placing import belongs, place, summed_up
 from paley.model.text_part import text_part
 from paley.model.walk import sites_of
@@ -300,12 +301,14 @@ def _block(entry: Any) -> tuple[int, int] | None:
 
 
 def resolve(model: str | Path) -> Path:
-    """A local folder as it is; a Hub name `owner/name` downloaded, or taken from the local cache."""
+    """A local folder as it is; a Hub name `owner/name` downloaded, or from the cache; a folder for a GGUF file."""
     path = Path(model)
+    if path.suffix == ".gguf" and path.is_file():
+        return gguf_folder(path)
     if path.is_dir():
         return path
     if path.exists():
-        raise PaleyError(f"{path}: is a file; give the folder of a Hugging Face checkpoint")
+        raise PaleyError(f"{path}: is a file; give the folder of a Hugging Face checkpoint, or a GGUF file")
     if not _HUB_NAME.fullmatch(str(model)):
         raise PaleyError(f"{model}: no such folder, and no Hub name (owner/name) either")
     try:

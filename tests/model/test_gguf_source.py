@@ -1,0 +1,164 @@
+"""GGUF files as models: the same logits as the folder that a file was made of, and facts that transformers loses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+import paley
+from command_line import paley_
+from gguf_models import FAMILIES, LLAMA3, byte_tokenizer, file_of, quantized, save
+from paley.core.errors import PaleyError
+from paley.export.gguf import export_gguf
+from paley.format.gguf import GgufFile
+from paley.model.loading import open_source, read_config, resolve
+from paley.recipe import apply_settings, preset
+
+gguf = pytest.importorskip("gguf")
+
+IDS = torch.arange(10, 50)[None]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def llama(tokenizer, tmp_path_factory) -> tuple[Path, Path]:
+    """(a quantized folder, its GGUF file)."""
+    return written(tmp_path_factory.mktemp("llama"), tokenizer, "llama")
+
+
+def written(folder: Path, tokenizer, family: str, **changes: object) -> tuple[Path, Path]:
+    out = quantized(save(folder / "model", tokenizer, family, **changes), folder / "out")
+    return out, file_of(export_gguf(out, output=folder / "gguf").output)
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model.eval()(IDS, use_cache=False).logits
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "llama3 rope"])
+def test_a_file_is_the_model_that_it_was_made_of(family, tokenizer, tmp_path):
+    changes = {"rope_parameters": LLAMA3} if family == "llama3 rope" else {}
+    out, file = written(tmp_path, tokenizer, "llama" if changes else family, **changes)
+    source = open_source(file)
+    assert source.extra == {}
+    want = logits(paley.load(out, product="dense"))
+    assert (logits(source.load()) - want).norm() <= 1e-5 * want.norm()
+    ours, theirs = read_config(out), read_config(resolve(file))
+    assert ours.rope_parameters == theirs.rope_parameters  # with Llama 3's factors, and both bases of Gemma 3
+    for name in ("head_dim", "query_pre_attn_scalar", "layer_types", "no_rope_layers", "sliding_window"):
+        assert getattr(ours, name, None) == getattr(theirs, name, None), name
+
+
+def test_the_tokenizer_is_that_of_the_model(llama, tokenizer):
+    theirs = AutoTokenizer.from_pretrained(resolve(llama[1]))
+    for text in ("Once upon a time, there were 12 girls' toys.", "<b>the</b> other\n\n  one", "héllo"):
+        assert theirs(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert theirs.chat_template == tokenizer.chat_template
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (1, 2, 3)
+
+
+def test_quantize_eval_and_generate_take_a_file(llama, tmp_path):
+    out, file = llama
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"{n} stories of {n * n} words, told {n % 7} times." for n in range(400)))
+    sizes = ["test.sequences=2", "test.seq_len=32", "weights.method=nearest"]
+    again = ["--preset", "gguf-q4_0", "--test", text, "--output", tmp_path / "again"]
+    paley_("quantize", file, *again, "--set", *sizes)
+    first, second = (json.loads((f / "plan.json").read_text()) for f in (out, tmp_path / "again"))
+    assert first["linears"] == second["linears"]
+    assert (tmp_path / "again" / "tokenizer.json").is_file()
+    assert not list((tmp_path / "again").glob("*.gguf"))
+    scored = ["--data", text, "--sequences", 2, "--seq-len", 32, "--json"]
+    found = json.loads(paley_("eval", tmp_path / "again", "--against", file, *scored).out)
+    assert 0 <= found["kl"] < 0.1
+    assert json.loads(paley_("eval", file, *scored).out)["nll"] == pytest.approx(found["reference_nll"], rel=1e-6)
+    made = json.loads(paley_("generate", file, "Once", "--max-new-tokens", 4, "--json").out)
+    assert made["text"] == json.loads(paley_("generate", out, "Once", "--max-new-tokens", 4, "--json").out)["text"]
+
+
+def test_streaming_processes_read_a_file(llama, tmp_path):
+    recipe = apply_settings(preset("higgs-3"), ["test=null", "hadamard=16"])
+    made = paley.quantize(llama[1], recipe, output=tmp_path / "out", workers=2).output
+    alone = paley.quantize(llama[1], recipe, output=tmp_path / "alone").output
+    assert (made / "model.safetensors").read_bytes() == (alone / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16"])
+def test_each_type_is_decoded_as_the_gguf_package_does(kind, tmp_path):
+    file = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    values = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)).numpy()
+    number = getattr(gguf.GGMLQuantizationType, kind)
+    data = gguf.quantize(values, number)
+    writer.add_tensor("token_embd.weight", data, raw_dtype=number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = GgufFile.open(file).tensors["token_embd.weight"]
+    assert found.shape == (6, 64)
+    assert torch.equal(found.read().float(), torch.from_numpy(gguf.dequantize(data, number).copy()))
+
+
+def rewritten(file: Path, new: Path, **changes: object) -> Path:
+    """The file with other values of some keys, "." for "__" in their names; None takes one out."""
+    reader = gguf.GGUFReader(file)
+    changed = {name.replace("__", "."): value for name, value in changes.items()}
+    writer = gguf.GGUFWriter(new, changed.pop("general.architecture", "llama"))
+    for key, field in reader.fields.items():
+        if not key.startswith(("GGUF.", "general.architecture")) and changed.get(key, 0) is not None:
+            writer.add_key_value(key, changed.get(key, field.contents()), field.types[0], field.types[-1])
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return new
+
+
+def test_a_damaged_file_is_refused_in_one_line(llama, tmp_path):
+    file, data = tmp_path / "model.gguf", bytearray(llama[1].read_bytes())
+    for size in (0, 3, 100, len(data) // 2, len(data) - 5):
+        file.write_bytes(data[:size])
+        with pytest.raises(PaleyError, match=r"model\.gguf: (is no whole GGUF file|truncated: '.*' ends at byte)"):
+            resolve(file)
+    at = data.index(b"blk.0.ffn_up.weight") + len(b"blk.0.ffn_up.weight") + 4 + 2 * 8
+    data[at] = 133
+    file.write_bytes(data)
+    with pytest.raises(PaleyError, match=r"of types that the gguf package knows: .*133"):
+        resolve(file)
+    data[at : at + 1] = bytes([gguf.GGMLQuantizationType.Q4_K])  # its blocks are of 256 values, the row is of 128
+    file.write_bytes(data)
+    with pytest.raises(PaleyError, match="is no whole GGUF file"):
+        resolve(file)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"general__architecture": "rwkv6"}, "is of architecture 'rwkv6'; those that Paley reads are llama, smollm3"),
+        ({"llama__block_count": None}, "has no key llama.block_count"),
+        ({"llama__rope__dimension_count": 16}, "RoPE turns 16 of 32 values"),
+    ],
+)  # fmt: skip
+def test_what_is_not_read_is_refused(changes, complaint, llama, tmp_path):
+    with pytest.raises(PaleyError, match=complaint):
+        resolve(rewritten(llama[1], tmp_path / "changed.gguf", **changes))
+
+
+def test_without_the_package_the_way_to_get_it_is_said(llama, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    file = shutil.copy(llama[1], tmp_path / "other.gguf")
+    with pytest.raises(PaleyError, match=r'package gguf is missing .*; pip install "paley\[gguf\]"'):
+        resolve(file)
