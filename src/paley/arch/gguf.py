@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from paley.arch.row import STREAM
 
-__all__ = ["ALIKE", "GGUF", "KEYS", "ROPE_FACTORS", "SPLITS", "GgufFamily", "Token", "family_of"]
+__all__ = ["ALIKE", "GGUF", "KEYS", "NO_BOS", "ROPE_FACTORS", "SPLITS", "GgufFamily", "Token", "family_of"]
 
 Pairs = Literal["halves", "interleaved"]
 
@@ -96,6 +96,9 @@ ALIKE = {
     "llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2", "starcoder": "smollm",
     "refact": "smollm", "command-r": "smollm",
 }  # fmt: skip
+
+# Of these no text begins with a special token, though files name one: put there, it doubles the perplexity of Qwen.
+NO_BOS = ("qwen2",)
 
 
 class Token(IntEnum):

@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from paley.arch.gguf import ALIKE, SPLITS, Token
+from paley.arch.gguf import ALIKE, NO_BOS, SPLITS, Token
 from paley.core.errors import PaleyError
 from paley.format.gguf import GgufFile
 
@@ -42,6 +42,8 @@ def tokenizer_of(file: GgufFile) -> PreTrainedTokenizerFast:
     ]
     made.add_tokens(added)
     asked = file.get("tokenizer.ggml.add_bos_token")
+    if not asked and file.get("tokenizer.ggml.pre") in NO_BOS:
+        special.pop("bos_token", None)
     first = special.get("bos_token") if (adds_bos if asked is None else asked) else None
     last = special.get("eos_token") if file.get("tokenizer.ggml.add_eos_token") else None
     if first or last:
@@ -62,7 +64,7 @@ def _key(file: GgufFile, name: str) -> Any:
 
 def _of_bytes(file: GgufFile, pieces: list[str]) -> Tokenizer:
     """On bytes, with the file's merges."""
-    name = _key(file, "pre")
+    name = str(_key(file, "pre"))
     if (steps := SPLITS.get(ALIKE.get(name, name))) is None:
         known = ", ".join([*SPLITS, *ALIKE])
         raise PaleyError(f"{file.file}: its tokenizer splits text by {name!r}, which Paley does not know; known are "
