@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import paley
 from paley.recipe import apply_settings, preset
 
-__all__ = ["FAMILIES", "LINEAR", "LLAMA3", "SIZES", "byte_tokenizer", "file_of", "quantized", "save"]
+__all__ = ["FAMILIES", "LINEAR", "LLAMA3", "SIZES", "byte_tokenizer", "file_of", "quantized", "save", "sentencepiece"]
 
 # Rows of 128 values at least: this llama.cpp multiplies shorter ones of Q4_1 and Q5_1 wrongly.
 SIZES = {
@@ -67,6 +67,25 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     fast.add_tokens(["<b>"])
     fast.chat_template = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
     return fast
+
+
+def sentencepiece() -> PreTrainedTokenizerFast:
+    """A BPE of SentencePiece's kind: spaces are part of pieces, unknown characters fall back to bytes."""
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    letters = [chr(i) for i in range(33, 127)]
+    merges = [("▁", "t"), ("h", "e"), ("▁t", "he"), ("e", "r"), ("▁", "a"), ("o", "n"), ("t", "he"), ("▁", "the")]
+    joined = list(dict.fromkeys(left + right for left, right in merges))
+    pieces = [*special.values(), *(f"<0x{i:02X}>" for i in range(256)), "▁", *letters, *joined]
+    made = Tokenizer(
+        models.BPE(
+            {piece: index for index, piece in enumerate(pieces)}, merges, unk_token="<unk>", byte_fallback=True,
+            fuse_unk=True,
+        )
+    )  # fmt: skip
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    made.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=made, **special)
 
 
 def save(folder: Path, tokenizer: PreTrainedTokenizerFast, family: str, **changes: object) -> Path:

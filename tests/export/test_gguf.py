@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import paley
 from command_line import paley_
-from gguf_models import FAMILIES, LINEAR, LLAMA3, SIZES, byte_tokenizer, file_of, quantized, save
+from gguf_models import FAMILIES, LINEAR, LLAMA3, SIZES, byte_tokenizer, file_of, quantized, save, sentencepiece
 from llama_cpp import open_llama_cpp
 from paley.core.errors import PaleyError
 from paley.export.gguf import export_gguf
@@ -91,25 +90,6 @@ def test_a_real_model_writes_the_same_text(tmp_path):
         assert kl(model(torch.tensor([ids]), use_cache=False).logits[0], peer.logits(ids)) < 2e-3
         want = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False, eos_token_id=None)
         assert peer.greedy(ids, 12) == want[0, len(ids) :].tolist()
-
-
-def sentencepiece() -> PreTrainedTokenizerFast:
-    """A BPE of SentencePiece's kind: spaces are part of pieces, unknown characters fall back to bytes."""
-    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    letters = [chr(i) for i in range(33, 127)]
-    merges = [("▁", "t"), ("h", "e"), ("▁t", "he"), ("e", "r"), ("▁", "a"), ("o", "n"), ("t", "he"), ("▁", "the")]
-    joined = list(dict.fromkeys(left + right for left, right in merges))
-    pieces = [*special.values(), *(f"<0x{i:02X}>" for i in range(256)), "▁", *letters, *joined]
-    made = Tokenizer(
-        models.BPE(
-            {piece: index for index, piece in enumerate(pieces)}, merges, unk_token="<unk>", byte_fallback=True,
-            fuse_unk=True,
-        )
-    )  # fmt: skip
-    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    made.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=made, **special)
 
 
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])

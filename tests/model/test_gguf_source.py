@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import paley
 from command_line import paley_
-from gguf_models import FAMILIES, LLAMA3, byte_tokenizer, file_of, quantized, save
+from gguf_models import FAMILIES, LLAMA3, byte_tokenizer, file_of, quantized, save, sentencepiece
 from paley.core.errors import PaleyError
 from paley.export.gguf import export_gguf
 from paley.format.gguf import GgufFile
@@ -65,6 +65,28 @@ def test_the_tokenizer_is_that_of_the_model(llama, tokenizer):
         assert theirs(text)["input_ids"] == tokenizer(text)["input_ids"]
     assert theirs.chat_template == tokenizer.chat_template
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (1, 2, 3)
+
+
+def test_pieces_with_scores_are_a_tokenizer_with_merges(tmp_path):
+    tokenizer = sentencepiece()
+    file = written(tmp_path, tokenizer, "llama", vocab_size=400)[1]
+    theirs = AutoTokenizer.from_pretrained(resolve(file))
+    for text in ("the other one on a theatre", " two  spaces", "</s> then <s>the", "héllo 你\n\n", ""):
+        ids = tokenizer(text)["input_ids"]
+        assert theirs(text)["input_ids"] == ids
+        assert (
+            theirs.decode(ids, skip_special_tokens=True).strip() == text.replace("</s>", "").replace("<s>", "").strip()
+        )
+
+
+def test_a_way_to_split_text_that_is_not_known_is_refused(llama, tmp_path):
+    changed = rewritten(llama[1], tmp_path / "changed.gguf", tokenizer__ggml__pre="gpt-4o")
+    with pytest.raises(
+        PaleyError, match=r"splits text by 'gpt-4o', which Paley does not know; known are gpt-2"
+    ):
+        resolve(changed)
+    qwen = rewritten(llama[1], tmp_path / "qwen.gguf", tokenizer__ggml__pre="qwen2")
+    assert AutoTokenizer.from_pretrained(resolve(qwen)).bos_token is None  # it names one that no text begins with
 
 
 def test_quantize_eval_and_generate_take_a_file(llama, tmp_path):
