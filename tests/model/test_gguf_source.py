@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import shutil
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import paley
 from command_line import paley_
 from gguf_models import FAMILIES, LLAMA3, byte_tokenizer, file_of, quantized, save, sentencepiece
+from llama_cpp import open_llama_cpp
 from paley.core.errors import PaleyError
 from paley.export.gguf import export_gguf
 from paley.format.gguf import GgufFile
@@ -162,6 +165,22 @@ def test_a_damaged_file_is_refused_in_one_line(llama, tmp_path):
         resolve(file)
 
 
+def test_changed_bytes_are_refused_or_read(llama, tmp_path):
+    """Whatever stands in keys and names: a PaleyError, or a model; never another error, nor for ever."""
+    data, file, refused = llama[1].read_bytes(), tmp_path / "model.gguf", 0
+    end, draw = data.index(b"blk.2.ffn_up.weight") + 60, random.Random(0)
+    for _ in range(60):
+        changed = bytearray(data)
+        for _ in range(draw.choice([1, 2, 4])):
+            changed[draw.randrange(end)] = draw.choice([0, 255, draw.randrange(256)])
+        file.write_bytes(changed)
+        try:
+            open_source(file)
+        except PaleyError:
+            refused += 1
+    assert 10 < refused < 60
+
+
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
@@ -180,3 +199,33 @@ def test_without_the_package_the_way_to_get_it_is_said(llama, tmp_path, monkeypa
     file = shutil.copy(llama[1], tmp_path / "other.gguf")
     with pytest.raises(PaleyError, match=r'package gguf is missing .*; pip install "paley\[gguf\]"'):
         resolve(file)
+
+
+FILES = [path for path in os.environ.get("PALEY_GGUF", "").split(os.pathsep) if path]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FILES, reason="set PALEY_GGUF to published GGUF files, with colons between them")
+@pytest.mark.parametrize("file", FILES, ids=lambda file: Path(file).name)
+def test_a_published_file_says_what_llama_cpp_says(file):
+    """Within what llama.cpp loses by rounding inputs to 8 bits."""
+    rows = [info for info in GgufFile.open(Path(file)).tensors.values() if info.kind in ("Q4_1", "Q5_1")]
+    if any(info.shape[-1] % 128 for info in rows):
+        pytest.skip("this llama.cpp multiplies such rows of Q4_1 and Q5_1 wrongly (findings)")
+    source = open_source(file)
+    ids = source.tokenizer()(PASSAGE)["input_ids"]
+    with open_llama_cpp(Path(file)) as peer:
+        assert peer.tokens(PASSAGE) == ids
+        theirs = peer.logits(ids).log_softmax(-1)
+    with torch.no_grad():
+        ours = source.load()(torch.tensor([ids]), use_cache=False).logits[0].float().log_softmax(-1)
+    assert float((ours.exp() * (ours - theirs)).sum(-1).mean()) < 0.03
+    assert float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()) > 0.85
+
+
+PASSAGE = (
+    "The river rises in the hills north of the town and flows for about 40 miles to the sea. In 1842, a bridge of stone "
+    "was built where the old ford had been; it has carried the road ever since. Fishermen say that the pools below it "
+    "hold trout of up to six pounds, though nobody has caught one for years. In spring, when the snow melts, the water "
+    "covers the meadows on both banks, and the farmers drive their sheep to higher ground."
+)

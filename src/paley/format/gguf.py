@@ -60,7 +60,8 @@ class GgufTensor(TensorInfo):
         else:
             kind = package.GGMLQuantizationType[self.kind]
             rows = data.view(-1, self.stored // (self._rows or 1)).numpy()
-            found = torch.from_numpy(package.dequantize(rows, kind)).reshape(self.shape)
+            with importlib.import_module("numpy").errstate(all="ignore"):  # what is not finite is refused by name later
+                found = torch.from_numpy(package.dequantize(rows, kind)).reshape(self.shape)
         if self.heads:
             found = found.unflatten(0, (self.heads, -1, 2)).transpose(1, 2).flatten(0, 2)
         return (found - self.offset if self.offset else found).contiguous()
@@ -107,12 +108,17 @@ class GgufFile:
             if info.start + info.stored > size:
                 raise PaleyError(f"{file}: truncated: {name!r} ends at byte {info.start + info.stored:,}, the file at "
                                  f"{size:,}; {_AGAIN}")  # fmt: skip
+            if 0 in info.shape:
+                raise PaleyError(f"{file}: {name!r} has shape {list(info.shape)}, which no weight has; {_AGAIN}")
             _check_type(package, file, name, info)
         return cls(file, reader.fields, tensors)
 
     def get(self, key: str) -> Any:
-        """The value of a key; None if it is missing."""
-        return self.fields[key].contents() if key in self.fields else None
+        """The value of a key; None if it is missing. Errors: PaleyError for a text that is none."""
+        try:
+            return self.fields[key].contents() if key in self.fields else None
+        except (ValueError, LookupError) as error:  # a text is no UTF-8, a type has no values
+            raise PaleyError(f"{self.file}: key {key} is damaged: {error}; {_AGAIN}") from None
 
     def key(self, name: str) -> Any:
         """The same for one of the model's, without the architecture's name."""

@@ -24,6 +24,7 @@ from paley.format.checkpoint import GGUF_FILE
 from paley.format.files import write_json
 from paley.format.gguf import GgufFile
 from paley.format.rope import with_older_keys
+from paley.model.checks import check_layers
 from paley.model.gguf_tokenizer import tokenizer_of
 
 __all__ = ["gguf_folder"]
@@ -44,14 +45,20 @@ def gguf_folder(file: Path) -> Path:
 @functools.cache
 def _made(file: Path, size: int, changed: int) -> Path:
     opened = GgufFile.open(file)
-    config = _config(opened)
+    try:
+        config, tokenizer = _config(opened), tokenizer_of(opened)
+    except PaleyError:
+        raise
+    except Exception as error:  # the file is anybody's, and what its values lead to differs from family to family
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise PaleyError(f"{file}: its keys describe no model and tokenizer: {why}") from error
     folder = Path(tempfile.mkdtemp(prefix="paley-gguf-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     named = folder / file.stem  # which errors name
     named.mkdir()
     write_json(named / "config.json", with_older_keys(config))
     (named / GGUF_FILE).symlink_to(file)
-    tokenizer_of(opened).save_pretrained(named)
+    tokenizer.save_pretrained(named)
     return named
 
 
@@ -67,6 +74,7 @@ def _config(file: GgufFile) -> dict[str, Any]:
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
         raise PaleyError(f"{file.file}: has no tensor token_embd.weight; give a whole language model")
+    check_layers(file.file, found, file.tensors)
     layers, heads = found["num_hidden_layers"], found["num_attention_heads"]
     head_dim = file.key("attention.key_length") or found["hidden_size"] // heads
     if (turned := file.key("rope.dimension_count")) not in (None, head_dim):
