@@ -209,7 +209,10 @@ def test_the_command_line_and_overwriting(tokenizer, tmp_path):
     assert sorted(path.name for path in (tmp_path / "gguf").iterdir()) == [
         "README.md", "model-Q4_0.gguf", "results.json",
     ]  # fmt: skip
-    assert "must be gguf, plain, got 'ggfu'" in paley_("export", out, "--to", "ggfu", "--output", "x", code=2).err
+    assert (
+        "--to: must be gguf, compressed-tensors, mlx, plain, got 'ggfu'; did you mean 'gguf'?"
+        in paley_("export", out, "--to", "ggfu", "--output", "x", code=2).err
+    )
     plain = json.loads(paley_("export", out, "--to", "plain", "--output", tmp_path / "plain", "--json").out)
     assert plain["types"] == {}
     assert Checkpoint.open(tmp_path / "plain").nbytes == plain["bytes"]

@@ -224,7 +224,7 @@ def test_a_published_file_says_what_llama_cpp_says(file):
 
 
 PASSAGE = (
-    "The river rises in the hills north of the town and flows for about 40 miles to the sea. In 1842, a bridge of stone "
+    "The river rises in the hills north of the town and flows for some 40 miles to the sea. In 1842, a bridge of stone "
     "was built where the old ford had been; it has carried the road ever since. Fishermen say that the pools below it "
     "hold trout of up to six pounds, though nobody has caught one for years. In spring, when the snow melts, the water "
     "covers the meadows on both banks, and the farmers drive their sheep to higher ground."

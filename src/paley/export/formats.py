@@ -45,7 +45,6 @@ def export_to(
     hears of each tensor written, and how many there are. Errors: PaleyError, with nothing in `output`.
     """
     if to not in FORMATS:
-        raise PaleyError(
-            f"must be {', '.join(FORMATS)}", where=str(Setting("to")), got=f"{to!r}{nearest_name(to, FORMATS)}"
-        )
+        known = f": must be {', '.join(FORMATS)}"
+        raise PaleyError(Setting("to"), known, got=f"{to!r}{nearest_name(to, FORMATS)}")
     return FORMATS[to](path, output=output, weights_only=weights_only, overwrite=overwrite, on_tensor=on_tensor)

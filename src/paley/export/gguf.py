@@ -97,7 +97,7 @@ def export_gguf(
             work.new.mkdir()
             with disk(file, sum(tensor.nbytes for tensor in tensors)):
                 writer = package.GGUFWriter(file, model.family.architecture)
-                _add_keys(package, writer, model, tokenizer, label)
+                _add_keys(package, writer, model, tokenizer, label, folder.resolve().name)
                 _write(package, writer, tensors, on_tensor)
             made = _exported(output, source, tensors, kinds)
             _describe(work.new, file.name, source, config, made)
@@ -235,10 +235,11 @@ def _label(kinds: dict[str, BlockType]) -> str:
     return found.most_common(1)[0][0] if found else "F16"
 
 
-def _add_keys(package: Any, writer: Any, model: GgufModel, tokenizer: dict[str, Any], label: str) -> None:
+def _add_keys(package: Any, writer: Any, model: GgufModel, tokenizer: dict[str, Any], label: str, name: str) -> None:
     kinds = package.GGUFValueType
     own: dict[str, Any] = {**model.keys(), **model.scaling()}
-    general = {"general.type": "model", "general.quantized_by": "paley", "general.quantization_version": 2}
+    general: dict[str, Any] = {"general.type": "model", "general.name": name, "general.quantized_by": "paley"}
+    general["general.quantization_version"] = 2
     general["general.file_type"] = int(getattr(package.LlamaFileType, f"MOSTLY_{label}", 0))
     named = {f"{model.family.architecture}.{key}": value for key, value in own.items()}
     named |= {f"tokenizer.{key}": value for key, value in tokenizer.items()}
