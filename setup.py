@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
@@ -66,5 +67,14 @@ class BuildKernels(build_ext):
         super().build_extension(ext)
 
 
+class Wheel(bdist_wheel):
+    """One wheel for every Python of a platform; for every platform where there was no compiler."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        built = Path(self.bdist_dir, "paley", "kernels", NAME)
+        platform = super().get_tag()[2] if built.is_file() else "any"
+        return "py3", "none", platform
+
+
 kernels = Extension("paley.kernels.libpaley", SOURCES, depends=HEADERS, language="c++", optional=True)
-setup(ext_modules=[kernels], cmdclass={"build_ext": BuildKernels})
+setup(ext_modules=[kernels], cmdclass={"build_ext": BuildKernels, "bdist_wheel": Wheel})
