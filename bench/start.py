@@ -25,7 +25,7 @@ def once(folder: Path, one_core: bool) -> dict[str, float]:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     start = time.perf_counter()
     import paley
-    from paley.model.loading import load_tokenizer
+    from paley.model.folders import load_tokenizer
     from paley.pipeline.opening import open_text_model
 
     imported = time.perf_counter()

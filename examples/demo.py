@@ -17,7 +17,7 @@ from rich.table import Table
 from transformers.utils import logging
 
 import paley
-from paley.model.loading import load_tokenizer
+from paley.model.folders import load_tokenizer
 from paley.pipeline.any_model import load_any
 from paley.recipe import apply_settings, preset
 

@@ -8,7 +8,8 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from family_configs import CONFIGS
 from paley.core.errors import PaleyError
-from paley.model.loading import empty_model, load_tokenizer, open_source, plain_attention
+from paley.model.folders import load_tokenizer
+from paley.model.loading import empty_model, open_source, plain_attention
 from paley.pipeline.accounting import parameter_count
 from tiny_models import EMBEDDING, HEAD, save_tiny, store_tie_as
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import paley
-from paley.model.loading import load_tokenizer
+from paley.model.folders import load_tokenizer
 from paley.recipe import apply_settings
 from tiny_models import save_tiny
 
@@ -56,6 +60,19 @@ def test_generate_takes_a_model_in_memory_and_streams(made):
     assert (found.prompt_tokens, found.tokens) == (1, 9)
     with pytest.raises(paley.PaleyError, match="give tokenizer="):
         paley.generate(model, "A")
+
+
+def test_the_engine_starts_without_what_transformers_needs_for_models(made):
+    """Half of the time to the first token went into that."""
+    _, outcome, _ = made
+    code = f"""if True:
+        import sys, paley
+        assert paley.generate({str(outcome.output)!r}, "A", max_new_tokens=2).engine == "native"
+        heavy = ("transformers.modeling_utils", "torch._dynamo", "scipy", "paley.hf")
+        print([name for name in heavy if name in sys.modules])"""
+    environment = os.environ | {"PYTHONPATH": str(Path(paley.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout == "[]\n"
 
 
 def test_inspect_counts_every_byte(made):

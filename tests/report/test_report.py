@@ -16,7 +16,7 @@ import paley
 from browser import chromium
 from command_line import paley_
 from paley.eval.reference import Reference
-from paley.model.loading import load_tokenizer
+from paley.model.folders import load_tokenizer
 from paley.recipe import apply_settings
 from paley.report import Report, gather, write_page
 from paley.report.charts import bars, dots, heat_map

@@ -104,7 +104,8 @@ def sensitivity_verb(
 
 def _short_test(model: str) -> list[str]:
     """The setting that a model needs which reads fewer tokens than a test's sequences have."""
-    from paley.model.loading import read_config, resolve
+    from paley.model.folders import resolve
+    from paley.model.loading import read_config
     from paley.recipe import Test
 
     limit = getattr(read_config(resolve(model)), "max_position_embeddings", None)

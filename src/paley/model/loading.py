@@ -10,13 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -28,21 +25,18 @@ from paley.core.reading import read_json
 from paley.format.checkpoint import Checkpoint
 from paley.format.config import QUANT_METHOD
 from paley.format.decoding import FLOAT8, Fp8, decode
-from paley.format.files import OTHER_WEIGHTS
 from paley.format.header import NAMES, TensorInfo
 from paley.model.checks import check_config, check_family, check_layers
 from paley.model.converting import convert
-from paley.model.gguf_source import gguf_folder
+from paley.model.folders import load_tokenizer, resolve
 from paley.model.placing import belongs, place, summed_up
 from paley.model.text_part import text_part
 from paley.model.walk import sites_of
 
 __all__ = [
     "Source", "check_fit", "check_seq_len", "default_attention", "empty_model", "is_ignored", "join_tie",
-    "load_tokenizer", "open_source", "plain_attention", "read_config", "resolve", "tied_partners",
+    "open_source", "plain_attention", "read_config", "tied_partners",
 ]  # fmt: skip
-
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -225,14 +219,6 @@ def check_seq_len(config: Any, lengths: Mapping[str, int]) -> None:
         )
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a local folder; PaleyError where there is none, or a damaged one."""
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, LookupError, TypeError) as error:  # the last two: JSON, but no tokenizer's
-        raise PaleyError(f"{path}: no tokenizer can be loaded here: {error}") from error
-
-
 def open_source(model: str | Path) -> Source:
     """Checks the folder or Hub name `model`: architecture, files, and that every weight is finite."""
     path = resolve(model)
@@ -298,25 +284,3 @@ def _block(entry: Any) -> tuple[int, int] | None:
     if not isinstance(sizes, list) or len(sizes) != 2 or not all(type(n) is int and n > 0 for n in sizes):
         return None
     return sizes[0], sizes[1]
-
-
-def resolve(model: str | Path) -> Path:
-    """A local folder as it is; a Hub name `owner/name` downloaded, or from the cache; a folder for a GGUF file."""
-    path = Path(model)
-    if path.suffix == ".gguf" and path.is_file():
-        return gguf_folder(path)
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise PaleyError(f"{path}: is a file; give the folder of a Hugging Face checkpoint, or a GGUF file")
-    if not _HUB_NAME.fullmatch(str(model)):
-        raise PaleyError(f"{model}: no such folder, and no Hub name (owner/name) either")
-    try:
-        return Path(snapshot_download(str(model), ignore_patterns=[*OTHER_WEIGHTS, "consolidated*", "original/*"]))
-    except LocalEntryNotFoundError as error:
-        raise PaleyError(
-            f"{model}: no such folder here, it is not in the local Hub cache, and the Hub cannot be reached; "
-            "download it on a machine with network and give its folder"
-        ) from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise PaleyError(f"{model}: no such folder here, and the Hub does not give it: {error}") from error

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
 
-from paley import hf
 from paley.core.errors import PaleyError, Setting
 from paley.format.spec import QUANT_METHOD
-from paley.model.loading import open_source, resolve
-from paley.ops.matmul import EXACT
+from paley.model.folders import resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["check_device", "is_paley", "load_any"]
 
@@ -46,6 +47,10 @@ def load_any(model: str | Path, device: str = "cpu", *, kernels: bool = False) -
     kernels: multiply by the fastest products there are here. Scores do without, so that the native library does not
     matter to them.
     """
+    from paley import hf
+    from paley.model.loading import open_source
+    from paley.ops.matmul import EXACT
+
     path = resolve(str(model))
     if is_paley(path):
         return hf.load(path, device=device, product="auto" if kernels else EXACT)

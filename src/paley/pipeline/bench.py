@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from paley.core.errors import PaleyError, Setting, nearest_name
 from paley.model.decoder import ModelDecoder
-from paley.model.loading import resolve
+from paley.model.folders import resolve
 from paley.pipeline.decoder import Context, Decoder
 from paley.pipeline.opening import open_decoder, why_no_engine
 from paley.runtime import Engine

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, cast
 
 from paley.core.errors import PaleyError, Setting
 from paley.pipeline.continuation import Continuation, check_room, step
 from paley.pipeline.conversation import chat_ids
 from paley.pipeline.opening import TextModel, open_text_model
 from paley.pipeline.sampling import Sampling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["Generated", "check_tokens", "generate", "prompt_ids", "run"]
 

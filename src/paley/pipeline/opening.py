@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paley import kernels
 from paley.core.errors import PaleyError
 from paley.core.reading import read_json
-from paley.model.decoder import ModelDecoder
-from paley.model.loading import load_tokenizer, resolve
+from paley.model.folders import load_tokenizer, resolve
 from paley.pipeline.any_model import check_device, is_paley, load_any
 from paley.pipeline.decoder import Decoder
 from paley.runtime import Engine, why_not
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["TextModel", "open_decoder", "open_text_model", "why_no_engine"]
 
@@ -43,6 +45,8 @@ def open_decoder(path: str | Path, device: str = "cpu") -> Decoder:
     folder = resolve(str(path))
     if why_no_engine(folder, device) is None:
         return Engine.open(folder)
+    from paley.model.decoder import ModelDecoder
+
     return ModelDecoder(load_any(folder, device, kernels=True))
 
 
@@ -61,7 +65,9 @@ def open_text_model(
     model: PreTrainedModel | str | Path, device: str = "cpu", tokenizer: PreTrainedTokenizerBase | None = None
 ) -> TextModel:
     """Of a folder or Hub name, which is put on `device`; or of a model in memory, with its tokenizer."""
-    if isinstance(model, PreTrainedModel):
+    if not isinstance(model, str | Path):
+        from paley.model.decoder import ModelDecoder
+
         if tokenizer is None:
             raise PaleyError("a model in memory comes without its tokenizer", remedy="give tokenizer=")
         named = [getattr(part, "eos_token_id", None) for part in (model.generation_config, model.config)]

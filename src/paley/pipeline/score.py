@@ -9,7 +9,8 @@ from paley.core.reading import read_json
 from paley.data import TokenBlocks
 from paley.eval.perplexity import EvalResult, evaluate
 from paley.eval.reference import Reference
-from paley.model.loading import check_seq_len, load_tokenizer, open_source, read_config, resolve
+from paley.model.folders import load_tokenizer, resolve
+from paley.model.loading import check_seq_len, open_source, read_config
 from paley.pipeline.any_model import check_device, load_any
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.texts import SELF, check_vocabulary, is_tuned_on, test_blocks

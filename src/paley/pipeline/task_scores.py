@@ -7,7 +7,8 @@ from pathlib import Path
 
 from paley.core.errors import PaleyError, Setting
 from paley.eval.tasks import Scores, TaskScore, check_tasks, compare_tasks, run_tasks
-from paley.model.loading import load_tokenizer, open_source, resolve
+from paley.model.folders import load_tokenizer, resolve
+from paley.model.loading import open_source
 from paley.pipeline.any_model import check_device, load_any
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.score import check_origin

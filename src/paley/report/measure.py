@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from paley.data import TokenBlocks
 from paley.eval.perplexity import token_scores
 from paley.eval.reference import Reference
+from paley.model.folders import load_tokenizer
 from paley.model.linear import QuantLinear
-from paley.model.loading import load_tokenizer, open_source
+from paley.model.loading import open_source
 from paley.pipeline.any_model import load_any
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.score import check_origin, scored_text
