@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 import paley
 from command_line import paley_
 from paley.core.errors import PaleyError
-from paley.kernels import matmul, native
+from paley.kernels import gpu, matmul, native
 from tiny_models import higgs, save_tiny
 
 
@@ -77,6 +78,19 @@ def test_doctor_finds_what_is_wrong(monkeypatch, tmp_path):
     monkeypatch.setattr(native, "why_missing", lambda: "libpaley.so was not built")
     found = paley.doctor()
     assert (found.well, found.tests, found.missing) == (False, {}, "libpaley.so was not built")
+
+
+def test_doctor_names_the_kernels_for_gpus(monkeypatch):
+    if not torch.cuda.is_available():
+        assert paley.doctor().gpu.startswith("none: ")
+    monkeypatch.setattr(gpu, "why_not", lambda: "PyTorch sees no GPU")
+    assert "Triton kernels: none: PyTorch sees no GPU" in paley_("doctor").out
+    monkeypatch.setattr(gpu, "why_not", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setenv("TRITON_INTERPRET", "")
+    assert paley.doctor().gpu.endswith("for a GPU, off: they were not measured yet; PALEY_TRITON=1 takes them")
+    monkeypatch.setenv("PALEY_TRITON", "1")
+    assert paley.doctor().gpu == "grid_matmul and kv_attention on a GPU (PALEY_TRITON=1)"
 
 
 def test_the_verbs_print_it(folder):

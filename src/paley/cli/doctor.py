@@ -51,6 +51,7 @@ def _lines(found: Doctor) -> list[str]:
         lines.append(f"native library: {found.library}")
         lines.append(f"levels: {', '.join(f'{name} {level}' for name, level in found.levels.items())}")
         lines += [f"test of {name}: {result}" for name, result in found.tests.items()]
+    lines.append(f"Triton kernels: {found.gpu}")
     if found.engine is not None:
         how = "the native engine" if found.engine == "native" else f"transformers, as {found.engine}"
         lines.append(f"run by {how}")

@@ -14,6 +14,7 @@ from paley.core.errors import PaleyError
 from paley.core.rounding import codes_per_row
 from paley.core.schemes import ActivationScheme, AttentionScheme
 from paley.core.transforms import Transform
+from paley.kernels import gpu
 from paley.ops import rounding
 
 __all__ = ["SCALE_DTYPE", "PackedKV", "kv_attention", "pack_kv"]
@@ -87,10 +88,19 @@ def kv_attention(
     packed keys lack it already.
     """
     query = rounding.round_trip(query, None, transform=scheme.key_transform)
+    back = scheme.value_transform
+    if base is None and isinstance(key, PackedKV) and isinstance(value, PackedKV) and gpu.chosen(query.device):
+        _check_held(key, scheme.keys, scheme.key_transform, "keys")
+        _check_held(value, scheme.values, scheme.value_transform, "values")
+        if _on_gpu(module, query, key, value, attention_mask, kwargs):
+            from paley.kernels.gpu.attention import attention
+
+            scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+            output = attention(query, key, value, attention_mask, scaling).transpose(1, 2)
+            return output if back is None else rounding.turn_back(output, back), None
     key = _read(key, scheme.keys, scheme.key_transform, base, query, "keys")
     value = _read(value, scheme.values, scheme.value_transform, None, query, "values")
     output = _attend(module, query, key, value, attention_mask, **kwargs)
-    back = scheme.value_transform
     return output if back is None else rounding.turn_back(output, back), None
 
 
@@ -100,6 +110,25 @@ _UNUSED = {
     "return_dict", "output_router_logits", "num_items_in_batch", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q",
     "max_length_k", "cu_seqlens", "is_causal",
 }  # fmt: skip
+
+
+def _on_gpu(
+    module: nn.Module, query: Tensor, key: PackedKV, value: PackedKV, mask: Tensor | None, kwargs: dict[str, Any]
+) -> bool:
+    """Whether the Triton kernel computes it: no gradients, soft cap, sinks or biases, and a mask if it is causal."""
+    from paley.kernels.gpu.attention import takes
+
+    if query.requires_grad or any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
+        return False
+    if kwargs.get("dropout") or any(name not in _UNUSED | {"scaling", "dropout"} for name in _given(kwargs)):
+        return False
+    causal = mask is None and query.shape[2] > 1 and getattr(module, "is_causal", True)
+    return not causal and takes(key.scheme, key.width) and takes(value.scheme, value.width)
+
+
+def _given(kwargs: dict[str, Any]) -> list[str]:
+    """Names of arguments that may change scores."""
+    return [name for name, given in kwargs.items() if isinstance(given, Tensor | float)]
 
 
 def _attend(
@@ -120,7 +149,7 @@ def _attend(
 
     Errors: PaleyError for an argument that may change scores, and is none of these.
     """
-    if unknown := [name for name, given in kwargs.items() if name not in _UNUSED and isinstance(given, Tensor | float)]:
+    if unknown := [name for name in _given(kwargs) if name not in _UNUSED]:
         raise PaleyError(
             f"attention: {type(module).__name__} gives its attention {unknown[0]}, which Paley's does not know; leave "
             "keys and values unquantized"
@@ -158,11 +187,7 @@ def _read(
 ) -> Tensor:
     """x, packed or plain -> what a cache holds of it, [batch, kv_heads, tokens, width] in query's dtype."""
     if isinstance(x, PackedKV):
-        if (x.scheme, x.transform) != (scheme, transform):
-            raise PaleyError(
-                f"attention: the cache holds {what} as {x.scheme}, {x.transform}, but the module's scheme says "
-                f"{scheme}, {transform}; build a new PackedKVCache after changing schemes"
-            )
+        _check_held(x, scheme, transform, what)
         x = x.dequantize(query.dtype)
     elif scheme is None:
         return x
@@ -170,6 +195,14 @@ def _read(
         x, ahead = _without(x, transform, base)
         x = rounding.round_trip(x, scheme, SCALE_DTYPE, transform=ahead)
     return x if base is None else x + base
+
+
+def _check_held(x: PackedKV, scheme: ActivationScheme | None, transform: Transform | None, what: str) -> None:
+    if (x.scheme, x.transform) != (scheme, transform):
+        raise PaleyError(
+            f"attention: the cache holds {what} as {x.scheme}, {x.transform}, but the module's scheme says "
+            f"{scheme}, {transform}; build a new PackedKVCache after changing schemes"
+        )
 
 
 def _without(x: Tensor, transform: Transform | None, base: Tensor | None) -> tuple[Tensor, Transform | None]:

@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from paley import kernels
-from paley.core import planes
+from paley.core import packing, planes
 from paley.core.errors import PaleyError, nearest_name
 from paley.core.rounding import Quantized
 from paley.core.schemes import LinearScheme
-from paley.kernels import matmul, rounding
+from paley.kernels import gpu, matmul, rounding
 from paley.kernels.products import products
+from paley.kernels.stored import StoredWeight
 from paley.ops.inputs import InputCodes, encode_input, round_input
 
 __all__ = ["CALIBRATION", "EXACT", "PRODUCTS", "CodedWeight", "Product", "choose", "grid_matmul"]
@@ -174,6 +175,51 @@ class Integer:
         return scheme == self._scheme
 
 
+class Triton:
+    """Grids of one or two values a code on a GPU, straight from packed codes (`paley.kernels.gpu`).
+
+    `auto` takes it only if PALEY_TRITON=1.
+    """
+
+    name = "triton"
+
+    def __init__(self, weight: CodedWeight, dtype: torch.dtype):
+        from paley.kernels.gpu.matmul import prepare
+
+        q = weight.quantized()
+        assert q is not None
+        self._layer = weight
+        codes = packing.pack_codes(q.codes, q.grid.size)
+        self._weight = prepare(StoredWeight("weight", codes, q.scales, q.zeros, q.grid, q.width))
+
+    @property
+    def how(self) -> Hashable:
+        """As of `Packed`."""
+        return ("values", self._layer.scheme.input, (self._layer.scheme.transform, *_own(self._layer)))
+
+    @staticmethod
+    def takes(scheme: LinearScheme, width: int, device: torch.device) -> bool:
+        if not gpu.runs_on(device):
+            return False
+        from paley.kernels.gpu.matmul import takes
+
+        return takes(scheme, width)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return round_input(x, self._layer.scheme, None, self._layer.diagonal)
+
+    def run(self, encoded: Tensor, x: Tensor) -> Tensor:
+        if encoded.requires_grad:  # which the kernel does not have
+            return linear(encoded, self._layer.dequantize(x.dtype))
+        from paley.kernels.gpu.matmul import matmul
+
+        y = matmul(encoded.reshape(-1, encoded.shape[-1]), self._weight)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def fits(self, scheme: LinearScheme) -> bool:
+        return True
+
+
 class Dense:
     """The weight written out once. If its input is not rounded, the transform goes into it: W (T x) = (W T) x."""
 
@@ -275,7 +321,7 @@ class Bfloat(Dense):
         return y.view(*encoded.shape[:-1], len(self.weight))
 
 
-PRODUCTS = {product.name: product for product in (Planes, Integer, Dense, Packed)}
+PRODUCTS = {product.name: product for product in (Planes, Integer, Triton, Dense, Packed)}
 EXACT = "dense"  # scores are measured with it: it does not depend on the native library
 CALIBRATION = Bfloat.name
 _BY_NAME = {**PRODUCTS, CALIBRATION: Bfloat}
@@ -295,5 +341,6 @@ def choose(weight: CodedWeight, width: int, device: torch.device, dtype: torch.d
         raise PaleyError(
             f"product {name!r} does not take weights such as {weight.scheme} on {device}; use product='auto'"
         )
-    wanted = PRODUCTS.values() if name == "auto" else (_BY_NAME[name],)
+    automatic = [product for product in PRODUCTS.values() if product is not Triton or gpu.chosen(device)]
+    wanted = automatic if name == "auto" else [_BY_NAME[name]]
     return next(product for product in wanted if product.takes(weight.scheme, width, device))(weight, dtype)

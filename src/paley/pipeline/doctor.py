@@ -18,9 +18,9 @@ from paley.core import grids, nearest
 from paley.core.rounding import Quantized
 from paley.core.schemes import LinearScheme, WeightScheme
 from paley.core.transforms import Transform
-from paley.kernels import matmul, native
+from paley.kernels import gpu, matmul, native
 from paley.kernels import rounding as rounding_kernels
-from paley.model.loading import resolve
+from paley.model.folders import resolve
 from paley.pipeline.any_model import is_paley
 from paley.pipeline.machine import free_memory
 from paley.pipeline.opening import why_no_engine
@@ -38,7 +38,8 @@ _FLAGS = (
 class Doctor:
     """library: the native one's file; missing: why it is not used. tests: of its kernels, "ok" or what failed.
 
-    engine: None without a folder, else "native", or why the engine does not run it. products: product -> linears.
+    gpu: the Triton kernels, whether they are taken, or why there are none. engine: None without a folder, else
+    "native", or why the engine does not run it. products: product -> linears.
     """
 
     machine: str
@@ -52,6 +53,7 @@ class Doctor:
     levels: dict[str, str]
     tests: dict[str, str]
     seconds: float
+    gpu: str
     engine: str | None = None
     products: dict[str, int] | None = None
 
@@ -89,8 +91,19 @@ def doctor(folder: str | Path | None = None) -> Doctor:
             "python": platform.python_version(), "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        seconds=time.perf_counter() - start, engine=engine, products=products,
+        seconds=time.perf_counter() - start, gpu=_gpu(), engine=engine, products=products,
     )  # fmt: skip
+
+
+def _gpu() -> str:
+    if (reason := gpu.why_not()) is not None:
+        return f"none: {reason}"
+    if gpu.interpreted():
+        return "Triton's interpreter, on the CPU (TRITON_INTERPRET=1)"
+    name = torch.cuda.get_device_name()
+    if gpu.chosen(torch.device("cuda")):
+        return f"grid_matmul and kv_attention on {name} (PALEY_TRITON=1)"
+    return f"grid_matmul and kv_attention for {name}, off: they were not measured yet; PALEY_TRITON=1 takes them"
 
 
 def _cpuinfo(key: str) -> str:
