@@ -85,7 +85,7 @@ def _matmul(
             if AFFINE:
                 sums += tl.sum(a.to(tl.float32), 1)
             if P == 2:
-                b = tl.load(x + tokens.to(tl.int64) * width + place, mask=seen, other=0.0)
+                b = tl.load(x + (place + tokens * width), mask=seen, other=0.0)
                 v = _points(second, found, SIZE, R, C)
                 if M == 1:
                     part += tl.sum(b.to(tl.float32) * v.to(tl.float32), 1)[None, :]
@@ -145,7 +145,7 @@ def matmul(x: Tensor, matrix: GpuMatrix) -> Tensor:
     y = torch.empty(tokens, matrix.out, dtype=x.dtype, device=x.device)
     if tokens == 0:
         return y
-    apart = x.contiguous() if p == 1 else x.view(tokens, -1, p).permute(2, 0, 1).contiguous()
+    apart = x.contiguous() if p == 1 else x.reshape(tokens, -1, p).permute(2, 0, 1).contiguous()
     group_codes = matrix.width // groups // p
     tile = 1 if tokens == 1 else min(64, max(16, triton.next_power_of_2(tokens)))
     at_a_time = min(_CODES, max(16, triton.next_power_of_2(group_codes)))
