@@ -127,7 +127,7 @@ def test_a_weight_that_is_kept_is_multiplied_as_it_is():
 def test_an_unknown_product_is_refused(kept):
     layer = QuantLinear(8, 4, bias=False, scheme=LinearScheme()) if kept else layer_of()[0]
     with pytest.raises(
-        PaleyError, match="'plane' is none of auto, planes, integer, dense, packed; did you mean 'planes'"
+        PaleyError, match="'plane' is none of auto, planes, integer, triton, dense, packed; did you mean 'planes'"
     ):
         layer.prepare_("plane")
 
