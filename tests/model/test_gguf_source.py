@@ -19,7 +19,8 @@ from llama_cpp import open_llama_cpp
 from paley.core.errors import PaleyError
 from paley.export.gguf import export_gguf
 from paley.format.gguf import GgufFile
-from paley.model.loading import open_source, read_config, resolve
+from paley.model.folders import resolve
+from paley.model.loading import open_source, read_config
 from paley.recipe import apply_settings, preset
 
 gguf = pytest.importorskip("gguf")
