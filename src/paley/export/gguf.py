@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paley.arch import Site, Sites, family, sites
+from paley.arch import Site, Sites
 from paley.arch.gguf import ROPE_FACTORS
 from paley.core.errors import PaleyError
 from paley.core.files import disk, write_atomic
@@ -83,12 +83,11 @@ def export_gguf(
     place = place_for(output, folder, overwrite=overwrite)
     source = QuantizedFolder.open(folder, weights_only=weights_only, what="a GGUF file")
     config = read_config(folder)
-    row = sites(family(config.model_type), config)
-    model = GgufModel.of(row, config, f"{folder}/config.json")
-    checkpoint = join_tie(folder, source.stored, row)
-    kinds = _kinds(source, checkpoint, row)
+    model = GgufModel.of(config, f"{folder}/config.json")
+    checkpoint = join_tie(folder, source.stored, model.sites)
+    kinds = _kinds(source, checkpoint, model.sites)
     names = package.get_tensor_name_map(_architecture(package, model), config.num_hidden_layers)
-    tensors = list(_tensors(source, checkpoint, row, model, kinds, names))
+    tensors = list(_tensors(source, checkpoint, model, kinds, names))
     tokenizer = tokenizer_keys(folder, config.vocab_size)
     label = _label(kinds)
     try:
@@ -162,28 +161,27 @@ def _nearest(grid: Any) -> str:
 
 
 def _tensors(
-    source: QuantizedFolder, checkpoint: Checkpoint, model: Sites, gguf: GgufModel, kinds: dict[str, BlockType],
-    names: Any,
-) -> Iterator[_Tensor]:  # fmt: skip
+    source: QuantizedFolder, checkpoint: Checkpoint, model: GgufModel, kinds: dict[str, BlockType], names: Any
+) -> Iterator[_Tensor]:
     """What the file holds, in the order of the checkpoint's names; raises for a tensor that GGUF has no place for."""
-    if (factors := gguf.rope_factors()) is not None:
+    if (factors := model.rope_factors()) is not None:
         yield _Tensor(ROPE_FACTORS, tuple(factors.shape), "F32", lambda: _bytes(factors), factors.nbytes)
     taken = {f"{attention}.{part}" for attention in source.section.attentions for part in MEAN_KEYS}
     for name, kind in kinds.items():
         taken |= {name + part for part in spec.PARTS}
-        site, rows = model[name], checkpoint.shape(name + spec.CODES)[0]
+        site, rows = model.sites[name], checkpoint.shape(name + spec.CODES)[0]
         if rows != site.shape[0]:
             raise PaleyError(f"{name}: has {rows} rows, but the model's layer has {site.shape[0]}")
         yield _Tensor(
             _name(names, name + spec.WEIGHT), site.shape, kind.name,
-            partial(_coded, checkpoint, source.section.linears[name], site, kind, gguf.row_order(site)),
+            partial(_coded, checkpoint, source.section.linears[name], site, kind, model.row_order(site)),
             site.numel // BLOCK * kind.block_bytes,
         )  # fmt: skip
     for name in checkpoint:
         if name in taken:
             continue
-        site = model.get(name.removesuffix(spec.BIAS).removesuffix(spec.WEIGHT))
-        if name.endswith(spec.BIAS) and (site is None or site.writes not in gguf.family.biased):
+        site = model.sites.get(name.removesuffix(spec.BIAS).removesuffix(spec.WEIGHT))
+        if name.endswith(spec.BIAS) and (site is None or site.writes not in model.family.biased):
             raise PaleyError(f"{name}: GGUF has no place for this bias in a model of this family", remedy=_WAY_OUT)
         vector = len(checkpoint.shape(name)) == 1
         kind = torch.float32 if vector else checkpoint.dtype(name)
@@ -192,7 +190,7 @@ def _tensors(
         count = math.prod(checkpoint.shape(name))
         yield _Tensor(
             _name(names, name), checkpoint.shape(name), _FLOATS[kind],
-            partial(_plain, checkpoint, name, site, gguf), count * kind.itemsize,
+            partial(_plain, checkpoint, name, site, model), count * kind.itemsize,
         )  # fmt: skip
 
 

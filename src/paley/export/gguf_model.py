@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paley.arch import Architecture, Site, Sites, window
+from paley.arch import Architecture, Site, Sites, sites, window
+from paley.arch import family as family_row
 from paley.arch.gguf import GGUF, KEYS, GgufFamily
 from paley.arch.rope import llama3_factors
 from paley.core.errors import PaleyError
@@ -25,22 +26,24 @@ _NEAREST = "keep the folder for Paley, or export it --to plain"
 
 @dataclass(frozen=True)
 class GgufModel:
-    """One model's family, in Paley and in GGUF, and its config."""
+    """One model's family, in Paley and in GGUF, its config, and its places by name."""
 
     row: Architecture
+    sites: Sites
     family: GgufFamily
     config: Any
     where: str
 
     @classmethod
-    def of(cls, sites: Sites, config: Any, where: str) -> GgufModel:
+    def of(cls, config: Any, where: str) -> GgufModel:
         """Errors: PaleyError for a family that Paley writes no GGUF files of, and for what a file cannot say."""
         if (family := GGUF.get(config.model_type)) is None:
             raise PaleyError(
                 f"a model of type {config.model_type!r} cannot be a GGUF file; those that can are {', '.join(GGUF)}",
                 where=where, remedy=_NEAREST,
             )  # fmt: skip
-        model = cls(sites.architecture, family, config, where)
+        row = family_row(config.model_type)
+        model = cls(row, sites(row, config), family, config, where)
         model._check()
         return model
 
