@@ -42,7 +42,7 @@ FAMILIES = {
         "Gemma2Config",
         {
             "initializer_range": 0.06, "sliding_window": 8, "layer_types": SLIDES[4:] * 13, "num_hidden_layers": 26,
-            "query_pre_attn_scalar": 32,
+            "head_dim": 16, "query_pre_attn_scalar": 16,
         },
     ),
     "gemma3_text": (
