@@ -26,8 +26,9 @@ from paley.core.schemes import LinearScheme, WeightScheme
 from paley.kernels import matmul
 
 GRIDS = {
-    2: ["gauss2", "p2n16", "p4n256", "free2"], 3: ["gauss3", "p2n64", "p3n512", "p4n4096"],
-    4: ["gauss4", "uint4", "p2n256"], 6: ["p2n4096", "int6"], 8: ["int8", "gauss8"],
+    2: ["gauss2", "p2n16", "p4n256", "free2", "trellis2"], 2.5: ["trellis2.5"],
+    3: ["gauss3", "p2n64", "p3n512", "p4n4096", "trellis3"], 3.5: ["trellis3.5"],
+    4: ["gauss4", "uint4", "p2n256", "trellis4"], 5: ["trellis5"], 6: ["p2n4096", "int6"], 8: ["int8", "gauss8"],
 }  # fmt: skip
 OUT, WIDTH, GROUP = 2048, 2048, 1024  # as in models of a billion parameters
 
@@ -49,7 +50,7 @@ def matrix_of(name: str) -> matmul.PreparedMatrix:
     group = GROUP if WIDTH % (GROUP * grid.p) == 0 and GROUP % grid.p == 0 else None
     if grid.free:
         group = 128
-    scale = "em" if grid.free else "absmax" if grid.p == 1 else "rms"
+    scale = "em" if grid.free else "rms" if grid.p > 1 or grid.sequential else "absmax"
     width = WIDTH // 3 // 16 * 48 if grid.p == 3 else WIDTH
     scheme = LinearScheme(WeightScheme(grid, group, "nearest", scale))
     groups = width // (group or width)
@@ -110,6 +111,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--levels", nargs="+", default=[matmul.best_level()])
     parser.add_argument("--mb", type=int, default=256)
+    parser.add_argument("--grids", nargs="+", default=[name for names in GRIDS.values() for name in names])
     options = parser.parse_args()
     torch.set_num_threads(1)
     size = options.mb * 2**20
@@ -120,7 +122,7 @@ def main() -> None:
         print(dtype, record[str(dtype)], flush=True)
     for level in options.levels:
         for bits, names in GRIDS.items():
-            for name in names:
+            for name in (name for name in names if name in options.grids):
                 plan = matrix_of(name).plan
                 found = {rows: ours(name, level, rows, size) for rows in (1, 4, 16, 512)}
                 record.setdefault(level, {})[name] = {"kind": plan.kind, "fine": plan.fine, "bits": bits, "rows": found}

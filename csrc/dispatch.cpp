@@ -110,7 +110,8 @@ extern "C" int32_t paley_matmul_levels(void) {
   levels |= 1 << PALEY_AVX2;
   if (has_avx_vnni()) levels |= 1 << PALEY_AVX2_VNNI;
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni")) {
+      __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+      __builtin_cpu_supports("avx512vnni")) {
     levels |= 1 << PALEY_AVX512;
     static const bool tiles = may_use_tiles();
     if (tiles) levels |= 1 << PALEY_AMX;

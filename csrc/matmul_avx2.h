@@ -32,6 +32,7 @@ PALEY_INLINE __m256i pick(const __m256i* table, __m256i low, const __m256i (&top
 struct CodeTables {
   __m256i first, second;  // a table of 16 points, or of four: by an index's lower bits, by its upper ones
   __m256i sixteens[2][16];
+  __m256i halves[2][8];  // TRELLIS: by the lower and the upper half of a state, 64 entries of each value
   const int* look;
   const uint8_t* points;
 
@@ -42,6 +43,9 @@ struct CodeTables {
     if (kind >= PALEY_PAIRS4 && kind <= PALEY_PAIRS8) {
       const int count = kind == PALEY_PAIRS4 ? 1 : kind == PALEY_PAIRS6 ? 4 : 16;
       for (int i = 0; i < 2 * count; ++i) sixteens[i / count][i % count] = biased(twice(table + 16 * i));
+    }
+    for (int i = 0; i < 16 && is_trellis(kind); ++i) {
+      halves[i / 4 % 2][i / 8 * 4 + i % 4] = twice(table + 16 * i), sixteens[0][i] = biased(twice(table + 256 + 16 * i));
     }
   }
 
@@ -77,6 +81,53 @@ PALEY_INLINE __m256i look(const int* table, const uint8_t* block) {
     codes = _mm256_or_si256(codes, high);
   }
   return _mm256_i32gather_epi32(table, codes, 4);
+}
+
+// Dword D of eight rows, part V; see matmul_trellis.h.
+template <Kind KIND, bool FINE, int PLANE, int V>
+PALEY_INLINE __m256i stream_of(const uint8_t* block) {
+  using S = Stream<KIND, FINE>;
+  const uint8_t* at = block + S::at(PLANE);
+  if constexpr (!S::short_plane(PLANE)) return load_bytes(at + 32 * V);
+  const __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at + 16 * V)));
+  return PLANE < 0 ? words : _mm256_slli_epi32(words, 16);
+}
+// Six bits of the state of column I as byte I.
+template <Kind KIND, bool FINE, int D, int MORE, int I>
+PALEY_INLINE __m256i bits_of(__m256i window) {
+  constexpr int RIGHT = Stream<KIND, FINE>::shift(D, I) + MORE - 8 * I;
+  if constexpr (RIGHT > 0) {
+    window = _mm256_srli_epi32(window, RIGHT);
+  } else if constexpr (RIGHT < 0) {
+    window = _mm256_slli_epi32(window, -RIGHT);
+  }
+  return _mm256_and_si256(window, _mm256_set1_epi32(63u << 8 * I));
+}
+template <Kind KIND, bool FINE, int D, int MORE>
+PALEY_INLINE __m256i all_bits_of(__m256i window) {
+  return _mm256_or_si256(_mm256_or_si256(bits_of<KIND, FINE, D, MORE, 0>(window), bits_of<KIND, FINE, D, MORE, 1>(window)),
+                         _mm256_or_si256(bits_of<KIND, FINE, D, MORE, 2>(window), bits_of<KIND, FINE, D, MORE, 3>(window)));
+}
+template <Kind KIND>
+PALEY_INLINE __m256i of_half(const __m256i* lists, __m256i bits) {
+  const __m256i low = low_bits(bits, 4), tops[4] = {to_top<4>(bits), to_top<5>(bits)};
+  const __m256i first = pick<4>(lists, low, tops);
+  if constexpr (trellis_p(KIND) == 1) return first;
+  return _mm256_blendv_epi8(first, pick<4>(lists + 4, low, tops), _mm256_set1_epi16(static_cast<short>(0xFF00)));
+}
+template <Kind KIND, bool FINE, int D, int V>
+PALEY_INLINE __m256i trellis(const CodeTables& tables, const uint8_t* block) {
+  using S = Stream<KIND, FINE>;
+  constexpr int PLANE = S::plane(D);
+  __m256i window = stream_of<KIND, FINE, PLANE, V>(block);
+  if constexpr (S::in_two(D)) {
+    const __m256i after = stream_of<KIND, FINE, PLANE + 1, V>(block);
+    window = _mm256_or_si256(_mm256_slli_epi32(window, S::offset(D)), _mm256_srli_epi32(after, 32 - S::offset(D)));
+  }
+  const __m256i place = _mm256_add_epi8(of_half<KIND>(tables.halves[0], all_bits_of<KIND, FINE, D, 0>(window)),
+                                        of_half<KIND>(tables.halves[1], all_bits_of<KIND, FINE, D, 6>(window)));
+  const __m256i tops[4] = {to_top<4>(place), to_top<5>(place), to_top<6>(place), place};
+  return pick<16>(tables.sixteens[0], low_bits(place, 4), tops);
 }
 
 // Two dwords of eight rows: STEP and part V of a block.
@@ -125,6 +176,18 @@ PALEY_INLINE void decode_at(const CodeTables& tables, const uint8_t* block, __m2
   } else if constexpr (is_look(KIND)) {
     w0 = CodeTables::biased_unless<FINE>(look<KIND, 2 * STEP>(tables.look, block + V * 8));
     w1 = CodeTables::biased_unless<FINE>(look<KIND, 2 * STEP + 1>(tables.look, block + V * 8));
+  } else if constexpr (is_trellis(KIND)) {
+    if constexpr (FINE) {
+      const __m256i four = CodeTables::biased(trellis<KIND, FINE, STEP, V>(tables, block));
+      const __m256i first = _mm256_broadcastsi128_si256(
+          _mm_setr_epi8(-1, 0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13));
+      const __m256i last = _mm256_or_si256(first, _mm256_set1_epi8(2));
+      w0 = _mm256_srai_epi16(_mm256_shuffle_epi8(four, first), 8);
+      w1 = _mm256_srai_epi16(_mm256_shuffle_epi8(four, last), 8);
+    } else {
+      w0 = trellis<KIND, FINE, 2 * STEP, V>(tables, block);
+      w1 = trellis<KIND, FINE, 2 * STEP + 1, V>(tables, block);
+    }
   } else if constexpr (KIND == PALEY_BYTES && FINE) {
     w0 = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(block + 2 * STEP * 32 + V * 16)));
     w1 = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(block + (2 * STEP + 1) * 32 + V * 16)));

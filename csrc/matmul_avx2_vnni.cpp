@@ -9,6 +9,7 @@
 
 #include "matmul_layout.h"
 #include "matmul_levels.h"
+#include "matmul_trellis.h"
 
 PALEY_TARGET_BEGIN("avx2,fma,f16c,avxvnni")
 namespace paley::avx2_vnni {

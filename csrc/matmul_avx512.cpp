@@ -9,9 +9,10 @@
 
 #include "matmul_layout.h"
 #include "matmul_levels.h"
+#include "matmul_trellis.h"
 
 #pragma GCC diagnostic ignored "-Wuninitialized"  // false alarms in gcc 12's own header
-PALEY_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni")
+PALEY_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni")
 namespace paley::avx512 {
 
 #include "matmul_avx512.h"

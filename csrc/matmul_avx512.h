@@ -16,7 +16,8 @@ PALEY_INLINE __m512i right(__m512i x) {
 
 struct CodeTables {
   __m512i first, second;  // a table of 16 points, or of four: by an index's lower bits, by its upper ones
-  __m512i wide[2][4];     // of each value of a pair: 16 points four times, 64, or 256
+  __m512i wide[2][4];     // of each value of a pair: 16 points four times, 64, or 256; TRELLIS: of all values
+  __m512i halves[4];      // TRELLIS: by the lower and the upper half of a state, of each value
   const int* look;
   const uint8_t* points;
 
@@ -34,8 +35,30 @@ struct CodeTables {
         for (int k = 0; k < 4; ++k) wide[i][k] = biased(load_bytes(table + 256 * i + 64 * k));
       }
     }
+    for (int k = 0; k < 4 && is_trellis(kind); ++k) {
+      halves[k] = load_bytes(table + 64 * k), wide[0][k] = biased(load_bytes(table + 256 + 64 * k));
+    }
   }
   void own(const uint8_t* at) { points = at; }
+
+  template <Kind KIND>
+  PALEY_INLINE __m512i value(__m512i low, __m512i high) const {
+    __m512i place = _mm512_permutexvar_epi8(low, halves[0]), more = _mm512_permutexvar_epi8(high, halves[1]);
+    if constexpr (trellis_p(KIND) == 2) {
+      constexpr __mmask64 SECOND = 0xAAAAAAAAAAAAAAAA;
+      place = _mm512_mask_permutexvar_epi8(place, SECOND, low, halves[2]);
+      more = _mm512_mask_permutexvar_epi8(more, SECOND, high, halves[3]);
+    }
+    place = _mm512_add_epi8(place, more);
+#ifdef MIRROR
+    const __mmask64 upper = _mm512_movepi8_mask(place);
+    place = _mm512_mask_sub_epi8(place, upper, _mm512_set1_epi8(-1), place);
+    const __m512i found = _mm512_permutex2var_epi8(wide[0][0], place, wide[0][1]);
+    return _mm512_mask_sub_epi8(found, upper, _mm512_setzero_si512(), found);
+#else
+    return pick<PALEY_PAIRS8>(0, place);
+#endif
+  }
 
   static PALEY_INLINE __m512i biased(__m512i x) {
     return _mm512_xor_si512(x, _mm512_set1_epi8(static_cast<char>(0x80)));
@@ -66,6 +89,32 @@ PALEY_INLINE __m512i look(const int* table, const uint8_t* block) {
     codes = _mm512_or_si512(codes, high);
   }
   return _mm512_i32gather_epi32(codes, table, 4);
+}
+
+// Dword D of 16 rows; see matmul_trellis.h.
+template <Kind KIND, bool FINE, int PLANE>
+PALEY_INLINE __m512i stream_of(const uint8_t* block) {
+  using S = Stream<KIND, FINE>;
+  const uint8_t* at = block + S::at(PLANE);
+  if constexpr (!S::short_plane(PLANE)) return load_bytes(at);
+  const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+  return PLANE < 0 ? words : _mm512_slli_epi32(words, 16);
+}
+template <Kind KIND, bool FINE, int D, int MORE>
+PALEY_INLINE __m512i bits_of(__m512i window) {
+  using S = Stream<KIND, FINE>;
+  constexpr auto shift = [](int i) { return static_cast<long long>(S::shift(D, i % 4) + MORE + i / 4 * 32) << 8 * i; };
+  constexpr long long SHIFTS = shift(0) | shift(1) | shift(2) | shift(3) | shift(4) | shift(5) | shift(6) | shift(7);
+  return _mm512_multishift_epi64_epi8(_mm512_set1_epi64(SHIFTS), window);
+}
+template <Kind KIND, bool FINE, int D>
+PALEY_INLINE __m512i trellis(const CodeTables& tables, const uint8_t* block) {
+  using S = Stream<KIND, FINE>;
+  constexpr int PLANE = S::plane(D);
+  __m512i window = stream_of<KIND, FINE, PLANE>(block);
+  if constexpr (S::in_two(D)) window = _mm512_shldi_epi32(window, stream_of<KIND, FINE, PLANE + 1>(block), S::offset(D));
+  // Permutations read six bits of an index.
+  return tables.value<KIND>(bits_of<KIND, FINE, D, 0>(window), bits_of<KIND, FINE, D, 6>(window));
 }
 
 // Two dwords of 16 rows: STEP of a block.
@@ -109,6 +158,17 @@ PALEY_INLINE void decode_at(const CodeTables& tables, const uint8_t* block, __m5
   } else if constexpr (is_look(KIND)) {
     w0 = CodeTables::biased_unless<FINE>(look<KIND, 2 * STEP>(tables.look, block));
     w1 = CodeTables::biased_unless<FINE>(look<KIND, 2 * STEP + 1>(tables.look, block));
+  } else if constexpr (is_trellis(KIND)) {
+    if constexpr (FINE) {
+      const __m512i four = CodeTables::biased(trellis<KIND, FINE, STEP>(tables, block));
+      const __m128i pair = _mm_setr_epi8(-1, 0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13);
+      const __m512i first = _mm512_broadcast_i32x4(pair), last = _mm512_or_si512(first, _mm512_set1_epi8(2));
+      w0 = _mm512_srai_epi16(_mm512_shuffle_epi8(four, first), 8);
+      w1 = _mm512_srai_epi16(_mm512_shuffle_epi8(four, last), 8);
+    } else {
+      w0 = trellis<KIND, FINE, 2 * STEP>(tables, block);
+      w1 = trellis<KIND, FINE, 2 * STEP + 1>(tables, block);
+    }
   } else if constexpr (KIND == PALEY_BYTES && FINE) {
     w0 = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + 2 * STEP * 32)));
     w1 = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + (2 * STEP + 1) * 32)));

@@ -3,7 +3,8 @@
 // A blob: a header of 128 bytes, the table, the outlier columns, and from the next multiple of 64 on a record for each
 // panel of 16 rows. A record: for each group of columns its parameters and the blocks of its segments; then, if there
 // are outliers, their parameters and blocks of kind BYTES. Parameters: 16 scales as float16; if the matrix is affine 16
-// zero points, and 16 bytes free; OWN2: the points of 16 rows, four bytes each.
+// zero points, and 16 bytes free; OWN2: the points of 16 rows, four bytes each; TRELLIS: the codes before the group's
+// first, as they would lie in the block before.
 //
 // A dword is four bytes of a row: `per` columns as integers. A block holds 8 dwords of each of the 16 rows. Its vectors
 // are those of 64 bytes, the four bytes of a row side by side, as VNNI and AMX read them.
@@ -27,6 +28,29 @@ constexpr uint32_t MATRIX_MAGIC = 0x31585450;  // "PTX1"
 
 constexpr bool is_look(Kind kind) { return kind >= PALEY_LOOK8 && kind <= PALEY_LOOK12; }
 constexpr bool is_plain(Kind kind) { return kind == PALEY_BYTES || kind == PALEY_WORDS; }
+constexpr bool is_trellis(Kind kind) { return kind >= PALEY_TRELLIS1 && kind <= PALEY_TRELLIS5; }
+// Bits of a trellis code, and the values that it stands for.
+constexpr int trellis_bits(Kind kind) {
+  switch (kind) {
+    case PALEY_TRELLIS1: return 1;
+    case PALEY_TRELLIS2: return 2;
+    case PALEY_TRELLIS1_5:
+    case PALEY_TRELLIS3: return 3;
+    case PALEY_TRELLIS4: return 4;
+    case PALEY_TRELLIS3_5: return 7;
+    default: return 5;
+  }
+}
+constexpr int trellis_p(Kind kind) {
+  return kind == PALEY_TRELLIS1_5 || kind == PALEY_TRELLIS2_5 || kind == PALEY_TRELLIS3_5 ? 2 : 1;
+}
+constexpr int trellis_columns(bool fine) { return (fine ? 2 : 4) * BLOCK_DWORDS; }  // of a block
+// Words of 16 bits of a row's codes in a block.
+constexpr int trellis_words(Kind kind, bool fine) {
+  return trellis_columns(fine) * trellis_bits(kind) / trellis_p(kind) / 16;
+}
+// Bytes of the codes before the first block of a group.
+constexpr int trellis_before(Kind kind, bool fine) { return trellis_words(kind, fine) % 2 ? 32 : 64; }
 // Bits of a LOOK code above its lower byte.
 constexpr int look_high(Kind kind) {
   return kind == PALEY_LOOK9 ? 1 : kind == PALEY_LOOK10 ? 2 : kind == PALEY_LOOK12 ? 4 : 0;
@@ -44,11 +68,19 @@ constexpr int64_t block_bytes(Kind kind, bool fine) {
     case PALEY_PAIRS8: return 256;
     case PALEY_BYTES: return fine ? 256 : 512;
     case PALEY_WORDS: return 512;
-    default: return 128 + 16 * look_high(kind);
+    case PALEY_LOOK8:
+    case PALEY_LOOK9:
+    case PALEY_LOOK10:
+    case PALEY_LOOK12: break;
+    default: return 32 * trellis_words(kind, fine);
   }
+  return 128 + 16 * look_high(kind);
 }
 
-constexpr int64_t parameter_bytes(Kind kind, bool affine) { return kind == PALEY_OWN2 ? 96 : affine ? 64 : 32; }
+constexpr int64_t parameter_bytes(Kind kind, bool fine, bool affine) {
+  if (is_trellis(kind)) return 32 + trellis_before(kind, fine);
+  return kind == PALEY_OWN2 ? 96 : affine ? 64 : 32;
+}
 
 constexpr int64_t table_bytes(Kind kind) {
   switch (kind) {
@@ -62,7 +94,7 @@ constexpr int64_t table_bytes(Kind kind) {
     case PALEY_LOOK9: return 4 * 512;
     case PALEY_LOOK10: return 4 * 1024;
     case PALEY_LOOK12: return 4 * 4096;
-    default: return 0;
+    default: return is_trellis(kind) ? 512 : 0;
   }
 }
 

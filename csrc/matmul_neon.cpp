@@ -9,6 +9,7 @@
 
 #include "matmul_layout.h"
 #include "matmul_levels.h"
+#include "matmul_trellis.h"
 
 PALEY_TARGET_BEGIN("arch=armv8.2-a+dotprod")
 namespace paley::neon {
@@ -119,6 +120,20 @@ struct Lanes {
     } else if constexpr (is_look(KIND)) {
       w0 = look<KIND, 2 * STEP>(tables.table, block, v), w1 = look<KIND, 2 * STEP + 1>(tables.table, block, v);
       return;
+    } else if constexpr (is_trellis(KIND)) {
+      using S = Stream<KIND, FINE>;
+      uint8_t values[32] = {};
+      for (int r = 0; r < (FINE ? 4 : 8); ++r) {
+        S::values(tables.table, block, FINE ? STEP : 2 * STEP + r / 4, 4 * v + r % 4, values + 4 * r);
+      }
+      a = vld1q_u8(values), b = vld1q_u8(values + 16);
+      if constexpr (FINE) {  // words of the first two values of each row, and of the others
+        const uint32x4_t four = vreinterpretq_u32_u8(a);
+        const uint8x8_t first = vreinterpret_u8_u16(vmovn_u32(four)), last = vreinterpret_u8_u16(vshrn_n_u32(four, 16));
+        w0 = vreinterpretq_s32_s16(vmovl_s8(vreinterpret_s8_u8(first)));
+        w1 = vreinterpretq_s32_s16(vmovl_s8(vreinterpret_s8_u8(last)));
+        return;
+      }
     } else if constexpr (KIND == PALEY_BYTES && FINE) {
       const auto words = [&](int d) {
         return vreinterpretq_s32_s16(vmovl_s8(vreinterpret_s8_u8(vld1_u8(block + d * 32 + 8 * v))));

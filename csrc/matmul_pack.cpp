@@ -21,9 +21,8 @@ bool header_of(const MatrixSource& s, MatrixHeader* h) {
         s.outliers, s.table_scale, static_cast<int32_t>(table_bytes(kind_of(s))), 0, {}};
   if (!good_header(*h)) return false;
   const bool pairs = s.kind >= PALEY_PAIRS4 && s.kind <= PALEY_PAIRS8;
-  if (pairs && s.p != 2) return false;
-  if (look && s.p != per) return false;
-  if (!pairs && !look && !is_plain(kind_of(s)) && s.p != 1) return false;
+  const int32_t wanted = is_trellis(kind_of(s)) ? trellis_p(kind_of(s)) : pairs ? 2 : look ? per : 1;
+  if (!is_plain(kind_of(s)) && s.p != wanted) return false;
   // A code does not run across segments.
   if (!is_plain(kind_of(s)) && (s.group % s.p || (s.segment != s.group && s.segment % s.p))) return false;
   h->bytes = Sizes(*h).bytes;
@@ -67,6 +66,10 @@ PALEY_INLINE void put_value(Kind kind, bool fine, uint8_t* block, int d, int r, 
 
 // The table as a kind reads it.
 void put_table(const MatrixSource& s, uint8_t* table) {
+  if (is_trellis(kind_of(s))) {
+    for (int64_t i = 0; i < table_bytes(kind_of(s)); ++i) table[i] = static_cast<uint8_t>(s.table[i]);
+    return;
+  }
   for (int32_t code = 0; code < s.points; ++code) {
     for (int32_t i = 0; i < s.p; ++i) {
       const int16_t value = s.table[code * s.p + i];
@@ -86,8 +89,14 @@ void put_table(const MatrixSource& s, uint8_t* table) {
 }
 
 bool good_values(const MatrixSource& s) {
-  static constexpr int32_t most[] = {4, 8, 16, 4, 16, 64, 256, 256, 512, 1024, 4096, 1 << 20, 1 << 20};
+  static constexpr int32_t most[] = {4, 8, 16, 4, 16, 64, 256, 256, 512, 1024, 4096, 1 << 20, 1 << 20,
+                                     2, 8, 4, 32, 8, 128, 16, 32};
   if (s.points < 1 || s.points > most[static_cast<int>(s.kind)]) return false;
+  if (is_trellis(kind_of(s))) {
+    const auto inside = [](int16_t low, int16_t high) { return [=](int16_t x) { return x >= low && x <= high; }; };
+    return std::all_of(s.table, s.table + 256, inside(0, 255)) &&
+           std::all_of(s.table + 256, s.table + 512, inside(-127, 127)) && s.outliers == 0;
+  }
   const int16_t limit = !s.fine || s.kind == PALEY_BYTES ? 127 : 4095;
   if (s.kind != PALEY_OWN2) {
     for (int64_t i = 0; i < int64_t{s.points} * s.p; ++i) {
@@ -172,6 +181,31 @@ void pack_codes(const MatrixSource& s, const InputsLayout& layout, const int32_t
   }
 }
 
+// See matmul_trellis.h. What is before the first code of a row is its last: a row is a ring.
+void pack_trellis(const MatrixSource& s, const InputsLayout&, const int32_t* codes, int32_t g, int r, uint8_t* block) {
+  const Kind kind = kind_of(s);
+  const bool fine = s.fine != 0;
+  const int bits = trellis_bits(kind), words = trellis_words(kind, fine), p = trellis_p(kind);
+  const int32_t of_row = s.columns / p, of_block = trellis_columns(fine) / p, first = g * (s.group / p);
+  const auto put = [&](uint8_t* at, uint64_t stream, bool dword) {
+    dword ? std::memcpy(at + 4 * r, &stream, 4) : std::memcpy(at + 2 * r, &stream, 2);
+  };
+  uint64_t before = 0;
+  for (int at = 0; at < 32; at += bits) {
+    before |= static_cast<uint64_t>(codes[(first - 1 - at / bits + of_row) % of_row]) << at;
+  }
+  put(block - trellis_before(kind, fine), before, words % 2 == 0);
+  for (int32_t i = first; i < first + s.group / p; i += of_block, block += 32 * words) {
+    uint64_t stream = 0;
+    int count = 0, plane = 0;
+    for (int32_t k = 0; k < of_block; ++k) {
+      stream = stream << bits | static_cast<uint64_t>(codes[i + k]), count += bits;
+      if (count >= 32) put(block + 64 * plane++, stream >> (count -= 32), true);
+    }
+    if (count) put(block + 64 * plane, stream, false);
+  }
+}
+
 void pack_values(const MatrixSource& s, const InputsLayout& layout, const int32_t* codes, int32_t g, int r,
                  uint8_t* block) {
   const int64_t bytes = block_bytes(kind_of(s), s.fine != 0);
@@ -202,7 +236,7 @@ PackGroup packer(Kind kind) {
     case PALEY_LOOK9: return pack_codes<PALEY_LOOK9>;
     case PALEY_LOOK10: return pack_codes<PALEY_LOOK10>;
     case PALEY_LOOK12: return pack_codes<PALEY_LOOK12>;
-    default: return pack_values;
+    default: return is_trellis(kind) ? pack_trellis : pack_values;
   }
 }
 
@@ -228,7 +262,7 @@ bool good_packed(const MatrixSource& s, const PackedCodes& c) {
 bool pack_panel(const MatrixSource& s, const Sizes& sizes, PackGroup pack_group, Rows& rows, int32_t first,
                 uint8_t* panel) {
   const int32_t groups = s.columns / s.group;
-  const int64_t parameters = parameter_bytes(kind_of(s), s.affine != 0);
+  const int64_t parameters = parameter_bytes(kind_of(s), s.fine != 0, s.affine != 0);
   std::memset(panel, 0, sizes.panel_bytes);
   for (int32_t row = first; row < std::min(first + PANEL_ROWS, s.out); ++row) {
     const int r = row % PANEL_ROWS;

@@ -4,6 +4,7 @@
 
 #include "matmul_layout.h"
 #include "matmul_levels.h"
+#include "matmul_trellis.h"
 #include "planes_half.h"
 
 namespace paley::portable {
@@ -107,6 +108,16 @@ struct Lanes {
       for (int i = 0; i < 2 * WIDTH; ++i) {
         const int16_t value = static_cast<int8_t>(block[d * 32 + v * 8 + i]);
         std::memcpy(w + 2 * i, &value, sizeof value);
+      }
+    } else if constexpr (is_trellis(KIND)) {
+      for (int r = 0; r < WIDTH; ++r) {
+        uint8_t four[4];
+        Stream<KIND, FINE>::values(tables.table, block, FINE ? step : d, v * WIDTH + r, four);
+        for (int i = 0; i < 2 && FINE; ++i) {
+          const int16_t value = static_cast<int8_t>(four[2 * odd + i]);
+          std::memcpy(w + 4 * r + 2 * i, &value, sizeof value);
+        }
+        if (!FINE) std::memcpy(w + 4 * r, four, sizeof four);
       }
     } else if constexpr (is_look(KIND)) {
       constexpr int HIGH = look_high(KIND);

@@ -13,7 +13,7 @@ constexpr int32_t MOST_FINE = 128;         // columns of a segment, likewise
 inline bool good_kind(int32_t number, bool fine, int32_t per, bool affine) {
   if (number < 0 || number >= PALEY_KINDS) return false;
   const auto kind = static_cast<Kind>(number);
-  if (fine) return per == 2 && (is_look(kind) ? !affine : is_plain(kind));
+  if (fine) return per == 2 && (is_look(kind) || kind == PALEY_TRELLIS5 ? !affine : is_plain(kind));
   if (kind == PALEY_WORDS || (is_look(kind) ? per != 3 && per != 4 : per != 4)) return false;
   return !affine || kind <= PALEY_TABLE4;
 }
@@ -39,7 +39,7 @@ struct Sizes {
       : layout(layout_of(h.columns, h.group, h.segment, h.per, h.outliers)) {
     const auto kind = static_cast<Kind>(h.kind);
     const bool fine = h.fine != 0;
-    group_bytes = parameter_bytes(kind, h.affine != 0) + blocks_of_group(layout) * block_bytes(kind, fine);
+    group_bytes = parameter_bytes(kind, fine, h.affine != 0) + blocks_of_group(layout) * block_bytes(kind, fine);
     panel_bytes = h.columns / h.group * group_bytes + outlier_bytes(layout, fine);
     start = divided_up(int64_t{sizeof(MatrixHeader)} + h.table_bytes + 4 * int64_t{h.outliers}, 64) * 64;
     bytes = start + divided_up(h.out, PANEL_ROWS) * panel_bytes;
@@ -52,6 +52,8 @@ inline bool good_header(const MatrixHeader& h) {
   if (!good_kind(h.kind, h.fine != 0, h.per, h.affine != 0)) return false;
   if (!good_shape(h.out, h.columns, h.group, h.segment, h.outliers)) return false;
   if (h.fine && h.segment > MOST_FINE) return false;
+  const int32_t together = is_trellis(kind) ? trellis_columns(h.fine != 0) : 1;
+  if (h.group % together || h.segment % together || (is_trellis(kind) && h.columns < 32)) return false;
   if (h.table_bytes != table_bytes(kind)) return false;
   return std::isfinite(h.table_scale);
 }

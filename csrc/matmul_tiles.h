@@ -43,7 +43,7 @@ PALEY_INLINE void group_of_one(const Lanes::Tables& tables, const uint8_t* at, i
                                int32_t per, const uint8_t*& x, const float*& steps,
                                const int32_t*& sums, Floats (&y)[VECTORS]) {
   const Group<FINE, AFFINE> group{at};
-  const uint8_t* block = at + parameter_bytes(KIND, AFFINE);
+  const uint8_t* block = at + parameter_bytes(KIND, FINE, AFFINE);
   Floats parts[VECTORS];
   for (auto& part : parts) part = Lanes::zeros();
   for (int32_t from = 0; from < columns; from += segment) {
@@ -133,7 +133,7 @@ struct Work {
 template <Kind KIND, bool FINE>
 __attribute__((noinline)) void write_out(Lanes::Tables& tables, bool affine, const uint8_t* group, int64_t from, int64_t blocks, uint8_t* out) {
   if constexpr (KIND == PALEY_OWN2) tables.own(group + 32);
-  const uint8_t* block = group + parameter_bytes(KIND, affine) + from * block_bytes(KIND, FINE);
+  const uint8_t* block = group + parameter_bytes(KIND, FINE, affine) + from * block_bytes(KIND, FINE);
   for (int64_t b = 0; b < blocks; ++b, block += block_bytes(KIND, FINE), out += BLOCK_BYTES) {
     PALEY_UNROLL for (int step = 0; step < STEPS; ++step) {
       PALEY_UNROLL for (int v = 0; v < VECTORS; ++v) {
@@ -305,7 +305,7 @@ void product(const MatmulTask& task) {
 }
 
 template <Kind KIND>
-void product_of_look(const MatmulTask& task) {
+void product_of_both(const MatmulTask& task) {
   task.matrix.fine ? product<KIND, true, false>(task) : product<KIND, false, false>(task);
 }
 
@@ -318,12 +318,20 @@ void matmul(const MatmulTask& task) {
     case PALEY_PAIRS4: return product<PALEY_PAIRS4, false, false>(task);
     case PALEY_PAIRS6: return product<PALEY_PAIRS6, false, false>(task);
     case PALEY_PAIRS8: return product<PALEY_PAIRS8, false, false>(task);
-    case PALEY_LOOK8: return product_of_look<PALEY_LOOK8>(task);
-    case PALEY_LOOK9: return product_of_look<PALEY_LOOK9>(task);
-    case PALEY_LOOK10: return product_of_look<PALEY_LOOK10>(task);
-    case PALEY_LOOK12: return product_of_look<PALEY_LOOK12>(task);
+    case PALEY_LOOK8: return product_of_both<PALEY_LOOK8>(task);
+    case PALEY_LOOK9: return product_of_both<PALEY_LOOK9>(task);
+    case PALEY_LOOK10: return product_of_both<PALEY_LOOK10>(task);
+    case PALEY_LOOK12: return product_of_both<PALEY_LOOK12>(task);
     case PALEY_WORDS: return product<PALEY_WORDS, true>(task);
     case PALEY_BYTES: return task.matrix.fine ? product<PALEY_BYTES, true>(task) : product<PALEY_BYTES, false, false>(task);
+    case PALEY_TRELLIS1: return product<PALEY_TRELLIS1, false, false>(task);
+    case PALEY_TRELLIS1_5: return product<PALEY_TRELLIS1_5, false, false>(task);
+    case PALEY_TRELLIS2: return product<PALEY_TRELLIS2, false, false>(task);
+    case PALEY_TRELLIS2_5: return product<PALEY_TRELLIS2_5, false, false>(task);
+    case PALEY_TRELLIS3: return product<PALEY_TRELLIS3, false, false>(task);
+    case PALEY_TRELLIS3_5: return product<PALEY_TRELLIS3_5, false, false>(task);
+    case PALEY_TRELLIS4: return product<PALEY_TRELLIS4, false, false>(task);
+    case PALEY_TRELLIS5: return product_of_both<PALEY_TRELLIS5>(task);
     case PALEY_KINDS: break;
   }
 }

@@ -7,7 +7,7 @@
 
 #include <stdint.h>
 
-#define PALEY_ABI_VERSION 9
+#define PALEY_ABI_VERSION 10
 
 #if defined(_WIN32)
 #define PALEY_EXPORT __declspec(dllexport)
@@ -192,7 +192,15 @@ enum paley_matrix_kind {
   PALEY_LOOK12 = 10,
   PALEY_BYTES = 11,  // no codes: the values, as int8
   PALEY_WORDS = 12,  // as int16; only if inputs are fine
-  PALEY_KINDS = 13,
+  PALEY_TRELLIS1 = 13,  // trellis codes of so many bits a value: a value depends on 12 bits of its row's codes
+  PALEY_TRELLIS1_5 = 14,
+  PALEY_TRELLIS2 = 15,
+  PALEY_TRELLIS2_5 = 16,
+  PALEY_TRELLIS3 = 17,
+  PALEY_TRELLIS3_5 = 18,
+  PALEY_TRELLIS4 = 19,
+  PALEY_TRELLIS5 = 20,
+  PALEY_KINDS = 21,
 };
 
 // What paley_pack_matrix makes a blob of. A value is table_scale * scale * (point - zero).
@@ -201,9 +209,11 @@ struct paley_matrix_source {
   int32_t segment;              // columns that share an input's scale, at most; a group's last ones may be fewer
   int32_t kind, fine;           // fine: inputs are int16, not int8
   int32_t p, affine;            // p: values of a code
-  int32_t points;               // of the table
+  int32_t points;               // of the table; TRELLIS: how many codes there are
   float table_scale;
-  const int16_t* table;          // [points, p]: within 127; WORDS and LOOK if fine: within 4095
+  // [points, p]: within 127; WORDS and LOOK if fine: within 4095. TRELLIS [512]: for two values what the lower and then
+  // what the upper six bits of a state add to a place, 0 .. 255, and then the 256 values, within 127.
+  const int16_t* table;
   const int32_t* codes;          // [out, ceil(columns / p)]; also for BYTES and WORDS
   const uint16_t* scales;        // float16 [out, groups]
   const uint8_t* zeros;          // [out, groups] if affine

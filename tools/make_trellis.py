@@ -1,8 +1,9 @@
-"""Makes src/paley/core/tables/trellis.json: the values of a trellis' states, and the scale of each rate.
+"""Makes src/paley/core/tables/trellis.json: for each rate the lists that make a state's value, and the scale.
 
-The values are quantiles of a distribution a little wider at its ends than N(0, 1), as fixed rates need it, in a random
-order, rounded to 8 bits: products of integers are exact. Each rate has the scale of least error, of a few, and its t2
-is measured on rows of 1024 values of N(0, 1).
+The codes that can follow a state lead to values that are spread evenly over 256 quantiles, and what came before moves
+all of them by a part of their distance: evenly spread amounts, in a random order, the best of a few. Of two values to
+a code, the codes make a lattice. The 256 values then become means of what is rounded to them (Lloyd), and integers of 8
+bits. t2 is measured on other rows of 1024 values of N(0, 1).
 """
 
 import argparse
@@ -11,29 +12,66 @@ import math
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from paley import kernels
-from paley.core import trellis
-from paley.core.trellis import STATE_BITS, TrellisGrid
+from paley.core.trellis import HALF_BITS, Codebook, TrellisGrid
 
 OUT = Path(__file__).parents[1] / "src/paley/core/tables/trellis.json"
 SCRIPT = "tools/make_trellis.py"
-RATES = {  # name -> bits of a code, values of a code
-    "trellis1": (1, 1), "trellis1.5": (3, 2), "trellis2": (2, 1), "trellis2.5": (5, 2), "trellis3": (3, 1),
-    "trellis3.5": (7, 2), "trellis4": (4, 1), "trellis5": (5, 1),
+RATES = {  # name -> bits of a code; what a code is multiplied by, modulo their number, for each of its values
+    "trellis1": (1, (1,)), "trellis1.5": (3, (1, 3)), "trellis2": (2, (1,)), "trellis2.5": (5, (1, 5)),
+    "trellis3": (3, (1,)), "trellis3.5": (7, (1, 47)), "trellis4": (4, (1,)), "trellis5": (5, (1,)),
 }  # fmt: skip
-WIDER = 0.05
-BETAS = [round(0.86 + 0.02 * i, 2) for i in range(20)]
-ROWS, WIDTH, SEED = 64, 1024, 2406_11235
+WIDER, PLACES, HALF = 0.05, 256, 2**HALF_BITS
+TRIED, FEW, ROUNDS = 24, 64, 8  # orders, and rows to judge them on; of Lloyd's method
+ROWS, WIDTH, SEED = 256, 1024, 2406_11235
 
 
-def values() -> list[list[int]]:
-    """Integers of 8 bits [2, 2^STATE_BITS]; their largest is 127."""
-    n, generator = 2**STATE_BITS, torch.Generator().manual_seed(SEED)
-    q = torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n)
-    q = q * (1 + WIDER * (q.square() - 1) / 6)
-    whole = (q / q.max() * 127).round().long()
-    return [whole[torch.randperm(n, generator=generator)].tolist() for _ in range(2)]
+def lists(bits: int, factors: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """-> low, high [p, HALF]."""
+    size, near = 2**bits, PLACES >> bits
+    low, high = [], []
+    for factor in factors:
+        states = torch.arange(HALF)
+        of_code = factor * near * states
+        before = max(1, HALF >> bits)  # what the lower half has of codes before
+        moved = torch.randperm(before, generator=generator) * near // before
+        low.append((of_code + moved[states // size]) % PLACES)
+        rest = max(0, bits - HALF_BITS)  # bits of the code in the upper half
+        others = torch.randperm(HALF, generator=generator) * (PLACES // HALF)
+        others += torch.randint(PLACES // HALF, (HALF,), generator=generator)
+        high.append((factor * near * HALF * (states % 2**rest) + others[states >> rest]) % PLACES)
+    return torch.stack(low), torch.stack(high)
+
+
+def quantiles() -> Tensor:
+    """Of a distribution a little wider at its ends than N(0, 1), as fixed rates need it; float64 [PLACES]."""
+    q = torch.special.ndtri((torch.arange(PLACES, dtype=torch.float64) + 0.5) / PLACES)
+    return q * (1 + WIDER * (q.square() - 1) / 6)
+
+
+def grid_of(name: str, bits: int, low: Tensor, high: Tensor, points: Tensor) -> TrellisGrid:
+    """points float64, ascending: they are rounded to integers of 8 bits."""
+    step = float(points.abs().max()) / 127
+    codebook = Codebook(low.tolist(), high.tolist(), (points / step).round().int().tolist())
+    return TrellisGrid(name, bits, len(low), step, math.nan, codebook)
+
+
+def errors(grid: TrellisGrid, x: Tensor) -> Tensor:
+    """t2 of each row of x."""
+    return (grid.look_up(grid.search(x), x.shape[1]) - x).square().mean(1) / x.square().mean(1)
+
+
+def lloyd(grid: TrellisGrid, low: Tensor, high: Tensor, x: Tensor) -> Tensor:
+    """-> the mean of what is rounded to each point, and of what is rounded to its opposite, float64 [PLACES]."""
+    codes = grid.search(x).long()
+    state = sum(codes.roll(back, 1) << back * grid.bits_per_code for back in range(grid.memory)) % HALF**2
+    place = (low[:, state % HALF] + high[:, state // HALF]) % PLACES  # [p, rows, codes]
+    place = place.permute(1, 2, 0).flatten(1)[:, : x.shape[1]].flatten()
+    total = torch.zeros(PLACES, dtype=torch.float64).index_add_(0, place, x.flatten().double())
+    count = place.bincount(minlength=PLACES)
+    return ((total - total.flip(0)) / (count + count.flip(0)).clamp(min=1)).sort().values
 
 
 def main() -> None:
@@ -41,26 +79,33 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=ROWS, help=f"measured rows of {WIDTH} values, {ROWS} by default")
     arguments = parser.parse_args()
     kernels.register()  # the native search, if it was built
-    data = {"script": SCRIPT, "seed": SEED, "values": values(), "grids": {}}
-    trellis._data = lambda: data  # the grids below read what is being made
-    unit = 1 / math.sqrt(sum(v * v for v in data["values"][0]) / 2**STATE_BITS)
-    x = torch.randn(arguments.rows, WIDTH, generator=torch.Generator().manual_seed(SEED))
-    for name, (bits, p) in RATES.items():
-        best = None
-        for beta in BETAS:
-            grid = TrellisGrid(name, bits, p, unit * beta, math.nan)
-            errors = (grid.look_up(grid.search(x)) - x).square().mean(1) / x.square().mean(1)
-            if best is None or float(errors.mean()) < best["t2"]:
-                chosen, spread = beta, float(errors.std()) / arguments.rows**0.5
-                best = {"bits": bits, "p": p, "step": unit * beta, "t2": float(errors.mean()), "stderr": spread}
-        if chosen in (BETAS[0], BETAS[-1]):
-            raise SystemExit(f"{name}: the best scale {chosen} is at an end of those tried")
-        data["grids"][name] = best
-        bound = 4.0 ** (-bits / p)
-        print(
-            f"{name}: t2 {best['t2']:.5f} ± {best['stderr']:.5f}, {10 * math.log10(best['t2'] / bound):.2f} dB",
-            flush=True,
-        )
+    generator = torch.Generator().manual_seed(SEED)
+    test, x = (torch.randn(rows, WIDTH, generator=generator) for rows in (arguments.rows, 2 * arguments.rows))
+    data: dict = {"script": SCRIPT, "seed": SEED, "grids": {}}
+    for name, (bits, factors) in RATES.items():
+        best = (math.inf, *lists(bits, factors, generator), torch.empty(0))
+        for _ in range(TRIED):
+            low, high = lists(bits, factors, generator)
+            for beta in (0.96, 1.04, 1.12):
+                points = quantiles() * beta
+                error = float(errors(grid_of(name, bits, low, high, points), x[:FEW]).mean())
+                best = min(best, (error, low, high, points), key=lambda found: found[0])
+        _, low, high, points = best
+        found = (math.inf, points)
+        for _ in range(ROUNDS):
+            grid = grid_of(name, bits, low, high, points)
+            found = min(found, (float(errors(grid, x).mean()), points), key=lambda one: one[0])
+            points = lloyd(grid, low, high, x)
+        grid = grid_of(name, bits, low, high, found[1])
+        t2 = errors(grid, test)
+        data["grids"][name] = {
+            "bits": bits, "p": grid.p, "step": grid.step_size, "t2": float(t2.mean()),
+            "stderr": float(t2.std()) / arguments.rows**0.5, **vars(grid.codebook),
+        }  # fmt: skip
+        data["grids"][name].pop("values", None)
+        bound = 10 * math.log10(float(t2.mean()) / 4.0 ** (-bits / grid.p))
+        print(f"{name}: t2 {float(t2.mean()):.5f} ± {float(t2.std()) / arguments.rows**0.5:.5f}, {bound:.2f} dB; "
+              f"quantiles {best[0]:.5f}, means {found[0]:.5f}", flush=True)  # fmt: skip
     OUT.write_text(json.dumps(data) + "\n", encoding="utf-8")
 
 

@@ -13,6 +13,7 @@ from paley.core.grids import FreeGrid
 from paley.core.rounding import Outliers, Quantized, codes_per_row
 from paley.core.schemes import ActivationScheme, LinearScheme, WeightScheme
 from paley.core.transforms import Transform
+from paley.core.trellis import TrellisGrid
 from paley.kernels import available, matmul
 from paley.ops.inputs import round_input
 
@@ -21,7 +22,8 @@ pytestmark = pytest.mark.skipif(not available(), reason="the native library was 
 GRIDS = [
     "int2", "int3", "int4", "int6", "int8", "uint2", "uint3", "uint4", "uint7", "uint8", "odd3", "gauss2", "gauss3",
     "gauss4", "gauss6", "gauss8", "nf4", "p2n16", "p2n64", "p2n88", "p2n256", "p2n1024", "p2n4096", "p3n512",
-    "p4n256", "p4n4096", "e8q14k4", "free1", "free2", "mirror2", "free3",
+    "p4n256", "p4n4096", "e8q14k4", "free1", "free2", "mirror2", "free3", "trellis1", "trellis1.5",
+    "trellis2", "trellis2.5", "trellis3", "trellis3.5", "trellis4", "trellis5",
 ]  # fmt: skip
 
 
@@ -100,7 +102,8 @@ def points_of(q: Quantized, made: matmul.Plan) -> Tensor:
             w = table.double()[q.codes.long()].flatten(1)[:, : q.width] * scale
         else:
             w = q.grid.look_up(q.codes, q.width)
-            scale = float(w.abs().max()) / limit
+            trellis = isinstance(q.grid, TrellisGrid)
+            scale = q.grid.step_size if trellis else float(w.abs().max()) / limit
             w = (w / scale).round().double() * scale
         w = w.unflatten(1, (q.scales.shape[1], -1))
         if q.zeros is not None:
@@ -141,7 +144,7 @@ def test_products_are_those_of_the_integers_on_every_level(grid: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "grid", ["int4", "uint3", "gauss3", "gauss2", "free2", "p2n64", "p2n256", "p4n256", "p4n4096", "p2n4096", "int8"]
+    "grid", ["int4", "uint3", "gauss3", "gauss2", "free2", "p2n64", "p2n256", "p4n256", "p4n4096", "p2n4096", "int8", "trellis4", "trellis2.5"]
 )
 @pytest.mark.parametrize("tokens", [1, 2, 4, 7, 17])
 def test_ragged_shapes(grid: str, tokens: int) -> None:

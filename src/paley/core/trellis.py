@@ -1,16 +1,17 @@
 """Trellis-coded grids (TCQ; QTIP, arXiv:2406.11235): a value depends on its code and on those before it in the row.
 
-A code of b bits and the bits of the codes before it, STATE_BITS in all, make a state, and a table has p values for each
-state. So 2^STATE_BITS points are within reach of b bits, and the search for the best row of codes (Viterbi) comes to
-within .7 dB of Shannon's bound at two bits, where the best table of vectors is 1.9 dB off. A row is a ring: what comes
-before its first code is its last one. Nothing is stored but the codes.
+A code of b bits and the bits of the codes before it, STATE_BITS in all, make a state, and each state has p values.
+A value is one of 256 integers. Its place among them is the sum, modulo 256, of what two short lists have for the lower
+and the upper half of the state, so that a processor finds 64 values with a few permutations of bytes. The search for
+the best row of codes (Viterbi) comes to within .6 dB of Shannon's bound at two bits, where the best table of vectors is
+1.9 dB off. A row is a ring: what comes before its first code is its last one. Nothing is stored but the codes.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from typing import ClassVar
 
@@ -20,9 +21,10 @@ from torch import Tensor
 from paley.core.errors import PaleyError, nearest_name
 from paley.core.fixed import Fixed
 
-__all__ = ["KEEP", "STATE_BITS", "TrellisGrid", "load", "names", "reference"]
+__all__ = ["HALF_BITS", "KEEP", "STATE_BITS", "Codebook", "TrellisGrid", "load", "names", "reference"]
 
 STATE_BITS = 12
+HALF_BITS = 6
 KEEP = 480  # codes decided at a time, of a search without feedback
 _BYTES = 2**26  # of the PyTorch code's memory, about
 _TILE = 2**20  # codes decoded at a time
@@ -30,8 +32,29 @@ _NEVER = 1e30
 
 
 @dataclass(frozen=True)
+class Codebook:
+    """low, high [p][64]: by a state's lower and upper half, 0 to 255. points [256]: within 127, ascending."""
+
+    low: list[list[int]]
+    high: list[list[int]]
+    points: list[int]
+
+    @functools.cached_property
+    def values(self) -> Tensor:
+        """int64 [p, 2^STATE_BITS]: the integers of each state."""
+        low, high = torch.tensor(self.low), torch.tensor(self.high)
+        return torch.tensor(self.points)[(high[:, :, None] + low[:, None, :]).flatten(1) % 256]
+
+    def lists(self) -> Tensor:
+        """int64 [512], as kernels read them: low and high of the first value, of the second, and the points."""
+        zeros = [0] * 2**HALF_BITS
+        of_values = [x for pair in zip(self.low, self.high, strict=True) for part in pair for x in part]
+        return torch.tensor([*of_values, *zeros * (4 - 2 * len(self.low)), *self.points])
+
+
+@dataclass(frozen=True)
 class TrellisGrid(Fixed):
-    """bits_per_code: b. step_size: what the table's integers of 8 bits are multiplied by.
+    """bits_per_code: b. step_size: what the integers of `codebook` are multiplied by.
 
     mse: t2 = E|x - round(x)|^2 on rows of 1024 values of N(0, 1).
     """
@@ -41,6 +64,7 @@ class TrellisGrid(Fixed):
     values_per_code: int
     step_size: float
     mse: float
+    codebook: Codebook = field(repr=False, compare=False)
 
     sequential: ClassVar[bool] = True
     points: ClassVar[None] = None  # the table is of states
@@ -81,7 +105,7 @@ class TrellisGrid(Fixed):
     @functools.cached_property
     def table(self) -> Tensor:
         """float32 [p, 2^STATE_BITS]: the values of each state."""
-        return torch.tensor(_data()["values"][: self.p], dtype=torch.float32) * self.step_size
+        return self.codebook.values.float() * self.step_size
 
     def check_width(self, width: int, where: str) -> None:
         """Raises for rows too short to close the ring."""
@@ -165,7 +189,8 @@ def load(name: str) -> TrellisGrid:
     if name not in names():
         raise PaleyError(f"unknown grid {name!r}: packaged are {', '.join(names())}{nearest_name(name, names())}")
     entry = _data()["grids"][name]
-    return TrellisGrid(name, entry["bits"], entry["p"], entry["step"], entry["t2"])
+    codebook = Codebook(entry["low"], entry["high"], entry["points"])
+    return TrellisGrid(name, entry["bits"], entry["p"], entry["step"], entry["t2"], codebook)
 
 
 def reference(

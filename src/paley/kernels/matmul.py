@@ -33,7 +33,7 @@ __all__ = [
 LEVELS = ("portable", "avx2", "avx512", "", "avx2_vnni", "amx", "neon")  # paley_level of csrc/paley.h
 KINDS = (
     "table2", "table3", "table4", "own2", "pairs4", "pairs6", "pairs8", "look8", "look9", "look10", "look12",
-    "bytes", "words",
+    "bytes", "words", "trellis1", "trellis1.5", "trellis2", "trellis2.5", "trellis3", "trellis3.5", "trellis4", "trellis5",
 )  # fmt: skip
 _LIMITS = (127, 4095)  # of integers: 8 bits, fine
 _SEGMENT = 64  # columns of inputs that share a scale, if the scheme does not say
@@ -45,6 +45,7 @@ _MOST_BITS = 17.0
 _SHARE = 2**22  # least number of products for a thread
 _PACKED = 2**18  # likewise of weights that are prepared, some 0.5 ms
 _PROBES = 2**14
+_TRELLIS_COLUMNS = 32  # whose codes lie together
 
 
 class _Source(ctypes.Structure):
@@ -148,7 +149,7 @@ def fastest(made: Plan) -> Plan:
 
     Without permutations of bytes across a register (AVX-512 VBMI), codes of 8 bits and more are looked up one by one.
     """
-    slow = made.kind.startswith("look") or made.kind == "pairs8"
+    slow = made.kind.startswith(("look", "trellis")) or made.kind == "pairs8"
     if not slow or best_level() in ("avx512", "amx"):
         return made
     return replace(made, kind="words" if made.fine else "bytes", p=1)
@@ -174,7 +175,10 @@ def plan(scheme: LinearScheme, width: int) -> Plan | None:
         segment = max(d for d in range(1, min(most, common) + 1) if common % d == 0)
         if segment < min(_LEAST_SEGMENT, common) or segment % p:
             inputs, segment = None, _SEGMENT // p * p
-    return Plan(kind, fine, group, min(segment, group), p, *(inputs or (None, 1.0)))
+    segment = min(segment, group)
+    if kind.startswith("trellis") and (group % _TRELLIS_COLUMNS or segment % _TRELLIS_COLUMNS):
+        kind, p = "bytes", 1
+    return Plan(kind, fine, group, segment, p, *(inputs or (None, 1.0)))
 
 
 def _is_fine(grid: AnyGrid, inputs: ActivationScheme | None) -> bool:
@@ -198,7 +202,7 @@ def _kind(grid: AnyGrid, fine: bool, group: int) -> str:
     if isinstance(grid, FreeGrid):
         return "own2" if grid.bits <= 2 else "bytes"
     if isinstance(grid, TrellisGrid):
-        return "bytes"
+        return grid.name if not fine or grid.name == "trellis5" else "bytes"
     if not isinstance(grid, Grid) or group % grid.p:
         return "words" if fine else "bytes"
     look = next((bits for bits in (8, 9, 10, 12) if grid.size <= 2**bits), None)
@@ -238,7 +242,8 @@ def prepare(q: Quantized | StoredWeight, scheme: LinearScheme, made: Plan | None
     made = made or plan(scheme, q.width)
     if made is None:
         raise PaleyError(f"matmul: native kernels take no weights such as {scheme}; take another product")
-    if isinstance(q, StoredWeight) and not (isinstance(q.grid, Grid) or made.kind == "own2"):
+    trellis = made.kind.startswith("trellis")
+    if isinstance(q, StoredWeight) and not (isinstance(q.grid, Grid) or made.kind == "own2" or trellis):
         q = q.unpacked()  # values do not follow from single codes
     rows, stored = q.codes.shape[0], isinstance(q, StoredWeight)
     table, codes, table_scale, scales, own = _coded(q, made)
@@ -252,7 +257,7 @@ def prepare(q: Quantized | StoredWeight, scheme: LinearScheme, made: Plan | None
     pointers = [None if x is None else x.data_ptr() for x in (*kept, *values)]
     source = _Source(
         rows, q.width, made.group, made.segment, KINDS.index(made.kind), made.fine, made.p, zeros is not None,
-        4 if own is not None else len(table), table_scale, *pointers[:5],
+        4 if own is not None else q.grid.size if trellis else len(table), table_scale, *pointers[:5],
         0 if outliers is None else len(outliers.columns), *pointers[5:],
     )  # fmt: skip
     packed = None
@@ -278,6 +283,9 @@ def _coded(q: Quantized | StoredWeight, made: Plan) -> tuple[Tensor, Tensor, flo
     limit = _LIMITS[made.fine]
     empty = torch.zeros(1, 1, dtype=torch.int16)
     grid, codes = q.grid, q.codes
+    if made.kind.startswith("trellis"):
+        assert isinstance(grid, TrellisGrid)
+        return grid.codebook.lists().short()[:, None], codes, grid.step_size, q.scales, None
     if isinstance(grid, FreeGrid):
         points = grid.group_points(q.scales.float())
         scales = (points.abs().amax(-1) / limit).half().clamp(min=2.0**-24)
