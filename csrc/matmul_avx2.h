@@ -45,7 +45,8 @@ struct CodeTables {
       for (int i = 0; i < 2 * count; ++i) sixteens[i / count][i % count] = biased(twice(table + 16 * i));
     }
     for (int i = 0; i < 16 && is_trellis(kind); ++i) {
-      halves[i / 4 % 2][i / 8 * 4 + i % 4] = twice(table + 16 * i), sixteens[0][i] = biased(twice(table + 256 + 16 * i));
+      halves[i / 4 % 2][i / 8 * 4 + i % 4] = twice(table + 16 * i);
+      if (i < 8) sixteens[0][i] = biased(twice(table + 256 + 16 * i));
     }
   }
 
@@ -126,8 +127,10 @@ PALEY_INLINE __m256i trellis(const CodeTables& tables, const uint8_t* block) {
   }
   const __m256i place = _mm256_add_epi8(of_half<KIND>(tables.halves[0], all_bits_of<KIND, FINE, D, 0>(window)),
                                         of_half<KIND>(tables.halves[1], all_bits_of<KIND, FINE, D, 6>(window)));
-  const __m256i tops[4] = {to_top<4>(place), to_top<5>(place), to_top<6>(place), place};
-  return pick<16>(tables.sixteens[0], low_bits(place, 4), tops);
+  const __m256i upper = _mm256_cmpgt_epi8(_mm256_setzero_si256(), place), at = _mm256_xor_si256(place, upper);
+  const __m256i tops[4] = {to_top<4>(at), to_top<5>(at), to_top<6>(at)};
+  const __m256i found = pick<8>(tables.sixteens[0], at, tops);
+  return _mm256_sub_epi8(_mm256_xor_si256(found, upper), upper);  // also of biased ones
 }
 
 // Two dwords of eight rows: STEP and part V of a block.

@@ -16,7 +16,7 @@ PALEY_INLINE __m512i right(__m512i x) {
 
 struct CodeTables {
   __m512i first, second;  // a table of 16 points, or of four: by an index's lower bits, by its upper ones
-  __m512i wide[2][4];     // of each value of a pair: 16 points four times, 64, or 256; TRELLIS: of all values
+  __m512i wide[2][4];     // of each value of a pair: 16 points four times, 64, or 256; TRELLIS: half of the points
   __m512i halves[4];      // TRELLIS: by the lower and the upper half of a state, of each value
   const int* look;
   const uint8_t* points;
@@ -36,7 +36,8 @@ struct CodeTables {
       }
     }
     for (int k = 0; k < 4 && is_trellis(kind); ++k) {
-      halves[k] = load_bytes(table + 64 * k), wide[0][k] = biased(load_bytes(table + 256 + 64 * k));
+      halves[k] = load_bytes(table + 64 * k);
+      if (k < 2) wide[0][k] = biased(load_bytes(table + 256 + 64 * k));
     }
   }
   void own(const uint8_t* at) { points = at; }
@@ -50,14 +51,10 @@ struct CodeTables {
       more = _mm512_mask_permutexvar_epi8(more, SECOND, high, halves[3]);
     }
     place = _mm512_add_epi8(place, more);
-#ifdef MIRROR
     const __mmask64 upper = _mm512_movepi8_mask(place);
     place = _mm512_mask_sub_epi8(place, upper, _mm512_set1_epi8(-1), place);
     const __m512i found = _mm512_permutex2var_epi8(wide[0][0], place, wide[0][1]);
-    return _mm512_mask_sub_epi8(found, upper, _mm512_setzero_si512(), found);
-#else
-    return pick<PALEY_PAIRS8>(0, place);
-#endif
+    return _mm512_mask_sub_epi8(found, upper, _mm512_setzero_si512(), found);  // also of biased ones
   }
 
   static PALEY_INLINE __m512i biased(__m512i x) {

@@ -94,7 +94,7 @@ constexpr int64_t table_bytes(Kind kind) {
     case PALEY_LOOK9: return 4 * 512;
     case PALEY_LOOK10: return 4 * 1024;
     case PALEY_LOOK12: return 4 * 4096;
-    default: return is_trellis(kind) ? 512 : 0;
+    default: return is_trellis(kind) ? 256 + 128 : 0;
   }
 }
 

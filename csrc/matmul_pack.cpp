@@ -95,7 +95,7 @@ bool good_values(const MatrixSource& s) {
   if (is_trellis(kind_of(s))) {
     const auto inside = [](int16_t low, int16_t high) { return [=](int16_t x) { return x >= low && x <= high; }; };
     return std::all_of(s.table, s.table + 256, inside(0, 255)) &&
-           std::all_of(s.table + 256, s.table + 512, inside(-127, 127)) && s.outliers == 0;
+           std::all_of(s.table + 256, s.table + 384, inside(-127, 127)) && s.outliers == 0;
   }
   const int16_t limit = !s.fine || s.kind == PALEY_BYTES ? 127 : 4095;
   if (s.kind != PALEY_OWN2) {

@@ -53,7 +53,9 @@ struct Stream {
     for (int i = 0; i < 4; ++i) {
       const uint32_t state = bits >> shift(d, i);
       const uint8_t* lists = table + 128 * (i % P);
-      out[i] = table[256 + ((lists[state & 63] + lists[64 + (state >> 6 & 63)]) & 255)];
+      const int place = (lists[state & 63] + lists[64 + (state >> 6 & 63)]) & 255, upper = place >> 7;
+      const uint8_t point = table[256 + (upper ? 255 - place : place)];
+      out[i] = static_cast<uint8_t>(upper ? -point : point);
     }
   }
 };

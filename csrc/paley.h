@@ -104,9 +104,13 @@ PALEY_EXPORT int32_t paley_follow(int32_t rows, int32_t columns, int32_t width, 
                                   int32_t level, int32_t threads, float* pull);
 
 // A trellis-coded grid: a code of `bits` bits and those before it make a state of state_bits bits, which has p values.
+// The search rounds values times `unit` to whole numbers of 16 bits, and an error costs its square divided by 2^15,
+// rounded; what has no place in 16 bits becomes the largest that has.
 struct paley_trellis {
-  const float* points;  // [p, 2^state_bits]
+  const float* points;   // [p, 2^state_bits]
+  const int16_t* whole;  // [p, 2^state_bits]: points times unit
   int32_t state_bits, bits, p;
+  float unit;
 };
 
 // Rounds the first `columns` of x [rows, wide] to the codes of least squared error, of each row from its state on
@@ -211,8 +215,9 @@ struct paley_matrix_source {
   int32_t p, affine;            // p: values of a code
   int32_t points;               // of the table; TRELLIS: how many codes there are
   float table_scale;
-  // [points, p]: within 127; WORDS and LOOK if fine: within 4095. TRELLIS [512]: for two values what the lower and then
-  // what the upper six bits of a state add to a place, 0 .. 255, and then the 256 values, within 127.
+  // [points, p]: within 127; WORDS and LOOK if fine: within 4095. TRELLIS [384]: for two values what the lower and then
+  // what the upper six bits of a state add to a place, 0 .. 255; then the values of places 0 .. 127, within 127. Place
+  // 255 - q has that of q times -1.
   const int16_t* table;
   const int32_t* codes;          // [out, ceil(columns / p)]; also for BYTES and WORDS
   const uint16_t* scales;        // float16 [out, groups]

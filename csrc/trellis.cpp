@@ -8,9 +8,10 @@ namespace {
 
 bool valid(const paley::TrellisTask& t) {
   const paley_trellis& grid = t.trellis;
-  if (!t.x || !t.scales || !t.states || !t.codes || !grid.points) return false;
+  if (!t.x || !t.scales || !t.states || !t.codes || !grid.points || !grid.whole) return false;
   if (grid.p < 1 || grid.p > 2 || grid.bits < 1 || grid.bits > 7) return false;
-  if (grid.state_bits < grid.bits + 4 || grid.state_bits > 16) return false;  // a vector's lanes are overlaps
+  if (!(grid.unit > 0)) return false;
+  if (grid.state_bits != paley::TRELLIS_STATE_BITS) return false;
   if (t.rows < 0 || t.columns < 0 || t.wide < t.columns || t.wide > 1 << 30) return false;
   if (t.keep < 1 || t.ahead < 0 || t.threads < 1) return false;
   // An end can be reached from any state in as many steps as make a state.
@@ -37,8 +38,9 @@ extern "C" int32_t paley_trellis_codes(const paley_trellis* trellis, int32_t row
   if (rows == 0 || columns == 0) return PALEY_OK;
   try {
 #if PALEY_X86
-    if (level == PALEY_AVX512) return paley::avx512::trellis(task), PALEY_OK;
-    if (level == PALEY_AVX2) return paley::avx2::trellis(task), PALEY_OK;
+    const bool words = __builtin_cpu_supports("avx512bw");
+    if (level == PALEY_AVX512 && words) return paley::avx512::trellis(task), PALEY_OK;
+    if (level >= PALEY_AVX2) return paley::avx2::trellis(task), PALEY_OK;
 #endif
     return paley::portable::trellis(task), PALEY_OK;
   } catch (const std::bad_alloc&) {

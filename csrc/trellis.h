@@ -7,6 +7,8 @@
 
 namespace paley {
 
+constexpr int TRELLIS_STATE_BITS = 12;
+
 struct TrellisTask {
   const paley_trellis& trellis;
   int32_t rows, columns, wide;

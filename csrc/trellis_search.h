@@ -1,70 +1,92 @@
 // Viterbi's search for the codes of least squared error, once for each instruction set: included inside a namespace,
-// after its lanes. src/paley/core/trellis.py has its meaning: float32 operations are rounded one by one, in its order.
+// after its lanes of W words. src/paley/core/trellis.py has its meaning: integers, and float32 operations rounded one
+// by one, in its order.
 
-constexpr float NEVER = 1e30f;
+constexpr uint16_t NEVER = 65535;
+constexpr uint16_t HIGH = 4096;  // from here on the least cost is taken off all
 
 // The rows of one thread, one after the other. P: values of a step; K: codes of a step.
 template <int P, int K>
 struct Search {
+  static constexpr int size = 1 << TRELLIS_STATE_BITS, overlaps = size / K;
   const TrellisTask& task;
-  const int size = 1 << task.trellis.state_bits, overlaps = size / K;
+  const int bits = task.trellis.bits;
   const int steps = (task.columns + P - 1) / P, all_steps = (task.wide + P - 1) / P;
   const int most = std::min(task.keep + task.ahead, all_steps);
-  std::vector<float> cost = std::vector<float>((most + size_t{1}) * overlaps), wide = std::vector<float>(size);
-  std::vector<float> work = std::vector<float>(size_t{1} * all_steps * P), y = std::vector<float>(size_t{1} * most * P);
+  std::vector<uint16_t> cost = std::vector<uint16_t>((most + size_t{1}) * overlaps);
+  std::vector<int16_t> y = std::vector<int16_t>(size_t{1} * most * P);
+  std::vector<float> work = std::vector<float>(size_t{1} * all_steps * P);
   std::vector<int32_t> found = std::vector<int32_t>(most);
 
-  explicit Search(const TrellisTask& task) : task(task) {}
+  std::vector<int16_t> by_overlap = std::vector<int16_t>(size_t{P} * size);  // states with the same low bits
 
-  // before, after [overlaps]: the least cost of each way to share low bits with the next state. State s comes from
-  // overlap s / K, and its low bits are s % overlaps.
-  PALEY_INLINE void step(const float* values, const float* before, float* after) {
-    if constexpr (K < W) {
-      for (int t = 0; t < overlaps; ++t) {
-        for (int c = 0; c < K; ++c) wide[t * K + c] = before[t];
-      }
-    }
-    const float* points = task.trellis.points;
-    for (int t = 0; t < overlaps; t += W) {
-      Floats best = all(NEVER);
-      for (int s = t; s < size; s += overlaps) {
-        Floats sum = K < W ? load(wide.data() + s) : all(before[s / K]);
-        for (int i = 0; i < P; ++i) {
-          const Floats off = all(values[i]) - load(points + size_t{1} * i * size + s);
-          sum = sum + off * off;
-        }
-        best = min(sum, best);
-      }
-      store(after + t, best);
+  explicit Search(const TrellisTask& task) : task(task) {
+    for (int s = 0; s < P * size; ++s) {
+      by_overlap[s / size * size + s % overlaps * K + s % size / overlaps] = task.trellis.whole[s];
     }
   }
 
-  // -> which of the states with these low bits had the least cost, the first of equal ones.
-  int chosen(const float* values, const float* before, int overlap) const {
-    float best = INFINITY;
-    int found_at = overlap;
-    for (int s = overlap; s < size; s += overlaps) {
-      float sum = before[s / K];
-      for (int i = 0; i < P; ++i) {
-        const float off = values[i] - task.trellis.points[size_t{1} * i * size + s];
-        sum = sum + off * off;
+  // before, after [overlaps]: the least cost of each way to share low bits with the next state. State s comes from
+  // overlap s / K, and its low bits are s % overlaps.
+  PALEY_INLINE void step(const int16_t* values, const uint16_t* before, uint16_t* after) const {
+    Words wanted[P], least = all(NEVER);
+    for (int i = 0; i < P; ++i) wanted[i] = all(static_cast<uint16_t>(values[i]));
+    const int16_t* whole = task.trellis.whole;
+    for (size_t t = 0; t < overlaps; t += W, whole += W) {
+      Words best = all(NEVER);
+      const uint16_t* from = before + t / K;
+      PALEY_UNROLL_16 for (size_t j = 0; j < K; ++j) {
+        Words sum = spread_over<K>(from + j * overlaps / K);
+        for (size_t i = 0; i < P; ++i) sum = plus(sum, square(less(wanted[i], load(whole + i * size + j * overlaps))));
+        best = min(sum, best);
       }
-      if (sum < best) best = sum, found_at = s;
+      store(after + t, best);
+      least = min(best, least);
     }
-    return found_at;
+    const uint16_t low = least_of(least);
+    if (low < HIGH) return;
+    for (int t = 0; t < overlaps; t += W) store(after + t, minus(load(after + t), all(low)));
+  }
+
+  // -> which of the states with these low bits had the least cost, the first of equal ones. Those of `known` bits must
+  // be those of `start`.
+  int chosen(const int16_t* values, const uint16_t* before, int overlap, int known, int start) const {
+    uint32_t keys[K], best = ~uint32_t{0};
+    for (int j = 0; j < K; ++j) keys[j] = before[(j * overlaps + overlap) / K];
+    for (int i = 0; i < P; ++i) {
+      const int16_t* whole = by_overlap.data() + i * size + overlap * K;
+      for (int j = 0; j < K; ++j) {
+        const int32_t off = std::clamp(values[i] - whole[j], -32768, 32767);
+        keys[j] = std::min<uint32_t>(keys[j] + static_cast<uint32_t>((off * off + 16384) >> 15), NEVER);
+      }
+    }
+    for (int j = 0; j < K && known; ++j) {
+      if (((j * overlaps + overlap) ^ start) & known) keys[j] = NEVER + 1;
+    }
+    for (int j = 0; j < K; ++j) best = std::min(best, keys[j] << 8 | static_cast<uint32_t>(j));
+    return static_cast<int>(best & 255) * overlaps + overlap;
   }
 
   // y [count, P] -> found [count]: the states of the best path from `state` on, and to the overlap `last` if it is one.
   void run(int count, int32_t state, int32_t last) {
-    std::fill(cost.begin(), cost.begin() + overlaps, state < 0 ? 0.0f : NEVER);
-    if (state >= 0) cost[state & (overlaps - 1)] = 0.0f;
+    std::fill(cost.begin(), cost.begin() + overlaps, state < 0 ? 0 : NEVER);
+    if (state >= 0) cost[state & (overlaps - 1)] = 0;
     const auto costs = [this](int i) { return cost.data() + size_t{1} * i * overlaps; };
     for (int i = 0; i < count; ++i) step(y.data() + i * P, costs(i), costs(i + 1));
     int at = last >= 0 ? last : static_cast<int>(std::min_element(costs(count), costs(count) + overlaps) - costs(count));
     for (int i = count - 1; i >= 0; --i) {
-      found[i] = chosen(y.data() + i * P, costs(i), at);
+      // The first states hold bits of that before.
+      const int moved = (i + 1) * bits, known = state < 0 || moved >= TRELLIS_STATE_BITS ? 0 : size - (1 << moved);
+      found[i] = chosen(y.data() + i * P, costs(i), at, known, known ? state << moved : 0);
       at = found[i] / K;
     }
+  }
+
+  // To the nearest whole number, of two the even one.
+  static int16_t whole(float x) {
+    x = x > -32767.0f ? x : -32767.0f;
+    x = x < 32767.0f ? x : 32767.0f;
+    return static_cast<int16_t>((x + 0x1.8p23f) - 0x1.8p23f);
   }
 
   void row(int r) {
@@ -76,7 +98,8 @@ struct Search {
     for (int start = 0; start < steps; start += task.keep) {
       const int stop = std::min(start + task.keep, steps), end = std::min(stop + task.ahead, all_steps);
       for (int i = start * P; i < end * P; ++i) {
-        y[i - start * P] = i < task.wide ? work[i] / scales[i * task.scale_column] : 0.0f;
+        const float value = i < task.wide ? work[i] / scales[i * task.scale_column] : 0.0f;
+        y[i - start * P] = whole(value * task.trellis.unit);
       }
       run(end - start, state, task.ends && end == all_steps ? task.ends[r] & (overlaps - 1) : -1);
       for (int i = start; i < stop; ++i) task.codes[int64_t{r} * steps + i] = found[i - start] & (K - 1);

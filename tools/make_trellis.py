@@ -52,9 +52,9 @@ def quantiles() -> Tensor:
 
 
 def grid_of(name: str, bits: int, low: Tensor, high: Tensor, points: Tensor) -> TrellisGrid:
-    """points float64, ascending: they are rounded to integers of 8 bits."""
+    """points float64, ascending, symmetric: they are rounded to integers of 8 bits."""
     step = float(points.abs().max()) / 127
-    codebook = Codebook(low.tolist(), high.tolist(), (points / step).round().int().tolist())
+    codebook = Codebook(low.tolist(), high.tolist(), (points[: PLACES // 2] / step).round().int().tolist())
     return TrellisGrid(name, bits, len(low), step, math.nan, codebook)
 
 

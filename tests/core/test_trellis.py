@@ -18,6 +18,10 @@ NAMES = trellis.names()
 LEVELS = native.LEVELS[: native.LEVELS.index(native.best_level()) + 1] if native.why_missing() is None else ()
 
 
+def tables(grid: trellis.TrellisGrid) -> tuple[torch.Tensor, torch.Tensor, float]:
+    return grid.table, grid.whole, grid.unit
+
+
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -39,7 +43,7 @@ def test_it_is_better_than_any_table_of_vectors(bits):
 
 def test_the_path_is_the_best_of_all():
     """Against every row of codes, on a small trellis: 4 state bits, codes of one bit."""
-    table, y = gaussian(1, 16, seed=1), gaussian(3, 6, 1, seed=2)
+    table, y = ((800 * x).int() for x in (gaussian(1, 16, seed=1), gaussian(3, 6, 1, seed=2)))
     states = torch.tensor([0, 5, -1], dtype=torch.int32)
     path = trellis._viterbi(y, table, 1, states, None)
     for row, start, found in zip(y[:, :, 0], states.tolist(), path, strict=True):
@@ -83,7 +87,7 @@ def test_short_rows_have_no_seam_that_costs():
 def test_native_codes_are_those_of_pytorch(name, width):
     grid, x = grids.load(name), gaussian(5, width, seed=width)
     ends, ones = grid.ring_ends(x), torch.ones(1, 1).expand_as(x)
-    how = (x, width, ones, grid.table, grid.bits_per_code, ends, ends, None, trellis.KEEP, grid.ahead)
+    how = (x, width, ones, *tables(grid), grid.bits_per_code, ends, ends, None, trellis.KEEP, grid.ahead)
     wanted = trellis.reference(*how)
     assert torch.equal(grid.search(x).int(), wanted[0])
     for level, threads in itertools.product(LEVELS, (1, 3)):
@@ -99,7 +103,7 @@ def test_native_feedback_is_that_of_pytorch(name, columns, wide, keep):
     scales = gaussian(5, wide, seed=2).exp()
     states = torch.tensor([-1, 0, 7, 4095, 100], dtype=torch.int32)
     ends = torch.arange(5, dtype=torch.int32)
-    how = (x, columns, scales, grid.table, grid.bits_per_code, states, ends, spread, keep, grid.ahead)
+    how = (x, columns, scales, *tables(grid), grid.bits_per_code, states, ends, spread, keep, grid.ahead)
     wanted = trellis.reference(*how)
     for level, threads in itertools.product(LEVELS, (1, 2)):
         for found, expected in zip(trellis_codes.codes(*how, level=level, threads=threads), wanted, strict=True):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from paley.core import grids
+from paley.core import grids, trellis
 from paley.core.errors import PaleyError
 from paley.core.grids import FreeGrid
 from paley.core.rounding import Outliers, Quantized, codes_per_row
@@ -102,8 +102,7 @@ def points_of(q: Quantized, made: matmul.Plan) -> Tensor:
             w = table.double()[q.codes.long()].flatten(1)[:, : q.width] * scale
         else:
             w = q.grid.look_up(q.codes, q.width)
-            trellis = isinstance(q.grid, TrellisGrid)
-            scale = q.grid.step_size if trellis else float(w.abs().max()) / limit
+            scale = q.grid.step_size if isinstance(q.grid, TrellisGrid) else float(w.abs().max()) / limit
             w = (w / scale).round().double() * scale
         w = w.unflatten(1, (q.scales.shape[1], -1))
         if q.zeros is not None:
@@ -151,6 +150,48 @@ def test_ragged_shapes(grid: str, tokens: int) -> None:
     p = grids.load(grid).p
     for rows, width, group in ((1, 4 * 7, None), (17, 4 * 33, 4 * 11), (33, 8 * 3 * p, 2 * p), (70, 1100, 220)):
         check(scheme_of(grid, group), rows, width, tokens, seed=rows)
+
+
+@pytest.mark.parametrize("grid", trellis.names())
+@pytest.mark.parametrize("tokens", [1, 2, 5, 17])
+def test_trellis_codes_stay_codes(grid: str, tokens: int) -> None:
+    """Groups and segments begin within a ring, and with it; rows of other widths are held as values."""
+    for rows, width, group in ((1, 32, None), (17, 96, None), (33, 480, 160), (16, 1088, 544)):
+        scheme = scheme_of(grid, group)
+        made = matmul.plan(scheme, width)
+        assert made is not None
+        assert made.kind == grid
+        check(scheme, rows, width, tokens, seed=rows)
+    whole = matmul.plan(scheme_of(grid), 1024)
+    assert whole is not None
+    assert whole.bits(1024) < grids.load(grid).bits + 0.07
+    ragged = matmul.plan(scheme_of(grid), 1000)
+    assert ragged is not None
+    assert ragged.kind == "bytes"
+    check(scheme_of(grid), 5, 72, tokens)
+
+
+def test_trellis_codes_with_rounded_inputs() -> None:
+    check(scheme_of("trellis4", 64, ActivationScheme("gauss4", group_size=32)), 20, 192, 5)
+    check(scheme_of("trellis5", None, ActivationScheme("int8")), 20, 192, 3)
+
+
+def test_without_permutations_of_bytes_trellis_codes_are_held_as_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = matmul.plan(scheme_of("trellis3"), 256)
+    assert made is not None
+    monkeypatch.setattr(matmul, "best_level", lambda: "avx2")
+    assert matmul.fastest(made).kind == "bytes"
+    monkeypatch.setattr(matmul, "best_level", lambda: "avx512")
+    assert matmul.fastest(made) == made
+
+
+def test_trellis_lists_are_checked() -> None:
+    scheme = scheme_of("trellis2")
+    q = weight_of(scheme, 4, 64)
+    book = q.grid.codebook
+    for broken in (replace(book, points=[*book.points[:-1], 128]), replace(book, low=[[256, *book.low[0][1:]]])):
+        with pytest.raises(PaleyError, match="bad argument"):
+            matmul.prepare(replace(q, grid=replace(q.grid, codebook=broken)), scheme)
 
 
 @pytest.mark.parametrize("grid", ["gauss3", "int4", "p2n4096", "p2n256", "free2", "gauss5"])

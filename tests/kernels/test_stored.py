@@ -21,7 +21,7 @@ def stored(q: Quantized) -> StoredWeight:
     return StoredWeight("layer", codes, q.scales, q.zeros, q.grid, q.width, q.outliers)
 
 
-@pytest.mark.parametrize("grid", [*GRIDS, "trellis2", "trellis2.5"])
+@pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize(("rows", "width", "group"), [(1, 48, None), (17, 132, 12), (33, 96, 24), (70, 1100, 220)])
 def test_blobs_are_the_same(grid, rows, width, group, monkeypatch):
     """By the plan of this machine, and by that of one without AVX-512 VBMI, which has values in place of codes."""

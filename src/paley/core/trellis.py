@@ -1,8 +1,8 @@
 """Trellis-coded grids (TCQ; QTIP, arXiv:2406.11235): a value depends on its code and on those before it in the row.
 
 A code of b bits and the bits of the codes before it, STATE_BITS in all, make a state, and each state has p values.
-A value is one of 256 integers. Its place among them is the sum, modulo 256, of what two short lists have for the lower
-and the upper half of the state, so that a processor finds 64 values with a few permutations of bytes. The search for
+A value is one of 256 integers, of which 128 are the others times -1. Its place among them is the sum, modulo 256, of
+what two short lists have for the lower and the upper half of the state, so that a processor finds 64 values with a few permutations of bytes. The search for
 the best row of codes (Viterbi) comes to within .6 dB of Shannon's bound at two bits, where the best table of vectors is
 1.9 dB off. A row is a ring: what comes before its first code is its last one. Nothing is stored but the codes.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import ClassVar
@@ -26,14 +27,20 @@ __all__ = ["HALF_BITS", "KEEP", "STATE_BITS", "Codebook", "TrellisGrid", "load",
 STATE_BITS = 12
 HALF_BITS = 6
 KEEP = 480  # codes decided at a time, of a search without feedback
+COST = 64  # of an error as large as is usual, if the finest integers allow it
+MOST_FINE = 250
+HIGH = 4096  # from here on the least cost of a path is taken off all
 _BYTES = 2**26  # of the PyTorch code's memory, about
 _TILE = 2**20  # codes decoded at a time
-_NEVER = 1e30
+_NEVER = 2**16 - 1
 
 
 @dataclass(frozen=True)
 class Codebook:
-    """low, high [p][64]: by a state's lower and upper half, 0 to 255. points [256]: within 127, ascending."""
+    """low, high [p][64]: by a state's lower and upper half, 0 to 255. points [128]: of places 0 to 127, within 127.
+
+    Place 255 - q has the point of place q times -1.
+    """
 
     low: list[list[int]]
     high: list[list[int]]
@@ -43,10 +50,11 @@ class Codebook:
     def values(self) -> Tensor:
         """int64 [p, 2^STATE_BITS]: the integers of each state."""
         low, high = torch.tensor(self.low), torch.tensor(self.high)
-        return torch.tensor(self.points)[(high[:, :, None] + low[:, None, :]).flatten(1) % 256]
+        points = torch.tensor(self.points)
+        return torch.cat([points, -points.flip(0)])[(high[:, :, None] + low[:, None, :]).flatten(1) % 256]
 
     def lists(self) -> Tensor:
-        """int64 [512], as kernels read them: low and high of the first value, of the second, and the points."""
+        """int64 [384], as kernels read them: low and high of the first value, of the second, and the points."""
         zeros = [0] * 2**HALF_BITS
         of_values = [x for pair in zip(self.low, self.high, strict=True) for part in pair for x in part]
         return torch.tensor([*of_values, *zeros * (4 - 2 * len(self.low)), *self.points])
@@ -107,6 +115,22 @@ class TrellisGrid(Fixed):
         """float32 [p, 2^STATE_BITS]: the values of each state."""
         return self.codebook.values.float() * self.step_size
 
+    @property
+    def fineness(self) -> int:
+        """What integers are multiplied by for the search."""
+        rms = 1.1 * 2**-self.bits / self.step_size  # of errors
+        return min(MOST_FINE, round(math.sqrt(COST * 2**15) / rms))
+
+    @property
+    def unit(self) -> float:
+        """As `fineness`, of values."""
+        return torch.tensor(self.fineness / self.step_size, dtype=torch.float32).item()
+
+    @functools.cached_property
+    def whole(self) -> Tensor:
+        """int16 [p, 2^STATE_BITS]: the table times `unit`."""
+        return (self.codebook.values * self.fineness).short()
+
     def check_width(self, width: int, where: str) -> None:
         """Raises for rows too short to close the ring."""
         if -(-width // self.p) < self.memory:
@@ -151,7 +175,8 @@ class TrellisGrid(Fixed):
         wide], as in GPTQ: errors change the columns to come; without it there are none, [rows, 0].
         """
         return torch.ops.paley.trellis_codes(
-            x, columns, scales, self.table.to(x.device), self.bits_per_code, states, ends, spread, keep, ahead
+            x, columns, scales, self.table.to(x.device), self.whole.to(x.device), self.unit,
+            self.bits_per_code, states, ends, spread, keep, ahead,
         )
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -194,16 +219,16 @@ def load(name: str) -> TrellisGrid:
 
 
 def reference(
-    x: Tensor, columns: int, scales: Tensor, table: Tensor, bits: int, states: Tensor, ends: Tensor | None,
-    spread: Tensor | None, keep: int, ahead: int,
+    x: Tensor, columns: int, scales: Tensor, table: Tensor, whole: Tensor, unit: float, bits: int,
+    states: Tensor, ends: Tensor | None, spread: Tensor | None, keep: int, ahead: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`TrellisGrid.codes` in plain torch. Each float32 operation is rounded by itself, in one order."""
     size = table.shape[1]
     few = max(1, _BYTES // ((keep + ahead) * (size >> bits) + 8 * size))
     parts = [
         _some_rows(
-            x[rows], columns, scales[rows], table, bits, states[rows], None if ends is None else ends[rows], spread,
-            keep, ahead,
+            x[rows], columns, scales[rows], table, whole, unit, bits, states[rows],
+            None if ends is None else ends[rows], spread, keep, ahead,
         )
         for rows in (slice(start, start + few) for start in range(0, max(len(x), 1), few))
     ]  # fmt: skip
@@ -212,8 +237,8 @@ def reference(
 
 
 def _some_rows(
-    x: Tensor, columns: int, scales: Tensor, table: Tensor, bits: int, states: Tensor, ends: Tensor | None,
-    spread: Tensor | None, keep: int, ahead: int,
+    x: Tensor, columns: int, scales: Tensor, table: Tensor, whole: Tensor, unit: float, bits: int,
+    states: Tensor, ends: Tensor | None, spread: Tensor | None, keep: int, ahead: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     p, wide = len(table), x.shape[1]
     steps, all_steps = -(-columns // p), -(-wide // p)
@@ -223,7 +248,9 @@ def _some_rows(
         end = min(stop + ahead, all_steps)
         here = slice(start * p, min(end * p, wide))
         y = torch.nn.functional.pad(work[:, here] / scales[:, here], (0, end * p - here.stop)).unflatten(1, (-1, p))
-        path = _viterbi(y, table, bits, states, ends if end == all_steps else None)[:, : stop - start]
+        y = (y * unit).clamp(-32767, 32767).round().int()
+        last = ends if end == all_steps else None
+        path = _viterbi(y, whole.int(), bits, states, last)[:, : stop - start]
         codes.append(path & (2**bits - 1))
         states = path[:, -1]
         if spread is not None:
@@ -239,26 +266,32 @@ def _some_rows(
     return torch.cat(codes, 1).int(), states.int(), errors
 
 
-def _viterbi(y: Tensor, table: Tensor, bits: int, states: Tensor, ends: Tensor | None) -> Tensor:
-    """y [rows, steps, p] -> states int64 [rows, steps] of the path of least squared error; of equal ones the first."""
+def _viterbi(
+    y: Tensor, table: Tensor, bits: int, states: Tensor, ends: Tensor | None
+) -> Tensor:
+    """y, table int32 -> states int64 [rows, steps] of the path of least cost; of equal ones the first.
+
+    All is in integers of 16 bits: squares of differences are divided by 2^15 and rounded, and what does not fit becomes
+    the largest that does.
+    """
     p, size = table.shape
     overlaps = size >> bits
-    cost = y.new_full((len(y), overlaps), _NEVER)
-    cost[states < 0] = 0.0
-    cost.scatter_(1, (states.long() % overlaps)[:, None], 0.0)
-    chosen = []
-    for values in y.unbind(1):
+    cost = torch.full((len(y), overlaps), _NEVER, dtype=torch.int32, device=y.device)
+    cost[states < 0] = 0
+    cost.scatter_(1, (states.long() % overlaps)[:, None], 0)
+    chosen, number = [], torch.arange(size, device=y.device)
+    for step, values in enumerate(y.unbind(1)):
         of_each = cost.repeat_interleave(2**bits, 1)
         for i in range(p):
-            off = values[:, i, None] - table[i]
-            of_each = of_each + off * off
-        of_each = of_each.unflatten(1, (2**bits, overlaps))
-        cost, at = of_each[:, 0].clone(), torch.zeros(len(y), overlaps, dtype=torch.uint8, device=y.device)
-        for j in range(1, 2**bits):
-            better = of_each[:, j] < cost
-            cost = torch.where(better, of_each[:, j], cost)
-            at[better] = j
-        chosen.append(at)
+            off = (values[:, i, None] - table[i]).clamp(-(2**15), 2**15 - 1)
+            of_each = (of_each + (off * off + 2**14 >> 15)).clamp(max=_NEVER)
+        cost = of_each.unflatten(1, (2**bits, overlaps)).amin(1)
+        if (moved := (step + 1) * bits) < size.bit_length() - 1:  # a state that holds other bits of the first is none
+            other = (number >> moved) != (states[:, None].long() << moved) % size >> moved
+            of_each = of_each.masked_fill(other & (states >= 0)[:, None], _NEVER + 1)
+        chosen.append(of_each.unflatten(1, (2**bits, overlaps)).argmin(1).to(torch.uint8))
+        least = cost.amin(1, keepdim=True)
+        cost = torch.where(least < HIGH, cost, cost - least)
     overlap = cost.argmin(1) if ends is None else ends.long() % overlaps
     path = []
     for at in reversed(chosen):
@@ -270,7 +303,7 @@ def _viterbi(y: Tensor, table: Tensor, bits: int, states: Tensor, ends: Tensor |
 
 _LIBRARY = torch.library.Library("paley", "FRAGMENT")
 _LIBRARY.define(
-    "trellis_codes(Tensor x, int columns, Tensor scales, Tensor table, int bits, Tensor states, Tensor? ends, "
-    "Tensor? spread, int keep, int ahead) -> (Tensor, Tensor, Tensor)"
+    "trellis_codes(Tensor x, int columns, Tensor scales, Tensor table, Tensor whole, float unit, "
+    "int bits, Tensor states, Tensor? ends, Tensor? spread, int keep, int ahead) -> (Tensor, Tensor, Tensor)"
 )
 _LIBRARY.impl("trellis_codes", reference, "CompositeExplicitAutograd")

@@ -19,13 +19,14 @@ class _Trellis(ctypes.Structure):
     """paley_trellis of csrc/paley.h."""
 
     _fields_ = [
-        ("points", ctypes.c_void_p), ("state_bits", ctypes.c_int32), ("bits", ctypes.c_int32), ("p", ctypes.c_int32),
+        ("points", ctypes.c_void_p), ("whole", ctypes.c_void_p), ("state_bits", ctypes.c_int32),
+        ("bits", ctypes.c_int32), ("p", ctypes.c_int32), ("unit", ctypes.c_float),
     ]  # fmt: skip
 
 
 def codes(
-    x: Tensor, columns: int, scales: Tensor, table: Tensor, bits: int, states: Tensor, ends: Tensor | None,
-    spread: Tensor | None, keep: int, ahead: int, *, level: str | None = None, threads: int | None = None,
+    x: Tensor, columns: int, scales: Tensor, table: Tensor, whole: Tensor, unit: float, bits: int,
+    states: Tensor, ends: Tensor | None, spread: Tensor | None, keep: int, ahead: int, *, level: str | None = None, threads: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As `core.trellis.reference`, for float32 tensors on the CPU; the same codes and bits."""
     (rows, wide), (p, size) = x.shape, table.shape
@@ -42,11 +43,14 @@ def codes(
         if tensor is not None and (tensor.dtype, tuple(tensor.shape)) != (torch.int32, (rows,)):
             raise PaleyError(f"trellis: states are int32 [{rows}], got {tensor.dtype} {list(tensor.shape)}")
     x, table = x if x.stride(1) == 1 else x.contiguous(), table.contiguous()
+    if whole.dtype != torch.int16 or whole.shape != table.shape:
+        raise PaleyError(f"trellis: whole is int16 {list(table.shape)}, got {whole.dtype} {list(whole.shape)}")
+    whole = whole.contiguous()
     spread, ends = (None if tensor is None else tensor.contiguous() for tensor in (spread, ends))
     states = states.clone()
     found = torch.empty(rows, -(-columns // p), dtype=torch.int32)
     errors = torch.empty(rows, columns if spread is not None else 0)
-    trellis = _Trellis(table.data_ptr(), size.bit_length() - 1, bits, p)
+    trellis = _Trellis(table.data_ptr(), whole.data_ptr(), size.bit_length() - 1, bits, p, unit)
     if threads is None:
         threads = max(1, min(torch.get_num_threads(), rows * columns // _SHARE))
     native.call(
