@@ -19,7 +19,7 @@ LEVELS = native.LEVELS[: native.LEVELS.index(native.best_level()) + 1] if native
 
 
 def tables(grid: trellis.TrellisGrid) -> tuple[torch.Tensor, torch.Tensor, float]:
-    return grid.table, grid.whole, grid.unit
+    return grid.table, grid.whole, grid.search_scale
 
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -143,7 +143,7 @@ def test_products_are_those_of_the_integers_on_every_level(grid: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "grid", ["int4", "uint3", "gauss3", "gauss2", "free2", "p2n64", "p2n256", "p4n256", "p4n4096", "p2n4096", "int8", "trellis4", "trellis2.5"]
+    "grid", ["int4", "uint3", "gauss3", "gauss2", "free2", "p2n64", "p2n256", "p4n256", "p4n4096", "p2n4096", "int8"]
 )
 @pytest.mark.parametrize("tokens", [1, 2, 4, 7, 17])
 def test_ragged_shapes(grid: str, tokens: int) -> None:

@@ -1,10 +1,11 @@
 """Trellis-coded grids (TCQ; QTIP, arXiv:2406.11235): a value depends on its code and on those before it in the row.
 
-A code of b bits and the bits of the codes before it, STATE_BITS in all, make a state, and each state has p values.
-A value is one of 256 integers, of which 128 are the others times -1. Its place among them is the sum, modulo 256, of
-what two short lists have for the lower and the upper half of the state, so that a processor finds 64 values with a few permutations of bytes. The search for
-the best row of codes (Viterbi) comes to within .6 dB of Shannon's bound at two bits, where the best table of vectors is
-1.9 dB off. A row is a ring: what comes before its first code is its last one. Nothing is stored but the codes.
+A code of b bits and the bits of the codes before it, STATE_BITS in all, make a state, and each state has p values. A
+value is one of 256 integers, of which 128 are the others times -1. Its place among them is the sum, modulo 256, of what
+two short lists have for the lower and the upper half of the state, so that a processor finds 64 values with a few
+permutations of bytes. The search for the best row of codes (Viterbi) comes to within .6 dB of Shannon's bound at two
+bits, where the best table of vectors is 1.9 dB off. A row is a ring: what comes before its first code is its last one.
+Nothing is stored but the codes.
 """
 
 from __future__ import annotations
@@ -122,13 +123,13 @@ class TrellisGrid(Fixed):
         return min(MOST_FINE, round(math.sqrt(COST * 2**15) / rms))
 
     @property
-    def unit(self) -> float:
+    def search_scale(self) -> float:
         """As `fineness`, of values."""
         return torch.tensor(self.fineness / self.step_size, dtype=torch.float32).item()
 
     @functools.cached_property
     def whole(self) -> Tensor:
-        """int16 [p, 2^STATE_BITS]: the table times `unit`."""
+        """int16 [p, 2^STATE_BITS]: the table times `search_scale`."""
         return (self.codebook.values * self.fineness).short()
 
     def check_width(self, width: int, where: str) -> None:
@@ -175,8 +176,18 @@ class TrellisGrid(Fixed):
         wide], as in GPTQ: errors change the columns to come; without it there are none, [rows, 0].
         """
         return torch.ops.paley.trellis_codes(
-            x, columns, scales, self.table.to(x.device), self.whole.to(x.device), self.unit,
-            self.bits_per_code, states, ends, spread, keep, ahead,
+            x,
+            columns,
+            scales,
+            self.table.to(x.device),
+            self.whole.to(x.device),
+            self.search_scale,
+            self.bits_per_code,
+            states,
+            ends,
+            spread,
+            keep,
+            ahead,
         )
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -266,9 +277,7 @@ def _some_rows(
     return torch.cat(codes, 1).int(), states.int(), errors
 
 
-def _viterbi(
-    y: Tensor, table: Tensor, bits: int, states: Tensor, ends: Tensor | None
-) -> Tensor:
+def _viterbi(y: Tensor, table: Tensor, bits: int, states: Tensor, ends: Tensor | None) -> Tensor:
     """y, table int32 -> states int64 [rows, steps] of the path of least cost; of equal ones the first.
 
     All is in integers of 16 bits: squares of differences are divided by 2^15 and rounded, and what does not fit becomes

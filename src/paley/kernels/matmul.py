@@ -33,7 +33,7 @@ __all__ = [
 LEVELS = ("portable", "avx2", "avx512", "", "avx2_vnni", "amx", "neon")  # paley_level of csrc/paley.h
 KINDS = (
     "table2", "table3", "table4", "own2", "pairs4", "pairs6", "pairs8", "look8", "look9", "look10", "look12",
-    "bytes", "words", "trellis1", "trellis1.5", "trellis2", "trellis2.5", "trellis3", "trellis3.5", "trellis4", "trellis5",
+    "bytes", "words", *(f"trellis{rate}" for rate in ("1", "1.5", "2", "2.5", "3", "3.5", "4", "5")),
 )  # fmt: skip
 _LIMITS = (127, 4095)  # of integers: 8 bits, fine
 _SEGMENT = 64  # columns of inputs that share a scale, if the scheme does not say

@@ -26,7 +26,8 @@ class _Trellis(ctypes.Structure):
 
 def codes(
     x: Tensor, columns: int, scales: Tensor, table: Tensor, whole: Tensor, unit: float, bits: int,
-    states: Tensor, ends: Tensor | None, spread: Tensor | None, keep: int, ahead: int, *, level: str | None = None, threads: int | None = None,
+    states: Tensor, ends: Tensor | None, spread: Tensor | None, keep: int, ahead: int, *,
+    level: str | None = None, threads: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As `core.trellis.reference`, for float32 tensors on the CPU; the same codes and bits."""
     (rows, wide), (p, size) = x.shape, table.shape
