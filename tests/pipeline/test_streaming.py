@@ -113,7 +113,7 @@ def test_workers_are_other_processes(folder, tmp_path, monkeypatch):
     def fail(*args: object, **more: object) -> None:
         raise AssertionError("rounded in the parent")
 
-    monkeypatch.setattr(streaming, "quantize_turned", fail)
+    monkeypatch.setattr(streaming, "turned_parts", fail)
     with pytest.raises(AssertionError, match="rounded in the parent"):
         quantize(folder, higgs(), output=tmp_path / "one")
     counting = Counting()

@@ -6,8 +6,8 @@ Every faster kernel must agree with the torch code here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
@@ -40,8 +40,7 @@ __all__ = [
 ]
 
 _COARSE = 2.0**-20  # float16 has steps of 2^-24 there
-_AT_ONCE = 2**22  # values of a weight
-_STACKED = ("codes", "scales", "zeros")
+_AT_ONCE = 2**20  # values of a weight
 _LOST = 1e-3  # of a weight's energy
 OUTLIER_GRID = "int8"
 
@@ -170,10 +169,14 @@ def check_range(weight: Tensor, grid: AnyGrid, where: str) -> None:
 
     A small part of the energy may be lost: rows that are as good as zero occur in real models.
     """
-    parts = weight.split(max(1, _AT_ONCE // weight.shape[1]))  # a norm in float64 copies what it reads
-    largest = torch.cat([torch.stack(rows.aminmax(dim=1)).abs().amax(0).double() for rows in parts])
+    # Room for the results first: between copies of parts they would keep the heap from being used again.
+    largest, energy = torch.empty(2, len(weight), dtype=torch.float64)
+    step = max(1, _AT_ONCE // weight.shape[1])
+    for at, part in zip(range(0, len(weight), step), weight.split(step), strict=True):
+        here = slice(at, at + len(part))
+        largest[here] = torch.stack(part.aminmax(dim=1)).abs().amax(0)
+        energy[here] = torch.linalg.vector_norm(part, dim=1, dtype=torch.float64).square()
     scales = largest / getattr(grid, "peak", 1.0)  # what a row needs if nothing is clipped; free grids store values
-    energy = torch.cat([torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64) for rows in parts]).square()
     lost = float(energy[(scales < _COARSE) & (scales > 0)].sum() / energy.sum().clamp(min=1e-300))
     if float(scales.max()) > torch.finfo(torch.float16).max or lost > _LOST:
         raise PaleyError(
@@ -207,18 +210,16 @@ def joined(parts: Sequence[Quantized]) -> Quantized:
     return Quantized(codes, scales, zeros, first.grid, first.columns, outliers)
 
 
-def stacked(parts: Iterable[Quantized], rows: int) -> Quantized:
-    """As `joined`, for parts without outliers that have so many rows in all; only one part is in memory at a time."""
-    whole, at = None, 0
+def stacked(parts: Iterable[Mapping[str, Tensor]], rows: int) -> dict[str, Tensor]:
+    """Tensors of the same names, below those of the part before, `rows` in all; one part is in memory at a time."""
+    whole, at = dict[str, Tensor](), 0
     for part in parts:
-        if whole is None:
-            room = {n: None if (t := getattr(part, n)) is None else t.new_empty(rows, *t.shape[1:]) for n in _STACKED}
-            whole = replace(part, **room)
-        for name in _STACKED:
-            if (tensor := getattr(part, name)) is not None:
-                getattr(whole, name)[at : at + len(tensor)] = tensor
-        at += len(part.codes)
-    assert whole is not None
+        count = {len(tensor) for tensor in part.values()}.pop()
+        for name, tensor in part.items():
+            if name not in whole:
+                whole[name] = tensor.new_empty(rows, *tensor.shape[1:])
+            whole[name][at : at + count] = tensor
+        at += count
     assert at == rows
     return whole
 

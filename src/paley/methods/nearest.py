@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,7 +16,10 @@ from paley.core.schemes import WeightScheme
 from paley.core.transforms import Transform
 from paley.methods.binary import fit_centroids
 
-__all__ = ["gaussian_error", "gaussian_spread", "quantize_nearest", "quantize_turned", "weight_scales"]
+__all__ = [
+    "Error", "gaussian_error", "gaussian_spread", "quantize_nearest", "quantize_turned", "turned_parts",
+    "weight_scales",
+]  # fmt: skip
 
 _SHRINK_STEPS = 80  # clip ratios 1.00, 0.99, ... 0.21, as in GPTQ's reference runs
 _ERROR_POWER = 2.4
@@ -175,20 +178,45 @@ def quantize_nearest(weight: Tensor, scheme: WeightScheme, where: str = "weight"
 def quantize_turned(
     weight: Tensor, scheme: WeightScheme, transform: Transform | None, where: str = "weight"
 ) -> tuple[Quantized, float]:
-    """As `quantize_nearest`, of weight · Tᵀ, a few rows at a time; and the relative squared error."""
-    error = norm = 0.0
+    """As `quantize_nearest`, of weight · Tᵀ; and the relative squared error."""
+    total = Error()
+
+    def parts() -> Iterator[dict[str, Tensor]]:
+        for part, error in turned_parts(weight, scheme, transform, where):
+            total.add(error)
+            yield {"codes": part.codes, "scales": part.scales} | ({} if part.zeros is None else {"zeros": part.zeros})
+
+    made = stacked(parts(), len(weight))
+    q = Quantized(made["codes"], made["scales"], made.get("zeros"), scheme.grid, weight.shape[1])
+    return q, total.relative
+
+
+def turned_parts(
+    weight: Tensor, scheme: WeightScheme, transform: Transform | None, where: str = "weight"
+) -> Iterator[tuple[Quantized, Error]]:
+    """As `quantize_turned`, a few rows at a time, each with its own error."""
     check_range(weight, scheme.grid, where)
+    for rows in weight.split(max(1, _CHUNK // weight.shape[1])):
+        rows = (rows.double() if transform is None else transform.apply(rows.double())).float()
+        part = quantize_nearest(rows, scheme, where)
+        error = float(torch.linalg.vector_norm(part.dequantize() - rows)) ** 2
+        yield part, Error(error, float(torch.linalg.vector_norm(rows)) ** 2)
 
-    def parts() -> Iterator[Quantized]:
-        nonlocal error, norm
-        for rows in weight.split(max(1, _CHUNK // weight.shape[1])):
-            rows = (rows.double() if transform is None else transform.apply(rows.double())).float()
-            yield (part := quantize_nearest(rows, scheme, where))
-            error += float(torch.linalg.vector_norm(part.dequantize() - rows)) ** 2
-            norm += float(torch.linalg.vector_norm(rows)) ** 2
 
-    q = stacked(parts(), len(weight))
-    return q, error / norm if norm else error
+@dataclass
+class Error:
+    """|W - Ŵ|² and |W|², over all that was added."""
+
+    squared: float = 0.0
+    norm: float = 0.0
+
+    @property
+    def relative(self) -> float:
+        return self.squared / self.norm if self.norm else self.squared
+
+    def add(self, other: Error) -> None:
+        self.squared += other.squared
+        self.norm += other.norm
 
 
 def _stretched(groups: Tensor, points: Tensor, scales: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from paley.arch import Site
 from paley.core.errors import PaleyError, Setting
-from paley.core.rounding import Quantized, stacked
+from paley.core.rounding import stacked
 from paley.core.schemes import LinearScheme
 from paley.core.transforms import Transform
 from paley.format import spec
@@ -31,7 +31,7 @@ from paley.format.checkpoint import Checkpoint, read_tensors
 from paley.format.dtypes import cast_to_store
 from paley.format.header import TensorInfo, parts_of, read_metadata
 from paley.format.writer import ShardWriter, write_tensors
-from paley.methods.nearest import quantize_turned
+from paley.methods.nearest import Error, turned_parts
 from paley.model.calibrate import LayerReport
 from paley.model.loading import is_ignored
 from paley.model.problem import Problem
@@ -65,22 +65,21 @@ def quantize_tensor(job: TensorJob) -> LayerReport:
     """Reads, rotates, rounds and writes one weight; the file appears whole or not at all."""
     scheme, transform = job.scheme.weight, job.scheme.transform
     assert scheme is not None
-    errors, norms = list[float](), list[float]()
+    total, experts = Error(), list[float]()
 
-    def parts() -> Iterator[Quantized]:
+    def parts() -> Iterator[dict[str, Tensor]]:
         for weight in _matrices(job):
-            q, error = quantize_turned(weight, scheme, transform, job.name)
-            errors.append(error)
-            norms.append(float(torch.linalg.vector_norm(weight.float())) ** 2 if job.experts else 1.0)
-            yield q
+            own = Error()
+            for part, error in turned_parts(weight, scheme, transform, job.name):
+                own.add(error)
+                yield spec.encode_linear(job.name, part)  # packed at once: codes are several times larger
+            total.add(own)
+            experts.append(own.relative)
 
-    q = stacked(parts(), job.rows)
-    total = sum(norms)
-    rel_error = sum(e * n for e, n in zip(errors, norms, strict=True)) / total if total else sum(errors)
-    experts = errors if job.experts else []
-    told = {"rel_error": repr(rel_error), "experts": json.dumps(experts)}
-    write_tensors(job.file, spec.encode_linear(job.name, q), told)
-    return LayerReport(job.name, rel_error, None, tuple(experts))
+    tensors = stacked(parts(), job.rows)
+    own = tuple(experts) if job.experts else ()
+    write_tensors(job.file, tensors, {"rel_error": repr(total.relative), "experts": json.dumps(own)})
+    return LayerReport(job.name, total.relative, None, own)
 
 
 def _matrices(job: TensorJob) -> Iterator[Tensor]:
