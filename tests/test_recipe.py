@@ -13,9 +13,11 @@ from paley.core.schemes import ActivationScheme, AttentionScheme, LinearScheme, 
 from paley.core.transforms import Transform
 from paley.recipe import (
     Budget,
+    Calibration,
     Override,
     Recipe,
     Search,
+    Test,
     apply_settings,
     load_recipe,
     preset,
@@ -84,7 +86,17 @@ def test_recipes_are_frozen():
 
 
 def test_packaged_methods():
-    assert preset_methods() == ["bwa", "gbs", "higgs", "paley", "quarot", "quarot-clipped", "rtn", "trellis"]
+    assert preset_methods() == [
+        "balanced",
+        "bwa",
+        "gbs",
+        "higgs",
+        "paley",
+        "quarot",
+        "quarot-clipped",
+        "rtn",
+        "trellis",
+    ]
 
 
 def test_binary_weights_have_short_names():
@@ -118,7 +130,7 @@ def test_a_group_written_by_hand_is_not_fitted():
         assert apply_settings(preset("w1a4"), settings).fit_groups == fitted
 
 
-@pytest.mark.parametrize("method", ["gbs", "higgs", "paley", "quarot", "quarot-clipped", "rtn"])
+@pytest.mark.parametrize("method", ["balanced", "gbs", "higgs", "paley", "quarot", "quarot-clipped", "rtn"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_every_method_loads_at_every_width(method, bits):
     recipe = preset(f"{method}-w{bits}a{bits}kv{bits}")
@@ -142,6 +154,12 @@ def test_higgs_for_weights_alone(name, grid):
     assert recipe.weights == WeightScheme(grid, None, "nearest", "unbiased")
     assert (recipe.inputs, recipe.keys, recipe.values) == (None, None, None)
     assert (recipe.rotate, recipe.hadamard, recipe.search.method) == ("online", 1024, "none")
+
+
+def test_balanced_is_higgs_with_a_diagonal_on_text_of_its_own():
+    balanced, higgs = preset("balanced-3.25e5"), preset("higgs-3.25e5")
+    text = {"calibration": Calibration(source="self", sequences=4), "test": Test(source="pydoc")}
+    assert balanced == higgs.model_copy(update={"diagonal": True, **text})
 
 
 @pytest.mark.parametrize("name", ["higgs-0.5", "higgs-9"])
@@ -195,6 +213,7 @@ def test_the_default_is_gbs_without_a_search_on_inputs_rotated_at_run_time():
         ("w4a16", ["diagonal=true"], "online", True),
         ("w4a4kv4", ["budget={inputs: 4}"], "online", False),  # which measures inputs without one
         ("higgs-w4a4", [], "online", False),  # needs no text
+        ("balanced-4", [], "online", True),
     ],
 )
 def test_where_inputs_turn_and_have_a_diagonal(name, settings, rotation, diagonal):
@@ -304,14 +323,14 @@ def test_sixteen_bits_leave_unquantized():
         ("awq-4bit", r"did you mean 'w4a16'\?"),
         ("Q4_0", r"did you mean 'w4a16'\?"),  # A0 has no grid
         ("", r"did you mean 'w4a16'\?"),
-        ("gptq-w3a16", r"unknown method 'gptq'; did you mean 'w3a16'\? Methods are bwa, gbs"),
+        ("gptq-w3a16", r"unknown method 'gptq'; did you mean 'w3a16'\? Methods are balanced, bwa, gbs"),
         ("w4a16e9", r"E9 has no grid; bits are 2 to 8, or 16 for unquantized"),
         ("w4a16h1", r"H1 has no grid"),
         ("w4a16h6e6", r"did you mean 'w4a16e6h6'\?"),
         ("w4a4 kv4", r"did you mean 'w4a4kv4'\?"),
         (
             "quaro-w4a4",
-            r"unknown method 'quaro'; did you mean 'quarot'\? Methods are bwa, gbs, higgs, paley, quarot, ",
+            r"unknown method 'quaro'; did you mean 'quarot'\? Methods are balanced, bwa, gbs, higgs, paley, quarot, ",
         ),
         ("../gbs-w4a4", r"unknown method '\.\./gbs'"),
         ("w4g0a4", r"group_size must be a positive integer"),

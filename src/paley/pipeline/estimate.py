@@ -72,7 +72,7 @@ class Costs:
     model: float = 1.5  # times the float32 model, as it is calibrated; it waits in 16 bits
     folded: float = 3.0  # the same if something is folded first, in float32
     scored: float = 2.4  # the same, as it is scored
-    tensor: float = 6.0  # times the largest float32 tensor, as weights are streamed
+    tensor: float = 1.0  # times the largest float32 tensor, as weights are streamed
     held: float = 10.0  # times the hidden states of what a forward keeps, see `steps`
 
 

@@ -27,12 +27,12 @@ PATTERN = "[METHOD-]W<bits>[G<group size>]A<bits>[KV<bits> or K<bits>V<bits>][E<
 GRAMMAR = (
     f"{PATTERN}, for example w3a3kv3, w4g64a16e6h6, w4a16k4v2 or "
     "quarot-w4a4kv4; w1a4 or w1a16: binary weights with a grouping bit, KV4 unless said otherwise; "
-    "or higgs-<bits>[E<bits>][H<bits>], for example higgs-4 or higgs-3.25: weights alone, without data"
+    "or (higgs|balanced)-<bits>[E<bits>][H<bits>], for example balanced-4 or higgs-3.25: weights alone, without data"
 )
 _CACHE = r"(?:kv(?P<kv>\d{1,4})|k(?P<k>\d{1,4})v(?P<v>\d{1,4}))?"
 _OUTER = r"(?:e(?P<e>\d{1,4}))?(?:h(?P<h>\d{1,4}))?"
 NAME = re.compile(rf"(?:(?P<method>.+)-)?w(?P<w>\d{{1,4}})(?:g(?P<group>\d{{1,6}}))?a(?P<a>\d{{1,4}}){_CACHE}{_OUTER}")
-WEIGHTS_ONLY = re.compile(rf"higgs-(?P<bits>\d{{1,2}}(?:\.\d{{1,4}})?){_OUTER}")
+WEIGHTS_ONLY = re.compile(rf"(?P<method>higgs|balanced)-(?P<bits>\d{{1,2}}(?:\.\d{{1,4}})?){_OUTER}")
 LETTERS = ("w", "g", "a", "kv", "k", "v", "e", "h")
 DEFAULT_METHOD, BINARY_METHOD = "paley", "bwa"
 AS_PUBLISHED = ("quarot", "quarot-clipped", "rtn")  # methods that leave embedding and head unquantized unless asked
@@ -44,6 +44,7 @@ FILES = (".yaml", ".yml", ".json")
 LISTED = {
     "w16a16kv4": "only the KV cache in 4 bits",
     "w4a16": "weights alone, by GPTQ on calibration text",
+    "balanced-4": "weights alone, balanced on text that the model writes itself",
     "higgs-4": "weights alone, without data, quickly",
     "higgs-3": "the same in 3 bits",
     "w4a4kv4": "weights, inputs and cache",
@@ -110,9 +111,8 @@ def preset(name: str) -> Recipe:
     if (exact := name.strip().lower()) in TARGETS:
         return validate(Recipe, target(exact), f"preset {name!r}")
     if (short := WEIGHTS_ONLY.fullmatch(name.strip().lower())) is not None:
-        return _higgs(
-            float(short["bits"]), f"e{short['e']}" * bool(short["e"]) + f"h{short['h']}" * bool(short["h"]), name
-        )
+        outer = "".join(letter + short[letter] for letter in "eh" if short[letter])
+        return _weights_only(short["method"], float(short["bits"]), outer, name)
     match = NAME.fullmatch(name.strip().lower())
     if match is None:
         raise PaleyError(
@@ -195,8 +195,8 @@ def _meant(name: str) -> str:
     return best
 
 
-def _higgs(bits: float, outer: str, name: str) -> Recipe:
-    """HIGGS for weights alone, on the largest grid in two dimensions within these bits."""
+def _weights_only(method: str, bits: float, outer: str, name: str) -> Recipe:
+    """HIGGS, with a diagonal or without, for weights alone, on the largest grid in two dimensions within these bits."""
     rates = {grid: stored_bits(grid) for grid in map(grids.load, tables.names()) if grid.p == 2}
     fitting = [grid for grid, rate in rates.items() if rate <= bits]
     if not fitting or bits > max(rates.values()):
@@ -206,7 +206,7 @@ def _higgs(bits: float, outer: str, name: str) -> Recipe:
             f"preset {name!r}: HIGGS in two dimensions reaches {reach}",
             remedy=(Setting("weights.grid"), " takes any other grid"),
         )
-    recipe = preset(f"higgs-w{min(8, max(2, round(bits)))}a16{outer}")
+    recipe = preset(f"{method}-w{min(8, max(2, round(bits)))}a16{outer}")
     assert recipe.weights is not None
     best = max(fitting, key=lambda grid: (rates[grid], grid.size))
     return recipe.model_copy(update={"weights": replace(recipe.weights, grid=best)})
