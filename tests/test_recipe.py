@@ -158,7 +158,7 @@ def test_higgs_for_weights_alone(name, grid):
 
 def test_balanced_is_higgs_with_a_diagonal_on_text_of_its_own():
     balanced, higgs = preset("balanced-3.25e5"), preset("higgs-3.25e5")
-    text = {"calibration": Calibration(source="self", sequences=4), "test": Test(source="pydoc")}
+    text = {"calibration": Calibration(source="self", sequences=16, seq_len=128), "test": Test(source="pydoc")}
     assert balanced == higgs.model_copy(update={"diagonal": True, **text})
 
 
