@@ -37,6 +37,9 @@ def test_one_name_shows_its_recipe():
     assert json.loads(paley_("presets", "w4a16", "--json").out)["recipe"] == preset("w4a16").model_dump(mode="json")
 
 
-@pytest.mark.parametrize(("name", "nearest"), [("w4", "w4a16"), ("q4_k_m", "w4a16"), ("w3a3k3", "w3a3kv3")])
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("w4", "w4a16"), ("gguf-q4_k_m", "gguf-q4_1"), ("mlx-7", "mlx-8"), ("q4_k_m", "w4a16"), ("w3a3k3", "w3a3kv3")],
+)
 def test_a_wrong_name_is_answered_by_the_nearest(name, nearest):
     assert f"did you mean '{nearest}'?" in paley_("presets", name, code=2).err

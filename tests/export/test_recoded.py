@@ -99,7 +99,7 @@ def by_hand(stored: Checkpoint, name: str, bits: int, width: int) -> torch.Tenso
     return scales * codes + biases
 
 
-@pytest.mark.parametrize("bits", [3, 4, 6, 8])
+@pytest.mark.parametrize("bits", [3, 4, 5, 6, 8])
 def test_mlx_has_the_same_matrices(model, bits, tmp_path):
     out = quantized(model, tmp_path / "out", f"mlx-{bits}")
     made = export_mlx(out, output=tmp_path / "mlx")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from dataclasses import replace
@@ -176,6 +177,8 @@ def _best_vectors(bits: int, most: int) -> str:
 def _meant(name: str) -> str:
     """The preset closest to a name that is none: its method, and its numbers in the order of the grammar."""
     text = name.strip().lower()
+    if alike := [target for target in TARGETS if target.partition("-")[0] == text.partition("-")[0]]:
+        return difflib.get_close_matches(text, alike, n=1, cutoff=0.0)[0]
     method = max((known for known in preset_methods() if text.startswith(known)), key=len, default="")
     bits: dict[str, str] = {}
     for letter, number in re.findall(r"([a-z]*)(\d+)", text.removeprefix(method)):

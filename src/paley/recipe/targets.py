@@ -38,7 +38,7 @@ TARGETS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> what it is for, th
     "gguf-q8_0": ("llama.cpp, 8.5 bits", _ggml("int8", "absmax")),
     "ct-w4g128": ("compressed-tensors, vLLM, 4.13 bits", {"weights": _weights("int4", 128, "mse")}),
     "ct-w8g128": ("compressed-tensors, vLLM, 8.13 bits", {"weights": _weights("int8", 128, "mse")}),
-    **{f"mlx-{bits}": (f"MLX, {bits + 0.5:g} bits", _mlx(bits)) for bits in (3, 4, 6, 8)},
+    **{f"mlx-{bits}": (f"MLX, {bits + 0.5:g} bits", _mlx(bits)) for bits in (3, 4, 5, 6, 8)},
 }
 
 
