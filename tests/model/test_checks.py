@@ -62,6 +62,18 @@ def test_sizes_that_are_none(folder, key, value):
     refused(change_config(folder, **{key: value}), f"config.json: {key} must be a positive whole number, got")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("model_type", {}), ("model_type", ["llama"]), ("model_type", 7), ("architectures", [{}]), ("architectures", 7)],
+)
+def test_names_that_are_no_text(folder, quantized, tmp_path, key, value):
+    refused(change_config(folder, **{key: value}), "config.json: model_type and architectures are names, got")
+    out = shutil.copytree(quantized, tmp_path / "out")
+    change_config(out, **{key: value})
+    with pytest.raises(PaleyError, match="model_type and architectures are names"):
+        paley.load(out)
+
+
 @pytest.mark.parametrize("value", [2**62, 10**30])
 @pytest.mark.parametrize("key", ["hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "head_dim"])
 def test_sizes_that_no_machine_has(folder, key, value):

@@ -32,7 +32,15 @@ _TELLING = re.compile(
 
 
 def check_config(file: Path, config: dict[str, Any]) -> None:
-    """Raises for numbers that are none, sizes that are not positive, and two values for one rotary base."""
+    """Raises for names that are no text, numbers that are none, sizes that are not positive, two rotary bases."""
+    for where, part in (("", config), ("text_config.", config.get("text_config"))):
+        names = [part.get("model_type"), *_listed(part.get("architectures"))] if isinstance(part, dict) else []
+        for name in names:
+            if not isinstance(name, str | None):
+                raise PaleyError(
+                    f"{file}: {where}model_type and {where}architectures are names, got {name!r}; use the config.json "
+                    "these weights came with"
+                )
     for path, value in _numbers(config):
         key = path.rpartition(".")[2]
         if isinstance(value, float) and not math.isfinite(value) and not (value > 0 and key in _UNBOUNDED):
@@ -50,6 +58,10 @@ def check_config(file: Path, config: dict[str, Any]) -> None:
         _check_rope(file, part)
 
 
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
 def check_layers(file: Path, config: dict[str, Any], names: Iterable[str]) -> None:
     """Raises if the config has more layers than the names of the tensors have numbers: making them takes for ever."""
     numbered = {int(part) for name in names for part in name.split(".") if part.isdecimal() and len(part) < 9}
@@ -65,7 +77,8 @@ def check_layers(file: Path, config: dict[str, Any], names: Iterable[str]) -> No
 
 
 def _has_row(config: dict[str, Any]) -> bool:
-    return config.get("model_type") in FAMILIES
+    kind = config.get("model_type")
+    return isinstance(kind, str) and kind in FAMILIES
 
 
 def check_family(file: Path, raw: dict[str, Any], config: Any) -> None:

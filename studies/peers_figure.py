@@ -1,0 +1,53 @@
+"""Draws KL against bytes, ours and the peers', from the results of `studies.peers`: docs/figures/peers.png.
+
+python -m studies.peers_figure (needs matplotlib)
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from studies.experiment import RESULTS, measured
+
+FIGURE = RESULTS.parents[1] / "docs" / "figures" / "peers.png"
+PEER = "llama.cpp "
+
+
+def draw() -> None:
+    import matplotlib.pyplot as plt  # a dependency of this alone
+
+    found = list(measured("peers").values())
+    figure, axes = plt.subplots(1, len(found), figsize=(7.4 * len(found), 5.0), squeeze=False, layout="constrained")
+    for axis, result in zip(axes.flat, found, strict=True):
+        for name, row in result["rows"].items():
+            peer = name.startswith(PEER)
+            colour = "0.45" if peer else "C0"
+            megabytes = row["bits"] * result["parameters"] / 8e6
+            axis.errorbar(
+                megabytes, row["kl"], row["kl_stderr"], fmt="s" if peer else "o", color=colour, markersize=5, capsize=2
+            )
+            axis.annotate(
+                name.removeprefix(PEER), (megabytes, row["kl"]), (6, 5), textcoords="offset points", color=colour,
+                fontsize=9,
+            )  # fmt: skip
+        whole = result["parameters"] * 2 / 1e6
+        above = axis.secondary_xaxis("top", functions=(lambda mb, w=whole: mb / w * 16, lambda b, w=whole: b * w / 16))
+        above.set_xlabel("bits a weight, all tensors counted")
+        axis.set(yscale="log", xlabel=f"megabytes (16 bits: {whole:.0f})", title=result["model"])
+        axis.grid(which="both", color="0.92")
+        axis.set_axisbelow(True)
+    axes[0][0].set_ylabel("KL to the original, nats a token")
+    for marker, colour, label in (("o", "C0", "Paley"), ("s", "0.45", "llama.cpp, with an importance matrix")):
+        axes[0][0].plot([], [], marker, color=colour, label=label)
+    axes[0][0].legend(loc="upper right", frameon=False)
+    FIGURE.parent.mkdir(exist_ok=True)
+    figure.savefig(FIGURE, dpi=110)
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    draw()
+
+
+if __name__ == "__main__":
+    main()
