@@ -41,11 +41,12 @@ values, embedding and head take 8 to 2 bits, and inputs can turn at run time. Th
 WITHOUT = """
 ## Types without a row
 
-Their modules are walked. Weights, embedding, head and inputs can be quantized, with rotations at run time, and keys and
-values where transformers lets attention be replaced. GPTQ needs blocks that can be run one by one, which is tried out
-first. Rotations are never folded, nothing is widened, and the engine does not run them. A small random model of each
-was quantized with `higgs-4` and with data-free `w4a8kv8`, saved and loaded, and gave the logits of the one in memory
-({of}).
+Their modules are walked. Weights, embedding, head and inputs can be quantized, with rotations at run time. Keys and
+values can if transformers lets attention be replaced, and attention reads from the cache what it wrote there: not the
+latents of DeepSeek, which are small already, nor the states of layers without attention. GPTQ needs blocks that can be
+run one by one, which is tried out first. Rotations are never folded, nothing is widened, and the engine does not run
+them. A small random model of each was quantized with `higgs-4` and with data-free `w4a8kv8`, saved and loaded, and gave
+the logits of the one in memory ({of}).
 
 With GPTQ and without:
 

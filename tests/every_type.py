@@ -95,6 +95,11 @@ _OWN: dict[str, dict[str, Any]] = {
     **{kind: {"head_dim": 16} for kind in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral")},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
     "mamba2": {"num_heads": 8, "head_dim": 16},
+    # A layer with states, and one with attention, which few of their default configs have among the first.
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "bamba": {"attn_layer_indices": [1]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "zamba2": {"mamba_headdim": 16, "n_mamba_heads": 8, "attention_hidden_size": 128, "attention_head_dim": 32},
     "zamba": {
         "attention_hidden_size": 128,
@@ -109,16 +114,16 @@ _OWN: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_config(kind: str) -> Any:
-    """A config of this type with sizes as small as its class lets them be."""
+def tiny_config(kind: str, **settings: Any) -> Any:
+    """A config of this type with sizes as small as its class lets them be; settings: of its own."""
     base = CONFIG_MAPPING[kind]
-    return base(**_shrunk(base(), _OWN.get(kind, {})))
+    return base(**_shrunk(base(), _OWN.get(kind, {}) | settings))
 
 
-def tiny_model(kind: str) -> PreTrainedModel:
-    """A random model of this type, in eval mode."""
+def tiny_model(kind: str, **settings: Any) -> PreTrainedModel:
+    """A random model of this type, in eval mode; settings: of its config."""
     torch.manual_seed(0)
-    config = tiny_config(kind)
+    config = tiny_config(kind, **settings)
     attention = "sdpa" if MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa else "eager"
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     return random_(model.eval().requires_grad_(False))

@@ -100,6 +100,11 @@ class PaleyQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         spec = self.quantization_config.spec
+        if model.get_output_embeddings() is None:
+            raise PaleyError(
+                f"{type(model).__name__} has no head: load a Paley model with paley.load or AutoModelForCausalLM, and "
+                "take its base_model"
+            )
         if not checkpoint_files:
             raise PaleyError("a Paley model is loaded from its safetensors files; a state_dict alone is not supported")
         build_(model, spec)

@@ -39,7 +39,23 @@ def test_one_name_shows_its_recipe():
 
 @pytest.mark.parametrize(
     ("name", "nearest"),
-    [("w4", "w4a16"), ("gguf-q4_k_m", "gguf-q4_1"), ("mlx-7", "mlx-8"), ("q4_k_m", "w4a16"), ("w3a3k3", "w3a3kv3")],
+    [
+        ("w4", "w4a16"),
+        ("gguf-q4_k_m", "gguf-q4_1"),
+        ("mlx-7", "mlx-8"),
+        ("q4_k_m", "w4a16"),
+        ("w3a3k3", "w3a3kv3"),
+        ("W4A16G128", "w4g128a16"),
+        ("Q8_0", "gguf-q8_0"),
+        ("q5_0", "gguf-q5_0"),
+        ("Q3_K_S", "w3a16"),
+        ("Q6_0", "w6a16"),
+        ("AWQ-w4g128", "w4g128a16"),
+        ("fp8", "w8a16"),
+        ("higgs4", "higgs-w4a16"),
+        ("iq2_xxs", "w2a16"),
+        ("nf4", "w4a16"),
+    ],
 )
 def test_a_wrong_name_is_answered_by_the_nearest(name, nearest):
     assert f"did you mean '{nearest}'?" in paley_("presets", name, code=2).err

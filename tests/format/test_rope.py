@@ -66,6 +66,24 @@ def test_gemma_has_a_base_for_each_kind_of_layer(tmp_path):
         assert read_config(tmp_path).rope_parameters == config.rope_parameters, keys
 
 
+OWN = {
+    "gpt_neox": {"rotary_emb_base": 2e6, "rotary_pct": 0.5},
+    "gpt_neox_japanese": {"rotary_emb_base": 2e6, "rotary_pct": 0.5},
+    "modernbert-decoder": {"global_rope_theta": 2e6, "local_rope_theta": 3e4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", OWN)
+def test_older_keys_of_a_familys_own_are_read_and_written(tmp_path, family):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **OWN[family]}))
+    config = read_config(tmp_path)
+    written = with_older_keys(config.to_dict())
+    assert written.items() >= OWN[family].items()
+    kept = {k: v for k, v in written.items() if k in OWN[family] or k not in ROTARY}
+    (tmp_path / "config.json").write_text(json.dumps(kept))
+    assert read_config(tmp_path).rope_parameters == config.rope_parameters
+
+
 @pytest.mark.parametrize("gemma", [False, True])
 def test_both_are_in_what_is_quantized_and_in_what_is_decoded_again(tmp_path, tiny_tokenizer, gemma):
     folder = save_tiny(tmp_path / "model", tiny_tokenizer, gemma=gemma)

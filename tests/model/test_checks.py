@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import paley
 from paley import hf
 from paley.core.errors import PaleyError
-from paley.model.loading import open_source
+from paley.model.loading import open_source, read_config
 from paley.pipeline import quantize
 from tiny_models import change_config, higgs, save_tiny, unseal
 
@@ -74,10 +74,47 @@ def test_names_that_are_no_text(folder, quantized, tmp_path, key, value):
         paley.load(out)
 
 
+@pytest.mark.parametrize(
+    ("family", "key", "value", "what"),
+    [
+        *(("mixtral", "num_experts_per_tok", n, "must be a positive whole number") for n in (0, -1, "2")),
+        ("mixtral", "num_experts_per_tok", 9, "num_experts_per_tok is 9, but there are 4 experts"),
+        *((kind, "sliding_window", n, "must be positive") for kind in ("mixtral", "mistral") for n in (0, -1)),
+        ("gemma2", "query_pre_attn_scalar", -4, "must be positive"), ("gemma2", "query_pre_attn_scalar", 0, "positive"),
+        ("gemma2", "final_logit_softcapping", 0.0, "null switches it off"),
+        ("gemma2", "attn_logit_softcapping", -1.0, "null switches it off"),
+        ("granite", "logits_scaling", 0, "must be positive"),
+        ("llama", "rope_parameters", {"rope_type": "linear", "rope_theta": 1e4, "factor": 0}, "factor must be positi"),
+        ("qwen2", "rope_scaling", {"type": "yarn", "factor": -2.0}, "factor must be positive"),
+    ],
+)  # fmt: skip
+def test_settings_of_families_that_are_none(tmp_path, family, key, value, what):
+    config = AutoConfig.for_model(family, num_hidden_layers=2, **({"num_local_experts": 4} if "mix" in family else {}))
+    config.save_pretrained(tmp_path)
+    change_config(tmp_path, **{key: value})
+    with pytest.raises(PaleyError, match=f"config.json: .*{what}"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [("gpt2", "n_embd"), ("gpt2", "n_head"), ("gpt2", "n_layer"), ("mpt", "d_model"), ("mpt", "n_heads")],
+)
+@pytest.mark.parametrize("value", [0, -2])
+def test_sizes_by_older_names_that_are_none(tmp_path, kind, key, value):
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    with pytest.raises(PaleyError, match=f"{key} must be a positive whole number, got {value}"):
+        read_config(change_config(tmp_path, **{key: value}))
+
+
 @pytest.mark.parametrize("value", [2**62, 10**30])
 @pytest.mark.parametrize("key", ["hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "head_dim"])
 def test_sizes_that_no_machine_has(folder, key, value):
     refused(change_config(folder, **{key: value}), r"config\.json")
+
+
+def test_a_text_config_that_is_none(folder):
+    refused(change_config(folder, text_config=3), "text_config must be a mapping, got 3")
 
 
 @pytest.mark.parametrize("layers", [3, 10**6, 10**18])
@@ -110,6 +147,9 @@ def test_more_layers_than_the_weights_have(folder, quantized, layers, tmp_path):
         ("llama", {"scale_emb": 12, "scale_depth": 1.4}),
         ("llama", {"mup_attn_multiplier": 0.5}),
         ("llama", {"use_qk_norm": True}),
+        ("mistral", {"sliding_window": 8}),
+        ("cwm", {"layer_types": ["sliding_attention", "full_attention"]}),
+        ("llama", {"attention_chunk_size": 16}),
     ],
 )
 def test_a_family_in_anothers_name(folder, family, keys, architectures):
@@ -137,6 +177,18 @@ def test_keys_that_change_nothing_are_passed_over(folder):
     assert open_source(folder).notes == ()
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"sliding_window": 2048},
+        {"sliding_window": 8, "use_sliding_window": False},
+        {"layer_types": ["full_attention"] * 2},
+    ],
+)
+def test_windows_that_leave_nothing_out_are_passed_over(folder, keys):
+    assert open_source(change_config(folder, max_position_embeddings=2048, **keys)).notes == ()
+
+
 def test_every_familys_own_keys_are_known(tmp_path):
     """Configurations as transformers makes them are refused for no key of theirs."""
     from paley.model.checks import check_config, check_family
@@ -158,6 +210,8 @@ def test_tokens_without_an_embedding_are_named_at_the_start(tmp_path, tiny_token
     out = quantize(folder, higgs(), output=tmp_path / "out").output
     with pytest.raises(PaleyError, match=r"prompt: the tokenizer made token .* vocabulary has 100 tokens"):
         paley.generate(out, "hello you")
+    with pytest.raises(PaleyError, match=r"text.txt: the tokenizer made token"):
+        paley.measure_sensitivity(folder, source=str(tmp_path / "text.txt"), seq_len=16, sequences=2)
     with pytest.raises(PaleyError, match=r"text.txt: the tokenizer made token"):
         paley.score(out, data=str(tmp_path / "text.txt"), seq_len=16)
     assert paley.load(out)(torch.tensor([[1, 2]])).logits.shape[-1] == 100

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
 import paley
 from paley.core.errors import PaleyError
@@ -47,6 +47,14 @@ MODELS = {
     },
     "qwen3_vl": {
         "text_config": TEXT | MROPE | {"head_dim": 12},
+        "vision_config": QWEN
+        | {"hidden_size": 16, "out_hidden_size": 48, "intermediate_size": 16, "deepstack_visual_indexes": [0]},
+        "tie_word_embeddings": False,
+    },
+    "qwen3_vl_moe": {
+        "text_config": TEXT
+        | MROPE
+        | {"head_dim": 12, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
         "vision_config": QWEN
         | {"hidden_size": 16, "out_hidden_size": 48, "intermediate_size": 16, "deepstack_visual_indexes": [0]},
         "tie_word_embeddings": False,
@@ -99,9 +107,51 @@ def test_any_prefix_is_found(saved, prefix):
         torch.testing.assert_close(open_source(folder).load()(IDS).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_text_part_that_is_no_causal_model_is_named(tmp_path):
-    config = AutoConfig.for_model("clip")
-    config.save_pretrained(tmp_path)
+NO_TEXT = {
+    "clip": r"the text part of this clip model is a clip_text_model, which has no causal language model",
+    "vit": "a vit model has no causal language model", "t5": "a t5 model has no causal language model",
+    "wav2vec2": "a wav2vec2 model has no causal language model",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NO_TEXT)
+def test_a_text_part_that_is_no_causal_model_is_named(tmp_path, kind):
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
     save_file({"text_model.layers.11.a": torch.ones(2)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(PaleyError, match=r"clip.* no causal language model.*; give the folder of a model"):
+    with pytest.raises(PaleyError, match=f"{NO_TEXT[kind]}.*; give the folder of a model"):
         open_source(tmp_path)
+
+
+AUDIO = {
+    "qwen2_audio": {
+        "text_config": TEXT | {"model_type": "qwen2"},
+        "audio_config": {
+            "d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16, "num_mel_bins": 8,
+            "max_source_positions": 20,
+        },
+    },
+    "voxtral": {
+        "text_config": TEXT | {"model_type": "llama"},
+        "audio_config": {
+            "hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "num_mel_bins": 8, "max_source_positions": 20,
+        },
+    },
+}  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", AUDIO)
+def test_the_text_part_of_a_model_that_hears(tmp_path, kind):
+    torch.manual_seed(0)
+    model = AutoModel.from_config(AutoConfig.for_model(kind, **AUDIO[kind])).eval()
+    model.save_pretrained(tmp_path)
+    whole = model.language_model if hasattr(model, "language_model") else model
+    if not hasattr(whole, "lm_head"):  # the bare model, whose files have no head
+        tensors = load_file(tmp_path / "model.safetensors")
+        tensors["language_model.lm_head.weight"] = head = torch.randn(260, 48)
+        save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        expected = whole(input_ids=IDS).last_hidden_state @ head.T
+    else:
+        expected = whole(input_ids=IDS).logits
+    torch.testing.assert_close(open_source(tmp_path).load()(IDS).logits, expected, rtol=1e-4, atol=1e-4)

@@ -61,6 +61,14 @@ def test_more_layers_than_the_weights_have(layers, complaint, tmp_path):
         open_source(change_config(tmp_path, n_layer=layers))
 
 
+@pytest.mark.parametrize(("kind", "key"), [("mpt", "n_layers"), ("bart", "decoder_layers"), ("bart", "encoder_layers")])
+def test_layers_by_any_name_are_counted(kind, key, tmp_path):
+    """Making a million of them would take minutes, and gigabytes."""
+    save_type(kind, tmp_path)
+    with pytest.raises(PaleyError, match=f"{key} is 1,000,000, but the weights have 2 layers"):
+        open_source(change_config(tmp_path, **{key: 10**6}))
+
+
 def test_why_a_linear_stays_is_known():
     """A module that reads a linear's weight, or its type, cannot have it coded."""
     kept = sites_of(tiny_model("falcon_mamba")).kept

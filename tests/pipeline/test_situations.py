@@ -7,14 +7,15 @@ import logging
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 import paley
+from every_type import tiny_model
 from paley import hf
 from paley.core.errors import PaleyError
 from paley.pipeline import Monitor, quantize
 from paley.recipe import apply_settings
-from tiny_models import change_config, change_tensors, higgs, save_tiny
+from tiny_models import EMBEDDING, change_config, change_tensors, higgs, save_tiny
 
 IDS = torch.tensor([[7, 19, 250, 33, 8]])
 V, O = "model.layers.1.self_attn.v_proj.weight", "model.layers.1.self_attn.o_proj.weight"  # noqa: E741
@@ -82,6 +83,21 @@ def test_large_and_small_layers_within_float16_keep_the_grids_error(folder, tmp_
         assert scaled[name].rel_error == pytest.approx(plain[name].rel_error, rel=0.01)
 
 
+def test_a_layer_that_is_changed_beyond_what_it_was_is_told(folder, text, tmp_path):
+    """GPTQ makes up there for what other layers lose, here of an embedding before which all else is small."""
+    settings = ["test=null", "search.method=none", "hadamard=16", "fit_groups=true", "dtype=float32"]
+    settings += [f"calibration={{source: {text}, sequences: 2, seq_len: 32}}"]
+    recipe = apply_settings(paley.preset("w4a16"), settings)
+    notes = Notes()
+    quantize(folder, recipe, output=tmp_path / "plain", monitor=notes)
+    assert not any("changed by more" in note for note in notes.notes)
+    change_tensors(folder, lambda ts: ts | {EMBEDDING: ts[EMBEDDING] * 1e5})
+    made = quantize(folder, recipe, output=tmp_path / "out", monitor=notes)
+    (said,) = [note for note in notes.notes if "changed by more" in note]
+    assert all(name in said or "more kinds" in said or "tensors" in said for name, layer in made.results.layers.items()
+               if layer.rel_error > 1)  # fmt: skip
+
+
 # --- losses ---------------------------------------------------------------------------------------------------------
 
 
@@ -110,6 +126,38 @@ def test_default_lengths_follow_the_models_context(folder, text, tmp_path):
     plain = Notes()
     assert paley.score(folder, data=str(text), sequences=2, monitor=plain).tokens == 2 * 47
     assert any("sequences of 48 tokens" in note for note in plain.notes)
+
+
+@pytest.mark.parametrize("source", ["text", "random"])
+def test_sensitivities_follow_it_too(folder, text, source):
+    change_config(folder, max_position_embeddings=48)
+    notes = Notes()
+    settings = {"source": str(text) if source == "text" else source, "sequences": 1, "levels": 3, "monitor": notes}
+    found = paley.measure_sensitivity(folder, **settings)
+    assert found.text.tokens == 48
+    assert "sequences of 48 tokens, as this model reads no more" in notes.notes
+    with pytest.raises(PaleyError, match="seq_len=49: this model reads"):
+        paley.measure_sensitivity(folder, seq_len=49, **settings)
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "complaint"),
+    [("gpt2", "n_positions", "max_position_embeddings"), ("mpt", "max_seq_len", "max_seq_len"),
+     ("whisper", "max_target_positions", "max_target_positions"), ("opt", "max_position_embeddings", "max_pos")],
+)  # fmt: skip
+def test_contexts_by_other_names_are_followed(tmp_path, text, tiny_tokenizer, kind, key, complaint):
+    """Beyond them there are no positions, and a forward fails."""
+    folder = tmp_path / "model"
+    model = tiny_model(kind, **{key: 24, "vocab_size": 260})
+    model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    notes = Notes()
+    made = quantize(folder, scored_on(text), output=tmp_path / "out", monitor=notes)
+    assert made.plan.recipe.test.seq_len == 24
+    assert made.results.evaluation.tokens == 2 * 23
+    assert any("sequences of 24 tokens (test)" in note for note in notes.notes)
+    with pytest.raises(PaleyError, match=rf"seq_len=25: this model reads sequences of at most 24 tokens \({complaint}"):
+        paley.score(folder, data=str(text), seq_len=25)
 
 
 def test_a_calibrated_run_follows_it_too(folder, text, tmp_path):
@@ -200,6 +248,14 @@ def test_without_a_quantized_cache_any_attention_will_do(folder, tmp_path, asked
     torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("settings", [(), ROUNDED])
+def test_a_model_without_its_head_is_refused(folder, tmp_path, settings):
+    out = quantize(folder, higgs(*settings), output=tmp_path / "out").output
+    hf.register()
+    with pytest.raises(PaleyError, match=r"LlamaModel has no head: load .* AutoModelForCausalLM"):
+        AutoModel.from_pretrained(out)
+
+
 # --- one folder, two types -------------------------------------------------------------------------------------------
 
 
@@ -224,11 +280,29 @@ def test_what_16_bits_do_to_rounded_inputs_is_told(folder, tmp_path, caplog, set
 # --- adapters ------------------------------------------------------------------------------------------------------
 
 
-def test_an_adapter_is_to_be_merged_first(tmp_path):
-    (tmp_path / "adapter_config.json").write_text("{}")
-    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
-    with pytest.raises(PaleyError, match=r"is an adapter .*merge_and_unload\(\)"):
-        quantize(tmp_path, higgs(), output=tmp_path / "out")
+@pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin"])
+@pytest.mark.parametrize("beside", [False, True])
+def test_an_adapter_is_to_be_merged_first(folder, weights, beside):
+    """Whoever reads it; trainers save config and tokenizer beside it, or not."""
+    for file in folder.iterdir():
+        if not beside or "model" in file.name:
+            file.unlink()
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / weights).write_bytes(b"")
+    out = folder.with_name("out")
+    for use in (
+        lambda: quantize(folder, higgs(), output=out), lambda: paley.generate(folder, "a"), lambda: paley.load(folder),
+        lambda: paley.score(folder, data="pydoc"), lambda: paley.inspect(folder), lambda: paley.doctor(folder),
+    ):  # fmt: skip
+        with pytest.raises(PaleyError, match=r"is an adapter .*merge_and_unload\(\)"):
+            use()
+
+
+def test_a_tokenizer_that_is_missing_is_told_in_one_line(folder):
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(PaleyError, match="no tokenizer can be loaded here") as caught:
+        paley.generate(folder, "a")
+    assert "\n" not in str(caught.value)
 
 
 # --- compilation ------------------------------------------------------------------------------------------------------

@@ -84,6 +84,38 @@ def test_tensors_that_no_module_reads_are_named_and_dropped_or_carried(folder, n
     assert paley.verify(out).not_covered == ()
 
 
+def test_carried_tensors_of_other_formats_stay_in_them(folder):
+    """As they are stored: a layer beyond the config in FP8 has its scales beside it."""
+    stored, _ = in_fp8(Checkpoint.open(folder))
+    extra, _ = in_fp8({"model.layers.2.self_attn.q_proj.weight": torch.randn(48, 48)})
+    extra |= {"mtp.up_blocks": torch.ones(2, 3, 1, 16).byte(), "mtp.up_scales": torch.ones(2, 3, 1).byte()}
+    change_tensors(folder, lambda _: stored | extra)
+    change_config(folder, quantization_config=FP8_CONFIG)
+    out, _ = make(folder, "extra_tensors=carry")
+    kept = Checkpoint.open(out)
+    for name, tensor in extra.items():
+        assert kept.dtype(name) == tensor.dtype
+        assert torch.equal(kept[name].view(torch.uint8), tensor.view(torch.uint8))
+    paley.load(out)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("made", ["plain", "compressed-tensors", "mlx"])
+def test_carried_tensors_are_in_other_formats_too(tmp_path, tiny_tokenizer, made):
+    folder = save_tiny(tmp_path / "model", tiny_tokenizer, hidden_size=128, intermediate_size=256)
+    change_tensors(folder, lambda tensors: tensors | EXTRA)
+    recipe = apply_settings(
+        paley.preset("mlx-4" if made == "mlx" else "ct-w4g128"),
+        ["test=null", "weights.method=nearest", "extra_tensors=carry", "dtype=float32"],
+    )
+    out, _ = make(folder, recipe=recipe)
+    to = tmp_path / "to"
+    exported = paley.dequantize(out, output=to, dtype="float16") if made == "plain" else None
+    exported = exported or paley.export_to(out, made, output=to)
+    stored = Checkpoint.open(exported.output)
+    assert all(torch.equal(stored[n], tensor) and stored.dtype(n) == tensor.dtype for n, tensor in EXTRA.items())
+
+
 def test_a_calibrated_run_carries_them_too(folder, tmp_path):
     (tmp_path / "text.txt").write_text("three bits are enough for anybody\n\n" * 400)
     change_tensors(folder, lambda tensors: tensors | EXTRA)
@@ -186,19 +218,37 @@ def test_fp8_without_its_scales_is_refused(folder):
         open_source(folder)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float8_that_nothing_calls_quantized_has_the_values_it_has(folder, dtype):
+    """Weights that were cast, as one casts to bfloat16."""
+    change_tensors(folder, lambda tensors: {n: t.to(dtype).float() for n, t in tensors.items()})
+    expected, _ = make(folder)
+    change_tensors(folder, lambda tensors: {n: t.to(dtype) for n, t in tensors.items()})
+    out, notes = make(folder)
+    assert weights(out) == weights(expected)
+    assert "21 weights are stored in FP8 without scales and were decoded" in notes
+
+
 LEFT_OVER = [
     {"quant_method": "bitsandbytes", "load_in_4bit": True}, {"quant_method": "fp8"}, {"quant_method": "mxfp4"},
     {"quant_method": "gptq", "bits": 4}, {"quant_method": "compressed-tensors", "config_groups": {}}, {"bits": 4},
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("entry", LEFT_OVER)
-def test_an_entry_left_over_beside_plain_weights_is_dropped(folder, entry):
+@pytest.mark.parametrize(
+    ("key", "entry"),
+    [*(("quantization_config", entry) for entry in LEFT_OVER), ("compression_config", LEFT_OVER[4]),
+     ("quantization", {"group_size": 64, "bits": 4})],
+)  # fmt: skip
+def test_an_entry_left_over_beside_plain_weights_is_dropped(folder, key, entry):
     plain, _ = make(folder)
-    change_config(folder, quantization_config=entry)
+    change_config(folder, **{key: entry})
     out, notes = make(folder)
     assert weights(out) == weights(plain)
-    assert any("left over" in note for note in notes)
+    assert any(f"{key} of config.json is left over" in note for note in notes)
+    config = json.loads((out / "config.json").read_text())
+    assert config.get(key, {}).get("quant_method", "paley") == "paley"
+    assert {"compression_config", "quantization"}.isdisjoint(config)
 
 
 UP = "model.layers.0.mlp.up_proj"
@@ -233,12 +283,16 @@ def test_every_other_file_is_carried_along(folder):
         "tokenizer.tiktoken", "a/b/c.txt", "modeling_x.py", "special words.txt",
     ]  # fmt: skip
     left = ["pytorch_model.bin", "consolidated.00.pth", "onnx/model.onnx", "model-q4.gguf", "a/x.safetensors",
-            ".git/config", ".cache/x", "pytorch_model.bin.index.json"]  # fmt: skip
+            ".git/config", ".cache/x", "pytorch_model.bin.index.json", "model.safetensors.index.fp32.json",
+            "MODEL.GGUF", "onnx/model.onnx.data", "hf_quant_config.json", "quantize_config.json"]  # fmt: skip
     for name in (*carried, *left):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
     (folder / "elsewhere").symlink_to("/etc")
+    (folder / "linked.json").symlink_to(folder / "tekken.json")  # as all files of the Hub's cache are
     out, _ = make(folder)
+    assert (out / "linked.json").read_text() == "tekken.json"
+    assert not (out / "linked.json").is_symlink()
     assert all((out / name).read_text() == name for name in carried)
     assert not any((out / name).exists() for name in (*left, "elsewhere"))
     plain = out.with_name("plain")

@@ -42,7 +42,9 @@ def sensitivity_verb(
         ),
     ] = SELF,
     sequences: Annotated[int, typer.Option("--sequences", min=1, help="How many sequences.")] = 16,
-    seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens of each.")] = 512,
+    seq_len: Annotated[
+        int | None, typer.Option("--seq-len", min=2, help="Tokens of each: 512, or what the model reads.")
+    ] = None,
     activations: Annotated[
         bool, typer.Option("--activations", help="Also the linear layers' inputs, keys and values.")
     ] = False,
@@ -105,10 +107,10 @@ def sensitivity_verb(
 def _short_test(model: str) -> list[str]:
     """The setting that a model needs which reads fewer tokens than a test's sequences have."""
     from paley.model.folders import resolve
-    from paley.model.loading import read_config
+    from paley.model.loading import context_of, read_config
     from paley.recipe import Test
 
-    limit = getattr(read_config(resolve(model)), "max_position_embeddings", None)
+    limit = context_of(read_config(resolve(model)))
     return ["--set", f"test.seq_len={limit}"] if limit is not None and limit < Test().seq_len else []
 
 

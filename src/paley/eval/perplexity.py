@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from paley.core.errors import PaleyError
 from paley.data import TokenBlocks, require
 from paley.eval.reference import Reference
 from paley.eval.scoring import CHUNK, check_finite, check_scorable, few_tokens, head_slices, scores
 from paley.model.adapter import Adapter
-from paley.model.kv_cache import PackedKVCache, cache_argument
+from paley.model.kv_cache import PackedKVCache, PackedKVLayer, cache_argument
 from paley.results import EvalResult
 
 __all__ = ["EvalResult", "evaluate", "token_scores"]
@@ -45,7 +46,7 @@ def evaluate(
         reference = _fitting(reference, model, blocks)
     cached = _has_quantized_cache(model)
     columns: list[Tensor] = []
-    kv_bytes = at_16_bits = 2.0 * Adapter(model).sites.blocks * _side_bytes(model)
+    kv_bytes = at_16_bits = 2.0 * sum(site.numel for site in Adapter(model).sites.of("keys", "values"))
     for at in range(0, len(blocks.ids), batch):
         sequences = slice(at, min(at + batch, len(blocks.ids)))
         ids = blocks.ids[sequences].to(model.device)
@@ -54,7 +55,7 @@ def evaluate(
         check_finite(scores[0], at, blocks.source)
         columns.append(scores.double().mean(-1).cpu())
         if cache is not None:
-            kv_bytes = _kv_bytes_per_token(model, cache, len(ids))
+            kv_bytes = _kv_bytes_per_token(cache, len(ids))
         if progress is not None:
             progress(sequences.stop, len(blocks.ids))
     return _summary(blocks, torch.cat(columns, 1), reference, kv_bytes, at_16_bits)
@@ -106,11 +107,12 @@ def _scores(
 
 def _hidden(model: PreTrainedModel, ids: Tensor, cache: PackedKVCache | None, chunk: int) -> Iterator[Tensor]:
     """Hidden states after the last norm [batch, chunk, hidden]; the last token's are left out."""
+    adapter = Adapter(model)
     if cache is None:  # the last token is read all the same: what Reference.of ran then agrees to the bit
-        yield model.base_model(ids, use_cache=False).last_hidden_state[:, :-1]
+        yield adapter.head_input(ids, use_cache=False)[:, :-1]
         return
     for piece in ids[:, :-1].split(chunk, 1):
-        yield model.base_model(piece, use_cache=True, **cache_argument(model, cache)).last_hidden_state
+        yield adapter.head_input(piece, use_cache=True, **cache_argument(model, cache))
 
 
 def _has_quantized_cache(model: PreTrainedModel) -> bool:
@@ -118,19 +120,15 @@ def _has_quantized_cache(model: PreTrainedModel) -> bool:
     return any(scheme.keys is not None or scheme.values is not None for scheme in schemes)
 
 
-def _side_bytes(model: PreTrainedModel, bytes_per_value: int = 2) -> int:
-    """Bytes of one token's keys (or values) in one layer that does not quantize them."""
-    return Adapter(model).sites.of("keys")[0].numel * bytes_per_value
-
-
-def _kv_bytes_per_token(model: PreTrainedModel, cache: PackedKVCache, sequences: int) -> float:
-    """Bytes of a token in `cache` while each layer holds it; unquantized sides count 16 bits a value."""
+def _kv_bytes_per_token(cache: PackedKVCache, sequences: int) -> float:
+    """Bytes of a token while each layer of `cache` holds it; unquantized sides take 16 bits a value, states nothing."""
     total = 0.0
     for layer in cache.layers:
-        held = layer.get_mask_sizes(0)[0]  # fewer than the tokens read if the layer's attention has a window
-        unquantized = (layer.scheme.keys is None) + (layer.scheme.values is None)
-        total += layer.nbytes / (sequences * held)
-        total -= unquantized * (_side_bytes(model, layer.dtype.itemsize) - _side_bytes(model))
+        if isinstance(layer, PackedKVLayer):
+            held = layer.get_mask_sizes(0)[0]  # fewer than the tokens read if the layer's attention has a window
+            total += layer.nbytes_at_16_bits / (sequences * held)
+        elif isinstance(layer, DynamicLayer) and layer.is_initialized and layer.keys is not None:
+            total += 2 * (layer.keys.numel() + layer.values.numel()) / (sequences * layer.keys.shape[-2])
     return total
 
 

@@ -35,8 +35,8 @@ MADE_AGAIN = "make it again with Reference.of"
 class Reference:
     """hidden float32 [sequences, seq_len, hidden] after the last norm, nll float32 [sequences, seq_len - 1].
 
-    head [vocab, hidden] is lm_head's weight in the model's own dtype, so that `logits` are exactly those of the model.
-    sha256: of the token ids. All tensors are on the CPU, except head after `to`.
+    head [vocab, hidden] and bias [vocab] are lm_head's in the model's own dtype, so that `logits` are exactly those of
+    the model. sha256: of the token ids. All tensors are on the CPU, except head and bias after `to`.
     """
 
     hidden: Tensor
@@ -44,6 +44,7 @@ class Reference:
     nll: Tensor
     source: str
     sha256: str
+    bias: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.hidden.ndim != 3 or self.head.ndim != 2 or self.hidden.shape[2] != self.head.shape[1]:
@@ -65,17 +66,16 @@ class Reference:
         check_scorable(model, blocks, batch, CHUNK)
         adapter = Adapter(model)
         head = adapter.head
-        if not isinstance(head, nn.Linear) or head.bias is not None:
+        if not isinstance(head, nn.Linear):
             raise PaleyError(
-                f"reference: the model's lm_head is a {head}, expected a Linear without bias; "
-                "give the unquantized model"
+                f"reference: the model's lm_head is a {head}, expected a Linear; give the unquantized model"
             )
         sequences, seq_len = blocks.ids.shape
         hidden = torch.empty(sequences, seq_len, head.in_features, dtype=torch.float32)
         nll = torch.empty(sequences, seq_len - 1, dtype=torch.float32)
         for at in range(0, sequences, batch):
             ids = blocks.ids[at : at + batch].to(model.device)
-            last = model.base_model(ids, use_cache=False).last_hidden_state
+            last = adapter.head_input(ids, use_cache=False)
             hidden[at : at + batch] = last
             inputs, targets = last[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
             pieces = [
@@ -85,15 +85,16 @@ class Reference:
             nll[at : at + batch] = torch.cat(pieces, -1).view(len(ids), -1)
             check_finite(nll[at : at + batch], at, blocks.source)
         weight = head.weight.detach().to("cpu", copy=True).contiguous()
-        return cls(hidden, weight, nll, blocks.source, blocks.sha256)
+        bias = None if head.bias is None else head.bias.detach().to("cpu", copy=True)
+        return cls(hidden, weight, nll, blocks.source, blocks.sha256, bias)
 
     def slices(self, hidden: Tensor) -> Slices:
         """Some of `hidden` [n, hidden] -> logits in the model's dtype, on head's device; as of `scoring.slices`."""
-        return slices(hidden.to(self.head), self.head)
+        return slices(hidden.to(self.head), self.head, self.bias)
 
     def to(self, device: torch.device | str) -> Reference:
         """A copy with head on `device`, where `logits` are then computed; hidden states are moved in slices."""
-        return replace(self, head=self.head.to(device))
+        return replace(self, head=self.head.to(device), bias=None if self.bias is None else self.bias.to(device))
 
     def check(self, blocks: TokenBlocks, where: str = "reference") -> None:
         """Raises if this reference was made for other token ids."""
@@ -107,6 +108,7 @@ class Reference:
     def save(self, path: str | Path) -> None:
         """Writes a whole safetensors file or nothing; PaleyError if it cannot be written."""
         tensors = {"hidden": self.hidden, "head": self.head, "nll": self.nll}
+        tensors |= {} if self.bias is None else {"bias": self.bias}
         write_tensors(path, tensors, FORMAT | {"source": self.source, "sha256": self.sha256})
 
     @classmethod
@@ -118,11 +120,12 @@ class Reference:
                 if not (FORMAT.items() <= metadata.items() and {"source", "sha256"} <= metadata.keys()):
                     raise PaleyError(f"{path}: is no reference of this version of Paley; {MADE_AGAIN}")
                 hidden, head, nll = (opened.get_tensor(name) for name in ("hidden", "head", "nll"))
+                bias = opened.get_tensor("bias") if "bias" in opened.keys() else None  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise PaleyError(f"{path}: cannot be read as a reference ({error}); {MADE_AGAIN}") from error
         if hidden.dtype != torch.float32 or nll.dtype != torch.float32 or not head.is_floating_point():
             raise PaleyError(f"{path}: holds {hidden.dtype}, {head.dtype}, {nll.dtype}; {MADE_AGAIN}")
-        reference = cls(hidden, head, nll, metadata["source"], metadata["sha256"])
+        reference = cls(hidden, head, nll, metadata["source"], metadata["sha256"], bias)
         if blocks is not None:
             reference.check(blocks, str(path))
         return reference

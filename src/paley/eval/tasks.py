@@ -25,6 +25,7 @@ from paley.core.errors import PaleyError, Setting, nearest_name
 from paley.core.reading import read_text
 from paley.eval.scoring import CHUNK
 from paley.model.kv_cache import PackedKVCache, cache_argument
+from paley.model.loading import context_of
 
 __all__ = ["TASKS", "TaskScore", "check_tasks", "compare_tasks", "run_tasks"]
 
@@ -231,7 +232,7 @@ def log_likelihoods(
 
     Each context is read once through a cache, in pieces; answers are read behind it one after the other.
     """
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = context_of(model.config)
     found: list[tuple[float, bool]] = [(0.0, False)] * len(texts)
     by_context: dict[tuple[int, ...], list[int]] = {}
     for index, (context, answer) in enumerate(texts):

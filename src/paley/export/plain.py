@@ -92,17 +92,22 @@ class _Weight:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Which tensors are decoded, which stay as they are, and how the residual stream of a tied pair turns."""
+    """Which tensors are decoded, which stay as they are, and how the residual stream of a tied pair turns.
+
+    carried: those that no module of the model reads.
+    """
 
     row: Architecture
     weights: dict[str, _Weight]
     kept: list[str]
+    carried: tuple[str, ...]
     stream: Transform | None
 
     @property
     def tensors(self) -> int:
         """How many the ordinary checkpoint has."""
-        return len(self.weights) + len(self.kept) + (0 if self.stream is None else 2)  # the head and the final norm
+        untied = 0 if self.stream is None else 2  # the head and the final norm
+        return len(self.weights) + len(self.kept) + len(self.carried) + untied
 
 
 def dequantize(
@@ -197,8 +202,8 @@ def _layout(checkpoint: Checkpoint, section: spec.QuantizationConfig, config: An
             if sites[name].experts and len(rows) % sites[name].experts:
                 raise PaleyError(f"{where}: {len(rows)} rows are not those of {sites[name].experts} experts")
             shapes[weights[name].tensor] = tuple(weights[name].restored(rows).shape)
-    for mean in dropped:
-        shapes.pop(mean, None)
+    for name in (*dropped, *section.carried):
+        shapes.pop(name, None)
     coded = [weight for weight in weights.values() if weight.scheme != LinearScheme()]
     weights = {weight.name: weight for weight in coded} | (
         {row.embedding: weights[row.embedding]} if stream is not None else {}
@@ -209,7 +214,8 @@ def _layout(checkpoint: Checkpoint, section: spec.QuantizationConfig, config: An
         shapes[row.norm + spec.WEIGHT] = (stream.out_dim,)
         taken.add(row.norm + spec.WEIGHT)
     check_fit(checkpoint.folder, shapes, model)
-    return _Layout(row, weights, [name for name in checkpoint if name not in taken], stream)
+    taken |= {*section.carried}
+    return _Layout(row, weights, [name for name in checkpoint if name not in taken], section.carried, stream)
 
 
 def _check_stream(checkpoint: Checkpoint, row: Architecture, stream: Transform, hidden: int) -> None:
@@ -233,6 +239,7 @@ def _tensors(
     for name in layout.kept:
         tensor = checkpoint.tensor(name)
         yield name, cast_to_store(name, tensor, dtype) if cast else tensor
+    yield from ((name, checkpoint.tensor(name)) for name in layout.carried)
 
 
 def _untied(

@@ -111,7 +111,8 @@ def recode(
     means = {f"{name}.{part}" for name in source.section.attentions for part in MEAN_KEYS}
     taken = {name + part for name in weights for part in spec.PARTS} | means
     plain = [name for name in stored if name not in taken]
-    shapes: dict[str, tuple[int, ...]] = {name: stored.shape(name) for name in plain}
+    carried = {*source.section.carried}
+    shapes: dict[str, tuple[int, ...]] = {name: stored.shape(name) for name in plain if name not in carried}
     for name in weights:
         rows, site = stored.shape(name + spec.CODES)[0], found[name]
         shapes[site.tensor] = (rows, site.shape[1])

@@ -18,7 +18,7 @@ from paley.format.gguf import GgufFile
 from paley.format.header import TensorInfo, as_bytes, read_header
 from paley.format.writer import INDEX, SINGLE
 
-__all__ = ["GGUF_FILE", "Checkpoint", "read_tensors"]
+__all__ = ["GGUF_FILE", "Checkpoint", "read_tensors", "refuse_adapter"]
 
 GGUF_FILE = "source.paley.gguf"  # a link to one, in a folder that `model.gguf_source` has made for it
 
@@ -43,12 +43,7 @@ class Checkpoint:
         if not folder.is_dir():
             what = "is a file" if folder.exists() else "no such folder"
             raise PaleyError(f"{folder}: {what}; give the folder of a Hugging Face checkpoint")
-        whole = (folder / SINGLE).is_file() or (folder / INDEX).is_file()
-        if (folder / "adapter_config.json").is_file() and not whole:
-            raise PaleyError(
-                f"{folder}: is an adapter (LoRA), not a model; merge it first, with peft: "
-                "AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(NEW_FOLDER)"
-            )
+        refuse_adapter(folder)
         if not (folder / "config.json").is_file():
             raise PaleyError(f"{folder}: no config.json here; give the folder of a Hugging Face checkpoint")
         config = _read(folder / "config.json")
@@ -118,6 +113,16 @@ class Checkpoint:
             digest.update(_canonical([name, str(tensor.dtype), list(tensor.shape)]))
             digest.update(as_bytes(tensor))
         return digest.hexdigest()
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raises for a folder with an adapter alone."""
+    whole = (folder / SINGLE).is_file() or (folder / INDEX).is_file()
+    if (folder / "adapter_config.json").is_file() and not whole:
+        raise PaleyError(
+            f"{folder}: is an adapter (LoRA), not a model; merge it first, with peft: "
+            "AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(NEW_FOLDER)"
+        )
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:

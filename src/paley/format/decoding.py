@@ -19,7 +19,7 @@ from paley.core.errors import PaleyError
 from paley.format.checkpoint import first_not_finite
 from paley.format.header import TensorInfo
 
-__all__ = ["Decoded", "Fp8", "Mxfp4", "decode"]
+__all__ = ["Decoded", "Float8", "Fp8", "Mxfp4", "as_stored", "decode"]
 
 FLOAT8 = {torch.float8_e4m3fn, torch.float8_e5m2}
 _FACTORS = ("_scale_inv", "_scale")  # after the name of FP8 values
@@ -32,11 +32,15 @@ _RUN_TIME = re.compile(r"\.(input|activation|output|[qkv]|prob)_scale(_inv)?$")
 
 @dataclass(frozen=True)
 class Fp8(TensorInfo):
-    """float32 [..., out, in]: float8 values times their factors, rounded once. block: of one factor."""
+    """float32 [..., out, in]: float8 values times their factors, rounded once.
+
+    block: of one factor. end: of the factors' name, after that of the values.
+    """
 
     values: TensorInfo
     factors: TensorInfo
     block: tuple[int, int]
+    end: str
 
     @property
     def nbytes(self) -> int:
@@ -52,6 +56,20 @@ class Fp8(TensorInfo):
             wide = factors[..., i : i + 1, :].repeat_interleave(columns, -1)[..., : self.shape[-1]]
             torch.mul(values[..., part, :].float(), wide, out=found[..., part, :])
         return _finite(self, found)
+
+
+@dataclass(frozen=True)
+class Float8(TensorInfo):
+    """float32, exact: float8 values without a scale."""
+
+    values: TensorInfo
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes
+
+    def read(self) -> Tensor:
+        return _finite(self, self.values.read().float())
 
 
 @dataclass(frozen=True)
@@ -88,6 +106,17 @@ class Decoded:
     left_out: list[str]
 
 
+def as_stored(name: str, info: TensorInfo) -> dict[str, TensorInfo]:
+    """The tensors of a file that this one is decoded from, under their names; itself if it is not decoded."""
+    if isinstance(info, Fp8):
+        return {name: info.values, name + info.end: info.factors}
+    if isinstance(info, Float8):
+        return {name: info.values}
+    if isinstance(info, Mxfp4):
+        return {name + _BLOCKS: info.blocks, name + _SCALES: info.scales}
+    return {name: info}
+
+
 def decode(infos: Mapping[str, TensorInfo], block: tuple[int, int] | None) -> Decoded:
     """block: rows and columns of an FP8 factor, as the config has them; None: 128 by 128, if the shapes fit.
 
@@ -95,10 +124,13 @@ def decode(infos: Mapping[str, TensorInfo], block: tuple[int, int] | None) -> De
     """
     found, kinds, taken = dict[str, TensorInfo](), dict[str, int](), set[str]()
     for name, info in infos.items():
-        factors = next((name + end for end in _FACTORS if name + end in infos), None)
-        if info.dtype in FLOAT8 and factors is not None:
-            found[name] = _fp8(name, info, infos[factors], block)
-            kind, parts = "FP8", (factors,)
+        end = next((end for end in _FACTORS if name + end in infos), None)
+        if info.dtype in FLOAT8 and end is not None:
+            found[name] = _fp8(name, info, infos[name + end], block, end)
+            kind, parts = "FP8", (name + end,)
+        elif info.dtype in FLOAT8:
+            found[name] = Float8(info.file, torch.float32, info.shape, info.start, info)
+            kind, parts = "FP8 without scales", ()
         elif name.endswith(_BLOCKS) and (scales := name.removesuffix(_BLOCKS) + _SCALES) in infos:
             found[name.removesuffix(_BLOCKS)] = _mxfp4(name, info, infos[scales])
             kind, parts = "MXFP4", (name, scales)
@@ -111,7 +143,7 @@ def decode(infos: Mapping[str, TensorInfo], block: tuple[int, int] | None) -> De
     return Decoded(others | found, kinds, left_out)
 
 
-def _fp8(name: str, values: TensorInfo, factors: TensorInfo, block: tuple[int, int] | None) -> Fp8:
+def _fp8(name: str, values: TensorInfo, factors: TensorInfo, block: tuple[int, int] | None, end: str) -> Fp8:
     """Which factor belongs to which values, by the shapes: of blocks, of the whole matrix, or of each row."""
     if len(values.shape) < 2 or 0 in values.shape:
         raise PaleyError(f"{values.file}: {name} is FP8 of shape {list(values.shape)}; only matrices are decoded")
@@ -119,7 +151,7 @@ def _fp8(name: str, values: TensorInfo, factors: TensorInfo, block: tuple[int, i
     for each in filter(None, (block, (rows, columns), (1, columns), (128, 128))):
         grid = (-(-rows // each[0]), -(-columns // each[1]))
         if _without_ones(factors.shape) == _without_ones((*stack, *grid)) and factors.dtype.is_floating_point:
-            return Fp8(values.file, torch.float32, values.shape, values.start, values, factors, each)
+            return Fp8(values.file, torch.float32, values.shape, values.start, values, factors, each, end)
     raise PaleyError(
         f"{factors.file}: the scales of {name} are {factors.dtype} {list(factors.shape)}, which fits no blocks of its "
         f"{list(values.shape)} values; get the checkpoint's original files"

@@ -17,10 +17,11 @@ OTHER_WEIGHTS = (
     "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.gguf", "*.npz", "*.tflite",
     "*.ot",
 )  # fmt: skip
-# What is not carried along: weights, and what is written anew.
+# What is not carried along: weights, what other tools take for a description of the weights, and what is written anew.
 _NOT_COMPANIONS = (
-    *OTHER_WEIGHTS, "*.safetensors", "*.safetensors.index.json", "*.bin.index.json",
-    "config.json", "README.md", "plan.json", "results.json", "digests.json",
+    *OTHER_WEIGHTS, "*.safetensors", "*.safetensors.index*.json", "*.bin.index*.json", "*.onnx.data", "*.pkl",
+    "*.npy", "*.pdparams", "*.mlmodel", "adapter_config.json", "hf_quant_config.json", "quantize_config.json",
+    "quant_config.json", "config.json", "readme.md", "plan.json", "results.json", "digests.json",
 )  # fmt: skip
 
 
@@ -36,7 +37,7 @@ def write_json(path: str | Path, obj: object) -> None:
 def copy_companions(source: Path, folder: Path) -> None:
     """Copies every file of the folder `source`, and of folders in it, that is neither weights nor written anew."""
     for path in all_files(source):
-        if not any(fnmatch.fnmatchcase(path, pattern) for pattern in _NOT_COMPANIONS):
+        if not any(fnmatch.fnmatchcase(path.lower(), pattern) for pattern in _NOT_COMPANIONS):
             with disk(folder / path, (source / path).stat().st_size):
                 (folder / path).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source / path, folder / path)

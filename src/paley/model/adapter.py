@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from paley.arch import Site, Sites
+from paley.model.outputs import finish_of, head_input_of
 from paley.model.stacks import module_at
 from paley.model.walk import sites_of
 
@@ -60,13 +61,24 @@ class Adapter:
         ]
 
     def finish(self, logits: Tensor) -> Tensor:
-        """What the head computes [..., vocab] -> the model's logits: divided, softly cut off, as the family has it."""
+        """What the head computes [..., vocab] -> the model's logits: divided, softly cut off, as the family has it.
+
+        Errors: PaleyError for a model without a row that makes its logits in another way.
+        """
+        if self.architecture.walked:
+            return finish_of(self.model, self.head, self.sites.embedding.shape[0])(logits)
         row, config = self.architecture, self.model.config
         if (divisor := row.number(config, "logit_divisor")) is not None:
             logits = logits / divisor
         if (cap := row.number(config, "logit_softcap")) is not None:
             logits = (logits / cap).tanh() * cap
         return logits
+
+    def head_input(self, ids: Tensor, **kwargs: Any) -> Tensor:
+        """ids [batch, tokens] -> what the head reads of a forward [batch, tokens, n]; a cache has read them then."""
+        if self.architecture.walked:
+            return head_input_of(self.model, self.head, ids, **kwargs)
+        return self.model.base_model(ids, **kwargs).last_hidden_state
 
     def module(self, path: str) -> Any:
         """What is there; a stack of experts, which is a parameter, looks like a linear."""

@@ -11,12 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from paley.model.adapter import Adapter
+from paley.model.outputs import Stop
 
-__all__ = ["BlockRunner", "Stop", "capture_inputs"]
-
-
-class Stop(Exception):  # noqa: N818 (a signal, not an error)
-    """Ends a forward whose rest is not needed."""
+__all__ = ["BlockRunner", "capture_inputs"]
 
 
 class BlockRunner:

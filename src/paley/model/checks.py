@@ -19,7 +19,12 @@ _SIZES = {
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "vocab_size", "max_position_embeddings",
 }  # fmt: skip
-_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_OLDER_SIZES = {"n_embd", "n_head", "n_layer", "n_positions", "n_heads", "n_layers", "d_model"}  # of GPT-2 and others
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+# Settings that null switches off; others divide by them.
+_POSITIVE = re.compile(r"\w*softcap\w*|query_pre_attn_scalar|logits_scaling|sliding_window")
+_LAYERS = re.compile(r"(n|num)_(hidden_)?layers?|(num_)?(de|en)coder_layers")
+_ROPE = ("rope_", "text_config.rope_")
 _RUNS = 256  # that families without a row may have of fewer blocks: some run each several times
 _UNBOUNDED = {"time_step_limit"}  # of state-space models, whose configs do say Infinity
 # Keys of some families that change what a model computes. Where a family's own config class lacks one, it would be
@@ -28,6 +33,7 @@ _TELLING = re.compile(
     r"no_rope_layer(s|_interval)|\w*multipliers?|logits?_scal\w+|\w*softcap\w*|query_pre_attn_scalar|(use_)?qk_norm"
     r"|clip_qkv|scale_(emb|depth)|dim_model_base|mup_\w+|(num|n)_(local_|routed_)?experts|(use_)?alibi|attn_temperature\w*"
     r"|use_parallel_residual|parallel_attn|embedding_scale|residual_scale|cross_attention_layers"
+    r"|sliding_window|layer_types|attention_chunk_size"
 )
 
 
@@ -47,14 +53,25 @@ def check_config(file: Path, config: dict[str, Any]) -> None:
             raise PaleyError(f"{file}: {path} is {value}; put a number there")
         if key.endswith(("_eps", "_epsilon", "rope_theta")) and (value < 0 or (value == 0 and "theta" in key)):
             raise PaleyError(f"{file}: {path} must be positive, got {value}")
+        if path.startswith(_ROPE) and key == "factor" and value <= 0:
+            raise PaleyError(f"{file}: {path} must be positive, got {value}")
     for where, part in (("", config), ("text_config.", config.get("text_config"))):
-        if not isinstance(part, dict):
+        if part is None:
             continue
-        for key in _SIZES & part.keys():
+        if not isinstance(part, dict):
+            raise PaleyError(f"{file}: text_config must be a mapping, got {part!r}")
+        own = {"num_experts_per_tok"} if _has_row(config) else set[str]()  # Granite 4 without experts has 0 of 0
+        for key in (_SIZES | _OLDER_SIZES | own) & part.keys():
             # A family without a row may have a size for each layer.
             sizes = part[key] if isinstance(part[key], list) and not _has_row(config) else [part[key]]
             if any(size is not None and (type(size) is not int or size < 1) for size in sizes):
                 raise PaleyError(f"{file}: {where}{key} must be a positive whole number, got {part[key]!r}")
+        for key, value in part.items():
+            if _has_row(config) and _POSITIVE.fullmatch(key) and type(value) in (int, float) and value <= 0:
+                raise PaleyError(f"{file}: {where}{key} must be positive, got {value}; null switches it off")
+        taken, experts = part.get("num_experts_per_tok"), next((part[k] for k in _EXPERTS if part.get(k)), None)
+        if isinstance(taken, int) and isinstance(experts, int) and taken > experts:
+            raise PaleyError(f"{file}: {where}num_experts_per_tok is {taken}, but there are {experts} experts")
         _check_rope(file, part)
 
 
@@ -66,8 +83,9 @@ def check_layers(file: Path, config: dict[str, Any], names: Iterable[str]) -> No
     """Raises if the config has more layers than the names of the tensors have numbers: making them takes for ever."""
     numbered = {int(part) for name in names for part in name.split(".") if part.isdecimal() and len(part) < 9}
     for part in (config, config.get("text_config")):
-        for key in _LAYERS:
-            layers = part.get(key) if isinstance(part, dict) else None
+        for key, layers in part.items() if isinstance(part, dict) else ():
+            if not _LAYERS.fullmatch(key):
+                continue
             most = max(1 + max(numbered, default=0), 0 if _has_row(config) else _RUNS)
             if type(layers) is int and layers > most:
                 raise PaleyError(
@@ -95,7 +113,7 @@ def check_family(file: Path, raw: dict[str, Any], config: Any) -> None:
             )
     known = {*type(config)().to_dict(), *config.attribute_map}
     for key, value in raw.items():
-        if key not in known and _TELLING.fullmatch(key) and not _is_neutral(value):
+        if key not in known and _TELLING.fullmatch(key) and not (_is_neutral(value) or _looks_back(raw, key, value)):
             raise PaleyError(
                 f"{file}: {key} is {value!r}, which a {config.model_type} model has no use for: it would compute "
                 f"something else than these weights were trained for; correct model_type, or remove {key}"
@@ -125,6 +143,15 @@ def _numbers(value: Any, path: str = "") -> Iterator[tuple[str, int | float]]:
             yield from _numbers(inner, path)
     elif type(value) in (int, float):
         yield path, value
+
+
+def _looks_back(config: dict[str, Any], key: str, value: Any) -> bool:
+    """Whether a window leaves nothing out: it is as long as the context, or switched off."""
+    if key == "layer_types":
+        return isinstance(value, list) and set(value) <= {"full_attention"}
+    context = config.get("max_position_embeddings")
+    long = type(value) is type(context) is int and value >= context
+    return key in ("sliding_window", "attention_chunk_size") and (long or config.get("use_sliding_window") is False)
 
 
 def _is_neutral(value: Any) -> bool:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from paley.core.errors import PaleyError
 from paley.model.kv_cache import PackedKVCache, cache_argument
+from paley.model.loading import context_of
 
 __all__ = ["ModelContext", "ModelDecoder"]
 
@@ -62,8 +63,8 @@ class ModelDecoder:
 
     @property
     def limit(self) -> int | None:
-        """max_position_embeddings."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+        """How many tokens the model reads; None if its config does not say."""
+        return context_of(self.model.config)
 
     def start(self) -> ModelContext:
         """An empty context."""
@@ -97,5 +98,5 @@ class ModelDecoder:
             if self.limit is not None and context.length + len(tokens) > self.limit:
                 raise PaleyError(
                     f"decoder: a context of {context.length} tokens and {len(tokens)} more are beyond the {self.limit} "
-                    "that this model reads (max_position_embeddings)"
+                    "that this model reads"
                 )

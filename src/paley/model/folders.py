@@ -10,6 +10,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from paley.core.errors import PaleyError
+from paley.format.checkpoint import refuse_adapter
 from paley.format.files import OTHER_WEIGHTS
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def resolve(model: str | Path) -> Path:
 
         return gguf_folder(path)
     if path.is_dir():
+        refuse_adapter(path)
         return path
     if path.exists():
         raise PaleyError(f"{path}: is a file; give the folder of a Hugging Face checkpoint, or a GGUF file")
@@ -51,4 +53,4 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, LookupError, TypeError) as error:  # the last two: JSON, but no tokenizer's
-        raise PaleyError(f"{path}: no tokenizer can be loaded here: {error}") from error
+        raise PaleyError(f"{path}: no tokenizer can be loaded here: {' '.join(str(error).split())}") from error

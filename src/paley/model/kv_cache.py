@@ -12,21 +12,22 @@ from typing import Any
 
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionLayer
 
 from paley.arch import FAMILIES, window
 from paley.core.errors import PaleyError
 from paley.core.schemes import ActivationScheme, AttentionScheme
 from paley.core.transforms import Transform
 from paley.model.keys import KeyBase, map_held
+from paley.model.walk import HYBRID_LAYERS, PLAIN_LAYERS
 from paley.ops.attention import PackedKV, pack_kv
 
 __all__ = ["PackedKVCache", "PackedKVLayer", "cache_argument"]
 
-PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)  # of keys and values alone
 _STEP = 64  # tokens; a store grows by an eighth, rounded up to whole steps
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 LayerMark = tuple[int, list[tuple[Tensor, int, int]]]  # tokens seen; of each store its data, start and end
+States = dict[str, Any]  # what a layer of transformers' holds
 
 
 def cache_argument(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
@@ -196,6 +197,13 @@ class PackedKVLayer(CacheLayerMixin):
         """Bytes of the tokens held: codes, scales, zeros, or the plain tensors of an unquantized side."""
         return sum(store.filled.nbytes for store in self._stores())
 
+    @property
+    def nbytes_at_16_bits(self) -> int:
+        """As `nbytes`, with two bytes for each value of an unquantized side."""
+        sides = (self._keys, self._values)
+        plain = sum(store.filled.numel() for side in sides if side.scheme is None for store in side.stores)
+        return 2 * plain + sum(store.filled.nbytes for side in sides if side.scheme for store in side.stores)
+
     def _stores(self) -> list[_Store]:
         return self._keys.stores + self._values.stores
 
@@ -204,13 +212,59 @@ class PackedKVLayer(CacheLayerMixin):
             store.data = f(store.data)
 
 
+class PackedHybridLayer(LinearAttentionLayer, PackedKVLayer):
+    """The cache of a layer that has attention beside states; the states are transformers', and stay as they are."""
+
+    def __init__(self, states: int, scheme: AttentionScheme, key_base: KeyBase | None, window: int | None):
+        LinearAttentionLayer.__init__(self, number_of_states=states)
+        PackedKVLayer.__init__(self, scheme, key_base, window)
+
+    @property
+    def is_compileable(self) -> bool:  # type: ignore[override]
+        return False
+
+    @property
+    def is_croppable(self) -> bool:
+        return False
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """args: keys and values. kwargs: of states."""
+        if args:
+            PackedKVLayer.lazy_initialization(self, *args)
+        else:
+            LinearAttentionLayer.lazy_initialization(self, **kwargs)
+
+    def get_max_length(self) -> int:
+        return PackedKVLayer.get_max_length(self)
+
+    def reset(self) -> None:
+        LinearAttentionLayer.reset(self)
+        PackedKVLayer.reset(self)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise PaleyError("PackedKVCache: a layer with states cannot go back; begin a new cache")
+
+    def mark(self) -> Any:
+        """What is held now; states, which are overwritten, are copied."""
+        return PackedKVLayer.mark(self), _held(self)
+
+    def rewind(self, mark: Any) -> None:
+        packed, states = mark
+        vars(self).update({name: value for name, value in states.items() if isinstance(value, dict)})
+        PackedKVLayer.rewind(self, packed)
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        PackedKVLayer.reorder_cache(self, beam_idx)
+
+
 class PackedKVCache(Cache):
     """A cache for one `generate`, or one run of forwards, of `model`; each layer as its scheme says.
 
     Layers without a scheme (see `attention.attach_schemes`) are kept unquantized. Grows without a maximum.
     """
 
-    layers: list[PackedKVLayer]
+    layers: list[Any]
 
     def __init__(self, model: PreTrainedModel):
         config = model.config.get_text_config(decoder=True)
@@ -235,14 +289,18 @@ class PackedKVCache(Cache):
         for layer in sorted(self.layers, key=lambda layer: layer.is_croppable):
             layer.crop(tokens_to_remove)
 
-    def mark(self) -> list[LayerMark]:
-        """What is held now, without a copy, for `rewind`."""
-        return [layer.mark() for layer in self.layers]
+    def mark(self) -> list[LayerMark | States]:
+        """What is held now, without a copy of keys and values, for `rewind`."""
+        return [layer.mark() if isinstance(layer, PackedKVLayer) else _held(layer) for layer in self.layers]
 
-    def rewind(self, mark: list[LayerMark]) -> None:
+    def rewind(self, mark: list[Any]) -> None:
         """Undoes the updates since a mark, also in layers with a window, and those of a forward that stopped midway."""
         for layer, held in zip(self.layers, mark, strict=True):
-            layer.rewind(held)
+            if isinstance(layer, PackedKVLayer):
+                layer.rewind(held)
+            else:
+                vars(layer).clear()
+                vars(layer).update(held)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
@@ -260,6 +318,15 @@ class PackedKVCache(Cache):
     def nbytes(self) -> int:
         """Bytes of the tokens held, over all layers; without the room for coming ones, and a position for each."""
         return sum(layer.nbytes for layer in self.layers if isinstance(layer, PackedKVLayer))
+
+
+def _held(layer: Any) -> States:
+    """The attributes of a layer of transformers': keys and values are replaced by updates, states are overwritten."""
+    return {name: _copied(value) if isinstance(value, dict) else value for name, value in vars(layer).items()}
+
+
+def _copied(states: dict[int, Any]) -> dict[int, Any]:
+    return {index: state.clone() if isinstance(state, Tensor) else state for index, state in states.items()}
 
 
 def _schemes(model: PreTrainedModel, layers: int) -> dict[int, tuple[AttentionScheme, KeyBase | None]]:
@@ -282,10 +349,15 @@ def _mixed(model: PreTrainedModel, config: Any) -> list[Any]:
     for index, (scheme, base) in _schemes(model, len(layers)).items():
         if scheme.keys is None and scheme.values is None:
             continue
-        if type(layers[index]) not in PLAIN_LAYERS:
+        was = layers[index]
+        looks_back = getattr(was, "sliding_window", None)
+        if type(was) in PLAIN_LAYERS:
+            layers[index] = PackedKVLayer(scheme, base, window=looks_back)
+        elif type(was) in HYBRID_LAYERS:
+            layers[index] = PackedHybridLayer(was.number_of_states, scheme, base, looks_back)
+        else:
             raise PaleyError(
-                f"PackedKVCache: layer {index} of this {config.model_type} is a {type(layers[index]).__name__}; leave "
+                f"PackedKVCache: layer {index} of this {config.model_type} is a {type(was).__name__}; leave "
                 "its keys and values unquantized"
             )
-        layers[index] = PackedKVLayer(scheme, base, window=getattr(layers[index], "sliding_window", None))
     return layers

@@ -24,7 +24,7 @@ from paley.core.errors import PaleyError, Setting, nearest_name
 from paley.core.reading import read_json
 from paley.format.checkpoint import Checkpoint
 from paley.format.config import QUANT_METHOD
-from paley.format.decoding import FLOAT8, Fp8, decode
+from paley.format.decoding import Float8, as_stored, decode
 from paley.format.header import NAMES, TensorInfo
 from paley.model.checks import check_config, check_family, check_layers
 from paley.model.converting import convert
@@ -34,9 +34,13 @@ from paley.model.text_part import text_part
 from paley.model.walk import sites_of
 
 __all__ = [
-    "Source", "check_fit", "check_seq_len", "default_attention", "empty_model", "is_ignored", "join_tie",
+    "Source", "check_fit", "check_seq_len", "context_of", "default_attention", "empty_model", "is_ignored", "join_tie",
     "open_source", "plain_attention", "read_config", "tied_partners",
 ]  # fmt: skip
+
+# What tools say of their quantized weights: transformers', the older compressed-tensors', MLX's.
+_ENTRIES = ("quantization_config", "compression_config", "quantization")
+_CONTEXT = ("max_position_embeddings", "max_target_positions", "max_seq_len")  # Whisper's decoder; MPT
 
 
 @dataclass(frozen=True)
@@ -204,9 +208,19 @@ def is_ignored(name: str, model: PreTrainedModel) -> bool:
     return any(re.search(pattern, name) for pattern in patterns) or name.endswith("rotary_emb.inv_freq")
 
 
+def context_of(config: Any) -> int | None:
+    """How many tokens a model was made to read, by whatever name its config has for it; None if it does not say."""
+    limit = getattr(config, _context_key(config), None)
+    return limit if type(limit) is int and limit > 0 else None
+
+
+def _context_key(config: Any) -> str:
+    return next((key for key in _CONTEXT if isinstance(getattr(config, key, None), int)), _CONTEXT[0])
+
+
 def check_seq_len(config: Any, lengths: Mapping[str, int]) -> None:
     """Raises where one of the lengths, by the names of their settings, is beyond what the model was made to read."""
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = context_of(config)
     if limit is None:
         return
     if long := {name: length for name, length in lengths.items() if length > limit}:
@@ -214,7 +228,7 @@ def check_seq_len(config: Any, lengths: Mapping[str, int]) -> None:
         less = [part for name in long for part in (" ", Setting(name, limit))]
         raise PaleyError(
             *found[1:],
-            f": this model reads sequences of at most {limit} tokens (max_position_embeddings)",
+            f": this model reads sequences of at most {limit} tokens ({_context_key(config)})",
             remedy=("set", *less, ", or less"),
         )
 
@@ -235,6 +249,7 @@ def open_source(model: str | Path) -> Source:
         if name not in wanted and not is_ignored(name, skeleton) and not belongs(name, skeleton)
     }
     checkpoint = Checkpoint(path, files.config, {name: info for name, info in found.items() if name not in extra})
+    extra = {stored: part for name, info in extra.items() for stored, part in as_stored(name, info).items()}
     found_sites = sites_of(skeleton)
     checkpoint = join_tie(path, checkpoint, found_sites)
     check_fit(path, {name: info.shape for name, info in checkpoint.infos.items()}, skeleton)
@@ -250,7 +265,8 @@ def _decoded(
 
     Whether a model is quantized is told by its tensors: entries of the config are left over from other runs.
     """
-    entry = next((found for c in (files.config, config.to_dict()) if (found := c.get("quantization_config"))), None)
+    places = (files.config, config.to_dict())
+    left, entry = next(((key, found) for key in _ENTRIES for each in places if (found := each.get(key))), ("", None))
     method = entry.get("quant_method") if isinstance(entry, dict) else None
     made = decode(files.infos, _block(entry))
     found = place(convert(made.infos, skeleton), skeleton)
@@ -261,7 +277,7 @@ def _decoded(
     for name, wanted in skeleton.state_dict().items():
         info = found.get(name)
         packed = info is not None and wanted.is_floating_point() and not info.dtype.is_floating_point
-        bare = info is not None and not isinstance(info, Fp8) and info.dtype in FLOAT8 and entry is not None
+        bare = isinstance(info, Float8) and entry is not None
         if method == QUANT_METHOD or packed or (entry and info is None and name.rpartition(".")[0] in modules):
             raise PaleyError(f"{refusal}; give the original, full-precision checkpoint")
         if bare:
@@ -272,9 +288,10 @@ def _decoded(
     if made.left_out:
         notes.append(f"scales of inputs and caches are left out: {summed_up(made.left_out)}")
     if entry is not None and not made.kinds:
-        notes.append("quantization_config of config.json is left over, as the weights are plain; it is dropped")
+        notes.append(f"{left} of config.json is left over, as the weights are plain; it is dropped")
     for each in (config, skeleton.config):
-        vars(each).pop("quantization_config", None)
+        for key in _ENTRIES:
+            vars(each).pop(key, None)
     return found, notes
 
 

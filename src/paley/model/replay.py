@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from paley.core.errors import PaleyError, Setting
 from paley.model.adapter import Adapter
-from paley.model.capture import BlockRunner, Stop, capture_inputs
+from paley.model.capture import BlockRunner, capture_inputs
+from paley.model.outputs import Stop
 
 __all__ = ["Replay", "runner_of"]
 

@@ -2,7 +2,7 @@
 
 A walk knows nothing of the wiring. Blocks are the longest-lived list of modules: as many as the config has layers.
 Linears are what blocks hold, each with an input of its own; keys and values are those of attentions that let Paley's
-take their place. Nothing can be folded then, and nothing widened.
+take their place, and that read from the cache what they wrote into it. Nothing can be folded then, and nothing widened.
 """
 
 from __future__ import annotations
@@ -18,17 +18,25 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import linear
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+)
 from transformers.pytorch_utils import Conv1D
 
 from paley.arch import FAMILIES, Architecture, Site, Sites, head_input, sites
 from paley.core.errors import PaleyError
 
-__all__ = ["head_widths", "is_attention", "is_experts", "sites_of", "stacks_of"]
+__all__ = ["HYBRID_LAYERS", "PLAIN_LAYERS", "head_widths", "is_attention", "is_experts", "sites_of", "stacks_of"]
 
 _FOUND = "paley_sites"  # the attribute of a model that was walked: its modules are replaced afterwards
-_PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)  # of a cache, of keys and values alone
+PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)  # of a cache, of keys and values alone
+HYBRID_LAYERS = (LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer)  # and states
+# An attention function is handed what the cache returned. Latent attention expands it first.
+_READS_CACHE = re.compile(r"\bkey\w*, value\w* = (?:self\.)?\w+\.update\(\s*key\w*, value\w*,")
 _CROSS = re.compile(r"cross|encoder_attn|encoder_decoder", re.IGNORECASE)
 _WAY_OUT = "write a row for it (docs/adding-a-model.md)"
 
@@ -62,7 +70,8 @@ def stacks_of(experts: Any) -> tuple[str, str]:
 
 def head_widths(attention: Any) -> tuple[int, int] | None:
     """Values of a head of keys and of values; None if the module does not say."""
-    keys = getattr(attention, "qk_head_dim", None) or getattr(attention, "head_dim", None)
+    names = ("qk_head_dim", "head_dim", "head_size")
+    keys = next((width for name in names if (width := getattr(attention, name, None))), None)
     values = getattr(attention, "v_head_dim", None) or keys
     return None if keys is None or values is None else (int(keys), int(values))
 
@@ -142,7 +151,7 @@ def _sites(
     for index in range(len(model.get_submodule(lists[0]))):  # type: ignore[arg-type]
         for path in lists:
             for name, module in model.get_submodule(f"{path}.{index}").named_modules(prefix=f"{path}.{index}"):
-                if places[id(module)] > 1 and not any(True for _ in module.children()):
+                if places[id(module)] > 1 and (is_attention(module) or not any(True for _ in module.children())):
                     if isinstance(module, nn.Linear | Conv1D):
                         kept[name] = "is used at several places"
                     continue
@@ -167,7 +176,7 @@ def _of_module(
         transposed = isinstance(module, Conv1D)
         shape = tuple(module.weight.T.shape if transposed else module.weight.shape)
         yield from _linear(name, f"{name}.weight", shape, index, transposed=transposed)
-    elif is_attention(module) and model._supports_attention_backend and not _CROSS.search(name):
+    elif is_attention(module) and not _CROSS.search(name) and not _has_own_cache(model):
         yield from _cache(config, name, module, index)
 
 
@@ -191,8 +200,8 @@ def _expert_sites(name: str, experts: Any, index: int, kept: dict[str, str]) -> 
 def _cache(config: Any, name: str, module: Any, index: int) -> Iterator[Site]:
     widths, place = head_widths(module), module.layer_idx
     layers = _cache_layers(config)
-    plain = place < len(layers) and type(layers[place]) in _PLAIN_LAYERS
-    if widths is None or not plain or getattr(config, "num_kv_shared_layers", 0) or not _calls_interface(module):
+    known = 0 <= place < len(layers) and type(layers[place]) in (*PLAIN_LAYERS, *HYBRID_LAYERS)
+    if widths is None or not known or getattr(config, "num_kv_shared_layers", 0) or not _hands_on(module):
         return
     looks_back = getattr(layers[place], "sliding_window", None)
     latent = getattr(module, "qk_head_dim", None) is not None  # each head has keys of its own
@@ -210,9 +219,17 @@ def _cache_layers(config: Any) -> list[Any]:
         return []
 
 
-def _calls_interface(module: nn.Module) -> bool:
-    """Whether the module's forward asks transformers for its attention function."""
-    return "ALL_ATTENTION_FUNCTIONS" in _source(type(module).forward)
+def _hands_on(module: nn.Module) -> bool:
+    """Whether the module's forward gives what the cache returned to an attention function of transformers' table."""
+    text = _source(type(module).forward)
+    return "ALL_ATTENTION_FUNCTIONS" in text and _READS_CACHE.search(text) is not None
+
+
+def _has_own_cache(model: PreTrainedModel) -> bool:
+    """Whether the family defines a cache of its own, which no other can take the place of."""
+    home = inspect.getmodule(type(model))
+    kinds = [kind for kind in vars(home).values() if isinstance(kind, type) and issubclass(kind, Cache)]
+    return any(kind.__module__ == type(model).__module__ for kind in kinds)
 
 
 @cache

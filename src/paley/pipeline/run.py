@@ -19,6 +19,7 @@ from paley.format.checkpoint import Checkpoint
 from paley.format.digests import seal
 from paley.format.publish import RESULTS
 from paley.model.loading import Source, open_source
+from paley.model.placing import summed_up
 from paley.model.problem import Problem
 from paley.model.reading import prepare_
 from paley.ops.matmul import EXACT
@@ -209,6 +210,11 @@ def _make(
         model = verify(run.checkpoint, problem, expected, device)
         prepare_(model, EXACT, torch.float32)
         monitor.step()
+    if lost := [r.name for r in reports if not r.rel_error <= 1]:
+        monitor.note(
+            f"changed by more than all they were: {summed_up(lost)}; results.json has the errors. GPTQ makes up there "
+            "for what other layers lose; compensate=quantized_inputs does not"
+        )
     measured = None
     give_back()
     if model is not None and texts.test is not None and original is not None:

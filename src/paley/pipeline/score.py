@@ -10,7 +10,7 @@ from paley.data import TokenBlocks
 from paley.eval.perplexity import EvalResult, evaluate
 from paley.eval.reference import Reference
 from paley.model.folders import load_tokenizer, resolve
-from paley.model.loading import check_seq_len, open_source, read_config
+from paley.model.loading import check_seq_len, context_of, open_source, read_config
 from paley.pipeline.any_model import check_device, load_any
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.texts import SELF, check_vocabulary, is_tuned_on, test_blocks
@@ -104,7 +104,7 @@ def scored_text(
     given = {"source": data, "sequences": sequences, "seq_len": seq_len}
     changes = {name: value for name, value in given.items() if value is not None}
     test, config = (recipe.test or Test()).model_copy(update=changes), read_config(path)
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = context_of(config)
     if seq_len is None and limit is not None and test.seq_len > limit:
         monitor.note(f"sequences of {limit} tokens, as this model reads no more")
         test = test.model_copy(update={"seq_len": limit})

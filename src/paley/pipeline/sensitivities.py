@@ -18,14 +18,14 @@ from paley.format.journal import open_journal
 from paley.methods.sensitivity import AGREEMENT, LEVELS, Delta, measure_slopes, noise_levels
 from paley.model.adapter import Adapter
 from paley.model.fold import fold_norms_
-from paley.model.loading import Source, check_seq_len, open_source
+from paley.model.loading import Source, check_seq_len, context_of, open_source
 from paley.model.problem import Problem
 from paley.model.replay import runner_of
 from paley.model.sensitivity import KINDS, NoiseProbe, noise_kind
 from paley.model.trials import Metric
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.run_directory import RunDirectory
-from paley.pipeline.texts import SELF
+from paley.pipeline.texts import SELF, check_vocabulary
 from paley.sensitivity import MeasuredSlot, MeasuredText, Sensitivity
 
 __all__ = ["RANDOM", "measure_for", "measure_on", "measure_sensitivity", "random_ids", "some_blocks"]
@@ -35,6 +35,7 @@ _PARTS = ("source", "sequences", "seq_len")
 # A calibration's settings, as `measure_sensitivity` and as a budget call them.
 _ARGUMENTS = {f"calibration.{part}": part for part in _PARTS}
 _OF_BUDGET = {f"calibration.{part}": f"budget.{part}" for part in _PARTS}
+_SEQ_LEN = 512
 _SOME = 4  # sequences that show what activations look like
 
 
@@ -44,7 +45,7 @@ def measure_sensitivity(
     metric: Metric = "kl",
     source: str = SELF,
     sequences: int = 16,
-    seq_len: int = 512,
+    seq_len: int | None = None,
     kinds: Collection[str] = ("weight",),
     fold: bool = False,
     levels: int = LEVELS,
@@ -56,9 +57,9 @@ def measure_sensitivity(
     """Measures a checkpoint folder, a Hub name or an opened source on the calibration part of the text `source`.
 
     source: `self` (text that the model samples), as in `paley.data.documents`, or `random` (uniform random tokens:
-    no data at all, metric kl only). fold: as recipes that rotate have it, with the norms' gains in the weights and
-    noise of one size for rows that they mix. Finished trials are kept in
-    progress_file, and taken from it where it exists.
+    no data at all, metric kl only). seq_len: None takes 512, or what the model reads if that is less. fold: as recipes
+    that rotate have it, with the norms' gains in the weights and noise of one size for rows that they mix. Finished
+    trials are kept in progress_file, and taken from it where it exists.
     """
     monitor = monitor or Monitor()
     if source == RANDOM and metric != "kl":
@@ -66,6 +67,10 @@ def measure_sensitivity(
     noise_levels(levels)  # refused before anything is read
     monitor.stage("checking the checkpoint", 1)
     opened = model if isinstance(model, Source) else open_source(model)
+    limit = context_of(opened.config) or _SEQ_LEN
+    if seq_len is None and limit < _SEQ_LEN:
+        monitor.note(f"sequences of {limit} tokens, as this model reads no more")
+    seq_len = min(limit, _SEQ_LEN) if seq_len is None else seq_len
     with renaming(_ARGUMENTS):
         check_seq_len(opened.config, {"calibration.seq_len": seq_len})
         blocks = _blocks(opened, source, sequences, seq_len, seed, device)
@@ -178,7 +183,7 @@ def some_blocks(problem: Problem, sensitivity: Sensitivity, monitor: Monitor, de
     """
     budget, source, text = problem.budget, problem.source, sensitivity.text
     assert budget is not None
-    limit = getattr(source.config, "max_position_embeddings", None) or budget.seq_len
+    limit = context_of(source.config) or budget.seq_len
     seq_len = max(2, min(budget.seq_len, limit, text.tokens))
     sequences = max(1, min(_SOME, text.tokens // seq_len))
     try:
@@ -197,7 +202,9 @@ def _blocks(source: Source, text: str, sequences: int, seq_len: int, seed: int, 
         return blocks_from_ids(ids, "calibration", SELF)
     if text == RANDOM:
         return blocks_from_ids(random_ids(tokenizer, source, sequences, seq_len, seed), "calibration", RANDOM)
-    return token_blocks(text, tokenizer, role="calibration", count=sequences, seq_len=seq_len, seed=seed)
+    blocks = token_blocks(text, tokenizer, role="calibration", count=sequences, seq_len=seq_len, seed=seed)
+    check_vocabulary(blocks.ids, source.sites.embedding.shape[0], blocks.source)
+    return blocks
 
 
 def random_ids(

@@ -20,7 +20,7 @@ from paley.data import Role, TokenBlocks, blocks_from_ids, check_disjoint, token
 from paley.eval.sampling import sample_documents
 from paley.format.checkpoint import read_tensors
 from paley.format.writer import write_tensors
-from paley.model.loading import Source, check_seq_len
+from paley.model.loading import Source, check_seq_len, context_of
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.run_directory import RunDirectory
 from paley.recipe import Recipe
@@ -87,7 +87,7 @@ def fit_lengths(recipe: Recipe, source: Source, monitor: Monitor, *, measures: b
 
     Raises for a length that was given and is beyond that.
     """
-    limit = getattr(source.config, "max_position_embeddings", None) or math.inf
+    limit = context_of(source.config) or math.inf
     roles = (*_tuning_sources(recipe), "test", *(("budget",) if measures else ()))
     parts = {role: part for role in roles if (part := getattr(recipe, role)) is not None}
     shorter = {r: p for r, p in parts.items() if p.seq_len > limit and p.seq_len == _default_length(p)}

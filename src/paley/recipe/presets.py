@@ -179,9 +179,11 @@ def _meant(name: str) -> str:
     text = name.strip().lower()
     if alike := [target for target in TARGETS if target.partition("-")[0] == text.partition("-")[0]]:
         return difflib.get_close_matches(text, alike, n=1, cutoff=0.0)[0]
+    if f"gguf-{text}" in TARGETS:
+        return f"gguf-{text}"
     method = max((known for known in preset_methods() if text.startswith(known)), key=len, default="")
     bits: dict[str, str] = {}
-    for letter, number in re.findall(r"([a-z]*)(\d+)", text.removeprefix(method)):
+    for letter, number in re.findall(r"([a-z]*)([1-9]\d*)", text.removeprefix(method)):
         if letter not in LETTERS or letter in bits:
             letter = "w" if "w" not in bits else "kv" if "k" in letter or "a" in bits else "a"
         bits.setdefault(letter, number)
