@@ -14,7 +14,7 @@ from paley.eval.perplexity import evaluate
 from paley.eval.reference import Reference
 from paley.model.adapter import Adapter
 from paley.model.attention import attach_schemes
-from paley.model.decoder import ModelDecoder
+from paley.model.decoder import ModelDecoder, TextContext
 
 IDS = torch.randint(5, 127, (3, 21), generator=torch.Generator().manual_seed(0))
 BLOCKS = blocks_from_ids(IDS, "test", "some")
@@ -68,10 +68,13 @@ def test_a_quantized_cache_takes_part(kind):
 
 
 @pytest.mark.parametrize("quantized", [False, True])
-@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "cohere2", "falcon_h1", "lfm2", "qwen3_5_text"])
+@pytest.mark.parametrize(
+    "kind",
+    ["gpt2", "gpt_neox", "cohere2", "falcon_h1", "lfm2", "qwen3_5_text", "mamba", "rwkv", "minimax", "openai-gpt"],
+)  # fmt: skip
 @torch.no_grad()
 def test_texts_are_decoded_and_a_reading_that_fails_is_undone(kind, quantized):
-    """Plain layers of a cache, windows, states, and packed layers beside them."""
+    """Plain layers of a cache, windows, states, packed layers beside them; families with other caches or none."""
     model = tiny_model(kind)
     sites = Adapter(model).sites.of("keys")
     if quantized:
@@ -88,3 +91,6 @@ def test_texts_are_decoded_and_a_reading_that_fails_is_undone(kind, quantized):
         (logits,) = decoder.read([(context, tokens)])
         torch.testing.assert_close(logits, wanted[last], rtol=0, atol=1e-4 * float(wanted.std()))
     assert context.length == 21
+    if isinstance(context, TextContext):
+        context.truncate(7)
+        assert context.length == 7

@@ -1,4 +1,4 @@
-"""A decoder on a transformers model: each context is a PackedKVCache."""
+"""A decoder on a transformers model: each context is a PackedKVCache, if the model takes one."""
 
 from __future__ import annotations
 
@@ -10,28 +10,24 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from paley.core.errors import PaleyError
-from paley.model.kv_cache import PackedKVCache, cache_argument
+from paley.model.kv_cache import PackedKVCache, cache_argument, takes_cache
 from paley.model.loading import context_of
 
-__all__ = ["ModelContext", "ModelDecoder"]
+__all__ = ["ModelContext", "ModelDecoder", "TextContext"]
 
 
 class ModelContext:
-    """One text in a cache of its own."""
+    """One text in a cache of its own. length: tokens read so far."""
 
     def __init__(self, model: PreTrainedModel):
         self._cache: PackedKVCache | None = PackedKVCache(model)
+        self.length = 0  # not every cache knows: states have none
 
     @property
     def cache(self) -> PackedKVCache:
         if self._cache is None:
             raise PaleyError("context: it was closed; start a new one")
         return self._cache
-
-    @property
-    def length(self) -> int:
-        """Tokens read so far."""
-        return self.cache.get_seq_length()
 
     @property
     def nbytes(self) -> int:
@@ -44,10 +40,38 @@ class ModelContext:
             raise PaleyError(f"context: holds {self.length} tokens", got=length)
         if length < self.length:
             self.cache.crop(length - self.length)
+            self.length = length
 
     def close(self) -> None:
         """Frees the cache."""
         self._cache = None
+
+
+class TextContext:
+    """One text of a model that takes no cache of transformers' kind (RWKV, XLNet): its tokens, read again each time."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+
+    @property
+    def length(self) -> int:
+        """Tokens read so far."""
+        return len(self.tokens)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values held: none."""
+        return 0
+
+    def truncate(self, length: int) -> None:
+        """Forgets all tokens from place `length` on."""
+        if not 0 <= length <= self.length:
+            raise PaleyError(f"context: holds {self.length} tokens", got=length)
+        del self.tokens[length:]
+
+    def close(self) -> None:
+        """Forgets all."""
+        self.tokens = []
 
 
 class ModelDecoder:
@@ -66,30 +90,39 @@ class ModelDecoder:
         """How many tokens the model reads; None if its config does not say."""
         return context_of(self.model.config)
 
-    def start(self) -> ModelContext:
+    def start(self) -> ModelContext | TextContext:
         """An empty context."""
-        return ModelContext(self.model)
+        return ModelContext(self.model) if takes_cache(self.model) else TextContext()
 
     @torch.no_grad()
     def read(self, parts: Sequence[tuple[Any, Sequence[int]]]) -> Tensor:
         """See `pipeline.decoder.Decoder.read`; the contexts are those of `start`, the logits on the CPU."""
         self._check(parts)
-        marks = [(context.cache, context.cache.mark()) for context, _ in parts]
+        caches = [context.cache for context, _ in parts if isinstance(context, ModelContext)]
+        marks = [(cache, cache.mark()) for cache in caches]
         try:
             rows = [self._last_logits(context, tokens) for context, tokens in parts]
         except BaseException:
             for cache, mark in marks:
                 cache.rewind(mark)
             raise
+        for context, tokens in parts:
+            if isinstance(context, TextContext):
+                context.tokens += tokens
+            else:
+                context.length += len(tokens)
         return torch.stack(rows)
 
-    def _last_logits(self, context: ModelContext, tokens: Sequence[int]) -> Tensor:
+    def _last_logits(self, context: ModelContext | TextContext, tokens: Sequence[int]) -> Tensor:
         """float32 [vocabulary]"""
+        if isinstance(context, TextContext):
+            ids = torch.tensor([[*context.tokens, *tokens]], device=self.model.device)
+            return self.model(ids, use_cache=False).logits[0, -1].float().cpu()
         ids = torch.tensor([list(tokens)], device=self.model.device)
         cache = cache_argument(self.model, context.cache)
         return self.model(ids, use_cache=True, logits_to_keep=1, **cache).logits[0, -1].float().cpu()
 
-    def _check(self, parts: Sequence[tuple[ModelContext, Sequence[int]]]) -> None:
+    def _check(self, parts: Sequence[tuple[ModelContext | TextContext, Sequence[int]]]) -> None:
         if not parts or len({id(context) for context, _ in parts}) < len(parts):
             raise PaleyError("decoder: wants at least one part, and no context twice")
         for context, tokens in parts:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
@@ -19,10 +19,10 @@ from paley.core.errors import PaleyError
 from paley.core.schemes import ActivationScheme, AttentionScheme
 from paley.core.transforms import Transform
 from paley.model.keys import KeyBase, map_held
-from paley.model.walk import HYBRID_LAYERS, PLAIN_LAYERS
+from paley.model.walk import HYBRID_LAYERS, PLAIN_LAYERS, has_own_cache
 from paley.ops.attention import PackedKV, pack_kv
 
-__all__ = ["PackedKVCache", "PackedKVLayer", "cache_argument"]
+__all__ = ["PackedKVCache", "PackedKVLayer", "cache_argument", "takes_cache"]
 
 _STEP = 64  # tokens; a store grows by an eighth, rounded up to whole steps
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -34,6 +34,16 @@ def cache_argument(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
     """What hands a cache to the model and to generate: `cache`, or `past_key_values` before transformers 5.24."""
     known = inspect.signature(model.forward).parameters
     return {"cache" if "cache" in known else "past_key_values": cache}
+
+
+def takes_cache(model: PreTrainedModel) -> bool:
+    """Whether a model's forward takes any cache of transformers' kind, and so ours."""
+    if has_own_cache(model):
+        return False
+    known = inspect.signature(model.forward).parameters
+    place = known.get("cache") or known.get("past_key_values")
+    kinds = () if place is None else (get_args(place.annotation) or (place.annotation,))
+    return any(isinstance(kind, type) and issubclass(PackedKVCache, kind) for kind in kinds)
 
 
 class _Store:

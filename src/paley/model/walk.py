@@ -30,7 +30,10 @@ from transformers.pytorch_utils import Conv1D
 from paley.arch import FAMILIES, Architecture, Site, Sites, head_input, sites
 from paley.core.errors import PaleyError
 
-__all__ = ["HYBRID_LAYERS", "PLAIN_LAYERS", "head_widths", "is_attention", "is_experts", "sites_of", "stacks_of"]
+__all__ = [
+    "HYBRID_LAYERS", "PLAIN_LAYERS", "has_own_cache", "head_widths", "is_attention", "is_experts", "sites_of",
+    "stacks_of",
+]  # fmt: skip
 
 _FOUND = "paley_sites"  # the attribute of a model that was walked: its modules are replaced afterwards
 PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)  # of a cache, of keys and values alone
@@ -74,6 +77,13 @@ def head_widths(attention: Any) -> tuple[int, int] | None:
     keys = next((width for name in names if (width := getattr(attention, name, None))), None)
     values = getattr(attention, "v_head_dim", None) or keys
     return None if keys is None or values is None else (int(keys), int(values))
+
+
+def has_own_cache(model: PreTrainedModel) -> bool:
+    """Whether the family defines a cache of its own, which no other can take the place of."""
+    home = inspect.getmodule(type(model))
+    kinds = [kind for kind in vars(home).values() if isinstance(kind, type) and issubclass(kind, Cache)]
+    return any(kind.__module__ == type(model).__module__ for kind in kinds)
 
 
 def _walked(model: PreTrainedModel) -> Sites:
@@ -176,7 +186,7 @@ def _of_module(
         transposed = isinstance(module, Conv1D)
         shape = tuple(module.weight.T.shape if transposed else module.weight.shape)
         yield from _linear(name, f"{name}.weight", shape, index, transposed=transposed)
-    elif is_attention(module) and not _CROSS.search(name) and not _has_own_cache(model):
+    elif is_attention(module) and not _CROSS.search(name) and not has_own_cache(model):
         yield from _cache(config, name, module, index)
 
 
@@ -223,13 +233,6 @@ def _hands_on(module: nn.Module) -> bool:
     """Whether the module's forward gives what the cache returned to an attention function of transformers' table."""
     text = _source(type(module).forward)
     return "ALL_ATTENTION_FUNCTIONS" in text and _READS_CACHE.search(text) is not None
-
-
-def _has_own_cache(model: PreTrainedModel) -> bool:
-    """Whether the family defines a cache of its own, which no other can take the place of."""
-    home = inspect.getmodule(type(model))
-    kinds = [kind for kind in vars(home).values() if isinstance(kind, type) and issubclass(kind, Cache)]
-    return any(kind.__module__ == type(model).__module__ for kind in kinds)
 
 
 @cache
