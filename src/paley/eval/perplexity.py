@@ -127,7 +127,7 @@ def _kv_bytes_per_token(cache: PackedKVCache, sequences: int) -> float:
         if isinstance(layer, PackedKVLayer):
             held = layer.get_mask_sizes(0)[0]  # fewer than the tokens read if the layer's attention has a window
             total += layer.nbytes_at_16_bits / (sequences * held)
-        elif isinstance(layer, DynamicLayer) and layer.is_initialized and layer.keys is not None:
+        elif isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None:
             total += 2 * (layer.keys.numel() + layer.values.numel()) / (sequences * layer.keys.shape[-2])
     return total
 
