@@ -93,10 +93,12 @@ def test_a_cache_with_states_beside_keys_begins_anew_and_cannot_go_back():
     torch.testing.assert_close(model(IDS, **cache_argument(model, cache)).logits, first)
 
 
-@pytest.mark.parametrize("kind", ["deepseek_v2", "deepseek_v3", "kimi_linear", "longcat_flash", "minimax", "zamba2"])
+@pytest.mark.parametrize(
+    "kind", ["deepseek_v2", "deepseek_v3", "kimi_linear", "longcat_flash", "minimax", "zamba2", "inkling2_text"]
+)
 @torch.no_grad()
 def test_a_cache_that_attention_does_not_read_itself_stays_as_it_is(kind):
-    """Latents that are expanded behind the cache, a cache of a family's own, one module in several layers."""
+    """Latents that are expanded behind the cache, a family's own, one module in several layers, sinks of tokens."""
     model = tiny_model(kind)
     assert not sites_of(model).of("keys", "values")
     cache = PackedKVCache(model)

@@ -230,9 +230,12 @@ def _cache_layers(config: Any) -> list[Any]:
 
 
 def _hands_on(module: nn.Module) -> bool:
-    """Whether the module's forward gives what the cache returned to an attention function of transformers' table."""
+    """Whether the module's forward gives what the cache returned to an attention function of transformers' table.
+
+    Sinks of single tokens are given as `sinks`, which no such function knows; those of heads as `s_aux`.
+    """
     text = _source(type(module).forward)
-    return "ALL_ATTENTION_FUNCTIONS" in text and _READS_CACHE.search(text) is not None
+    return "ALL_ATTENTION_FUNCTIONS" in text and "sinks=sinks" not in text and _READS_CACHE.search(text) is not None
 
 
 @cache
