@@ -52,7 +52,7 @@ for kind in with without; do
         [[ $code == 1 ]] || fail "paley doctor ended with $code without a library"
         grep -q "install a C++ compiler" "$work/doctor" || fail "paley doctor does not say how to get kernels"
     fi
-    "$work/venv/bin/paley" quantize "$work/model" --preset higgs-4 --no-score --output "$work/out-$kind" 2>"$work/log" ||
+    "$work/venv/bin/paley" quantize "$work/model" --preset higgs-4 --no-score --output "$work/out-$kind" >"$work/log" 2>&1 ||
         { cat "$work/log" >&2; fail "paley quantize failed"; }
     "$work/venv/bin/paley" generate "$work/out-$kind" "The" --max-new-tokens 8 >"$work/text-$kind" 2>>"$work/log" ||
         { cat "$work/log" >&2; fail "paley generate failed"; }

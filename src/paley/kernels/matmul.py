@@ -11,7 +11,7 @@ import ctypes
 import functools
 import math
 import os
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -23,7 +23,7 @@ from paley.core.rounding import Quantized
 from paley.core.schemes import ActivationScheme, LinearScheme
 from paley.core.trellis import TrellisGrid
 from paley.kernels import native, rounding
-from paley.kernels.stored import StoredWeight
+from paley.kernels.stored import MatrixSource, StoredWeight
 
 __all__ = [
     "LEVELS", "InputsHow", "Plan", "PreparedMatrix", "best_level", "encode", "fastest", "inputs_how", "integers",
@@ -46,19 +46,6 @@ _SHARE = 2**22  # least number of products for a thread
 _PACKED = 2**18  # likewise of weights that are prepared, some 0.5 ms
 _PROBES = 2**14
 _TRELLIS_COLUMNS = 32  # whose codes lie together
-
-
-class _Source(ctypes.Structure):
-    """paley_matrix_source of csrc/paley.h."""
-
-    _fields_ = [
-        ("out", ctypes.c_int32), ("columns", ctypes.c_int32), ("group", ctypes.c_int32), ("segment", ctypes.c_int32),
-        ("kind", ctypes.c_int32), ("fine", ctypes.c_int32), ("p", ctypes.c_int32), ("affine", ctypes.c_int32),
-        ("points", ctypes.c_int32), ("table_scale", ctypes.c_float), ("table", ctypes.c_void_p),
-        ("codes", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("zeros", ctypes.c_void_p), ("own", ctypes.c_void_p),
-        ("outliers", ctypes.c_int32), ("outlier_columns", ctypes.c_void_p), ("outlier_values", ctypes.c_void_p),
-        ("outlier_scales", ctypes.c_void_p),
-    ]  # fmt: skip
 
 
 class InputsHow(ctypes.Structure):
@@ -84,7 +71,8 @@ class Plan:
 
     def bits(self, width: int) -> float:
         """Bits of memory for each weight of 4096 rows so wide, whose table is small beside them."""
-        source = _Source(4096, width, self.group, self.segment, KINDS.index(self.kind), self.fine, self.p, points=1)
+        kind = KINDS.index(self.kind)
+        source = MatrixSource(4096, width, self.group, self.segment, kind, self.fine, self.p, points=1)
         size = ctypes.c_int64()
         native.call(native.load().paley_matrix_bytes, ctypes.byref(source), ctypes.byref(size))
         return 8 * size.value / (4096 * width)
@@ -237,8 +225,14 @@ def takes(scheme: LinearScheme, width: int) -> bool:
     return made is not None and made.bits(width) <= _MOST_BITS
 
 
-def prepare(q: Quantized | StoredWeight, scheme: LinearScheme, made: Plan | None = None) -> PreparedMatrix:
-    """A weight q of `scheme` -> what `matmul` reads, as `made` or `plan` says; PaleyError if there is no plan."""
+def prepare(
+    q: Quantized | StoredWeight, scheme: LinearScheme, made: Plan | None = None, *,
+    later: list[Callable[[], None]] | None = None,
+) -> PreparedMatrix:  # fmt: skip
+    """A weight q of `scheme` -> what `matmul` reads, as `made` or `plan` says; PaleyError if there is no plan.
+
+    later: gets the call that fills the blob, which then is empty; it may run on any thread, and raises for bad codes.
+    """
     made = made or plan(scheme, q.width)
     if made is None:
         raise PaleyError(f"matmul: native kernels take no weights such as {scheme}; take another product")
@@ -255,7 +249,7 @@ def prepare(q: Quantized | StoredWeight, scheme: LinearScheme, made: Plan | None
         values = (outliers.columns.int(), ints.clamp(min=-127).to(torch.int8), outliers.scales.half().flatten())
         values = tuple(value.contiguous() for value in values)
     pointers = [None if x is None else x.data_ptr() for x in (*kept, *values)]
-    source = _Source(
+    source = MatrixSource(
         rows, q.width, made.group, made.segment, KINDS.index(made.kind), made.fine, made.p, zeros is not None,
         4 if own is not None else q.grid.size if trellis else len(table), table_scale, *pointers[:5],
         0 if outliers is None else len(outliers.columns), *pointers[5:],
@@ -267,19 +261,23 @@ def prepare(q: Quantized | StoredWeight, scheme: LinearScheme, made: Plan | None
     library, size = native.load(), ctypes.c_int64()
     native.call(library.paley_matrix_bytes, ctypes.byref(source), ctypes.byref(size))
     blob = aligned(size.value)
-    threads = max(1, min(torch.get_num_threads(), rows * q.width // _PACKED))
-    status = library.paley_pack_stored_matrix(ctypes.byref(source), packed, threads, size.value, blob.data_ptr())
-    if status and isinstance(q, StoredWeight):
-        q.unpacked()  # raises for codes that cannot be
-    native.check(library.paley_pack_stored_matrix, status)
+    threads = 1 if later is not None else max(1, min(torch.get_num_threads(), rows * q.width // _PACKED))
+
+    def fill(_kept: object = (kept, values)) -> None:  # what the source points to lives as long
+        status = library.paley_pack_stored_matrix(ctypes.byref(source), packed, threads, size.value, blob.data_ptr())
+        if status and isinstance(q, StoredWeight):
+            q.unpacked()  # raises for codes that cannot be
+        native.check(library.paley_pack_stored_matrix, status)
+
+    if later is None:
+        fill()
+    else:
+        later.append(fill)
     return PreparedMatrix(made, blob, rows, q.width, values[0])
 
 
 def _coded(q: Quantized | StoredWeight, made: Plan) -> tuple[Tensor, Tensor, float, Tensor, Tensor | None]:
-    """-> table int16 [n, p], codes [out, c], its scale, scales [out, groups], own points int8 [.., groups, 4].
-
-    Codes that are packed stay so.
-    """
+    """-> table int16 [n, p], codes, packed or not, its scale, scales [out, groups], own points int8 [.., groups, 4]."""
     limit = _LIMITS[made.fine]
     empty = torch.zeros(1, 1, dtype=torch.int16)
     grid, codes = q.grid, q.codes

@@ -1,4 +1,4 @@
-"""A weight whose codes are still packed as a file has them."""
+"""A weight whose codes are still packed as a file has them, and what native code is told of one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,20 @@ from paley.core.errors import PaleyError
 from paley.core.grids import AnyGrid
 from paley.core.rounding import Outliers, Quantized, codes_per_row
 
-__all__ = ["PackedCodes", "StoredWeight"]
+__all__ = ["MatrixSource", "PackedCodes", "StoredWeight"]
+
+
+class MatrixSource(ctypes.Structure):
+    """paley_matrix_source of csrc/paley.h."""
+
+    _fields_ = [
+        ("out", ctypes.c_int32), ("columns", ctypes.c_int32), ("group", ctypes.c_int32), ("segment", ctypes.c_int32),
+        ("kind", ctypes.c_int32), ("fine", ctypes.c_int32), ("p", ctypes.c_int32), ("affine", ctypes.c_int32),
+        ("points", ctypes.c_int32), ("table_scale", ctypes.c_float), ("table", ctypes.c_void_p),
+        ("codes", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("zeros", ctypes.c_void_p), ("own", ctypes.c_void_p),
+        ("outliers", ctypes.c_int32), ("outlier_columns", ctypes.c_void_p), ("outlier_values", ctypes.c_void_p),
+        ("outlier_scales", ctypes.c_void_p),
+    ]  # fmt: skip
 
 
 class PackedCodes(ctypes.Structure):

@@ -29,7 +29,7 @@ from paley.runtime import Engine
 __all__ = ["Doctor", "doctor"]
 
 _FLAGS = (
-    "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_vbmi", "avx512_bf16", "amx_int8",
+    "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512vbmi", "avx512_bf16", "amx_int8",
     "amx_bf16", "asimd", "asimddp", "i8mm",
 )  # fmt: skip
 

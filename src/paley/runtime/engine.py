@@ -84,7 +84,7 @@ class Engine:
         self.facts, self.threads = facts, threads
         self._tensors = Mapped(facts.checkpoint)
         self.program: Program
-        self.program, model = build(facts, self._tensors)
+        self.program, model = build(facts, self._tensors, threads)
         self._tables: list[Tensor] = []
         self._positions = 0
         handle = ctypes.c_void_p()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,13 +104,15 @@ class Program:
         return model
 
 
-def build(facts: Facts, tensors: Mapped) -> tuple[Program, native.ModelStruct]:
-    """The steps of a whole model."""
+def build(facts: Facts, tensors: Mapped, threads: int) -> tuple[Program, native.ModelStruct]:
+    """The steps of a whole model; as many threads make its matrices."""
     builder = _Builder(facts, tensors)
     builder.embed()
     for block in range(facts.sites.blocks):
         builder.block(block)
     logits = builder.head()
+    with ThreadPoolExecutor(threads) as pool:  # each makes whole ones: none waits for another on a busy machine
+        list(pool.map(lambda fill: fill(), reversed(builder.fills)))  # the head, which is the largest, first
     return builder.program, builder.program.struct(facts, logits)
 
 
@@ -122,6 +125,7 @@ class _Builder:
         self.inputs: dict[Hashable, int] = {}
         self.ropes: dict[str, int] = {}
         self.pending: list[Site] = []
+        self.fills: list[Callable[[], None]] = []
 
     def wire(self, name: str) -> int:
         """A wire that is not in `sizes` is what a norm makes of the stream, or one turns into it."""
@@ -248,8 +252,8 @@ class _Builder:
         # Outlier columns of an input that is not rounded stay floats, which integers of one scale are not.
         exact = scheme.outliers > 0 and scheme.input is None
         if not exact and (plan := matmul.plan(scheme, width)) is not None:
-            plan = matmul.fastest(plan)
-            matrix = matmul.prepare(stored_weight(self.facts, self.tensors, site.name), scheme, plan)
+            plan, codes = matmul.fastest(plan), stored_weight(self.facts, self.tensors, site.name)
+            matrix = matmul.prepare(codes, scheme, plan, later=self.fills)
             weight, item.columns, how = matrix.blob, width, f"integers {plan.kind}{' fine' if plan.fine else ''}"
             item.stored, item.bytes = native.STORED["matrix"], weight.nbytes
             item.input = self.integers_of(plan, scheme, stored, reads)
