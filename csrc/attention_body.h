@@ -123,18 +123,33 @@ inline void score(const float* q, int32_t rows, const float* keys, int64_t strid
   if (r < rows) score_rows<1>(q + r * stride, keys, stride, count, adds, scores + r * BLOCK_ROWS);
 }
 
+// sums [R, 8 V] += weights [R, BLOCK_ROWS] values [count, 8 V]: enough sums at a time that none waits for its last one.
+template <int R, int V>
+PALEY_INLINE void weigh_columns(const float* weights, const float* values, int64_t stride, int64_t count, float* to) {
+  F found[R][V];
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < V; ++v) found[r][v] = load(to + r * stride + 8 * v);
+  }
+  for (int64_t j = 0; j < count; ++j) {
+    F value[V];
+    for (int v = 0; v < V; ++v) value[v] = load(values + j * stride + 8 * v);
+    for (int r = 0; r < R; ++r) {
+      const F weight = all(weights[r * BLOCK_ROWS + j]);
+      for (int v = 0; v < V; ++v) found[r][v] = fused(weight, value[v], found[r][v]);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < V; ++v) store(to + r * stride + 8 * v, found[r][v]);
+  }
+}
+
 // sums [R, stride] += weights [R, BLOCK_ROWS] values [count, stride]
 template <int R>
 PALEY_INLINE void weigh_rows(const float* weights, const float* values, int64_t stride, int64_t count, float* to) {
-  for (int64_t i = 0; i < stride; i += 8) {
-    F found[R];
-    for (int r = 0; r < R; ++r) found[r] = load(to + r * stride + i);
-    for (int64_t j = 0; j < count; ++j) {
-      const F value = load(values + j * stride + i);
-      for (int r = 0; r < R; ++r) found[r] = fused(all(weights[r * BLOCK_ROWS + j]), value, found[r]);
-    }
-    for (int r = 0; r < R; ++r) store(to + r * stride + i, found[r]);
-  }
+  constexpr int V = R == 1 ? 8 : R <= 3 ? 4 : 2;
+  int64_t i = 0;
+  for (; i + 8 * V <= stride; i += 8 * V) weigh_columns<R, V>(weights, values + i, stride, count, to + i);
+  for (; i < stride; i += 8) weigh_columns<R, 1>(weights, values + i, stride, count, to + i);
 }
 
 inline void weigh(const float* weights, int32_t rows, const float* values, int64_t stride, int64_t count, float* to) {

@@ -16,7 +16,7 @@ namespace paley {
 
 constexpr int64_t PAGE = 64;         // tokens
 constexpr int64_t BLOCK_ROWS = 32;   // tokens that attention decodes at a time; divides PAGE
-constexpr int64_t SEGMENT = 256;     // tokens whose weights are summed by themselves
+constexpr int64_t SEGMENT = 128;     // tokens whose weights are summed by themselves
 constexpr int32_t MAX_ROWS = 64;     // queries that attention takes at a time
 constexpr int64_t ROOM = 8;          // bytes behind a page that may be read
 

@@ -16,7 +16,7 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 constexpr uint32_t CLOSED = 1u << 31;
-constexpr auto PATIENCE = std::chrono::microseconds(20);  // a sleeping thread needs some 50 to come back
+constexpr auto PATIENCE = std::chrono::microseconds(100);  // a sleeping thread needs some 50 to come back
 
 inline void relax() {
 #if defined(__x86_64__)

@@ -5,7 +5,6 @@ import importlib
 import json
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -64,23 +63,6 @@ def test_another_file_is_refused_and_nothing_is_left(models, tmp_path, monkeypat
     with pytest.raises(SystemExit, match=r"toy-part0==1\.0: sha256 .* expected 0000"):
         models.write("toy", tmp_path / "out", tmp_path)
     assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_a_config_follows_the_keys_of_its_file(models, capsys):
-    keys = {
-        "general.architecture": "gemma3", "block_count": 7, "attention.key_length": 256, "rope.freq_base": 1e6,
-        "rope.scaling.type": "linear", "rope.scaling.factor": 8.0,
-    }  # fmt: skip
-    config = SimpleNamespace(num_hidden_layers=7, head_dim=256, query_pre_attn_scalar=64, layer_types=None)
-    models.repair_config_(config, keys)
-    assert config.query_pre_attn_scalar == 256
-    assert config.rope_parameters == {
-        "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
-        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-    }
-    assert config.layer_types == ["sliding_attention"] * 5 + ["full_attention", "sliding_attention"]
-    assert "query_pre_attn_scalar: 64 as loaded, 256 from the file" in capsys.readouterr().out
-    assert "head_dim" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("tied", [False, True])

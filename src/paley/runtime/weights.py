@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from paley.core.errors import PaleyError
+from paley.core.grids import FreeGrid
 from paley.core.rounding import Outliers, Quantized
 from paley.core.schemes import LinearScheme
 from paley.format.checkpoint import Checkpoint
@@ -34,7 +36,8 @@ from paley.kernels.stored import StoredWeight
 from paley.runtime.support import Facts
 
 __all__ = [
-    "Mapped", "check_tensors", "coded_weight", "dense_weight", "floats", "plain_shape", "scheme_of", "stored_weight",
+    "Mapped", "check_tensors", "coded_weight", "dense_weight", "error_of_blocks", "floats", "plain_shape",
+    "scheme_of", "stored_weight",
 ]  # fmt: skip
 
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16)
@@ -110,6 +113,17 @@ def scheme_of(facts: Facts, name: str) -> LinearScheme:
     """Of a linear, embedding or head; that of a tied head is the embedding's."""
     site = facts.sites[name]
     return facts.spec.linears.get(site.stored_as, LinearScheme())
+
+
+def error_of_blocks(facts: Facts) -> float:
+    """Relative error, rms, of the weights in the blocks, as far as their grids tell it."""
+    error = total = 0.0
+    for site in facts.sites.of("linear"):
+        scheme = scheme_of(facts, site.name).weight
+        if scheme is not None:
+            error += site.numel * (4.0**-scheme.grid.bits if isinstance(scheme.grid, FreeGrid) else scheme.grid.mse)
+        total += site.numel
+    return math.sqrt(error / total) if total else 0.0
 
 
 def _width(facts: Facts, name: str) -> int:
