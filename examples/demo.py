@@ -59,9 +59,8 @@ def _model() -> Path:
         MODELS.mkdir(exist_ok=True)
         return models.write(NAME, MODELS, MODELS)
     except SystemExit as error:
-        console.print(
-            f"{error}\nSo the small model in assets/ takes its place: 11.9 million parameters, no chat model."
-        )
+        said = f"{error}\nSo the small model in assets/ takes its place: 11.9 million parameters, no chat model."
+        console.print(said, markup=False)  # the error may have an extra in brackets
         return EMBEDDED
 
 

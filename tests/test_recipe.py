@@ -321,7 +321,7 @@ def test_sixteen_bits_leave_unquantized():
         ("q4_k_m", r"did you mean 'w4a16'\?"),
         ("W4A16G128", r"did you mean 'w4g128a16'\?"),
         ("awq-4bit", r"did you mean 'w4a16'\?"),
-        ("Q4_0", r"did you mean 'w4a16'\?"),  # A0 has no grid
+        ("Q4_0", r"did you mean 'gguf-q4_0'\?"),
         ("", r"did you mean 'w4a16'\?"),
         ("gptq-w3a16", r"unknown method 'gptq'; did you mean 'w3a16'\? Methods are balanced, bwa, gbs"),
         ("w4a16e9", r"E9 has no grid; bits are 2 to 8, or 16 for unquantized"),

@@ -59,7 +59,7 @@ def test_a_data_free_preset_needs_no_text_and_shares_out_its_work(made, tmp_path
     assert found["results"]["evaluation"] is None
     assert (tmp_path / "o/model.safetensors").read_bytes() == (tmp_path / "alone/model.safetensors").read_bytes()
     inspection = json.loads(paley_("inspect", tmp_path / "o", "--json").out)
-    assert grids_of(inspection) == {"p2n64", "gauss6"}
+    assert grids_of(inspection) == {"p2n64", "p1n64"}
     assert "p2n64 nearest" in paley_("inspect", tmp_path / "o").out
     score = ["eval", tmp_path / "o", "--against", made.model, "--sequences", 2, "--seq-len", 32, "--json"]
     assert json.loads(paley_(*score).out)["kl"] > 0
@@ -151,7 +151,7 @@ def test_few_bits_are_mentioned_once(made, tmp_path):
 
 def test_another_packaged_grid(made, tmp_path):
     paley_("quantize", made.model, "--preset", "higgs-4", "--grid", "p3n64", "--no-score", "--output", tmp_path / "o")
-    assert grids_of(json.loads(paley_("inspect", tmp_path / "o", "--json").out)) == {"p3n64", "gauss6"}
+    assert grids_of(json.loads(paley_("inspect", tmp_path / "o", "--json").out)) == {"p3n64", "p1n64"}
 
 
 LOGITS = """
@@ -171,7 +171,7 @@ def test_a_grid_from_a_file_is_read_anywhere(made, tmp_path):
     paley_("quantize", made.model, "--preset", "higgs-4", "--grid", file, "--no-score", "--output", out)
     file.unlink()
     inspection = json.loads(paley_("inspect", out, "--json").out)
-    (name,) = grids_of(inspection) - {"gauss6"}  # that of embedding and head
+    (name,) = grids_of(inspection) - {"p1n64"}  # that of embedding and head
     assert name.startswith("custom-")
     assert name in paley_("inspect", out).out
     code = [sys.executable, "-c", LOGITS, str(out)]

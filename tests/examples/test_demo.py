@@ -27,5 +27,5 @@ def test_the_embedded_model_takes_its_place_and_that_is_said(demo, monkeypatch, 
     assert (folder / "config.json").exists()
     assert folder == demo.EMBEDDED
     shown = " ".join(capsys.readouterr().out.split())
-    assert "needs gguf and accelerate" in shown
+    assert "pip install 'paley[gguf]'" in shown
     assert "the small model in assets/ takes its place" in shown

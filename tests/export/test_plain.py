@@ -110,7 +110,7 @@ def test_everything_else_is_kept(model, tmp_path):
     card = (tmp_path / "plain" / "README.md").read_text()
     assert "`out`" in card
     assert "p2n64 × 14" in card
-    assert "gauss6 × " in card
+    assert "p1n64 × " in card
     assert_undone(out, tmp_path / "plain", 5e-3)  # a weight in float16
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 

@@ -67,7 +67,7 @@ def errors(engine: Any, reference: Any) -> list[float]:
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("qwen", [False, True])
 def test_logits_are_those_of_transformers(tmp_path, tiny_tokenizer, qwen, scheme, cache_of_16_bits, monkeypatch):
-    """To 1e-3 of their spread: sums have another order, so that a half of the cache may be rounded to the other side."""
+    """To 1e-3 of their spread: sums have another order, so a half of the cache may be rounded to the other side."""
     folder = quantized(tmp_path, tiny_tokenizer, SCHEMES[scheme], qwen=qwen)
     reference = ModelDecoder(paley.load(folder, product="dense"))
     monkeypatch.setattr(matmul, "plan", lambda *_: None)  # else weights and inputs are rounded to integers

@@ -187,8 +187,8 @@ def quantize_turned(
             yield {"codes": part.codes, "scales": part.scales} | ({} if part.zeros is None else {"zeros": part.zeros})
 
     made = stacked(parts(), len(weight))
-    q = Quantized(made["codes"], made["scales"], made.get("zeros"), scheme.grid, weight.shape[1])
-    return q, total.relative
+    width = weight.shape[1] if transform is None else transform.out_dim
+    return Quantized(made["codes"], made["scales"], made.get("zeros"), scheme.grid, width), total.relative
 
 
 def turned_parts(

@@ -156,7 +156,11 @@ def _fill(data: dict[str, Any], bits: dict[str, int], group: str | None, name: s
         else:
             pairs, vectors = _best_vectors(bits[part], 2), _best_vectors(bits[part], 4)
             # A table of more than 2^8 pairs is slow to look up, and the head is the largest matrix that a token reads.
-            by_rate = {"pairs": pairs, "vectors": vectors, "outer": pairs if bits[part] <= 4 else f"gauss{bits[part]}"}
+            by_rate = {
+                "pairs": pairs,
+                "vectors": vectors,
+                "outer": pairs if bits[part] <= 4 else f"p1n{2 ** bits[part]}",
+            }
             data[key]["grid"] = data[key]["grid"].format(**bits, **by_rate)
     if group is not None:
         if data["weights"] is None:
