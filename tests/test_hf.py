@@ -256,7 +256,7 @@ GATE, DOWN, ATTENTION = (
             "'model.norm' is no attention module",
         ),
         (None, lambda q: q.update(typo=1), "typo"),
-        (None, lambda q: q.update(format_version=4), "format_version"),
+        (None, lambda q: q.update(format_version=5), "format_version"),
     ],
 )
 def test_a_configuration_that_fits_nothing_is_refused(tmp_path, where, change, message):

@@ -60,6 +60,14 @@ def test_defaults_are_those_of_the_schemes():
     assert config.attentions["model.layers.0.self_attn"].keys == ActivationScheme("int4", clip_ratio=0.9)
 
 
+def test_trellis_codes_of_an_older_version_are_refused():
+    config = QuantizationConfig(linears={UP: LinearScheme(WeightScheme("trellis4", scale_search="rms"))}, attentions={})
+    data = json.loads(json.dumps(config.to_dict()))
+    assert QuantizationConfig.from_dict(data) == config
+    with pytest.raises(PaleyError, match=f"{UP} has trellis codes of format version 3, .* quantize the model again"):
+        QuantizationConfig.from_dict(data | {"format_version": 3})
+
+
 def test_a_grid_of_ones_own_is_written_once_and_read_by_name_or_by_points():
     points = [[-1.5, 0.25], [0.5, 1.0], [1.0, -0.75]]
     own = grids.custom(torch.tensor(points))
@@ -116,9 +124,9 @@ def test_a_grid_of_ones_own_is_written_once_and_read_by_name_or_by_points():
         (["linears"], [], r"linears: should be an? "),
         (["attentions", "model.layers.0.self_attn", "keys", "clip_ratio"], float("nan"), "clip_ratio"),
         (["quant_method"], "gptq", "quant_method must be 'paley', got 'gptq'"),
-        (["format_version"], 4, "format_version must be 3, got 4; install the paley that wrote"),
-        (["format_version"], True, "format_version must be 3, got True"),
-        (["format_version"], None, "format_version must be 3, got None"),
+        (["format_version"], 5, "format_version must be 4, got 5; install the paley that wrote"),
+        (["format_version"], True, "format_version must be 4, got True"),
+        (["format_version"], None, "format_version must be 4, got None"),
         (["linears", UP, "weight", "grid"], {1, 2}, "is not plain JSON data"),
     ],
 )

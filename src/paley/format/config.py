@@ -13,12 +13,14 @@ from paley.core.errors import PaleyError, nearest_name
 from paley.core.plain_grids import with_points, without_points
 from paley.core.schemes import ActivationScheme, AttentionScheme, LinearScheme, WeightScheme
 from paley.core.transforms import Transform
+from paley.core.trellis import TrellisGrid
 
 __all__ = ["FORMAT_VERSION", "QUANT_METHOD", "QuantizationConfig"]
 
-# 1 had no embedding and no stream, and named the grids of users' files; 2 had no digests.
-FORMAT_VERSION = 3
-_READ = (1, 2, 3)
+# 1 had no embedding and no stream, and named the grids of users' files; 2 had no digests; 3 had other trellis codes.
+FORMAT_VERSION = 4
+_READ = (1, 2, 3, 4)
+_TRELLIS = 4  # from which version on
 QUANT_METHOD = "paley"
 
 
@@ -33,7 +35,7 @@ class QuantizationConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     quant_method: Literal["paley"] = QUANT_METHOD
-    format_version: Literal[3] = FORMAT_VERSION
+    format_version: Literal[4] = FORMAT_VERSION
     linears: dict[str, LinearScheme]
     attentions: dict[str, AttentionScheme]
     stream: Transform | None = None
@@ -55,12 +57,19 @@ class QuantizationConfig(BaseModel):
             )
         data = with_points(data, where) | {"format_version": FORMAT_VERSION}
         try:
-            return cls.model_validate_json(json.dumps(data), strict=True)
+            made = cls.model_validate_json(json.dumps(data), strict=True)
         except ValidationError as error:
             reasons = "; ".join(_reason(detail) for detail in error.errors(include_url=False))
             raise PaleyError(f"{where}: {reasons}") from None
         except (TypeError, ValueError, RecursionError) as error:
             raise PaleyError(f"{where}: is not plain JSON data ({error})") from None
+        for name, scheme in made.linears.items():
+            if version < _TRELLIS and scheme.weight is not None and isinstance(scheme.weight.grid, TrellisGrid):
+                raise PaleyError(
+                    f"{where}: {name} has trellis codes of format version {version}, which mean other values since "
+                    f"{_TRELLIS}; quantize the model again"
+                )
+        return made
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for config.json."""

@@ -155,8 +155,7 @@ def plan(scheme: LinearScheme, width: int, beside: float = 0.0) -> Plan | None:
     fine = _is_fine(grid, scheme.input, beside)
     inputs = _map(scheme.input, fine)
     if inputs is None and not fine and _is_fine(grid, None, beside):  # values that 8 bits do not hold
-        fine = True
-        inputs = _map(scheme.input, fine)
+        fine, inputs = True, _map(scheme.input, True)
     kind = _kind(grid, fine, group)
     p = grid.p if kind not in ("bytes", "words") else 1
     segment = _SEGMENT // p * p
