@@ -10,7 +10,7 @@ import torch
 from paley.pipeline import quantize
 from tiny_models import change_tensors, higgs, save_tiny
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+sys.path.append(str(Path(__file__).parents[1] / "bench"))  # last: both folders have an every_type
 
 
 def test_no_damaged_folder_loads_as_garbage(tmp_path, tiny_tokenizer):
