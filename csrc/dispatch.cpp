@@ -35,10 +35,12 @@ bool has_avx_vnni() {
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 4));
 }
 
-// AMX-INT8, and the system lets this process use the registers. Linux gives them only to those who ask.
-bool may_use_tiles() {
+constexpr unsigned AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24, AMX_INT8 = 1u << 25;
+
+// AMX of such numbers, and the system lets this process use the registers. Linux gives them only to those who ask.
+bool may_use_tiles(unsigned numbers) {
   unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & (1u << 24)) || !(d & (1u << 25))) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & AMX_TILE) || !(d & numbers)) return false;
 #if defined(__linux__)
   constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
@@ -97,7 +99,10 @@ extern "C" int32_t paley_best_products_level(void) {
 #if PALEY_X86
   __builtin_cpu_init();
   const bool whole = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-  if (paley_best_level() == PALEY_AVX512 && whole && has_bf16()) return PALEY_AVX512_BF16;
+  if (paley_best_level() == PALEY_AVX512 && whole && has_bf16()) {
+    static const bool tiles = may_use_tiles(AMX_BF16);
+    return tiles ? PALEY_AMX_BF16 : PALEY_AVX512_BF16;
+  }
 #endif
   return paley_best_level();
 }
@@ -113,7 +118,7 @@ extern "C" int32_t paley_matmul_levels(void) {
       __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
       __builtin_cpu_supports("avx512vnni")) {
     levels |= 1 << PALEY_AVX512;
-    static const bool tiles = may_use_tiles();
+    static const bool tiles = may_use_tiles(AMX_INT8);
     if (tiles) levels |= 1 << PALEY_AMX;
   }
 #elif defined(__aarch64__)

@@ -10,6 +10,7 @@
 #include "matmul_layout.h"
 #include "matmul_levels.h"
 #include "matmul_trellis.h"
+#include "tiles.h"
 
 #pragma GCC diagnostic ignored "-Wuninitialized"  // false alarms in gcc 12's own header
 PALEY_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,amx-tile,amx-int8")
@@ -18,23 +19,12 @@ namespace paley::amx {
 #include "matmul_avx512.h"
 
 // Tiles: 0 sums [16 tokens, 16 rows]; 1 inputs of 16 dwords, 2 weights of 16 dwords; 3 and 4 likewise of 8.
-struct alignas(64) TileShapes {
-  uint8_t palette = 1, start = 0, unused[14] = {};
-  uint16_t bytes[16] = {64, 64, 64, 32, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 8};
-};
-static_assert(sizeof(TileShapes) == 64);
-constexpr TileShapes SHAPES{};
+constexpr TileShapes SHAPES{1, 0, {}, {64, 64, 64, 32, 64}, {16, 16, 16, 16, 8}};
 
 // Of bytes and 16 tokens by AMX, all others by VNNI: tiles would be mostly empty.
 struct Lanes : VnniLanes {
   static constexpr int TOKENS = 16, WIDE = 16;
-
-  // The processor keeps shapes for each thread. Not by _tile_loadconfig: GCC 12 has it read 8 bytes only.
-  struct Session {
-    Session() { __asm__ volatile("ldtilecfg %0" : : "m"(SHAPES)); }
-    ~Session() { _tile_release(); }
-  };
+  using Session = TileSession<SHAPES>;
 
   static PALEY_INLINE void wide(Ints (&sums)[16][1], const uint8_t* weights, const uint8_t* x, int64_t row,
                                 int64_t dwords) {

@@ -7,7 +7,7 @@
 
 #include <stdint.h>
 
-#define PALEY_ABI_VERSION 10
+#define PALEY_ABI_VERSION 11
 
 #if defined(_WIN32)
 #define PALEY_EXPORT __declspec(dllexport)
@@ -33,9 +33,10 @@ enum paley_level {
   PALEY_AVX2 = 1,    // with FMA; planes: with F16C too
   PALEY_AVX512 = 2,  // AVX-512F; planes: with BW, VBMI, VNNI and VPOPCNTDQ too (Ice Lake, Zen 4 and later)
   PALEY_AVX512_BF16 = 3,  // products of bfloat16 (Cooper Lake, Zen 4 and later); only paley_products has it
-  PALEY_AVX2_VNNI = 4,  // as PALEY_AVX2, with AVX-VNNI (Alder Lake, Zen 5 and later); only paley_matmul has it and these
-  PALEY_AMX = 5,        // as PALEY_AVX512, with AMX-INT8 (Sapphire Rapids and later)
-  PALEY_NEON = 6,       // Arm, with DotProd (Armv8.4, and most of 8.2)
+  PALEY_AMX_BF16 = 4,   // likewise, in tiles (Sapphire Rapids and later), in another order
+  PALEY_AVX2_VNNI = 5,  // as PALEY_AVX2, with AVX-VNNI (Alder Lake, Zen 5 and later); only paley_matmul has it and these
+  PALEY_AMX = 6,        // as PALEY_AVX512, with AMX-INT8 (Sapphire Rapids and later)
+  PALEY_NEON = 7,       // Arm, with DotProd (Armv8.4, and most of 8.2)
 };
 
 PALEY_EXPORT int32_t paley_abi_version(void);

@@ -15,6 +15,7 @@ extern "C" int32_t paley_products(const float* a, int64_t a_row, int64_t a_colum
   if (k == 0 && !add) std::fill_n(c, m * n, 0.0f);
   try {
 #if PALEY_X86
+    if (level == PALEY_AMX_BF16) return paley::amx_bf16::products(task), PALEY_OK;
     if (level == PALEY_AVX512_BF16) return paley::avx512_bf16::products(task), PALEY_OK;
     if (level == PALEY_AVX512) return paley::avx512::products(task), PALEY_OK;
     if (level == PALEY_AVX2) return paley::avx2::products(task), PALEY_OK;

@@ -19,6 +19,8 @@ struct ProductsTask {
   float* c;
 };
 
+constexpr int64_t PRODUCTS_RUN = 512;  // values of k that are summed from 0
+
 namespace portable {
 void products(const ProductsTask& task);
 }
@@ -29,6 +31,9 @@ namespace avx512 {
 void products(const ProductsTask& task);
 }
 namespace avx512_bf16 {
+void products(const ProductsTask& task);
+}
+namespace amx_bf16 {
 void products(const ProductsTask& task);
 }
 

@@ -14,7 +14,7 @@
 PALEY_TARGET_BEGIN("avx2,fma")
 namespace paley::avx2 {
 
-struct Lanes {
+struct Vectors {
   static constexpr int64_t COUNT = 8, VECTORS = 3, TALL = 4, WORDS = 2;
   using Vector = __m256;
   using Words = __m256;
@@ -25,6 +25,7 @@ struct Lanes {
   static PALEY_INLINE void store(float* out, Vector sum) { _mm256_storeu_ps(out, sum); }
 };
 
+#include "products_vectors.h"
 #include "products_tiles.h"
 }  // namespace paley::avx2
 PALEY_TARGET_END

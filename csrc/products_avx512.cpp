@@ -14,7 +14,7 @@
 PALEY_TARGET_BEGIN("avx2,avx512f")
 namespace paley::avx512 {
 
-struct Lanes {
+struct Vectors {
   static constexpr int64_t COUNT = 16, VECTORS = 3, TALL = 8, WORDS = 2;
   using Vector = __m512;
   using Words = __m512;
@@ -25,6 +25,7 @@ struct Lanes {
   static PALEY_INLINE void store(float* out, Vector sum) { _mm512_storeu_ps(out, sum); }
 };
 
+#include "products_vectors.h"
 #include "products_tiles.h"
 }  // namespace paley::avx512
 PALEY_TARGET_END

@@ -15,7 +15,7 @@ PALEY_TARGET_BEGIN("avx2,avx512f,avx512bw,avx512vl,avx512bf16")
 namespace paley::avx512_bf16 {
 
 // A pair in each word: the instruction adds the product of the odd values, then that of the even ones.
-struct Lanes {
+struct Vectors {
   static constexpr int64_t COUNT = 16, VECTORS = 3, TALL = 8, WORDS = 1;
   using Vector = __m512;
   using Words = __m512bh;
@@ -26,6 +26,7 @@ struct Lanes {
   static PALEY_INLINE void store(float* out, Vector sum) { _mm512_storeu_ps(out, sum); }
 };
 
+#include "products_vectors.h"
 #include "products_tiles.h"
 }  // namespace paley::avx512_bf16
 PALEY_TARGET_END

@@ -11,7 +11,7 @@
 namespace paley::portable {
 
 // Four floats at a time, in the vector types of the compiler.
-struct Lanes {
+struct Vectors {
   static constexpr int64_t COUNT = 4, VECTORS = 2, TALL = 4, WORDS = 2;
   typedef float Vector __attribute__((vector_size(16)));
   using Words = Vector;
@@ -30,5 +30,6 @@ struct Lanes {
   static PALEY_INLINE void store(float* out, Vector sum) { std::memcpy(out, &sum, sizeof sum); }
 };
 
+#include "products_vectors.h"
 #include "products_tiles.h"
 }  // namespace paley::portable

@@ -76,7 +76,7 @@ def planes_fit(group_size: int) -> bool:
 
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether there are instructions for it, so that `products` is faster than float32."""
-    return device.type == "cpu" and backend() == "native" and products.best_level() == "avx512_bf16"
+    return device.type == "cpu" and backend() == "native" and products.best_level() in products.BFLOAT16
 
 
 @functools.cache

@@ -30,7 +30,7 @@ __all__ = [
     "levels", "matmul", "plan", "prepare", "takes",
 ]  # fmt: skip
 
-LEVELS = ("portable", "avx2", "avx512", "", "avx2_vnni", "amx", "neon")  # paley_level of csrc/paley.h
+LEVELS = ("portable", "avx2", "avx512", "", "", "avx2_vnni", "amx", "neon")  # paley_level of csrc/paley.h
 KINDS = (
     "table2", "table3", "table4", "own2", "pairs4", "pairs6", "pairs8", "look8", "look9", "look10", "look12",
     "bytes", "words", *(f"trellis{rate}" for rate in ("1", "1.5", "2", "2.5", "3", "3.5", "4", "5")),

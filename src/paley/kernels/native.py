@@ -34,8 +34,8 @@ __all__ = [
     "why_missing",
 ]
 
-ABI_VERSION = 10  # PALEY_ABI_VERSION in csrc/paley.h
-LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")  # paley_level there
+ABI_VERSION = 11  # PALEY_ABI_VERSION in csrc/paley.h
+LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")  # paley_level there
 PATHS = ("auto", "popcount", "dots", "tables")  # paley_path there
 _STATUS = ("ok", "bad argument", "out of memory", "internal error")
 _SHARE = 2**18  # least number of scores for a thread: starting one takes some 30 microseconds
