@@ -1,6 +1,6 @@
 """What is lost at equal bytes, all tensors counted, beside llama.cpp's quantizer: studies/results/peers-MODEL.json.
 
-python -m studies.peers MODEL --gguf FILE --text FILE --test-text FILE [--only RE]
+python -m studies.peers MODEL --text FILE --test-text FILE [--gguf FILE] [--only RE]
 MODEL should be what `studies.off_grid` makes of a published model. FILE is any GGUF file of the same model, whose keys
 are used. llama.cpp gets the importance matrix of the very text that our recipes calibrate on.
 """
@@ -23,22 +23,31 @@ KINDS = (
     "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K_M", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_K_S", "Q4_1", "Q4_K_M", "Q5_0",
     "Q5_K_M", "Q6_K", "Q8_0",
 )  # fmt: skip
+
+
+def _on(weights: str, outer: str) -> tuple[str, ...]:
+    return (f"weights.grid={weights}", f"embedding.grid={outer}", f"head.grid={outer}")
+
+
 OURS = {  # name -> preset, settings
-    **{f"higgs-{bits}": (f"higgs-{bits}", ()) for bits in (3, 4, 5)},
-    **{f"higgs-{bits}, diagonal": (f"higgs-{bits}", ("diagonal=true",)) for bits in (3, 4, 5)},
     **{
-        f"trellis{bits}, diagonal": (f"higgs-{max(2, int(bits))}", ("diagonal=true", f"weights.grid=trellis{bits}"))
-        for bits in (2, 2.5, 3, 4, 5)
+        f"trellis{w:g}, GPTQ, e{e:g}": (f"trellis-w{int(w)}a16", _on(f"trellis{w:g}", f"trellis{e:g}"))
+        for w, e in ((2, 3), (2.5, 3.5), (3, 4), (3.5, 4), (4, 5))
     },
-    **{f"w{bits}a16": (f"w{bits}a16", ()) for bits in (2, 3, 4, 5)},
+    "trellis4, GPTQ, e6": ("trellis-w4a16", ()),
+    "trellis5, GPTQ, e6": ("trellis-w5a16", ()),
+    "p2n4096, GPTQ, e8": ("w6a16e8h8", ()),
+    "p2n256, GPTQ, e6": ("w4a16", ()),
+    **{f"trellis{b}, diagonal": (f"balanced-{b}", (f"weights.grid=trellis{b}",)) for b in (2, 3, 4, 5)},
+    "balanced-4": ("balanced-4", ()),
+    "higgs-4": ("higgs-4", ()),
     **{name: (name, ()) for name in TARGETS if name.startswith("gguf-")},
-    **{f"w{bits}a16, trellis": (f"w{bits}a16", (f"weights.grid=trellis{bits}",)) for bits in (2, 3, 4, 5)},
 }
 
 
 def main() -> None:
     parser = Experiment.parser(__doc__, calibration=16, search=0, test=8)
-    parser.add_argument("--gguf", type=Path, required=True, help="a GGUF file of the model, for its keys")
+    parser.add_argument("--gguf", type=Path, help="a GGUF file of the model, for its keys; none: our rows alone")
     arguments = parser.parse_args()
     experiment = Experiment("peers", arguments)
     parameters = experiment.result["parameters"]
@@ -48,6 +57,8 @@ def main() -> None:
 
     for name, (base, settings) in OURS.items():
         experiment.row(name, lambda base=base, settings=settings: ours(base, settings))
+    if arguments.gguf is None:
+        return
     with tempfile.TemporaryDirectory() as folder:
         model = experiment.source.load().float()
         peer = Peer(model, arguments.gguf, Path(folder))
