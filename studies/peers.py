@@ -31,16 +31,16 @@ def _on(weights: str, outer: str) -> tuple[str, ...]:
 
 OURS = {  # name -> preset, settings
     **{
-        f"trellis{w:g}, GPTQ, e{e:g}": (f"trellis-w{int(w)}a16", _on(f"trellis{w:g}", f"trellis{e:g}"))
+        f"trellis{w:g}, GPTQ, e{e:g}": (f"w{int(w)}a16", _on(f"trellis{w:g}", f"trellis{e:g}"))
         for w, e in ((2, 3), (2.5, 3.5), (3, 4), (3.5, 4), (4, 5))
     },
-    "trellis4, GPTQ, e6": ("trellis-w4a16", ()),
-    "trellis5, GPTQ, e6": ("trellis-w5a16", ()),
+    "trellis4, GPTQ, e6": ("w4a16", ()),
+    "trellis5, GPTQ, e6": ("w5a16", ()),
     "p2n4096, GPTQ, e8": ("w6a16e8h8", ()),
-    "p2n256, GPTQ, e6": ("w4a16", ()),
-    **{f"trellis{b}, diagonal": (f"balanced-{b}", (f"weights.grid=trellis{b}",)) for b in (2, 3, 4, 5)},
-    "balanced-4": ("balanced-4", ()),
-    "higgs-4": ("higgs-4", ()),
+    "p2n256, GPTQ, e6": ("vectors-w4a16", ()),
+    **{f"trellis{bits}, diagonal": (f"balanced-{bits}", ()) for bits in (2, 3, 4, 5)},
+    "p2n256, diagonal": ("balanced-4", ("weights.grid=p2n256",)),
+    "p2n256": ("higgs-4", ()),
     **{name: (name, ()) for name in TARGETS if name.startswith("gguf-")},
 }
 

@@ -95,7 +95,7 @@ def test_packaged_methods():
         "quarot",
         "quarot-clipped",
         "rtn",
-        "trellis",
+        "vectors",
     ]
 
 
@@ -139,11 +139,15 @@ def test_every_method_loads_at_every_width(method, bits):
         assert scheme.grid.bits == bits
 
 
-def test_trellis_has_the_weights_of_its_grids():
-    assert preset("trellis-w3a4kv4").weights == WeightScheme("trellis3", scale_search="rms")
-    assert preset("trellis-w3a4kv4").inputs == preset("w3a4kv4").inputs
-    with pytest.raises(PaleyError, match=r"unknown grid 'trellis8'.*did you mean"):
-        preset("trellis-w8a16")
+@pytest.mark.parametrize(("bits", "best"), [(2, "trellis2"), (5, "trellis5"), (6, "p2n4096"), (8, "p1n256")])
+def test_weights_are_on_trellis_codes_where_there_are_some(bits, best):
+    assert preset(f"w{bits}a8kv4").weights == WeightScheme(best, scale_search="rms")
+
+
+def test_vectors_differ_from_the_default_by_their_grid_alone():
+    default, vectors = preset("w3a4kv4"), preset("vectors-w3a4kv4")
+    assert vectors.weights == WeightScheme("p4n4096", scale_search="rms")
+    assert vectors == default.model_copy(update={"weights": vectors.weights})
 
 
 @pytest.mark.parametrize(
@@ -157,9 +161,16 @@ def test_higgs_for_weights_alone(name, grid):
 
 
 def test_balanced_is_higgs_with_a_diagonal_on_text_of_its_own():
-    balanced, higgs = preset("balanced-3.25e5"), preset("higgs-3.25e5")
+    balanced, higgs = preset("balanced-6e5"), preset("higgs-6e5")
     text = {"calibration": Calibration(source="self", sequences=16, seq_len=128), "test": Test(source="pydoc")}
     assert balanced == higgs.model_copy(update={"diagonal": True, **text})
+
+
+@pytest.mark.parametrize(
+    ("name", "grid"), [("balanced-2", "trellis2"), ("balanced-3.25", "trellis3"), ("balanced-4.5", "p2n512")]
+)
+def test_balanced_has_the_grid_of_least_error_within_its_bits(name, grid):
+    assert preset(name).weights == WeightScheme(grid, None, "nearest", "unbiased")
 
 
 @pytest.mark.parametrize("name", ["higgs-0.5", "higgs-9"])
@@ -191,9 +202,9 @@ def test_quarot_clipped_is_quarot_but_for_its_activations():
     assert clipped.model_copy(update=same) == plain
 
 
-def test_the_default_is_gbs_without_a_search_on_inputs_rotated_at_run_time():
-    default, gbs = preset("W3A4KV2"), preset("gbs-w3a4kv2")
-    assert default == preset("paley-w3a4kv2")
+def test_the_default_is_gbs_without_a_search_on_trellis_codes_and_inputs_rotated_at_run_time():
+    default, gbs = preset("vectors-W3A4KV2"), preset("gbs-w3a4kv2")
+    assert preset("w3a4kv2") == preset("paley-w3a4kv2")
     assert (default.rotate, default.diagonal, default.search.method) == ("auto", "auto", "none")
     changes = {"rotate": gbs.rotate, "diagonal": gbs.diagonal, "search": gbs.search}
     assert default.model_copy(update=changes) == gbs
@@ -204,14 +215,14 @@ def test_the_default_is_gbs_without_a_search_on_inputs_rotated_at_run_time():
     [
         ("w4a4kv4", [], "online", True),
         ("w3a4kv4", [], "online", True),
-        ("w4a8kv8", [], "online", False),  # inputs of eight bits lose nothing that weights could make up for
-        ("w4a16", [], "online", False),
+        ("w4a8kv8", [], "online", True),
+        ("w4a16", [], "online", True),
+        ("w4a8kv8", ["weights.method=nearest"], "online", False),  # needs no text
         ("w16a16kv4", [], "online", False),
         ("w4a4kv4", ["expand=64"], "folded", False),
         ("w4a4kv4", ["rotate=folded"], "folded", False),
         ("w4a4kv4", ["diagonal=false"], "online", False),
         ("w4a16", ["diagonal=true"], "online", True),
-        ("w4a4kv4", ["budget={inputs: 4}"], "online", False),  # which measures inputs without one
         ("higgs-w4a4", [], "online", False),  # needs no text
         ("balanced-4", [], "online", True),
     ],

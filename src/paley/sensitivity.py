@@ -65,6 +65,13 @@ class MeasuredSlot(_Frozen):
             low, low_loss = level, loss
         return low_loss + self.alpha * (t2 - low)
 
+    def scaled(self, factor: float) -> MeasuredSlot:
+        """The slot with all losses, and the slope, multiplied by a positive number."""
+        if factor == 1.0:
+            return self
+        levels = tuple((t2, factor * loss) for t2, loss in self.levels)
+        return self.model_copy(update={"alpha": factor * self.alpha, "stderr": factor * self.stderr, "levels": levels})
+
 
 class Sensitivity(Document):
     """How fast `metric` grows with the relative squared error of each site of the model with this fingerprint.

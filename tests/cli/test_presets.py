@@ -33,7 +33,7 @@ def test_json_has_figures_and_recipes():
 
 
 def test_one_name_shows_its_recipe():
-    assert '"weights": {"grid": "p2n256"' in paley_("presets", "w4a16").out
+    assert '"weights": {"grid": "trellis4"' in paley_("presets", "w4a16").out
     assert json.loads(paley_("presets", "w4a16", "--json").out)["recipe"] == preset("w4a16").model_dump(mode="json")
 
 

@@ -165,3 +165,28 @@ def test_nearest_with_outliers_needs_no_factor_of_the_hessian(monkeypatch):
         torch.randn(4, 32), s, WeightScheme("int4", method="nearest"), outlier_columns=torch.tensor([3, 9]).int()
     )
     assert q.dequantize().isfinite().all()
+
+
+@pytest.mark.parametrize(("tokens", "damping"), [(16, 1.0), (64, 0.5), (320, 0.1), (32_000, 0.01)])
+def test_few_tokens_are_trusted_less(tokens, damping):
+    s = InputStatistics()
+    for x in torch.randn(tokens, 32, generator=torch.Generator().manual_seed(0)).split(7):
+        s.add(x)
+    assert s.damping == pytest.approx(damping)
+
+
+@pytest.mark.parametrize("tokens", [64, 128, 512])
+def test_damping_by_tokens_loses_less_on_other_text(tokens):
+    """Inputs of a power law, turned, as rotated layers read them."""
+    lost = {"by tokens": 0.0, "always": 0.0}
+    for seed in range(3):
+        g = torch.Generator().manual_seed(seed)
+        sizes = torch.arange(1, 97) ** -0.7
+        turn = torch.linalg.qr(torch.randn(96, 96, generator=g))[0]
+        noise = 0.02 * torch.randn(tokens + 2000, 96, generator=g)
+        x = torch.randn(tokens + 2000, 96, generator=g) * sizes @ turn + noise
+        weight, s, other = torch.randn(24, 96, generator=g), InputStatistics(), x[tokens:]
+        s.add(x[:tokens])
+        for name, damp in (("by tokens", s.damping), ("always", 0.01)):
+            lost[name] += loss(weight, quantize_gptq(weight, s, scheme_of("p2n64"), damp=damp), other, other)
+    assert lost["by tokens"] < 0.96 * lost["always"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from paley.core import grids, tables
+from paley.core import grids, tables, trellis
 from paley.core.errors import PaleyError
 from paley.core.plain_grids import to_plain
 from paley.core.schemes import ActivationScheme, LinearScheme, WeightScheme
@@ -306,6 +306,16 @@ def test_gaussian_grids_of_all_dimensions_are_candidates_without_data(source):
     assert weight_candidates(start, custom)[:2] == [own, grids.load("p1n2")]
     calibrated = replace(scheme, method="gptq", scale_search="rms")
     assert weight_candidates(start, calibrated) == [*grids.family(grids.load("p2n256")), None]
+
+
+def test_tables_are_candidates_beside_trellis_codes(source):
+    start = problem(source, "budget={weights: 4}", "weights.grid=trellis4")
+    scheme = start.schemes.linears["model.layers.0.mlp.up_proj"].weight
+    codes = [grids.load(name) for name in trellis.names()]
+    assert weight_candidates(start, scheme) == [*codes, *map(grids.load, tables.names()), None]
+    calibrated = replace(scheme, method="gptq", scale_search="rms")
+    few = [grid for grid in map(grids.load, tables.names()) if grid.p <= 2]
+    assert weight_candidates(start, calibrated) == [*codes, *few, None]
 
 
 def test_eight_bits_have_a_grid(source):

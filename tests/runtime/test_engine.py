@@ -27,7 +27,7 @@ TEXT = [1, *range(10, 48)]
 SCHEMES = {
     "w4a16": "higgs-w4a16",
     "higgs-4": "higgs-4",
-    "trellis": "trellis-w3a8kv8",
+    "trellis": "w3a8kv8",
     "w4a8kv8": "higgs-w4a8kv8",
     "w4a4kv4": "higgs-w4a4kv4",
     "w3a3kv3": "higgs-w3a3kv3",

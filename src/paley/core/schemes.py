@@ -158,6 +158,13 @@ class LinearScheme:
         """Whether the weight's codes depend on the layer's inputs."""
         return self.weight is not None and (self.weight.needs_data or self.outliers > 0)
 
+    @property
+    def rounds_input_alike(self) -> bool:
+        """Whether the input is rounded to so few bits that it loses about as much as the weight."""
+        if self.input is None or self.weight is None:
+            return False
+        return self.input.grid.bits <= self.weight.grid.bits + 1
+
     def __post_init__(self) -> None:
         if self.diagonal and self.transform is None:
             raise PaleyError("linear scheme: a diagonal stands before a transform, but transform is null")

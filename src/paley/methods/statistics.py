@@ -17,6 +17,7 @@ from paley.kernels import products as native
 
 __all__ = ["InputStatistics", "Metric"]
 
+LEAST, PER_TOKEN, MOST = 0.01, 1.0, 1.0  # of `InputStatistics.damping`
 RAISED = (0.01, 0.1, 1.0)  # of a diagonal's mean, added to it until the matrix is positive definite
 
 
@@ -28,6 +29,7 @@ class InputStatistics:
     """
 
     def __init__(self) -> None:
+        self.tokens = 0
         self._upper: Tensor | None = None  # half of gram, without what mirrors it
         self.cross: Tensor | None = None
         self.aim: Tensor | None = None
@@ -36,6 +38,7 @@ class InputStatistics:
     def add(self, inputs: Tensor, reference: Tensor | None = None, *, outputs: Tensor | None = None) -> None:
         """inputs, reference [tokens, in], outputs [tokens, out]: one batch; the same of the two in every batch."""
         x = inputs.float()
+        self.tokens += len(x)
         self._metrics.clear()
         self.__dict__.pop("gram", None)
         self._upper = _add(self._upper, x, x, upper=True)
@@ -43,6 +46,12 @@ class InputStatistics:
             self.cross = _add(self.cross, reference.float(), x)
         if outputs is not None:
             self.aim = _add(self.aim, outputs.float(), x)
+
+    @property
+    def damping(self) -> float:
+        """How much of its mean to add to gram's diagonal: the fewer tokens a column has, the less they are trusted."""
+        assert self._upper is not None
+        return min(MOST, max(LEAST, PER_TOKEN * len(self._upper) / self.tokens))
 
     @functools.cached_property
     def gram(self) -> Tensor:

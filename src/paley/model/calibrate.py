@@ -21,7 +21,7 @@ from paley.core.metrics import rel_error
 from paley.core.rounding import Quantized, check_range, joined
 from paley.core.schemes import AttentionScheme, LinearScheme, Schemes
 from paley.format.spec import DIAGONAL, check_outliers
-from paley.methods.diagonal import balance
+from paley.methods.diagonal import balance, strength_for
 from paley.methods.gptq import quantize_gptq
 from paley.methods.nearest import quantize_nearest, quantize_turned
 from paley.methods.statistics import InputStatistics
@@ -228,12 +228,13 @@ class ModelQuantizer:
             if not linears:
                 continue
             if (diagonal := known.get(next(iter(linears)) + DIAGONAL)) is None:
-                diagonal = self._diagonal(block, list(linears.values()))
+                strength = strength_for(self.linears[name] for name in linears)
+                diagonal = self._diagonal(block, list(linears.values()), strength)
             for linear in linears.values():
                 linear.scale_columns_(diagonal)
 
-    def _diagonal(self, block: Block, linears: list[QuantLinear]) -> Tensor:
-        """-> float16 [in]: sqrt(x / w), x the size of each channel of the input, w that of each column."""
+    def _diagonal(self, block: Block, linears: list[QuantLinear], strength: float) -> Tensor:
+        """-> float16 [in]: what `balance` makes of the size of each channel of the input, and of each column."""
         if self.original is None:
             raise PaleyError(f"{linears[0].name}: a diagonal needs calibration text; set diagonal=false")
         energy = torch.zeros(linears[0].plain_width, dtype=torch.float64, device=self.original.device)
@@ -244,7 +245,7 @@ class ModelQuantizer:
         with capture_inputs({"input": linears[0]}, add):
             for hidden in self.original[: 4 * self.runner.batch].split(self.runner.batch):
                 self.runner.until(linears[0], block.module, block.index, hidden)
-        return balance(energy.sqrt(), torch.cat([linear.plain_weight() for linear in linears]))
+        return balance(energy.sqrt(), torch.cat([linear.plain_weight() for linear in linears]), strength)
 
     def _quantize_embedding(self, site: Site, q: Quantized | None) -> LayerReport:
         """Rows are rounded to nearest: what looks them up has no inputs to calibrate on."""
@@ -325,7 +326,7 @@ class ModelQuantizer:
             )
         return quantize_gptq(
             weight, statistics, scheme.weight, outlier_columns=linear.outlier_columns,
-            compensate=self.compensate != "plain", where=site.name,
+            compensate=self.compensate != "plain", damp=statistics.damping, where=site.name,
         )  # fmt: skip
 
     def _expert_codes(self, block: Block, site: Site) -> Quantized:
@@ -346,7 +347,8 @@ class ModelQuantizer:
             weight, where = stack.matrix(expert), f"{site.name}, expert {expert}"
             check_range(weight, scheme.grid, where)
             if expert in seen:
-                parts.append(quantize_gptq(weight, seen[expert], scheme, compensate=False, where=where))
+                found = seen[expert]
+                parts.append(quantize_gptq(weight, found, scheme, compensate=False, damp=found.damping, where=where))
             else:
                 self.unreached.setdefault(site.name, []).append(expert)
                 alone = replace(scheme, method="nearest", scale_search="em" if scheme.by_em else scheme.scale_search)

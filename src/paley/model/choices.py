@@ -14,7 +14,7 @@ import torch
 
 from paley.arch import Site
 from paley.core import grids, packing, tables
-from paley.core.grids import AnyGrid
+from paley.core.grids import MAX_DIM, AnyGrid
 from paley.core.rounding import codes_per_row
 from paley.core.schemes import ActivationScheme, LinearScheme, WeightScheme
 from paley.methods.nearest import gaussian_error
@@ -89,6 +89,9 @@ def weight_candidates(problem: Problem, scheme: WeightScheme) -> list[AnyGrid | 
     if budget is not None and budget.grids is not None:
         return [None if name == KEEP else grids.load(name) for name in budget.grids]
     family = grids.family(scheme.grid)
+    if scheme.grid.sequential:  # between and above their rates there are tables
+        most = 2 if scheme.method == "gptq" else MAX_DIM
+        return [*family, *(grid for grid in map(grids.load, tables.names()) if grid.p <= most), None]
     packaged = set(tables.names())
     if scheme.method == "nearest" and any(grid.name in packaged for grid in family):
         # Gaussian grids of all dimensions: each meets rates that the others have not, and p = 1 alone has 8 bits.

@@ -13,7 +13,7 @@ from paley.model.budget import check_budget
 from paley.model.loading import check_seq_len, open_source
 from paley.model.problem import Problem
 from paley.pipeline.accounting import quantized_bits
-from paley.pipeline.decide import Decision, decide_under_budget, measure_errors_for
+from paley.pipeline.decide import Decision, balanced, decide_under_budget, measure_errors_for
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.resolve import resolve
 from paley.pipeline.sensitivities import measure_for
@@ -57,6 +57,7 @@ def accuracy_size_curve(
         sensitivity = measure_for(problem, None, monitor, device)
     sensitivity.check_fingerprint(source.fingerprint)
     errors = measure_errors_for(problem, sensitivity, monitor, device) if problems else None
+    sensitivity = balanced(problem, sensitivity, monitor, device) if problems else sensitivity
     for note in problem.notes:
         monitor.note(note)
     points, notes = [], _Notes()

@@ -11,6 +11,7 @@ from paley.data import TokenBlocks
 from paley.methods.gbs import Outcome
 from paley.model.activation_errors import MeasuredErrors, measure_errors
 from paley.model.adapter import Adapter
+from paley.model.balance_gains import balance_gains
 from paley.model.budget import activation_options, check_budget, decide_grids, range_note
 from paley.model.problem import Problem
 from paley.model.reading import prepare_ as choose_products_
@@ -25,7 +26,7 @@ from paley.pipeline.texts import Texts
 from paley.plan import Trial
 from paley.sensitivity import Sensitivity
 
-__all__ = ["Decision", "decide", "decide_under_budget", "measure_errors_for"]
+__all__ = ["Decision", "balanced", "decide", "decide_under_budget", "measure_errors_for"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def decide(
     if problem.budget is not None:
         sensitivity = sensitivity or measure_for(problem, run, monitor, device)
         errors = measure_errors_for(problem, sensitivity, monitor, device)
+        sensitivity = balanced(problem, sensitivity, monitor, device)
         decision = decide_under_budget(problem, sensitivity, errors, monitor)
     if problem.search.method == "none":
         return decision
@@ -90,6 +92,19 @@ def measure_errors_for(
     found = measure_errors(adapter, blocks.ids.to(device), problem.schemes, options)
     monitor.step()
     return found
+
+
+def balanced(problem: Problem, sensitivity: Sensitivity, monitor: Monitor, device: str) -> Sensitivity:
+    """The slopes as they are behind the diagonals that the problem asks for; they were measured without."""
+    if not any(scheme.diagonal for scheme in problem.schemes.linears.values()):
+        return sensitivity
+    monitor.stage("measuring what diagonals gain", 1)
+    blocks = some_blocks(problem, sensitivity, monitor, device)
+    adapter = Adapter(problem.source.load(device=device))
+    gains = balance_gains(adapter, blocks.ids.to(device), problem.schemes.linears)
+    slots = {name: slot.scaled(gains.get(name, 1.0)) for name, slot in sensitivity.slots.items()}
+    monitor.step()
+    return sensitivity.model_copy(update={"slots": slots})
 
 
 def _search(

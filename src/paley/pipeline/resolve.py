@@ -67,8 +67,6 @@ def resolve(source: Source, recipe: Recipe) -> Problem:
     ).check()
     _check_data(problem, recipe)
     if recipe.budget is not None:
-        if recipe.diagonal is True and recipe.budget.inputs is not None:
-            raise PaleyError("budget.inputs: what inputs lose is measured without a diagonal; set diagonal=false")
         if recipe.budget.inputs is not None and any(site.experts for site in sites.weights):
             raise PaleyError("budget.inputs: what experts lose by rounded inputs is not measured; leave it out")
         _check_widths(recipe, sites.architecture, turning)

@@ -173,9 +173,9 @@ class Recipe(_Frozen):
     no data and no other tensor of the model (HIGGS, arXiv:2411.17525); `auto` is `folded` if an expansion asks for it,
     else `online`. Both rotate keys and values of the cache.
     diagonal: divide inputs that rotate at run time by sqrt(x / w) first, and multiply the weight's columns by it, so
-    that both have less error (docs/methods.md); measured on the calibration text. `auto`: under `online`, where inputs
-    have so few bits that they lose about as much as weights, by the recipe's own grids; nowhere if a budget is to find
-    the inputs' bits.
+    that both have less error (docs/methods.md); x^(1/4) / w^(3/4) where only weights by GPTQ lose. It is measured on
+    the calibration text. `auto`: under `online`, where weights are calibrated by GPTQ anyway, or inputs have so few
+    bits that they lose about as much as weights.
     hadamard: the largest block that `online` rotates, also the largest for rows of a tied pair; the weights of a block
     share a scale. compensate: GPTQ aims at the outputs for its own inputs (plain), at the original outputs given
     quantized inputs (quantized_inputs: GPTAQ, arXiv:2504.02692), or at the original residual stream (residual_stream).
@@ -238,9 +238,7 @@ class Recipe(_Frozen):
         """Whether a linear of this scheme is to have a diagonal if its input turns at run time."""
         if scheme.weight is None or self.diagonal != "auto":
             return scheme.weight is not None and bool(self.diagonal)
-        if self.rotation != "online" or scheme.input is None or (self.budget is not None and self.budget.inputs):
-            return False
-        return scheme.input.grid.bits <= scheme.weight.grid.bits + 1
+        return self.rotation == "online" and (scheme.weight.method == "gptq" or scheme.rounds_input_alike)
 
     def linear_scheme(
         self, name: str, kind: str, transform: Transform | None = None, width: int | None = None

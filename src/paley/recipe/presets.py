@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from paley.core import grids, tables
+from paley.core import grids, tables, trellis
 from paley.core.errors import PaleyError, Setting, nearest_name
 from paley.core.grids import MAX_BITS, MAX_POINTS, MIN_BITS
 from paley.core.packing import stored_bits
@@ -67,12 +67,12 @@ def as_recipe(recipe: Recipe | str | Path) -> Recipe:
 def under_budget(recipe: Recipe | None = None, **limits: float) -> Recipe:
     """recipe with these limits in its budget (weights, size, kv, inputs, read: see `Budget`).
 
-    Without a recipe it starts from HIGGS, which needs no data; the budget replaces its grids. It quantizes the cache if
-    kv is limited, and weights unless kv is the only limit.
+    Without a recipe it starts from `balanced`, which needs no data; the budget replaces its grids. It quantizes the
+    cache if kv is limited, and weights unless kv is the only limit.
     """
     if recipe is None:
         weights, cache = (16, 4) if set(limits) == {"kv"} else (4, 4 if "kv" in limits else 16)
-        recipe = preset(f"higgs-w{weights}a16kv{cache}" if cache != 16 else "higgs-4")
+        recipe = preset(f"balanced-w{weights}a16kv{cache}")
     kept = {} if recipe.budget is None else recipe.budget.model_dump(exclude_none=True)
     data = kept | limits
     try:
@@ -159,6 +159,7 @@ def _fill(data: dict[str, Any], bits: dict[str, int], group: str | None, name: s
             by_rate = {
                 "pairs": pairs,
                 "vectors": vectors,
+                "best": f"trellis{bits[part]}" if f"trellis{bits[part]}" in trellis.names() else vectors,
                 "outer": pairs if bits[part] <= 4 else f"p1n{2 ** bits[part]}",
             }
             data[key]["grid"] = data[key]["grid"].format(**bits, **by_rate)
@@ -207,8 +208,14 @@ def _meant(name: str) -> str:
 
 
 def _weights_only(method: str, bits: float, outer: str, name: str) -> Recipe:
-    """HIGGS, with a diagonal or without, for weights alone, on the largest grid in two dimensions within these bits."""
-    rates = {grid: stored_bits(grid) for grid in map(grids.load, tables.names()) if grid.p == 2}
+    """Weights alone, without data, on the grid of least error within these bits: of two dimensions for HIGGS proper,
+    with a diagonal also of trellis codes.
+    """  # fmt: skip
+    candidates = [grids.as_fixed(grids.load(known)) for known in tables.names()]
+    candidates = [grid for grid in candidates if grid.p == 2]
+    if method == "balanced":
+        candidates += [grid for grid in map(trellis.load, trellis.names()) if grid.bits >= MIN_BITS]
+    rates = {grid: stored_bits(grid) for grid in candidates}
     fitting = [grid for grid, rate in rates.items() if rate <= bits]
     if not fitting or bits > max(rates.values()):
         low, high = min(rates.values()), max(rates.values())
@@ -219,5 +226,5 @@ def _weights_only(method: str, bits: float, outer: str, name: str) -> Recipe:
         )
     recipe = preset(f"{method}-w{min(8, max(2, round(bits)))}a16{outer}")
     assert recipe.weights is not None
-    best = max(fitting, key=lambda grid: (rates[grid], grid.size))
+    best = min(fitting, key=lambda grid: grid.mse)
     return recipe.model_copy(update={"weights": replace(recipe.weights, grid=best)})
