@@ -12,10 +12,12 @@ import time
 from pathlib import Path
 
 import torch
-from studies.experiment import Experiment
+from studies.experiment import Experiment, Quantization
 from studies.llama_cpp import Peer
 
 from paley.eval.perplexity import evaluate
+from paley.export.gguf import export_gguf
+from paley.pipeline.saving import save_checkpoint
 from paley.recipe import apply_settings, preset
 from paley.recipe.targets import TARGETS
 
@@ -53,7 +55,15 @@ def main() -> None:
     parameters = experiment.result["parameters"]
 
     def ours(name: str, settings: tuple[str, ...]) -> dict:
-        return experiment.quantize(apply_settings(preset(name), list(settings))).row
+        made = experiment.quantize(apply_settings(preset(name), list(settings)))
+        return made.row | (as_gguf(made) if name.startswith("gguf-") else {})
+
+    def as_gguf(made: Quantization) -> dict:
+        """Of the file that it becomes: bytes of all tensors, and their types."""
+        with tempfile.TemporaryDirectory() as folder:
+            save_checkpoint(Path(folder, "out"), made.model, made.problem)
+            file = export_gguf(Path(folder, "out"), output=Path(folder, "gguf"))
+        return {"bits": 8 * file.bytes / parameters, "bytes": file.bytes, "types": dict(file.types)}
 
     for name, (base, settings) in OURS.items():
         experiment.row(name, lambda base=base, settings=settings: ours(base, settings))
