@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import FiniteFloat
+from pydantic import Field, FiniteFloat
 
 from paley.core.reading import read_json
 from paley.recipe.documents import AnyFloat, Document
 
-__all__ = ["VERSION", "EvalResult", "LayerResult", "Results"]
+__all__ = ["VERSION", "EvalResult", "KeptResult", "LayerResult", "Results"]
 
 VERSION = 1
 
@@ -73,11 +73,25 @@ class LayerResult:
     experts: tuple[AnyFloat, ...] | None = None
 
 
+@dataclass(frozen=True)
+class KeptResult:
+    """Weights that were taken over from an earlier folder, of which this is the digest; fitted: those of them that a
+    run from the beginning might make otherwise.
+    """
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    digest: str
+    weights: int
+    fitted: int = 0
+
+
 class Results(Document):
     """run: the key of the settings that made the folder. untouched: values of each tensor left unquantized.
 
     parameters are those of the original, which bits_per_weight divides every stored byte by; bits_per_quantized_weight
-    is that of the quantized linears alone, None without any. evaluation: None if nothing was scored.
+    is that of the quantized linears alone, None without any. evaluation: None if nothing was scored. texts: sha256 of
+    the tokens of each, by role. kept: None if all weights were made anew.
     """
 
     what: ClassVar[str] = "results file"
@@ -94,6 +108,8 @@ class Results(Document):
     untouched: dict[str, int]
     evaluation: EvalResult | None
     layers: dict[str, LayerResult]
+    texts: dict[str, str] = Field(default_factory=dict)
+    kept: KeptResult | None = None
 
     @classmethod
     def beside(cls, folder: Path) -> Self | None:

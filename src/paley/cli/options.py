@@ -13,6 +13,7 @@ __all__ = [
     "Against",
     "AnyFolder",
     "AnyModel",
+    "Base",
     "Calibration",
     "ChatFlag",
     "ChatModel",
@@ -21,6 +22,7 @@ __all__ = [
     "DrawSeed",
     "DryRun",
     "Dtype",
+    "Exact",
     "Expand",
     "Folder",
     "Gguf",
@@ -94,6 +96,14 @@ Prompt = Annotated[str, _argument("PROMPT", "The text to continue; - reads it fr
 
 Preset = Annotated[str | None, _option("--preset", "A packaged recipe; see `paley presets`.", "NAME", _HOW)]
 RecipeFile = Annotated[Path | None, _option("--recipe", "Your own recipe, YAML or JSON.", "FILE", _HOW)]
+Base = Annotated[
+    Path | None,
+    _option("--from", "Keep this folder's weights, byte by byte, where their scheme is the same.", "OUT", _HOW),
+]
+Exact = Annotated[
+    bool,
+    _option("--exact", "Of --from: only what a run from the beginning would make the same.", panel=_HOW),
+]
 PlanFile = Annotated[Path | None, _option("--plan", "What `paley plan` decided.", "FILE", _HOW)]
 Settings = Annotated[
     list[str] | None,

@@ -24,6 +24,8 @@ def quantize_verb(
     preset: options.Preset = None,
     recipe: options.RecipeFile = None,
     plan: options.PlanFile = None,
+    base: options.Base = None,
+    exact: options.Exact = False,
     settings: options.Settings = None,
     grid: options.Grid = None,
     expand: options.Expand = None,
@@ -44,8 +46,9 @@ def quantize_verb(
 ) -> None:
     """Quantize a model: decide a plan, execute it, save, read back, and compare with the original.
 
-    Say what to do by a preset, a recipe or a plan. The new folder appears when all of it is finished and
-    verified; until then the work lies in OUT.run, and a stopped run goes on with --resume.
+    Say what to do by a preset, a recipe or a plan. With --from OUT the weights of an earlier folder are kept wherever
+    their scheme stays the same, and its recipe is taken unless one is named. The new folder appears when all of it is
+    finished and verified; until then the work lies in OUT.run, and a stopped run goes on with --resume.
 
     Example: `paley quantize ./llama --preset w4a4kv4 --output llama-w4`
     """
@@ -63,9 +66,9 @@ def quantize_verb(
             f"--target-bpw {target_bpw}: one model takes one budget; `paley plan` compares several before you choose"
         )
     chosen = Request(
-        preset=preset, recipe=recipe, plan=plan, settings=settings, calibration=calibration, test=test, expand=expand,
-        seed=seed, grid=grid, no_score=no_score, target_bpw=budgets[0] if budgets else None, target_size=target_size,
-        kv_bpw=kv_bpw,
+        preset=preset, recipe=recipe, plan=plan, base=base, settings=settings, calibration=calibration, test=test,
+        expand=expand, seed=seed, grid=grid, no_score=no_score, target_bpw=budgets[0] if budgets else None,
+        target_size=target_size, kv_bpw=kv_bpw,
     ).resolve()  # fmt: skip
     slopes = slopes_of(sensitivity, chosen)
     decided = isinstance(chosen, paley.Plan)
@@ -84,6 +87,8 @@ def quantize_verb(
                 None if decided else chosen,
                 plan=chosen if decided else None,
                 sensitivity=slopes,
+                base=base,
+                exact=exact,
                 output=output,
                 resume=resume,
                 overwrite=overwrite,
@@ -99,6 +104,9 @@ def quantize_verb(
         display.emit({"output": str(outcome.output), **asdict(cost), "results": outcome.results.to_dict()})
         return
     display.show(display.outcome_table(outcome, cost))
+    if (kept := outcome.results.kept) is not None:
+        line(f"kept from {base}: {kept.weights} weights, the same bytes"
+             + (f", {kept.fitted} of them fitted to layers as they were there" if kept.fitted else ""))  # fmt: skip
     line(display.scored_on(outcome.results.evaluation))
     # With nothing quantized it is an ordinary model, which `inspect` refuses.
     layers = f"; each layer: {shell('inspect', str(outcome.output))}" if is_paley(outcome.output) else ""

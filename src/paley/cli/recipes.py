@@ -28,6 +28,7 @@ class Request:
     preset: str | None
     recipe: Path | None
     plan: Path | None = None
+    base: Path | None = None
     settings: list[str] | None
     calibration: str | None
     test: str | None
@@ -46,7 +47,7 @@ class Request:
         given = {"--preset": self.preset, "--recipe": self.recipe, "--plan": self.plan}
         named = [option for option, value in given.items() if value is not None]
         limits = self._limits()
-        if not named and not limits:
+        if not named and not limits and self.base is None:
             raise PaleyError(
                 "say what to do: --preset NAME (w4a4kv4, w3a3kv3, w4a16, ...; by another method: "
                 f"{', '.join(examples())}; see `paley presets`), --recipe FILE or --plan FILE"
@@ -61,6 +62,8 @@ class Request:
             recipe = load_recipe(self.recipe)
         elif self.preset is not None:
             recipe = preset(self.preset)
+        elif self.base is not None:
+            recipe = Plan.load(self.base / "plan.json").recipe
         if limits or recipe is None:
             recipe = under_budget(recipe, **limits)
         recipe = apply_settings(recipe, settings)

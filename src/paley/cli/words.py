@@ -11,6 +11,7 @@ __all__ = ["spell"]
 _OPTIONS = {
     "api_key": "--api-key",
     "against": "--against",
+    "base": "--from",
     "budget.kv": "--kv-bpw",
     "budget.size": "--target-size",
     "budget.weights": "--target-bpw",
@@ -48,6 +49,7 @@ _OPTIONS = {
 _FLAGS = {
     "chat=True": "--chat",
     "fold=False": "--no-fold",
+    "exact=True": "--exact",
     "fold=True": "--fold",
     "kinds": "--activations",
     "overwrite": "--overwrite",

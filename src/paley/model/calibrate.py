@@ -151,7 +151,7 @@ class ModelQuantizer:
     ) -> list[LayerReport]:  # fmt: skip
         """Quantizes block `index` in place -> a report for each of its quantized linears.
 
-        known: codes of all of them, by name, or none; beside: with codes, what `beside` gave of the block then.
+        known: codes that are there already, by name; beside: with codes, what `beside` gave of the block then.
         """
         block = self.adapter.blocks[index]
         self.begin(block)
@@ -162,23 +162,28 @@ class ModelQuantizer:
                 linear.prepare_(CALIBRATION)
         self._balance(block, beside)
         reference = copy.deepcopy(block.module)
-        if not known:
-            self._choose_outliers(block, reference)
+        self._choose_outliers(block, reference, known)
         self._activate(block)
-        groups = {site: self._alike(site) for site in block.inputs()}
-        wanted = {site: [] if known else [g for g in groups[site] if self._is_calibrated(g)] for site in groups}
-        reports = []
+        made = {}
+
+        def replace_by(site: Site, q: Quantized) -> None:
+            made[site.name] = self._replace_linear(site, q)
+            on_layer(made[site.name])
+
+        linears = list(block.linears())
+        for site in linears:  # before a forward stands anywhere, which would go on through what was there
+            if site.name in known:
+                replace_by(site, known[site.name])
+        groups = {site: self._alike(site, known) for site in block.inputs()}
+        wanted = {site: [g for g in groups[site] if self._is_calibrated(g)] for site in groups}
         with self._compared(block, reference, [site for site in wanted if wanted[site]]) as both:
             for read in groups:
                 statistics = both.statistics(read, wanted[read]) if both is not None and wanted[read] else {}
                 for alike in groups[read]:
                     for site in alike:
-                        if site.experts and not known and self.linears[site.name].calibrated:
-                            q = self._expert_codes(block, site)
-                        else:
-                            q = known[site.name] if known else self._codes(site, statistics.get(alike))
-                        reports.append(self._replace_linear(site, q))
-                        on_layer(reports[-1])
+                        by_expert = site.experts and self.linears[site.name].calibrated
+                        replace_by(site, self._expert_codes(block, site) if by_expert else
+                                   self._codes(site, statistics.get(alike)))  # fmt: skip
             if both is not None:
                 self.hidden, self.original = both.finish()
         for linear in self._wrapped(block):
@@ -186,7 +191,11 @@ class ModelQuantizer:
         for module in reference.modules():
             if isinstance(module, QuantLinear | QuantExperts):
                 module.retire_()
-        return reports
+        return [made[site.name] for site in linears if site.name in made]
+
+    def read_no_more(self) -> None:
+        """Lets go of the text: from here on all codes are known."""
+        self.hidden = self.original = None
 
     def _wrapped(self, block: Block) -> Iterator[QuantLinear | QuantExperts]:
         modules = (self.adapter.module(site.module) for site in block.linears())
@@ -227,7 +236,7 @@ class ModelQuantizer:
             linears = {name: self.adapter.module(name) for name in site.readers if self.linears[name].diagonal}
             if not linears:
                 continue
-            if (diagonal := known.get(next(iter(linears)) + DIAGONAL)) is None:
+            if (diagonal := next((known[n + DIAGONAL] for n in linears if n + DIAGONAL in known), None)) is None:
                 strength = strength_for(self.linears[name] for name in linears)
                 diagonal = self._diagonal(block, list(linears.values()), strength)
             for linear in linears.values():
@@ -269,9 +278,9 @@ class ModelQuantizer:
             return GatheredBlock(self.runner, block, reference, self.hidden, self.original, inputs)
         return ComparedBlock(self.runner, block, reference, self.hidden, self.original, inputs, self.compensate)
 
-    def _alike(self, site: Site) -> list[tuple[Site, ...]]:
-        """The linears that read an input and whose weights are quantized, those together that round it alike."""
-        schemes = {self.adapter.sites[name]: self.linears[name] for name in site.readers}
+    def _alike(self, site: Site, known: Mapping[str, Quantized]) -> list[tuple[Site, ...]]:
+        """The linears that read an input and wait for codes, those together that round it alike."""
+        schemes = {self.adapter.sites[name]: self.linears[name] for name in site.readers if name not in known}
         how = {
             reader: (scheme.input, scheme.outliers, scheme.transform, scheme.diagonal)
             for reader, scheme in schemes.items()
@@ -289,11 +298,11 @@ class ModelQuantizer:
         for site in block.linears():
             set_input_(self.adapter.module(site.module), self.linears[site.name])
 
-    def _choose_outliers(self, block: Block, reference: nn.Module) -> None:
-        """Gives each linear the columns of most energy of its scheme's number, by what it reads in the original."""
+    def _choose_outliers(self, block: Block, reference: nn.Module, known: Mapping[str, Quantized]) -> None:
+        """Gives each linear without codes the columns of most energy, by what it reads in the original."""
         for site in block.linears():
             scheme = self.linears[site.name]
-            if not scheme.outliers:
+            if not scheme.outliers or site.name in known:
                 continue
             linear = reference.get_submodule(block.local(site.module))
             assert isinstance(linear, QuantLinear)

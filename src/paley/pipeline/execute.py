@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from paley.arch import Site
 from paley.core.rounding import Quantized
 from paley.data import TokenBlocks
 from paley.format import spec
@@ -26,21 +27,26 @@ from paley.model.replay import runner_of
 from paley.model.rotation import fold_, rotate_inputs_
 from paley.pipeline.machine import give_back
 from paley.pipeline.monitor import Monitor
+from paley.pipeline.reuse import Kept
 from paley.pipeline.run_directory import RunDirectory
 
 __all__ = ["execute", "prepare_", "quantize_steps"]
 
 
 def execute(
-    problem: Problem, calibration: TokenBlocks | None, run: RunDirectory | None, monitor: Monitor, device: str
-) -> tuple[PreTrainedModel, list[LayerReport]]:
-    """-> the quantized model, ready to run or to save, and a report for each quantized weight."""
+    problem: Problem, calibration: TokenBlocks | None, run: RunDirectory | None, monitor: Monitor, device: str,
+    kept: Kept | None = None,
+) -> tuple[PreTrainedModel, list[LayerReport]]:  # fmt: skip
+    """-> the quantized model, ready to run or to save, and a report for each quantized weight.
+
+    kept: weights that are taken from another folder.
+    """
     adapter = Adapter(problem.source.load(dtype=_held(problem), device=device))
     fold_(adapter, problem.rotation)
     _prepare_outer_(problem, adapter)
     runner = runner_of(adapter)
     begin = partial(_prepare_block_, problem, adapter)
-    reports = quantize_steps(runner, problem, calibration, run, "final", monitor, begin)
+    reports = quantize_steps(runner, problem, calibration, run, "final", monitor, begin, kept)
     return adapter.model.float(), reports
 
 
@@ -98,10 +104,11 @@ def quantize_steps(
     stage: str,
     monitor: Monitor,
     begin: Callable[[Block], None] = lambda _: None,
+    kept: Kept | None = None,
 ) -> list[LayerReport]:
     """The embedding, every block, the head; a step that the run directory holds already is taken from there.
 
-    begin: as of `ModelQuantizer`.
+    begin: as of `ModelQuantizer`. kept: as of `execute`.
     """
     adapter = runner.adapter
     ids = calibration.ids.to(adapter.model.device) if calibration is not None else None
@@ -118,13 +125,25 @@ def quantize_steps(
     def show(report: LayerReport) -> None:
         monitor.step(f"{report.name}  rel_error {report.rel_error:.4f}")
 
+    def file_of(name: str) -> Path | None:
+        return run.stage_file(stage, name) if run else None
+
+    def is_open(name: str, sites: list[Site]) -> bool:
+        """Whether a step has codes to be made yet."""
+        file, has = file_of(name), frozenset() if kept is None else kept.names
+        made = file is not None and file.exists()
+        return not made and any(problem.schemes.linears[site.name].weight and site.name not in has for site in sites)
+
     def step(
-        name: str, make: Callable[[dict[str, Quantized], dict[str, Tensor]], list[LayerReport]],
+        name: str, sites: list[Site], make: Callable[[dict[str, Quantized], dict[str, Tensor]], list[LayerReport]],
         beside: Callable[[], dict[str, Tensor]] = dict,
     ) -> None:  # fmt: skip
         """One step, from its file if that is there; beside: what is stored with its codes."""
-        file = run.stage_file(stage, name) if run else None
-        known, held = _read(file, problem) if file is not None and file.exists() else ({}, {})
+        file = file_of(name)
+        if file is not None and file.exists():
+            known, held = _read(file, problem)
+        else:
+            known, held = ({}, {}) if kept is None else (kept.codes(sites, problem), kept.diagonals(sites))
         done = make(known, held)
         if file is not None and not file.exists() and (done or beside()):
             _write(file, done, beside())
@@ -132,14 +151,21 @@ def quantize_steps(
         done.clear()
         give_back()
 
-    step("embedding", lambda known, _: quantizer.embedding(known, show))
+    places = problem.sites
+    steps = {"embedding": [places.embedding]}
+    steps |= {f"block-{index:04d}": places.of("linear", block=index) for index in range(len(adapter.blocks))}
+    steps |= {"head": [places.head] if places.head.stored_as == places.head.name else []}
+    last = max((at for at, (name, sites) in enumerate(steps.items()) if is_open(name, sites)), default=-1)
+    step("embedding", steps["embedding"], lambda known, _: quantizer.embedding(known, show))
     for index in range(len(adapter.blocks)):
+        if index >= last:  # the embedding is step 0
+            quantizer.read_no_more()
         step(
-            f"block-{index:04d}",
+            name := f"block-{index:04d}", steps[name],
             lambda known, held, index=index: quantizer.block(index, known, held, show),
             lambda index=index: quantizer.beside(index),
-        )
-    step("head", lambda known, _: quantizer.head(known, show))
+        )  # fmt: skip
+    step("head", steps["head"], lambda known, _: quantizer.head(known, show))
     for name, experts in quantizer.unreached.items():
         monitor.note(f"{name}: the text reached no {_numbers(experts)} of its experts, which are rounded to nearest")
     return reports

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from paley.core.errors import PaleyError
+from paley.core.errors import PaleyError, Setting
 from paley.core.files import write_atomic
 from paley.core.schemes import Schemes
 from paley.data import TokenBlocks
@@ -31,13 +31,14 @@ from paley.pipeline.execute import execute
 from paley.pipeline.machine import give_back
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.resolve import resolve, under_plan
+from paley.pipeline.reuse import Base
 from paley.pipeline.run_directory import RunDirectory
 from paley.pipeline.saving import load_stored, sample_logits, save_checkpoint, verify
 from paley.pipeline.streaming import stream_checkpoint
 from paley.pipeline.texts import Texts, fit_lengths, gather
 from paley.plan import Plan
 from paley.recipe import Recipe, as_recipe
-from paley.results import EvalResult, LayerResult, Results
+from paley.results import EvalResult, KeptResult, LayerResult, Results
 from paley.sensitivity import Sensitivity
 
 __all__ = ["Outcome", "estimate", "make_plan", "quantize"]
@@ -61,6 +62,8 @@ def quantize(
     output: str | Path,
     plan: Plan | None = None,
     sensitivity: Sensitivity | None = None,
+    base: str | Path | None = None,
+    exact: bool = False,
     resume: bool = False,
     overwrite: bool = False,
     device: str = "cpu",
@@ -71,11 +74,15 @@ def quantize(
 
     recipe: a Recipe, a preset's name such as "w4a4kv4", or a .yaml or .json file; or give a plan that was made for
     this model. sensitivity: what a recipe with a budget goes by; without it, it is measured. workers: processes that
-    share the weights of a data-free recipe; others use one. A run that was stopped goes on with resume=True. Errors:
-    PaleyError, with nothing written to `output`. overwrite=True makes everything anew, also where the folder there came
-    of the same settings.
+    share the weights of a data-free recipe; others use one. base: a folder that was made of this model before, whose
+    weights are kept wherever their schemes are the same; without a recipe or a plan its recipe is taken. exact: keep
+    only such weights as a run without `base` would make the same (`pipeline.reuse`). A run that was stopped goes on
+    with resume=True. Errors: PaleyError, with nothing written to `output`. overwrite=True makes everything anew, also
+    where the folder there came of the same settings.
     """
     monitor, output = monitor or Monitor(), Path(output)
+    earlier = _base(base, exact)
+    recipe = earlier.plan.recipe if earlier is not None and recipe is None and plan is None else recipe
     wanted = _wanted(recipe, plan, sensitivity)
     run = RunDirectory(output)
     run.check_free(resume=resume, overwrite=overwrite)
@@ -84,6 +91,10 @@ def quantize(
     run.check_apart(source.path)
     wanted = fit_lengths(wanted, source, monitor, measures=_measures(wanted, plan, sensitivity))
     problem = _problem(source, wanted, plan, sensitivity)
+    if earlier is not None:
+        run.check_apart(earlier.folder)
+        decided = plan is not None or (wanted.budget is None and wanted.search.method == "none")
+        earlier.check(problem, decided=decided)
     estimated = _estimate(problem, wanted, plan, sensitivity)
     if device == "cpu":
         check_memory(problem, wanted, estimated.memory)
@@ -91,10 +102,10 @@ def quantize(
     if hint := faster(problem, wanted, estimated):
         monitor.note(hint)
     monitor.expect(estimated.stages)
-    key = _key(problem, plan.to_json() if plan is not None else wanted.hash() + _digest(sensitivity))
+    key = _key(problem, plan.to_json() if plan is not None else wanted.hash() + _digest(sensitivity), earlier, exact)
     with run.open(key, resume=resume, overwrite=overwrite):
         if not (resume and run.finished) and not (run.checkpoint / RESULTS).exists():
-            _make(problem, wanted, plan, sensitivity, run, monitor, device, workers)
+            _make(problem, wanted, plan, sensitivity, run, monitor, device, workers, earlier, exact)
         if run.checkpoint.exists():
             seal(run.checkpoint)
         for path in run.publish():
@@ -187,22 +198,28 @@ def _make(
     monitor: Monitor,
     device: str,
     workers: int,
+    base: Base | None,
+    exact: bool,
 ) -> None:
     source = problem.source
     texts = gather(recipe, source, device, monitor, run)
-    run.check_texts({b.role: b.sha256 for b in texts.all()})
+    hashes = {b.role: b.sha256 for b in texts.all()}
+    run.check_texts(hashes)
     original = _original(source, texts.test, run, monitor, device) if texts.test is not None else None
     plan = plan or _plan(problem, recipe, texts, sensitivity, run, monitor, device)
     problem = problem.with_schemes(Schemes(plan.linears, plan.attentions))
+    kept = None if base is None else base.kept(problem, hashes, exact=exact)
+    if kept is not None:
+        monitor.note(str(kept))
     if problem.is_data_free:
         if device != "cpu":
             monitor.note("weights are quantized on the CPU, one after the other; more workers share them")
-        reports = stream_checkpoint(problem, run, monitor, workers)
+        reports = stream_checkpoint(problem, run, monitor, workers, kept)
         model = load_stored(run.checkpoint, problem, device) if texts.test is not None else None
     else:
         if workers > 1:
             monitor.note("this recipe quantizes blocks one after the other: one process is at work, not more")
-        model, reports = execute(problem, texts.calibration, run, monitor, device)
+        model, reports = execute(problem, texts.calibration, run, monitor, device, kept)
         monitor.stage("saving and reading back", 1)
         save_checkpoint(run.fresh_checkpoint(), model, problem)
         expected = sample_logits(model)
@@ -236,6 +253,8 @@ def _make(
         untouched=untouched(stored, problem),
         evaluation=measured,
         layers={r.name: LayerResult(r.rel_error, r.experts or None) for r in reports},
+        texts=hashes,
+        kept=None if kept is None else KeptResult(kept.base.digest, len(kept.names), len(kept.fitted)),
     )
     write_atomic(run.checkpoint / "README.md", model_card(results, plan, str(problem.dtype).removeprefix("torch.")))
     results.save(run.checkpoint / RESULTS)
@@ -280,6 +299,14 @@ def _digest(sensitivity: Sensitivity | None) -> str:
     return "" if sensitivity is None else hashlib.sha256(sensitivity.to_json().encode()).hexdigest()
 
 
-def _key(problem: Problem, wanted: str) -> str:
+def _base(folder: str | Path | None, exact: bool) -> Base | None:
+    if folder is None and exact:
+        raise PaleyError(Setting("exact", True), " says what is kept of an earlier folder: give one with ",
+                         Setting("base"))  # fmt: skip
+    return None if folder is None else Base.open(folder)
+
+
+def _key(problem: Problem, wanted: str, base: Base | None, exact: bool) -> str:
     # The fingerprint says what the model computes, not the type that its config asks for.
-    return hashlib.sha256(f"{problem.source.fingerprint} {problem.dtype} {wanted}".encode()).hexdigest()
+    earlier = "" if base is None else f" {base.digest} {exact}"
+    return hashlib.sha256(f"{problem.source.fingerprint} {problem.dtype} {wanted}{earlier}".encode()).hexdigest()

@@ -36,6 +36,7 @@ from paley.model.calibrate import LayerReport
 from paley.model.loading import is_ignored
 from paley.model.problem import Problem
 from paley.pipeline.monitor import Monitor
+from paley.pipeline.reuse import Kept
 from paley.pipeline.run_directory import RunDirectory
 from paley.pipeline.saving import finish_checkpoint
 
@@ -88,8 +89,13 @@ def _matrices(job: TensorJob) -> Iterator[Tensor]:
         yield part.mT if job.transposed else part
 
 
-def stream_checkpoint(problem: Problem, run: RunDirectory, monitor: Monitor, workers: int = 1) -> list[LayerReport]:
-    """Quantizes every weight of the problem, writes the run's checkpoint folder -> a report for each weight."""
+def stream_checkpoint(
+    problem: Problem, run: RunDirectory, monitor: Monitor, workers: int = 1, kept: Kept | None = None
+) -> list[LayerReport]:
+    """Quantizes every weight of the problem, writes the run's checkpoint folder -> a report for each weight.
+
+    kept: weights that are taken from another folder.
+    """
     source = problem.source
     jobs = [
         TensorJob(
@@ -104,6 +110,8 @@ def stream_checkpoint(problem: Problem, run: RunDirectory, monitor: Monitor, wor
         for site, scheme in problem.weights()
         if scheme.weight is not None
     ]
+    if kept is not None:
+        _take_over(kept, jobs)
     monitor.stage("quantizing weights", len(jobs))
     reports = {}
     for report in _run(jobs, workers):
@@ -181,6 +189,15 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def _take_over(kept: Kept, jobs: list[TensorJob]) -> None:
+    """Makes the files of kept weights, as if a run that was stopped had left them."""
+    for job in jobs:
+        if job.name in kept.names and not job.file.exists():
+            layer = kept.base.results.layers[job.name]
+            told = {"rel_error": repr(layer.rel_error), "experts": json.dumps(layer.experts or ())}
+            write_tensors(job.file, kept.tensors(job.name), told)
 
 
 def _finished(job: TensorJob) -> LayerReport:
