@@ -1,8 +1,8 @@
 """Exports of a real model, opened by the tools they are made for: studies/results/exports-MODEL.json.
 
 python -m studies.exports MODEL --text FILE [--tokens N] [--only RE]
-Needs `pip install ik-llama-cpp-python==0.1.5 gguf compressed-tensors mlx[cpu] mlx-lm`. Weights are rounded to nearest, as
-only the way of the codes is looked at. Each row compares the tool's logits with those of `paley.load` on the folder:
+Needs `pip install ik-llama-cpp-python==0.1.5 gguf compressed-tensors mlx[cpu] mlx-lm`. Weights are rounded to nearest,
+as only the way of the codes is looked at. Each row compares the tool's logits with those of `paley.load` on the folder:
 KL, share of equal top tokens, and how many tokens of a greedy text are the same.
 """
 
@@ -26,7 +26,8 @@ import paley
 from paley.recipe import apply_settings, preset
 
 PRESETS = {  # preset -> targets
-    "gguf-q4_0": ("gguf",), "gguf-q4_1": ("gguf",), "gguf-q5_0": ("gguf",), "gguf-q5_1": ("gguf",), "gguf-q8_0": ("gguf",),
+    "gguf-q4_0": ("gguf",), "gguf-q4_1": ("gguf",), "gguf-q5_0": ("gguf",), "gguf-q5_1": ("gguf",),
+    "gguf-q8_0": ("gguf",),
     "ct-w4g128": ("compressed-tensors", "plain"), "ct-w8g128": ("compressed-tensors",), "mlx-3": ("mlx",),
     "mlx-4": ("mlx",), "mlx-8": ("mlx",),
 }  # fmt: skip
@@ -124,8 +125,8 @@ def main() -> None:
                     row |= compared(ours, theirs, ids)
                 result["rows"][f"{name} {to}"] = row
                 save(result, file)
-                print(f"{name:10s} {to:20s} KL {row['kl']:.2e} top-1 {row['top1_agreement']:.3f} greedy "
-                      f"{row['greedy_same']}/{GREEDY} {row['bytes']:,} bytes {time.time() - start:.0f} s", flush=True)  # fmt: skip
+                told = f"KL {row['kl']:.2e} top-1 {row['top1_agreement']:.3f} greedy {row['greedy_same']}/{GREEDY}"
+                print(f"{name} {to} {told} {row['bytes']:,} bytes {time.time() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

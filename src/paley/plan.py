@@ -5,6 +5,7 @@ The result of a search is a plan; `quantize` executes it. The same plan on the s
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, FiniteFloat
@@ -14,6 +15,7 @@ from paley.core.schemes import AttentionScheme, LinearScheme, Rotation
 from paley.recipe.documents import AnyFloat, Document
 from paley.recipe.models import Recipe
 from paley.recipe.saving import in_natural_order
+from paley.recipe.sources import located, shared
 
 __all__ = ["VERSION", "Plan", "Trial"]
 
@@ -50,6 +52,16 @@ class Plan(Document):
     predicted_loss: AnyFloat | None = None
     bits_per_weight: FiniteFloat | None = None
     trace: tuple[Trial, ...] = ()
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """As of documents; texts that the file names by their paths from it are found from here."""
+        plan = super().load(path)
+        return plan.model_copy(update={"recipe": located(plan.recipe, Path(path).parent)})
+
+    def shared(self, folder: Path) -> Self:
+        """The plan as a file in `folder` may have it, with no path that tells about this machine."""
+        return self.model_copy(update={"recipe": shared(self.recipe, folder)})
 
     def check_fingerprint(self, actual: str) -> Self:
         """Returns self; raises if the plan was made for a model with another fingerprint than `actual`."""

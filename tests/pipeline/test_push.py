@@ -7,12 +7,17 @@ import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
 
 import paley
 from command_line import paley_
+from paley.core.errors import PaleyError
+from paley.format.digests import seal
+from paley.recipe import apply_settings, preset
+from paley.recipe.sources import relative_source
 from tiny_models import higgs, save_tiny
 
 
@@ -123,4 +128,47 @@ def test_what_the_hub_refuses_names_the_way_out(hub, folder, monkeypatch):
     assert "cannot be uploaded" in paley_("push", folder, "me/tiny", code=2).err
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE" in paley_("push", folder, "me/tiny", code=2).err
+    assert not hub.files
+
+
+def test_nothing_in_a_folder_tells_where_it_was_made(hub, tiny_tokenizer, tmp_path, monkeypatch):
+    """Neither as absolute paths, nor by more of the path than the text and the folder have apart."""
+    private = tmp_path / "private name"
+    text = private / "texts" / "words.txt"
+    text.parent.mkdir(parents=True)
+    text.write_text("\n\n".join(f"{n} stories of {n * n} words, told {n % 7} times." for n in range(400)))
+    model = save_tiny(private / "model", tiny_tokenizer, intermediate_size=64)
+    sizes = [f"{part}.{size}" for part in ("calibration", "test") for size in ("sequences=4", "seq_len=32")]
+    settings = [f"calibration.source={text}", "search.method=none", "hadamard=16", *sizes]
+    made = paley.quantize(model, apply_settings(preset("w4a16"), settings), output=private / "out")
+    paley.push(made.output, "me/tiny")
+    assert {"plan.json", "results.json", "README.md", "config.json"} <= hub.files.keys()
+    for name, content in hub.files.items():
+        assert b"private name" not in content, name
+    assert json.loads(hub.files["plan.json"])["recipe"]["calibration"]["source"] == "../texts/words.txt"
+    assert json.loads(hub.files["results.json"])["evaluation"]["source"] == "../texts/words.txt"
+    monkeypatch.chdir(tmp_path.anchor)  # found from the folder, wherever one is
+    assert paley.score(made.output).sha256 == made.results.evaluation.sha256
+    with pytest.raises(PaleyError, match="was tuned on this text"):
+        paley.score(made.output, data=str(text))
+    away = private.rename(tmp_path / "other") / "out"
+    assert paley.Plan.load(away / "plan.json").recipe.calibration.source == str(tmp_path / "other/texts/words.txt")
+
+
+def test_a_text_elsewhere_is_named_by_its_name_alone(tmp_path):
+    file = Path(__file__).resolve()
+    assert relative_source(str(file), Path("/elsewhere/out")) == file.name
+    assert relative_source("/elsewhere/gone/text.txt", tmp_path) == "text.txt"
+    for source in ("pydoc", "self", "hub:wikitext::test", "missing.txt"):
+        assert relative_source(source, tmp_path) == source
+
+
+def test_a_folder_of_an_older_paley_that_names_places_is_not_sent(hub, tiny_tokenizer, tmp_path):
+    out = paley.quantize(save_tiny(tmp_path / "model", tiny_tokenizer), higgs(), output=tmp_path / "out").output
+    plan = json.loads((out / "plan.json").read_text())
+    plan["recipe"]["calibration"]["source"] = "/home/someone/text.txt"
+    (out / "plan.json").write_text(json.dumps(plan))
+    seal(out)
+    with pytest.raises(PaleyError, match=r"plan\.json: names a text by its place on this machine, /home/someone/text"):
+        paley.push(out, "me/tiny")
     assert not hub.files

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from os.path import isabs
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import (
@@ -13,8 +15,10 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 
-from paley.core.errors import PaleyError
+from paley.core.errors import PaleyError, Setting
+from paley.core.reading import read_json
 from paley.format.digests import DIGESTS, Digests
+from paley.format.publish import RESULTS
 from paley.pipeline.verify import verify
 
 __all__ = ["Pushed", "push"]
@@ -39,9 +43,11 @@ def push(
 
     repository: OWNER/NAME, or NAME for one's own; it is made if it is not there, private or not (None: as the account
     prefers). on_file: as of `paley.verify`. The token is that of `hf auth login`, or HF_TOKEN.
-    Errors: PaleyError for a damaged folder, before anything is sent, and for what the Hub refuses.
+    Errors: PaleyError for a damaged folder or one that names places on this machine, before anything is sent, and for
+    what the Hub refuses.
     """
     verified = verify(folder, on_file=on_file)
+    _check_paths(verified.folder)
     files = [*Digests.load(verified.folder).files, DIGESTS]
     api = HfApi(library_name="paley")
     try:
@@ -59,3 +65,17 @@ def push(
             remedy="give OWNER/NAME, and a token that may write there (`hf auth login`, or HF_TOKEN)",
         ) from error
     return Pushed(made.repo_id, commit.commit_url, len(files), verified.bytes, verified.not_covered)
+
+
+def _check_paths(folder: Path) -> None:
+    """Raises for a text that plan.json or results.json, as an older Paley wrote them, names by its whole path."""
+    for name in ("plan.json", RESULTS):
+        waiting: list[Any] = [read_json(folder / name)] if (folder / name).is_file() else []
+        while waiting:
+            value = waiting.pop()
+            waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+            if isinstance(value, dict) and isinstance(source := value.get("source"), str) and isabs(source):
+                raise PaleyError(
+                    f"{folder / name}: names a text by its place on this machine, {source}",
+                    remedy=("quantize again, with ", Setting("base", folder), ", which keeps all weights"),
+                )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -38,6 +38,7 @@ from paley.pipeline.streaming import stream_checkpoint
 from paley.pipeline.texts import Texts, fit_lengths, gather
 from paley.plan import Plan
 from paley.recipe import Recipe, as_recipe
+from paley.recipe.sources import relative_source
 from paley.results import EvalResult, KeptResult, LayerResult, Results
 from paley.sensitivity import Sensitivity
 
@@ -240,7 +241,7 @@ def _make(
     weights = parameter_count(source, problem.carried)
     bits = stored.nbytes * 8 / weights
     plan = plan.model_copy(update={"bits_per_weight": bits})
-    plan.save(run.checkpoint / "plan.json")
+    plan.shared(run.output).save(run.checkpoint / "plan.json")
     results = Results(
         run=run.key,
         model_type=source.config.model_type,
@@ -251,7 +252,7 @@ def _make(
         bytes=stored.nbytes,
         original_bytes=source.checkpoint.nbytes,
         untouched=untouched(stored, problem),
-        evaluation=measured,
+        evaluation=measured and replace(measured, source=relative_source(measured.source, run.output)),
         layers={r.name: LayerResult(r.rel_error, r.experts or None) for r in reports},
         texts=hashes,
         kept=None if kept is None else KeptResult(kept.base.digest, len(kept.names), len(kept.fitted)),
