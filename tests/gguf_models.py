@@ -37,6 +37,10 @@ FAMILIES = {
     "smollm3": ("SmolLM3Config", {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]}),
     "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3Config", {}),
+    "granite": (
+        "GraniteConfig",
+        {"attention_multiplier": 0.3, "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 2.0},
+    ),
     "gemma": ("GemmaConfig", {}),
     "gemma2": (
         "Gemma2Config",

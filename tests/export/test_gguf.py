@@ -39,7 +39,9 @@ def kl(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_llama_cpp_says_the_same(family, tokenizer, tmp_path):
-    out = quantized(save(tmp_path / "model", tokenizer, family), tmp_path / "out", name="gguf-q8_0")
+    # This llama.cpp scales the whole stream where Granite scales what is added to it (findings).
+    changes = {"residual_multiplier": 1.0} if family == "granite" else {}
+    out = quantized(save(tmp_path / "model", tokenizer, family, **changes), tmp_path / "out", name="gguf-q8_0")
     made = export_gguf(out, output=tmp_path / "gguf")
     ids = torch.randint(3, 250, (40,), generator=torch.Generator().manual_seed(1)).tolist()
     ours = paley.load(out, product="dense")(torch.tensor([ids]), use_cache=False).logits[0]

@@ -40,7 +40,7 @@ class GgufFamily:
     family alone. windows: every so many layers one sees all tokens and the others have a window; 1: none has one.
     rope_every: every so many layers one has no RoPE; 0: all have it. local_theta: RoPE's base in layers with a window,
     which no key tells. activation: of the gate. biased: wires whose linears may have a bias. heads_fill: the heads of
-    queries together are as wide as the stream.
+    queries together are as wide as the stream. always: keys of one value.
     """
 
     architecture: str
@@ -52,11 +52,16 @@ class GgufFamily:
     activation: str = "silu"
     biased: tuple[str, ...] = ()
     heads_fill: bool = False
+    always: Mapping[str, bool] = field(default_factory=dict)
 
 
 _GEMMA_WINDOW = {"attention.sliding_window": "sliding_window"}
 _QKV = ("queries", "keys", "values")
 _GELU = "gelu_pytorch_tanh"
+_GRANITE = {
+    "attention.scale": "attention_multiplier", "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier", "logit_scale": "logits_scaling",
+}  # fmt: skip
 _CAPS = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
 
 GGUF: Mapping[str, GgufFamily] = {
@@ -65,6 +70,9 @@ GGUF: Mapping[str, GgufFamily] = {
     "smollm3": GgufFamily("smollm3", "interleaved", rope_every=4),
     "qwen2": GgufFamily("qwen2", "halves", biased=_QKV, heads_fill=True),
     "qwen3": GgufFamily("qwen3", "halves"),
+    "granite": GgufFamily(
+        "granite", "interleaved", biased=_QKV, keys=_GRANITE, always={"rope.scaling.finetuned": True},
+    ),
     "gemma": GgufFamily("gemma", "halves", activation=_GELU),
     "gemma2": GgufFamily("gemma2", "halves", windows=2, keys=_GEMMA_WINDOW | _CAPS, activation=_GELU),
     "gemma3_text": GgufFamily(

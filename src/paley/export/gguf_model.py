@@ -47,13 +47,13 @@ class GgufModel:
         model._check()
         return model
 
-    def keys(self) -> dict[str, int | float]:
+    def keys(self) -> dict[str, int | float | bool]:
         """Key after the architecture's name -> value."""
         head_dim = self.row.head_dim(self.config)
         found = {key: getattr(self.config, name) for key, name in {**KEYS, **self.family.keys}.items()}
         found |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
         found |= {"rope.dimension_count": head_dim, "rope.freq_base": float(self._rope["rope_theta"])}
-        return {key: value for key, value in found.items() if value is not None}
+        return {key: value for key, value in found.items() if value is not None} | dict(self.family.always)
 
     def scaling(self) -> dict[str, str | float]:
         """Keys of a linear scaling of RoPE; none if there is no scaling, or if `rope_factors` says it."""
@@ -103,6 +103,8 @@ class GgufModel:
         self._wants(self.row.activation, getattr(config, self.row.activation) or family.activation, family.activation)
         if family.heads_fill:
             self._wants("head_dim", self.row.head_dim(config), config.hidden_size // config.num_attention_heads)
+        if "attention.scale" in family.keys:
+            return
         usual = self.row.head_dim(config) ** -0.5  # no key tells another one
         self._wants("attention scale", round(self.row.attention_scale(config), 9), round(usual, 9))
 
