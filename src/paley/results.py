@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -11,6 +11,7 @@ from pydantic import Field, FiniteFloat
 
 from paley.core.reading import read_json
 from paley.recipe.documents import AnyFloat, Document
+from paley.recipe.sources import located_source
 
 __all__ = ["VERSION", "EvalResult", "KeptResult", "LayerResult", "Results"]
 
@@ -110,6 +111,15 @@ class Results(Document):
     layers: dict[str, LayerResult]
     texts: dict[str, str] = Field(default_factory=dict)
     kept: KeptResult | None = None
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """As of documents; a text that the file names by its path from it is found from here."""
+        found = super().load(path)
+        if (scored := found.evaluation) is None:
+            return found
+        source = located_source(scored.source, Path(path).parent)
+        return found.model_copy(update={"evaluation": replace(scored, source=source)})
 
     @classmethod
     def beside(cls, folder: Path) -> Self | None:

@@ -236,12 +236,12 @@ def test_sigint_leaves_a_run_that_the_printed_command_finishes(made, tmp_path):
     command = shlex.split(err.splitlines()[-1])
     assert command == ["paley", *args, "--resume"]
     paley_(*command[1:])
-    assert (tmp_path / "an output/plan.json").read_bytes() == (made.out / "plan.json").read_bytes()
+    assert paley.Plan.load(tmp_path / "an output/plan.json") == paley.Plan.load(made.out / "plan.json")
 
 
 def test_eval_repeats_the_scores_of_the_run(made):
     found = json.loads(paley_("eval", made.out, "--against", made.model, "--json").out)
-    recorded = json.loads((made.out / "results.json").read_text())["evaluation"]
+    recorded = paley.Results.load(made.out / "results.json").to_dict()["evaluation"]
     assert recorded.items() <= found.items()
     assert found["kl"] > 0
 

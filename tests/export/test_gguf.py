@@ -219,3 +219,39 @@ def test_the_command_line_and_overwriting(tokenizer, tmp_path):
     plain = json.loads(paley_("export", out, "--to", "plain", "--output", tmp_path / "plain", "--json").out)
     assert plain["types"] == {}
     assert Checkpoint.open(tmp_path / "plain").nbytes == plain["bytes"]
+
+
+def test_bad_input_is_one_line_and_nothing_half_written(tokenizer, tmp_path):
+    """Of the command line: a rotated folder, a damaged one, one of a rounded input, and GGUF files that are none."""
+    model = save(tmp_path / "model", tokenizer, "llama")
+    rotated = quantized(model, tmp_path / "rotated", "rotate=online")
+    damaged = change_config(quantized(model, tmp_path / "damaged"), rms_norm_eps=0.5)
+    rounds = quantized(model, tmp_path / "rounds", "inputs={grid: int8}")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for folder, complaint in [
+        (rotated, "its input turns at run time, which GGUF cannot say"),
+        (damaged, "rms_norm_eps"),
+        (rounds, "cannot round what this model rounds as it runs: 21 linear inputs to int8"),
+        (model, "is no Paley checkpoint"),
+    ]:
+        shown = paley_("export", folder, "--to", "gguf", "--output", tmp_path / "gguf", code=2)
+        assert complaint in shown.err
+        assert shown.err.count("\n") == 1
+        assert shown.out == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    whole = bytearray(
+        file_of(export_gguf(quantized(model, tmp_path / "out"), output=tmp_path / "gguf").output).read_bytes()
+    )
+    kind = whole.index(b"blk.0.ffn_up.weight") + len(b"blk.0.ffn_up.weight") + 4 + 2 * 8
+    damage = {
+        "truncated": bytes(whole[: len(whole) // 2]),
+        "unknown type": bytes(whole[:kind]) + b"\x85" + bytes(whole[kind + 1 :]),
+        "blocks of 256": bytes(whole[:kind]) + bytes([gguf.GGMLQuantizationType.Q4_K]) + bytes(whole[kind + 1 :]),
+    }
+    for what, data in damage.items():
+        file = tmp_path / f"{what}.gguf"
+        file.write_bytes(data)
+        shown = paley_("quantize", file, "--preset", "gguf-q4_0", "--no-score", "--output", tmp_path / "no", code=2)
+        (error,) = [line for line in shown.err.splitlines() if not line.endswith("checking the checkpoint")]
+        assert error.startswith(f"error: {file}: is no whole GGUF file")
+        assert not list(tmp_path.glob("no*"))

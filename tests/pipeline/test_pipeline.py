@@ -205,8 +205,7 @@ def test_rotation_alone_leaves_an_ordinary_wider_checkpoint(model_folder, text, 
 
 def test_self_written_text_calibrates(model_folder, text, tmp_path):
     wanted = recipe(text, "w4a4kv4", "calibration.source=self", f"test.source={text}")
-    made = quantize(model_folder, wanted, output=tmp_path / "out")
-    assert made.results.evaluation.source == os.path.relpath(text, made.output)
+    assert quantize(model_folder, wanted, output=tmp_path / "out").results.evaluation.source == str(text)
     with pytest.raises(PaleyError, match="the model wrote itself"):
         quantize(model_folder, recipe(text, "w4a4kv4", "calibration.source=self"), output=tmp_path / "no")
 

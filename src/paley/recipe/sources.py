@@ -13,7 +13,7 @@ from pathlib import Path
 from paley.core.defaults import SELF
 from paley.recipe.models import Recipe
 
-__all__ = ["located", "relative_source", "shared"]
+__all__ = ["located", "located_source", "relative_source", "shared"]
 
 _PARTS = ("calibration", "search", "test", "budget")
 _NO_FILES = (SELF, "pydoc", "random")
@@ -26,12 +26,12 @@ def shared(recipe: Recipe, folder: Path) -> Recipe:
 
 def located(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe in a file of `folder`, its texts where they are from here; those that are not there stay as named."""
+    return _changed(recipe, lambda source: located_source(source, folder))
 
-    def where(source: str) -> str:
-        path = Path(os.path.normpath(folder / source))
-        return str(path) if not Path(source).is_absolute() and path.is_file() else source
 
-    return _changed(recipe, where)
+def located_source(source: str, folder: Path) -> str:
+    path = Path(os.path.normpath(folder / source))
+    return str(path) if not Path(source).is_absolute() and path.is_file() else source
 
 
 def relative_source(source: str, folder: Path) -> str:
