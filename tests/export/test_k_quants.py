@@ -6,10 +6,17 @@ import numpy as np
 import pytest
 import torch
 
+import paley
+from gguf_models import byte_tokenizer, file_of, quantized, save
+from llama_cpp import open_llama_cpp
+from paley.core.errors import PaleyError
 from paley.export.k_quants import fit_q4_k, fit_q6_k
+from paley.model.loading import open_source
+from paley.recipe import apply_settings, preset
 
 gguf = pytest.importorskip("gguf")
 
+IDS = torch.arange(10, 50)[None]
 FITS = {"Q4_K": fit_q4_k, "Q6_K": fit_q6_k}
 
 
@@ -50,3 +57,39 @@ def test_rows_of_zeros_of_one_value_and_of_one_outlier(kind):
     assert torch.allclose(found[[1, 3]], weight[[1, 3]], rtol=2e-3)
     assert found[2, 7] == pytest.approx(-1000, rel=2e-2)
     assert bool((found[2].abs() <= 1000 * 1.02).all())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["q4_k", "q6_k", "q8_0"])
+def test_any_folder_becomes_a_file_of_a_type_and_the_loss_is_told(kind, tmp_path):
+    """A rotated folder on grids of vectors, with rows of 128 and 320 values, which no superblock divides."""
+    sizes = {"hidden_size": 256, "intermediate_size": 320, "num_hidden_layers": 2}
+    model = save(tmp_path / "model", byte_tokenizer(), "llama", **sizes)
+    out = paley.quantize(model, apply_settings(preset("higgs-4"), ["test=null"]), output=tmp_path / "out").output
+    made = paley.export_to(out, "gguf", output=tmp_path / "gguf", kind=kind)
+    narrow = {"q4_k": "Q5_0", "q6_k": "Q8_0", "q8_0": "Q8_0"}[kind]
+    assert made.types[kind.upper()] == {"q4_k": 10, "q6_k": 12, "q8_0": 16}[kind]
+    assert made.types[narrow] >= 4
+    (note,) = made.notes
+    assert note.startswith("16 weights are rounded anew: |W - W'|^2 / |W|^2 is ")
+    most = {"q4_k": 0.008, "q6_k": 0.0006, "q8_0": 0.0001}[kind]
+    assert float(note.split(" is ")[1].split()[0]) < most
+    assert note.split(" is ")[1] in (made.output / "README.md").read_text()
+    models = paley.load(out, product="dense"), open_source(file_of(made.output)).load()
+    ours, theirs = (model(IDS, use_cache=False).logits for model in models)
+    assert (ours - theirs).norm() < 8 * most**0.5 * ours.norm()
+    with open_llama_cpp(file_of(made.output)) as peer:
+        assert (peer.logits(IDS[0].tolist()) - theirs[0]).norm() < 0.15 * ours.norm()
+    assert not list(tmp_path.glob(".gguf*/plain"))
+
+
+def test_a_type_that_is_none_or_of_another_format(tmp_path):
+    with pytest.raises(PaleyError, match=r"kind: must be Q4_K, Q6_K, Q8_0, .* got 'Q4_M'; did you mean"):
+        export_gguf_of(tmp_path, "Q4_M")
+    with pytest.raises(PaleyError, match="kind is a type of gguf's; leave it out, got 'Q4_K'"):
+        paley.export_to(tmp_path, "mlx", output=tmp_path / "mlx", kind="Q4_K")
+
+
+def export_gguf_of(folder, kind):
+    model = save(folder / "model", byte_tokenizer(), "llama")
+    return paley.export_to(quantized(model, folder / "out"), "gguf", output=folder / "gguf", kind=kind)

@@ -19,6 +19,12 @@ To = Annotated[
     str,
     typer.Option("--to", metavar="FORMAT", help="gguf, compressed-tensors, mlx, plain (16 bits).", show_default=False),
 ]
+Type = Annotated[
+    str | None,
+    typer.Option(
+        "--type", metavar="TYPE", help="Of gguf: round weights anew to Q4_K, Q6_K or Q8_0, whatever they are on."
+    ),
+]
 
 
 @verb("export")
@@ -26,6 +32,7 @@ def export_verb(
     folder: options.Folder,
     to: To,
     output: options.NewFolder,
+    kind: Type = None,
     weights_only: options.WeightsOnly = False,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
@@ -34,7 +41,7 @@ def export_verb(
 
     The very codes and scales: gguf for llama.cpp (quantize with a preset such as gguf-q4_0), compressed-tensors for
     transformers and vLLM (ct-w4g128), mlx for Apple's (mlx-4). plain: an ordinary checkpoint, as `paley dequantize`
-    writes. What a format cannot hold is refused.
+    writes. What a format cannot hold is refused, but --type makes a gguf file of any folder, and tells the loss.
 
     Example: `paley export llama-q4_0 --to gguf --output llama-gguf`
     """
@@ -44,7 +51,7 @@ def export_verb(
     start = time.monotonic()
     with counting("writing") as on_tensor:
         made = paley.export_to(
-            folder, to, output=output, weights_only=weights_only, overwrite=overwrite, on_tensor=on_tensor
+            folder, to, output=output, kind=kind, weights_only=weights_only, overwrite=overwrite, on_tensor=on_tensor
         )
     cost = display.Cost(time.monotonic() - start, peak_memory())
     for path in made.leftover:

@@ -21,6 +21,7 @@ _OPTIONS = {
     "expand": "--expand",
     "fold": "--fold",
     "host": "--host",
+    "kind": "--type",
     "max_new_tokens": "--max-new-tokens",
     "min_p": "--min-p",
     "output": "--output",

@@ -35,16 +35,24 @@ def export_to(
     to: str,
     *,
     output: str | Path,
+    kind: str | None = None,
     weights_only: bool = False,
     overwrite: bool = False,
     on_tensor: Callable[[int, str], None] = lambda total, name: None,
 ) -> Exported:
     """Writes the quantized folder `path` in the format `to`, one of FORMATS, to the new folder `output`.
 
-    weights_only: leave out the rounding of linear inputs, keys and values, which other formats cannot say. on_tensor
-    hears of each tensor written, and how many there are. Errors: PaleyError, with nothing in `output`.
+    kind: of gguf alone, a type to which weights are rounded anew: Q4_K, Q6_K or Q8_0. weights_only: leave out the
+    rounding of linear inputs, keys and values, which other formats cannot say. on_tensor hears of each tensor written,
+    and how many there are. Errors: PaleyError, with nothing in `output`.
     """
     if to not in FORMATS:
         known = f": must be {', '.join(FORMATS)}"
         raise PaleyError(Setting("to"), known, got=f"{to!r}{nearest_name(to, FORMATS)}")
+    if kind is not None:
+        if to != "gguf":
+            raise PaleyError(Setting("kind"), " is a type of gguf's; leave it out", got=repr(kind))
+        return export_gguf(
+            path, output=output, kind=kind.upper(), weights_only=weights_only, overwrite=overwrite, on_tensor=on_tensor
+        )
     return FORMATS[to](path, output=output, weights_only=weights_only, overwrite=overwrite, on_tensor=on_tensor)

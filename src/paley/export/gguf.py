@@ -1,7 +1,8 @@
 """A quantized folder as a GGUF file, which llama.cpp reads: the very codes and scales, in ggml's types of blocks.
 
 Nothing is rounded a second time. A grid that no type holds, and what turns at run time, is refused before any work;
-the presets `gguf-q4_0` to `gguf-q8_0` make folders that fit. The `gguf` package writes the file (`paley[gguf]`).
+the presets `gguf-q4_0` to `gguf-q8_0` make folders that fit. If a type is asked for, any folder is decoded and its
+weights are rounded anew (`gguf_refit.py`). The `gguf` package writes the file (`paley[gguf]`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from paley.core.schemes import LinearScheme
 from paley.export.blocks import BLOCK, BlockType, fitting, pack
 from paley.export.folder import Exported, QuantizedFolder, place_for
 from paley.export.gguf_model import GgufModel
+from paley.export.gguf_refit import GgufTensor, Refit, check_kind, decoded
 from paley.export.gguf_tokenizer import tokenizer_keys
 from paley.format import spec
 from paley.format.checkpoint import Checkpoint
@@ -50,56 +52,52 @@ tags: [paley, gguf]
 # A {model_type} model in GGUF
 
 `paley export` made `{file}` from the quantized folder `{folder}`; llama.cpp and whatever is built on it read it. Its
-weights are the very codes of that folder ({grids}), as {types}; {size:,} bytes of tensors.
+weights are {how} that folder ({grids}), as {types}; {size:,} bytes of tensors.
 {notes}"""
-
-
-@dataclass(frozen=True)
-class _Tensor:
-    """A tensor of the file: shape in rows and columns, ggml's type, and what makes its bytes, uint8 [rows, bytes]."""
-
-    name: str
-    shape: tuple[int, ...]
-    kind: str
-    data: Callable[[], Tensor]
-    nbytes: int
 
 
 def export_gguf(
     path: str | Path,
     *,
     output: str | Path,
+    kind: str | None = None,
     weights_only: bool = False,
     overwrite: bool = False,
     on_tensor: Callable[[int, str], None] = lambda total, name: None,
 ) -> Exported:
     """Writes the quantized folder `path` as `model-TYPE.gguf` in the new folder `output`, with a model card.
 
-    weights_only: leave out the rounding of linear inputs, keys and values, which llama.cpp has settings of its own for.
+    kind: Q4_K, Q6_K or Q8_0, to which weights are rounded anew, whatever they are on. weights_only: leave out the
+    rounding of linear inputs, keys and values, which llama.cpp has settings of its own for.
     on_tensor hears of each tensor written, and how many there are. Errors: PaleyError, with nothing in `output`.
     """
     package = _package()
     folder, output = Path(path), Path(output)
     place = place_for(output, folder, overwrite=overwrite)
     source = QuantizedFolder.open(folder, weights_only=weights_only, what="a GGUF file")
-    config = read_config(folder)
-    model = GgufModel.of(config, f"{folder}/config.json")
-    checkpoint = join_tie(folder, source.stored, model.sites)
-    kinds = _kinds(source, checkpoint, model.sites)
-    names = package.get_tensor_name_map(_architecture(package, model), config.num_hidden_layers)
-    tensors = list(_tensors(source, checkpoint, model, kinds, names))
-    tokenizer = tokenizer_keys(folder, config.vocab_size)
-    label = _label(kinds)
+    if kind is not None:
+        check_kind(kind)
     try:
         with place.open(_RUN, overwrite=overwrite) as work:
+            plain = folder if kind is None else decoded(folder, work.path / "plain", weights_only=weights_only)
+            config = read_config(plain)
+            model = GgufModel.of(config, f"{folder}/config.json")
+            checkpoint = join_tie(folder, source.stored if kind is None else Checkpoint.open(plain), model.sites)
+            names = package.get_tensor_name_map(_architecture(package, model), config.num_hidden_layers)
+            kinds, refit = {}, Refit(package, kind or "")
+            if kind is None:
+                kinds = _kinds(source, checkpoint, model.sites)
+            tensors = list(_tensors(source, checkpoint, model, kinds, names, refit if kind is not None else None))
+            tokenizer = tokenizer_keys(folder, config.vocab_size)
+            label = kind or _label(kinds)
             file = work.new / f"model-{label}.gguf"
             work.new.mkdir()
             with disk(file, sum(tensor.nbytes for tensor in tensors)):
                 writer = package.GGUFWriter(file, model.family.architecture)
                 _add_keys(package, writer, model, tokenizer, label, folder.resolve().name)
                 _write(package, writer, tensors, on_tensor)
-            made = _exported(output, source, tensors, kinds)
-            _describe(work.new, file.name, source, config, made)
+            made = _exported(output, source, tensors, kinds, refit)
+            _describe(work.new, file.name, source, config, made, kind)
             return replace(made, leftover=work.publish())
     except OSError as error:
         raise PaleyError(f"{output}: cannot be written: {error.strerror or error}") from error
@@ -161,18 +159,23 @@ def _nearest(grid: Any) -> str:
 
 
 def _tensors(
-    source: QuantizedFolder, checkpoint: Checkpoint, model: GgufModel, kinds: dict[str, BlockType], names: Any
-) -> Iterator[_Tensor]:
+    source: QuantizedFolder,
+    checkpoint: Checkpoint,
+    model: GgufModel,
+    kinds: dict[str, BlockType],
+    names: Any,
+    refit: Refit | None,
+) -> Iterator[GgufTensor]:
     """What the file holds, in the order of the checkpoint's names; raises for a tensor that GGUF has no place for."""
     if (factors := model.rope_factors()) is not None:
-        yield _Tensor(ROPE_FACTORS, tuple(factors.shape), "F32", lambda: _bytes(factors), factors.nbytes)
+        yield GgufTensor(ROPE_FACTORS, tuple(factors.shape), "F32", lambda: _bytes(factors), factors.nbytes)
     taken = {f"{attention}.{part}" for attention in source.section.attentions for part in MEAN_KEYS}
     for name, kind in kinds.items():
         taken |= {name + part for part in spec.PARTS}
         site, rows = model.sites[name], checkpoint.shape(name + spec.CODES)[0]
         if rows != site.shape[0]:
             raise PaleyError(f"{name}: has {rows} rows, but the model's layer has {site.shape[0]}")
-        yield _Tensor(
+        yield GgufTensor(
             _name(names, name + spec.WEIGHT), site.shape, kind.name,
             partial(_coded, checkpoint, source.section.linears[name], site, kind, model.row_order(site)),
             site.numel // BLOCK * kind.block_bytes,
@@ -183,12 +186,15 @@ def _tensors(
         site = model.sites.get(name.removesuffix(spec.BIAS).removesuffix(spec.WEIGHT))
         if name.endswith(spec.BIAS) and (site is None or site.writes not in model.family.biased):
             raise PaleyError(f"{name}: GGUF has no place for this bias in a model of this family", remedy=_WAY_OUT)
+        if refit is not None and site is not None and name.endswith(spec.WEIGHT):
+            yield refit.tensor(_name(names, name), site, partial(checkpoint.tensor, name), model.row_order(site))
+            continue
         vector = len(checkpoint.shape(name)) == 1
         kind = torch.float32 if vector else checkpoint.dtype(name)
         if kind not in _FLOATS:
             raise PaleyError(f"{name}: must be {', '.join(_FLOATS.values())}", got=str(kind), remedy=_WAY_OUT)
         count = math.prod(checkpoint.shape(name))
-        yield _Tensor(
+        yield GgufTensor(
             _name(names, name), checkpoint.shape(name), _FLOATS[kind],
             partial(_plain, checkpoint, name, site, model), count * kind.itemsize,
         )  # fmt: skip
@@ -251,7 +257,7 @@ def _add_keys(package: Any, writer: Any, model: GgufModel, tokenizer: dict[str, 
             writer.add_key_value(key, value, kind)
 
 
-def _write(package: Any, writer: Any, tensors: list[_Tensor], on_tensor: Callable[[int, str], None]) -> None:
+def _write(package: Any, writer: Any, tensors: list[GgufTensor], on_tensor: Callable[[int, str], None]) -> None:
     """The file, one tensor in memory at a time."""
     for tensor in tensors:
         kind = getattr(package.GGMLQuantizationType, tensor.kind)
@@ -271,9 +277,11 @@ def _write(package: Any, writer: Any, tensors: list[_Tensor], on_tensor: Callabl
 _NO_NUMPY_TYPE: Any = None  # the package looks at it only where no type of ggml's is given
 
 
-def _exported(output: Path, source: QuantizedFolder, tensors: list[_Tensor], kinds: dict[str, BlockType]) -> Exported:
+def _exported(
+    output: Path, source: QuantizedFolder, tensors: list[GgufTensor], kinds: dict[str, BlockType], refit: Refit
+) -> Exported:
     types = Counter(tensor.kind for tensor in tensors)
-    notes = []
+    notes = refit.notes()
     if offset := sum(kind.zero is None for kind in kinds.values()):
         notes.append(f"offsets of {offset} weights are rounded to float16: by at most 2^-11 of an offset")
     size = sum(tensor.nbytes for tensor in tensors)
@@ -282,7 +290,7 @@ def _exported(output: Path, source: QuantizedFolder, tensors: list[_Tensor], kin
     )
 
 
-def _describe(work: Path, file: str, source: QuantizedFolder, config: Any, made: Exported) -> None:
+def _describe(work: Path, file: str, source: QuantizedFolder, config: Any, made: Exported, kind: str | None) -> None:
     """results.json and the card: where this file came from."""
     about = {"quantized_bytes": made.quantized_bytes, "bytes": made.bytes, "dropped": list(made.dropped)}
     about |= {"types": made.types, "notes": list(made.notes)}
@@ -291,6 +299,7 @@ def _describe(work: Path, file: str, source: QuantizedFolder, config: Any, made:
     notes = [f"Left out: {what}." for what in made.dropped] + [f"Not exact: {what}." for what in made.notes]
     card = _CARD.format(
         model_type=config.model_type, file=file, folder=folder, grids=source.grids, size=made.bytes,
+        how="the very codes of" if kind is None else "rounded anew from what is decoded of",
         types=", ".join(f"{kind} × {count}" for kind, count in made.types.items()),
         notes="".join(f"\n{note}\n" for note in notes),
     )  # fmt: skip
