@@ -12,7 +12,18 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import paley
 from paley.recipe import apply_settings, preset
 
-__all__ = ["FAMILIES", "LINEAR", "LLAMA3", "SIZES", "byte_tokenizer", "file_of", "quantized", "save", "sentencepiece"]
+__all__ = [
+    "EXPERTS",
+    "FAMILIES",
+    "LINEAR",
+    "LLAMA3",
+    "SIZES",
+    "byte_tokenizer",
+    "file_of",
+    "quantized",
+    "save",
+    "sentencepiece",
+]
 
 # Rows of 128 values at least: this llama.cpp multiplies shorter ones of Q4_1 and Q5_1 wrongly.
 SIZES = {
@@ -25,9 +36,16 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }  # fmt: skip
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 32}
 GEMMA3_ROPE = {
     "full_attention": {"rope_type": "linear", "rope_theta": 20000.0, "factor": 8.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+}
+EXPERTS = {
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True},
+    ),
 }
 SLIDES = ["sliding_attention"] * 5 + ["full_attention"]
 FAMILIES = {
@@ -36,6 +54,7 @@ FAMILIES = {
     "mistral": ("MistralConfig", {"sliding_window": None}),
     "smollm3": ("SmolLM3Config", {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]}),
     "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
+    "qwen2, yarn": ("Qwen2Config", {"rope_parameters": YARN}),
     "qwen3": ("Qwen3Config", {}),
     "granite": (
         "GraniteConfig",
@@ -93,7 +112,7 @@ def sentencepiece() -> PreTrainedTokenizerFast:
 
 
 def save(folder: Path, tokenizer: PreTrainedTokenizerFast, family: str, **changes: object) -> Path:
-    name, own = FAMILIES[family]
+    name, own = {**FAMILIES, **EXPERTS}[family]
     torch.manual_seed(0)
     config = getattr(transformers, name)(**{**SIZES, **own, **changes})
     model = AutoModelForCausalLM.from_config(config)

@@ -12,12 +12,24 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import paley
 from command_line import paley_
-from gguf_models import FAMILIES, LINEAR, LLAMA3, SIZES, byte_tokenizer, file_of, quantized, save, sentencepiece
+from gguf_models import (
+    EXPERTS,
+    FAMILIES,
+    LINEAR,
+    LLAMA3,
+    SIZES,
+    YARN,
+    byte_tokenizer,
+    file_of,
+    quantized,
+    save,
+    sentencepiece,
+)
 from llama_cpp import open_llama_cpp
 from paley.core.errors import PaleyError
 from paley.export.gguf import export_gguf
 from paley.format.checkpoint import Checkpoint
-from paley.model.loading import read_config
+from paley.model.loading import open_source, read_config
 from tiny_models import change_config, unseal
 
 gguf = pytest.importorskip("gguf")
@@ -37,7 +49,7 @@ def kl(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *EXPERTS])
 def test_llama_cpp_says_the_same(family, tokenizer, tmp_path):
     # This llama.cpp scales the whole stream where Granite scales what is added to it (findings).
     changes = {"residual_multiplier": 1.0} if family == "granite" else {}
@@ -135,6 +147,35 @@ def test_layers_that_are_kept_and_weights_alone(tokenizer, tmp_path):
     assert "Left out: 18 linear inputs to int8" in (made.output / "README.md").read_text()
 
 
+def test_experts(tokenizer, tmp_path):
+    """Stacks of gate and up come apart; a file with experts is written, but not read."""
+    out = quantized(save(tmp_path / "model", tokenizer, "qwen3_moe"), tmp_path / "out")
+    file = file_of(export_gguf(out, output=tmp_path / "gguf").output)
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    plain = Checkpoint.open(paley.dequantize(out, output=tmp_path / "plain", dtype="float32").output)
+    for part, name in (("gate", "gate_proj"), ("up", "up_proj"), ("down", "down_proj")):
+        theirs = found[f"blk.1.ffn_{part}_exps.weight"]
+        stack = torch.from_numpy(gguf.dequantize(theirs.data, theirs.tensor_type).copy())
+        for expert in range(4):
+            assert torch.equal(stack[expert], expert_of(plain, expert, name)), (part, expert)
+    assert found["blk.1.ffn_gate_inp.weight"].tensor_type.name == "F32"
+    with pytest.raises(PaleyError, match="has experts, which Paley writes to GGUF but does not read"):
+        open_source(file)
+    changed = save(tmp_path / "changed", tokenizer, "qwen3_moe", norm_topk_prob=False)
+    with pytest.raises(PaleyError, match="can only have norm_topk_prob True, got False"):
+        export_gguf(quantized(changed, tmp_path / "out changed"), output=tmp_path / "no")
+
+
+def expert_of(plain: Checkpoint, expert: int, name: str) -> torch.Tensor:
+    """Of layer 1, whether the checkpoint holds stacks or single experts."""
+    place = "model.layers.1.mlp.experts."
+    if (single := f"{place}{expert}.{name}.weight") in plain:
+        return plain[single]
+    if name == "down_proj":
+        return plain[f"{place}down_proj"][expert]
+    return plain[f"{place}gate_up_proj"][expert].chunk(2)[name == "up_proj"]
+
+
 REFUSED = {
     "rotated": (("rotate=online",), r"its input turns at run time, which GGUF cannot say; .*gguf-q4_0"),
     "grid": (("weights.grid=gauss4", "weights.scale_search=mse"), r"no type of GGUF holds grid 'gauss4'; the nearest"),
@@ -160,7 +201,9 @@ def test_models_that_a_file_cannot_describe_are_refused(tokenizer, tmp_path):
         ("llama", {"hidden_act": "gelu"}, "can only have hidden_act silu, got gelu"),
         ("qwen2", {"head_dim": 16}, "can only have head_dim 32, got 16"),
         ("llama", {"mlp_bias": True}, "GGUF has no place for this bias"),
-        ("llama", {"rope_parameters": LINEAR | {"rope_type": "dynamic"}}, "linear or llama3, got dynamic"),
+        ("llama", {"rope_parameters": LINEAR | {"rope_type": "dynamic"}}, "llama3 or yarn, got dynamic"),
+        ("llama", {"rope_parameters": YARN | {"attention_factor": 1.5}}, "attention_factor 1.13863, got 1.5"),
+        ("llama", {"rope_parameters": YARN | {"beta_fast": 16}}, "beta_fast 32, got 16"),
     ]:
         model = save(tmp_path / f"{family}{complaint[-8:]}", tokenizer, family, **changes)
         out = quantized(model, tmp_path / f"out {model.name}")

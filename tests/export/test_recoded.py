@@ -90,6 +90,26 @@ def test_the_config_says_what_is_packed(model, tmp_path):
         export_compressed_tensors(out, output=tmp_path / "ct")
 
 
+@pytest.mark.parametrize("settings", [(), ("weights.grid=int3", "weights.group_size=null"),
+                                      ('overrides=[{pattern: "*.0.mlp.*", weight: {grid: int8}}]',)])  # fmt: skip
+def test_the_section_is_what_readers_of_the_format_parse(settings, model, tmp_path):
+    """vLLM 0.33 takes each group through QuantizationArgs, and wants integers, weights alone, by group or by row."""
+    parsing = pytest.importorskip("compressed_tensors.quantization", reason="pip install compressed-tensors")
+    made = export_compressed_tensors(quantized(model, tmp_path / "out", "ct-w4g128", *settings), output=tmp_path / "ct")
+    section = json.loads((made.output / "config.json").read_text())["quantization_config"]
+    parsed = parsing.QuantizationConfig.model_validate(section)
+    assert parsed.format == section["format"] == "pack-quantized"
+    assert parsed.kv_cache_scheme is None
+    assert len(parsed.config_groups) == (2 if any("overrides" in text for text in settings) else 1)
+    for group in section["config_groups"].values():
+        weights = parsing.QuantizationArgs.model_validate(group["weights"])
+        assert (weights.type, weights.symmetric, weights.dynamic) == (parsing.QuantizationType.INT, True, False)
+        assert weights.strategy in (parsing.QuantizationStrategy.GROUP, parsing.QuantizationStrategy.CHANNEL)
+        assert weights.actorder is None
+        assert group["input_activations"] is None
+        assert group["format"] == "pack-quantized"
+
+
 def by_hand(stored: Checkpoint, name: str, bits: int, width: int) -> torch.Tensor:
     """MLX's affine mode: w = scale · code + bias, codes a stream of bits in words of 32."""
     packed = stored[f"{name}.weight"].view(torch.uint8)[:, : -(-width * bits // 8)]

@@ -206,23 +206,46 @@ def test_without_the_package_the_way_to_get_it_is_said(llama, tmp_path, monkeypa
 FILES = [path for path in os.environ.get("PALEY_GGUF", "").split(os.pathsep) if path]
 
 
+def in_float32(file: Path, new: Path) -> Path:
+    """The same values, but the rows that this llama.cpp multiplies wrongly (findings) in float32."""
+    reader = gguf.GGUFReader(file)
+    writer = gguf.GGUFWriter(new, reader.fields["general.architecture"].contents())
+    for key, field in reader.fields.items():
+        if not key.startswith(("GGUF.", "general.architecture")):
+            writer.add_key_value(key, field.contents(), field.types[0], field.types[-1])
+    for tensor in reader.tensors:
+        if tensor.tensor_type.name in ("Q4_1", "Q5_1") and tensor.shape[0] % 128:
+            writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type))
+        else:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return new
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not FILES, reason="set PALEY_GGUF to published GGUF files, with colons between them")
 @pytest.mark.parametrize("file", FILES, ids=lambda file: Path(file).name)
-def test_a_published_file_says_what_llama_cpp_says(file):
+def test_a_published_file_says_what_llama_cpp_says(file, tmp_path):
     """Within what llama.cpp loses by rounding inputs to 8 bits."""
     rows = [info for info in GgufFile.open(Path(file)).tensors.values() if info.kind in ("Q4_1", "Q5_1")]
-    if any(info.shape[-1] % 128 for info in rows):
-        pytest.skip("this llama.cpp multiplies such rows of Q4_1 and Q5_1 wrongly (findings)")
+    wrong = any(info.shape[-1] % 128 for info in rows)
+    read = in_float32(Path(file), tmp_path / "float32.gguf") if wrong else Path(file)
     source = open_source(file)
     ids = source.tokenizer()(PASSAGE)["input_ids"]
-    with open_llama_cpp(Path(file)) as peer:
+    with open_llama_cpp(read) as peer:
         assert peer.tokens(PASSAGE) == ids
         theirs = peer.logits(ids).log_softmax(-1)
     with torch.no_grad():
         ours = source.load()(torch.tensor([ids]), use_cache=False).logits[0].float().log_softmax(-1)
-    assert float((ours.exp() * (ours - theirs)).sum(-1).mean()) < 0.03
-    assert float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()) > 0.85
+    kl = (ours.exp() * (ours - theirs)).sum(-1)
+    top1 = float((ours.argmax(-1) == theirs.argmax(-1)).float().mean())
+    error = float(kl.std() / len(kl) ** 0.5)
+    print(f"{Path(file).name}: KL {float(kl.mean()):.4f} ± {error:.4f}, top-1 {top1:.3f}, {len(ids)} tokens")
+    assert float(kl.mean()) < 0.03
+    assert top1 > 0.85
 
 
 PASSAGE = (

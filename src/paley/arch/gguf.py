@@ -40,7 +40,8 @@ class GgufFamily:
     family alone. windows: every so many layers one sees all tokens and the others have a window; 1: none has one.
     rope_every: every so many layers one has no RoPE; 0: all have it. local_theta: RoPE's base in layers with a window,
     which no key tells. activation: of the gate. biased: wires whose linears may have a bias. heads_fill: the heads of
-    queries together are as wide as the stream. always: keys of one value.
+    queries together are as wide as the stream. always: keys of one value. fixed: attributes of the config that can only
+    have these values.
     """
 
     architecture: str
@@ -53,6 +54,7 @@ class GgufFamily:
     biased: tuple[str, ...] = ()
     heads_fill: bool = False
     always: Mapping[str, bool] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
 
 
 _GEMMA_WINDOW = {"attention.sliding_window": "sliding_window"}
@@ -70,6 +72,14 @@ GGUF: Mapping[str, GgufFamily] = {
     "smollm3": GgufFamily("smollm3", "interleaved", rope_every=4),
     "qwen2": GgufFamily("qwen2", "halves", biased=_QKV, heads_fill=True),
     "qwen3": GgufFamily("qwen3", "halves"),
+    "qwen3_moe": GgufFamily(
+        "qwen3moe", "halves",
+        keys={
+            "expert_count": "num_experts", "expert_used_count": "num_experts_per_tok",
+            "expert_feed_forward_length": "moe_intermediate_size",
+        },
+        fixed={"norm_topk_prob": True, "mlp_only_layers": [], "decoder_sparse_step": 1},
+    ),
     "granite": GgufFamily(
         "granite", "interleaved", biased=_QKV, keys=_GRANITE, always={"rope.scaling.finetuned": True},
     ),

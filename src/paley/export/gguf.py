@@ -175,22 +175,29 @@ def _tensors(
         site, rows = model.sites[name], checkpoint.shape(name + spec.CODES)[0]
         if rows != site.shape[0]:
             raise PaleyError(f"{name}: has {rows} rows, but the model's layer has {site.shape[0]}")
-        yield GgufTensor(
-            _name(names, name + spec.WEIGHT), site.shape, kind.name,
-            partial(_coded, checkpoint, source.section.linears[name], site, kind, model.row_order(site)),
-            site.numel // BLOCK * kind.block_bytes,
-        )  # fmt: skip
+        parts = model.stacks(site) if site.experts else {name: model.row_order(site)}
+        for part, order in parts.items():
+            count = site.shape[0] if order is None else len(order)
+            shape = (site.experts, count // site.experts, site.shape[1]) if site.experts else (count, site.shape[1])
+            yield GgufTensor(
+                _name(names, part + spec.WEIGHT), shape, kind.name,
+                partial(_coded, checkpoint, source.section.linears[name], site, kind, order),
+                math.prod(shape) // BLOCK * kind.block_bytes,
+            )  # fmt: skip
     for name in checkpoint:
         if name in taken:
             continue
         site = model.sites.get(name.removesuffix(spec.BIAS).removesuffix(spec.WEIGHT))
         if name.endswith(spec.BIAS) and (site is None or site.writes not in model.family.biased):
             raise PaleyError(f"{name}: GGUF has no place for this bias in a model of this family", remedy=_WAY_OUT)
-        if refit is not None and site is not None and name.endswith(spec.WEIGHT):
+        if refit is not None and site is not None and not site.experts and name.endswith(spec.WEIGHT):
             yield refit.tensor(_name(names, name), site, partial(checkpoint.tensor, name), model.row_order(site))
             continue
+        if site is not None and site.experts:
+            raise PaleyError(f"{name}: stacks of experts are written to GGUF from their codes alone",
+                             remedy="quantize them by a preset such as gguf-q4_0, and leave out a type")  # fmt: skip
         vector = len(checkpoint.shape(name)) == 1
-        kind = torch.float32 if vector else checkpoint.dtype(name)
+        kind = torch.float32 if vector or site is None else checkpoint.dtype(name)  # None: also a router
         if kind not in _FLOATS:
             raise PaleyError(f"{name}: must be {', '.join(_FLOATS.values())}", got=str(kind), remedy=_WAY_OUT)
         count = math.prod(checkpoint.shape(name))

@@ -6,6 +6,7 @@ from what llama.cpp takes for granted is refused here, before any work.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -55,11 +56,15 @@ class GgufModel:
         found |= {"rope.dimension_count": head_dim, "rope.freq_base": float(self._rope["rope_theta"])}
         return {key: value for key, value in found.items() if value is not None} | dict(self.family.always)
 
-    def scaling(self) -> dict[str, str | float]:
-        """Keys of a linear scaling of RoPE; none if there is no scaling, or if `rope_factors` says it."""
-        if self._rope.get("rope_type", "default") != "linear":
+    def scaling(self) -> dict[str, str | float | int]:
+        """Keys of a linear scaling of RoPE, or of YaRN; none if there is no scaling, or if `rope_factors` says it."""
+        rope, kind = self._rope, self._rope.get("rope_type", "default")
+        if kind not in ("linear", "yarn"):
             return {}
-        return {"rope.scaling.type": "linear", "rope.scaling.factor": float(self._rope["factor"])}
+        found: dict[str, str | float | int] = {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
+        if kind == "yarn":
+            found["rope.scaling.original_context_length"] = self._first_context
+        return found
 
     def rope_factors(self) -> Tensor | None:
         """What each of the head_dim / 2 frequencies is divided by, float32; None if they are as they are."""
@@ -78,11 +83,27 @@ class GgufModel:
         rows = torch.arange(site.shape[0]).unflatten(0, (getattr(self.config, heads), 2, -1))
         return rows.transpose(1, 2).flatten()  # value i and its partner i + head_dim / 2 become 2i and 2i + 1
 
+    def stacks(self, site: Site) -> dict[str, Tensor | None]:
+        """Name of a stack of experts, in the terms of the table of names -> its rows of the weight; None: all of them.
+
+        A fused stack has the rows of gate and up of one expert after the other; in the file they are two stacks.
+        """
+        if not site.fused:
+            return {site.name: None}
+        rows = torch.arange(site.shape[0]).unflatten(0, (site.experts, len(site.fused), -1))
+        before = site.name.rpartition(".")[0]
+        return {f"{before}.{part}_proj": rows[:, index].flatten() for index, part in enumerate(site.fused)}
+
     @property
     def _rope(self) -> Mapping[str, Any]:
         """RoPE's settings, of layers that see all tokens."""
         found = self.config.rope_parameters
         return found.get("full_attention", found)
+
+    @property
+    def _first_context(self) -> int:
+        """Tokens of the context that the model was trained with before YaRN."""
+        return int(self._rope.get("original_max_position_embeddings") or self.config.max_position_embeddings)
 
     def _check(self) -> None:
         config, family = self.config, self.family
@@ -92,8 +113,10 @@ class GgufModel:
         self._wants("no_rope_layers", [self.row.has_rope(config, i) for i in range(config.num_hidden_layers)],
                     [not every or bool((i + 1) % every) for i in range(config.num_hidden_layers)])  # fmt: skip
         kind = self._rope.get("rope_type", "default")
-        if kind not in ("default", "linear", "llama3"):
-            raise self._differs("rope_parameters: rope_type", kind, "default, linear or llama3")
+        if kind not in ("default", "linear", "llama3", "yarn"):
+            raise self._differs("rope_parameters: rope_type", kind, "default, linear, llama3 or yarn")
+        if kind == "yarn":
+            self._check_yarn()
         local = config.rope_parameters.get("sliding_attention") or {}
         if family.local_theta is not None:
             self._wants("rope_parameters: sliding_attention", local.get("rope_theta"), family.local_theta)
@@ -101,12 +124,25 @@ class GgufModel:
             raise self._differs("rope_parameters: sliding_attention", local["rope_type"], "default")
         self._wants("rope_parameters: partial_rotary_factor", self._rope.get("partial_rotary_factor") or 1.0, 1.0)
         self._wants(self.row.activation, getattr(config, self.row.activation) or family.activation, family.activation)
+        for name, wanted in family.fixed.items():
+            self._wants(name, wanted if (got := getattr(config, name, None)) is None else got, wanted)
         if family.heads_fill:
             self._wants("head_dim", self.row.head_dim(config), config.hidden_size // config.num_attention_heads)
         if "attention.scale" in family.keys:
             return
         usual = self.row.head_dim(config) ** -0.5  # no key tells another one
         self._wants("attention scale", round(self.row.attention_scale(config), 9), round(usual, 9))
+
+    def _check_yarn(self) -> None:
+        """llama.cpp has its own values of what no key tells."""
+        rope = self._rope
+        usual = 0.1 * math.log(rope["factor"]) + 1
+        given = {"attention_factor": usual, "beta_fast": 32, "beta_slow": 1, "mscale": None, "mscale_all_dim": None}
+        for name, wanted in given.items():
+            got = rope.get(name)
+            if got is not None and (wanted is None or not math.isclose(got, wanted, rel_tol=1e-6)):
+                raise self._differs(f"rope_parameters: {name}", got, "unset" if wanted is None else f"{wanted:g}")
+        self._wants("rope_parameters: truncate", rope.get("truncate", True), True)
 
     def _wants(self, key: str, got: object, wanted: object) -> None:
         if got != wanted:

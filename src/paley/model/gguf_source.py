@@ -68,6 +68,9 @@ def _config(file: GgufFile) -> dict[str, Any]:
         known = ", ".join(dict.fromkeys(family.architecture for family in GGUF.values()))
         raise PaleyError(f"{file.file}: is of architecture {file.architecture!r}; those that Paley reads are {known}")
     family, row = GGUF[kind], FAMILIES[kind]
+    if file.key("expert_count"):
+        raise PaleyError(f"{file.file}: has experts, which Paley writes to GGUF but does not read from it",
+                         remedy="quantize the original checkpoint")  # fmt: skip
     found = {name: file.key(key) for key, name in {**KEYS, **family.keys}.items()}
     if lacking := [key for key, name in KEYS.items() if found[name] is None and key != "vocab_size"]:
         raise PaleyError(f"{file.file}: has no key {file.architecture}.{lacking[0]}; copy or download the file again")
@@ -107,8 +110,13 @@ def _rope(file: GgufFile, family: GgufFamily, head_dim: int) -> dict[str, Any]:
     scaling = file.key("rope.scaling.type")
     if scaling == "linear":
         rope |= {"rope_type": "linear", "factor": float(file.key("rope.scaling.factor"))}
+    elif scaling == "yarn":
+        rope |= {"rope_type": "yarn", "factor": float(file.key("rope.scaling.factor"))}
+        rope["original_max_position_embeddings"] = file.key("rope.scaling.original_context_length") or file.key(
+            "context_length"
+        )
     elif scaling not in (None, "none"):
-        raise PaleyError(f"{file.file}: rope.scaling.type must be linear or none here, got {scaling!r}")
+        raise PaleyError(f"{file.file}: rope.scaling.type must be linear, yarn or none here, got {scaling!r}")
     if (factors := file.tensors.get(ROPE_FACTORS)) is not None:
         rope |= _llama3(file, factors.read().double(), rope["rope_theta"], head_dim)
     if family.local_theta is None:
