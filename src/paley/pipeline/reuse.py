@@ -21,6 +21,7 @@ from paley.core.schemes import LinearScheme, Rotation
 from paley.format import spec
 from paley.format.checkpoint import Checkpoint
 from paley.format.config import FORMAT_VERSION
+from paley.methods.diagonal import strength_for
 from paley.model.placing import summed_up
 from paley.model.problem import Problem
 from paley.pipeline.verify import verify
@@ -171,11 +172,13 @@ class Base:
         if ours.diagonal and site.reads is not None:
             readers = problem.sites[site.reads].readers
             was, now = (
-                {other for other in readers if schemes.get(other, LinearScheme()).diagonal}
+                {other: scheme for other in readers if (scheme := schemes.get(other, LinearScheme())).diagonal}
                 for schemes in (self.section.linears, problem.schemes.linears)
             )
-            if was != now:
-                return f"{name} shares its diagonal with {summed_up(sorted(was ^ now))}, which changed"
+            if was.keys() != now.keys():
+                return f"{name} shares its diagonal with {summed_up(sorted(was.keys() ^ now.keys()))}, which changed"
+            if strength_for(was.values()) != strength_for(now.values()):
+                return f"{name} shares its diagonal with a layer whose method changed"
         row = problem.sites.architecture
         if not row.walked and site.writes in (row.queries, row.keys):
             return self._unlike_keys(site, problem, texts)
