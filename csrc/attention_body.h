@@ -7,7 +7,7 @@ void put_half(const float* values, int32_t width, uint8_t* to) {
   uint16_t* halves = reinterpret_cast<uint16_t*>(to);
   const F most = all(HALF_MAX);
   int32_t i = 0;
-  for (; i + 8 <= width; i += 8) {
+  for (; i + L <= width; i += L) {
     F a = load(values + i);
     a = choose(a > most, most, choose(a < -most, -most, a));
     to_half(a, halves + i);
@@ -15,22 +15,6 @@ void put_half(const float* values, int32_t width, uint8_t* to) {
   for (; i < width; ++i) {
     const float a = values[i];
     halves[i] = one_to_half(a > HALF_MAX ? HALF_MAX : a < -HALF_MAX ? -HALF_MAX : a);
-  }
-}
-
-// The next eight codes of B bits of a stream.
-template <int B>
-PALEY_INLINE I eight_codes(const uint8_t* from) {
-  const U shifts = B <= 4 ? U{0, B, 2 * B, 3 * B, 4 * B, 5 * B, 6 * B, 7 * B} : U{0, B, 2 * B, 3 * B, 0, B, 2 * B, 3 * B};
-  if constexpr (B <= 4) {
-    uint32_t word;
-    std::memcpy(&word, from, sizeof word);
-    return (I)(((U{} + word) >> shifts) & ((1u << B) - 1));
-  } else {
-    uint64_t words;
-    std::memcpy(&words, from, sizeof words);
-    const uint32_t a = static_cast<uint32_t>(words), b = static_cast<uint32_t>(words >> (4 * B));
-    return (I)((U{a, a, a, a, b, b, b, b} >> shifts) & ((1u << B) - 1));
   }
 }
 
@@ -47,20 +31,34 @@ PALEY_INLINE void decode_row(const Side& side, const uint8_t* row, const uint16_
     const float scale = one_from_half(scales[g]), zero = side.affine ? zeros[g] : 0.0f;
     const float slope = side.step * scale, start = (side.first - zero) * scale;
     const uint8_t* codes = row + static_cast<int64_t>(g) * side.group * B / 8;
-    if (side.group % 8) {
+    if (side.group % L) {
       for (int32_t i = 0; i < side.group; ++i) {
         const int32_t code = one_code(row, g * side.group + i, B);
         to[i] = side.points ? (side.points[code] - zero) * scale : slope * static_cast<float>(code) + start;
       }
-    } else if (!side.points) {
-      const F a = all(slope), b = all(start);
-      for (int32_t i = 0; i < side.group; i += 8, codes += B) store(to + i, fused(to_float(eight_codes<B>(codes)), a, b));
+    } else if constexpr (B <= 4 && L == 16) {  // a look into 16 values, which repeat if there are fewer
+      F values;  // the same for each code as below
+      if (side.points) {
+        float points[L];
+        for (int i = 0; i < L; ++i) points[i] = side.points[i % (1 << B)];
+        values = (load(points) - all(zero)) * all(scale);
+      } else {
+        float codes_of[L];
+        for (int i = 0; i < L; ++i) codes_of[i] = static_cast<float>(i % (1 << B));
+        values = fused(load(codes_of), all(slope), all(start));
+      }
+      for (int32_t i = 0; i < side.group; i += L, codes += L * B / 8) store(to + i, pick_of_16(values, next_codes<B>(codes)));
     } else {
-      const F a = all(scale), b = all(zero);
-      for (int32_t i = 0; i < side.group; i += 8, codes += B) {
-        const I at = eight_codes<B>(codes);
-        const F point = B <= 4 ? pick_of_16(side.points, at) : pick(side.points, at);
-        store(to + i, (point - b) * a);
+      const F a = all(slope), b = all(start), c = all(scale), d = all(zero);
+      for (int32_t i = 0; i < side.group; i += L, codes += L * B / 8) {
+        const I at = B <= 4 ? next_codes<B>(codes) & ((1 << B) - 1) : next_codes<B>(codes);
+        if (!side.points) {
+          store(to + i, fused(to_float(at), a, b));
+        } else if constexpr (B <= 4 && L == 8) {
+          store(to + i, (pick_of_16(side.points, at) - d) * c);
+        } else {
+          store(to + i, (pick(side.points, at) - d) * c);
+        }
       }
     }
   }
@@ -87,7 +85,7 @@ inline void decode(const Side& side, uint8_t* half, int32_t head, int64_t first,
   for (int64_t t = first; t < first + count; ++t, to += side.padded) {
     const uint16_t* row = reinterpret_cast<const uint16_t*>(side.row(half, head, t));
     int32_t i = 0;
-    for (; i + 8 <= side.width; i += 8) store(to + i, from_half(row + i));
+    for (; i + L <= side.width; i += L) store(to + i, from_half(row + i));
     for (; i < side.width; ++i) to[i] = one_from_half(row[i]);
   }
 }
@@ -100,7 +98,7 @@ PALEY_INLINE void score_rows(const float* q, const float* keys, int64_t stride, 
     for (int r = 0; r < R; ++r) {
       for (int k = 0; k < 4; ++k) found[r][k] = all(0.0f);
     }
-    for (int64_t i = 0; i < stride; i += 8) {
+    for (int64_t i = 0; i < stride; i += L) {
       F key[4];
       for (int k = 0; k < 4; ++k) key[k] = load(keys + (j + k) * stride + i);
       for (int r = 0; r < R; ++r) {
@@ -108,48 +106,56 @@ PALEY_INLINE void score_rows(const float* q, const float* keys, int64_t stride, 
         for (int k = 0; k < 4; ++k) found[r][k] = fused(a, key[k], found[r][k]);
       }
     }
+    if (!adds) {
+      sums<R>(found, scores + j, BLOCK_ROWS);
+      continue;
+    }
+    float more[R][4];
+    sums<R>(found, more[0], 4);
     for (int r = 0; r < R; ++r) {
-      float four[4];
-      sums(found[r][0], found[r][1], found[r][2], found[r][3], four);
-      float* to = scores + r * BLOCK_ROWS + j;
-      for (int k = 0; k < 4; ++k) to[k] = adds ? to[k] + four[k] : four[k];
+      for (int k = 0; k < 4; ++k) scores[r * BLOCK_ROWS + j + k] += more[r][k];
     }
   }
 }
 
 inline void score(const float* q, int32_t rows, const float* keys, int64_t stride, int64_t count, bool adds, float* scores) {
+  constexpr int R = L / 4;  // as many as registers hold
   int32_t r = 0;
-  for (; r + 2 <= rows; r += 2) score_rows<2>(q + r * stride, keys, stride, count, adds, scores + r * BLOCK_ROWS);
+  for (; r + R <= rows; r += R) score_rows<R>(q + r * stride, keys, stride, count, adds, scores + r * BLOCK_ROWS);
+  if constexpr (R == 4) {
+    if (rows - r == 3) return score_rows<3>(q + r * stride, keys, stride, count, adds, scores + r * BLOCK_ROWS);
+    if (rows - r == 2) return score_rows<2>(q + r * stride, keys, stride, count, adds, scores + r * BLOCK_ROWS);
+  }
   if (r < rows) score_rows<1>(q + r * stride, keys, stride, count, adds, scores + r * BLOCK_ROWS);
 }
 
-// sums [R, 8 V] += weights [R, BLOCK_ROWS] values [count, 8 V]: enough sums at a time that none waits for its last one.
+// sums [R, L V] += weights [R, BLOCK_ROWS] values [count, L V]: enough sums at a time that none waits for its last one.
 template <int R, int V>
 PALEY_INLINE void weigh_columns(const float* weights, const float* values, int64_t stride, int64_t count, float* to) {
   F found[R][V];
   for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < V; ++v) found[r][v] = load(to + r * stride + 8 * v);
+    for (int v = 0; v < V; ++v) found[r][v] = load(to + r * stride + L * v);
   }
   for (int64_t j = 0; j < count; ++j) {
     F value[V];
-    for (int v = 0; v < V; ++v) value[v] = load(values + j * stride + 8 * v);
+    for (int v = 0; v < V; ++v) value[v] = load(values + j * stride + L * v);
     for (int r = 0; r < R; ++r) {
       const F weight = all(weights[r * BLOCK_ROWS + j]);
       for (int v = 0; v < V; ++v) found[r][v] = fused(weight, value[v], found[r][v]);
     }
   }
   for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < V; ++v) store(to + r * stride + 8 * v, found[r][v]);
+    for (int v = 0; v < V; ++v) store(to + r * stride + L * v, found[r][v]);
   }
 }
 
 // sums [R, stride] += weights [R, BLOCK_ROWS] values [count, stride]
 template <int R>
 PALEY_INLINE void weigh_rows(const float* weights, const float* values, int64_t stride, int64_t count, float* to) {
-  constexpr int V = R == 1 ? 8 : R <= 3 ? 4 : 2;
+  constexpr int V = R == 1 ? 8 : R <= 3 || L == 16 ? 4 : 2;
   int64_t i = 0;
-  for (; i + 8 * V <= stride; i += 8 * V) weigh_columns<R, V>(weights, values + i, stride, count, to + i);
-  for (; i < stride; i += 8) weigh_columns<R, 1>(weights, values + i, stride, count, to + i);
+  for (; i + L * V <= stride; i += L * V) weigh_columns<R, V>(weights, values + i, stride, count, to + i);
+  for (; i < stride; i += L) weigh_columns<R, 1>(weights, values + i, stride, count, to + i);
 }
 
 inline void weigh(const float* weights, int32_t rows, const float* values, int64_t stride, int64_t count, float* to) {
@@ -169,24 +175,24 @@ PALEY_INLINE void soften(float* scores, int64_t low, int64_t high, float& most, 
     std::fill_n(scores, BLOCK_ROWS, 0.0f);
     return;
   }
-  for (int64_t j = 0; j < BLOCK_ROWS; ++j) {
+  for (int64_t j = 0; (low > 0 || high < BLOCK_ROWS) && j < BLOCK_ROWS; ++j) {
     if (j < low || j >= high) scores[j] = -INFINITY;
   }
   F top = load(scores);
-  for (int64_t j = 8; j < BLOCK_ROWS; j += 8) top = greatest(top, load(scores + j));
-  float lanes[8], now = most;
+  for (int64_t j = L; j < BLOCK_ROWS; j += L) top = greatest(top, load(scores + j));
+  float lanes[L], now = most;
   store(lanes, top);
   for (float lane : lanes) now = lane > now ? lane : now;
   if (now == -INFINITY) now = 0.0f;  // all of them are NaN, and stay it
   if (now > most) {
-    float factor[8];
+    float factor[L];
     store(factor, exponential(all(most - now)));
     total *= factor[0];
-    for (int64_t i = 0; i < width; i += 8) store(to + i, load(to + i) * all(factor[0]));
+    for (int64_t i = 0; i < width; i += L) store(to + i, load(to + i) * all(factor[0]));
     most = now;
   }
   F found = all(0.0f);
-  for (int64_t j = 0; j < BLOCK_ROWS; j += 8) {
+  for (int64_t j = 0; j < BLOCK_ROWS; j += L) {
     const F weight = exponential(load(scores + j) - all(most));
     store(scores + j, weight);
     found += weight;
@@ -230,7 +236,7 @@ void attend(const AttendTask& task) {
     }
     decode(values, page.values.get(), task.head, first, count, tile);
     // Weights before `skipped` are 0: they are left out, which changes no sum.
-    for (int32_t r = 0; r < task.rows; ++r) std::copy_n(scores + r * BLOCK_ROWS + skipped, count, scores + r * BLOCK_ROWS);
+    for (int32_t r = 0; skipped && r < task.rows; ++r) std::copy_n(scores + r * BLOCK_ROWS + skipped, count, scores + r * BLOCK_ROWS);
     weigh(scores, task.rows, tile, values.padded, count, task.sums);
   }
 }
@@ -238,10 +244,10 @@ void attend(const AttendTask& task) {
 void join(float* most, float* total, float* to, float more_most, float more_total, const float* more, int32_t width) {
   if (more_total == 0.0f && more_most == -INFINITY) return;
   const float now = *most > more_most ? *most : more_most;
-  float a[8], b[8];
+  float a[L], b[L];
   store(a, exponential(all(*most - now)));
   store(b, exponential(all(more_most - now)));
   *total = *total * a[0] + more_total * b[0];
-  for (int32_t i = 0; i < width; i += 8) store(to + i, load(to + i) * all(a[0]) + load(more + i) * all(b[0]));
+  for (int32_t i = 0; i < width; i += L) store(to + i, load(to + i) * all(a[0]) + load(more + i) * all(b[0]));
   *most = now;
 }

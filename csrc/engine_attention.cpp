@@ -9,7 +9,7 @@ namespace paley {
 namespace {
 
 int64_t width_of_base(const paley_attention& how) {
-  return how.base == PALEY_TURNED_BASE ? (how.table_width + 7) / 8 * 8 : 0;
+  return how.base == PALEY_TURNED_BASE ? (how.table_width + LANES - 1) / LANES * LANES : 0;
 }
 
 }  // namespace
@@ -105,7 +105,7 @@ void Engine::query_row(const Attention& a, int64_t row, const float* table, Scra
     std::fill(to + a.keys.width, to + a.keys.padded, 0.0f);
   }
   if (how.base != PALEY_TURNED_BASE) return;
-  const int64_t wide = (how.table_width + 7) / 8 * 8, group = how.heads / how.kv_heads;
+  const int64_t wide = width_of_base(how), group = how.heads / how.kv_heads;
   for (int32_t head = 0; head < how.heads; ++head) {
     const float *mine = q + int64_t{head} * how.size, *first = how.offsets + head / group * how.size;
     const float* others = first + int64_t{how.kv_heads} * how.size;
@@ -126,7 +126,7 @@ void Engine::query_row(const Attention& a, int64_t row, const float* table, Scra
 // are few pieces, at those of one segment. Results of segments are joined in their order either way.
 void Engine::look(const Attention& a, const float* table) {
   const paley_attention& how = a.how;
-  const int64_t group = how.heads / how.kv_heads, together = std::max<int64_t>(1, MAX_ROWS / 4 / group);
+  const int64_t group = how.heads / how.kv_heads, together = std::max<int64_t>(1, MAX_ROWS / 2 / group);
   struct Piece {
     int64_t row, tokens, at;  // the first of its tokens, and its position
     const Page* pages;
@@ -167,16 +167,15 @@ void Engine::look(const Attention& a, const float* table) {
     cost += seen * (a.keys.width + wide) * item.tokens * group;
   }
 
-  const auto segment = [&](const Piece& piece, int64_t s, Scratch& own, float* to) {
+  // What all segments of a piece share, in the thread's scratch.
+  const auto gather = [&](const Piece& piece, Scratch& own) {
     const int64_t count = piece.tokens * group;
     own.floats.resize(static_cast<size_t>(count) * (a.keys.padded + base_width + 3) + static_cast<size_t>(count) * wide);
     own.positions.resize(count);
+    own.attention.resize(attend_scratch(a.keys, a.values));
     float* queries = own.floats.data();
     float* bases = queries + count * a.keys.padded;
     float* firsts = bases + count * base_width;
-    float* most = firsts + count;
-    float* total = most + count;
-    float* sums = total + count;
     for (int64_t t = 0; t < piece.tokens; ++t) {
       const int64_t from = (piece.row + t) * how.heads + piece.head * group;
       std::copy_n(queries_.data() + from * a.keys.padded, group * a.keys.padded, queries + t * group * a.keys.padded);
@@ -186,7 +185,15 @@ void Engine::look(const Attention& a, const float* table) {
       }
       std::fill_n(own.positions.data() + t * group, group, piece.at + t);
     }
-    own.attention.resize(attend_scratch(a.keys, a.values));
+  };
+  const auto segment = [&](const Piece& piece, int64_t s, Scratch& own, float* to) {
+    const int64_t count = piece.tokens * group;
+    float* queries = own.floats.data();
+    float* bases = queries + count * a.keys.padded;
+    float* firsts = bases + count * base_width;
+    float* most = firsts + count;
+    float* total = most + count;
+    float* sums = total + count;
     const bool turned = how.base == PALEY_TURNED_BASE;
     steps_.attend({&a.keys, &a.values, piece.pages, piece.head, s * SEGMENT,
                    std::min((s + 1) * SEGMENT, piece.at + piece.tokens), static_cast<int32_t>(count), queries,
@@ -231,6 +238,7 @@ void Engine::look(const Attention& a, const float* table) {
   const auto item = [&](int64_t i, int thread) {
     Scratch& own = scratch_[thread];
     const Piece& piece = items[i];
+    gather(piece, own);
     if (split) return segment(piece, piece.first, own, partials_.data() + i * rows * place);
     own.joined.resize(static_cast<size_t>(2 * rows * place));
     float *joined = own.joined.data(), *more = joined + rows * place;

@@ -62,7 +62,7 @@ void Engine::run(const paley_step& step) {
     case PALEY_STEP_ROTATE:
       return for_rows(rows_, wires_[in].width, [&](int64_t begin, int64_t end, Scratch&) {
         for (int64_t row = begin; row < end; ++row) {
-          const float* table = tables_[step.index] + tokens_[row].at * ((step.count + 7) / 8 * 8);
+          const float* table = tables_[step.index] + tokens_[row].at * ((step.count + LANES - 1) / LANES * LANES);
           steps_.rotate(wire(in, row), wires_[in].width / step.size, step.size, table, step.count,
                         step.flag != 0);
         }

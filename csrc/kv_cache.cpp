@@ -3,7 +3,7 @@
 namespace paley {
 
 void Side::lay_out() {
-  padded = (width + 7) / 8 * 8;
+  padded = (width + LANES - 1) / LANES * LANES;
   groups = bits == 16 ? 0 : width / group;
   row_bytes = bits == 16 ? int64_t{2} * width : (int64_t{width} * bits + 7) / 8;
   const int64_t rows = heads * PAGE;

@@ -18,12 +18,13 @@ constexpr int64_t PAGE = 64;         // tokens
 constexpr int64_t BLOCK_ROWS = 32;   // tokens that attention decodes at a time; divides PAGE
 constexpr int64_t SEGMENT = 128;     // tokens whose weights are summed by themselves
 constexpr int32_t MAX_ROWS = 64;     // queries that attention takes at a time
-constexpr int64_t ROOM = 8;          // bytes behind a page that may be read
+constexpr int32_t LANES = 16;        // rows of floats are filled up to multiples of it, also RoPE's tables
+constexpr int64_t ROOM = 16;         // bytes behind a page that may be read
 
 // Keys or values of a layer, as they are stored.
 struct Side {
   int32_t heads, width;  // values of a head, after its transform
-  int32_t padded;        // width, up to a multiple of 8
+  int32_t padded;        // width, up to a multiple of LANES
   int32_t bits;          // of a code; 16: float16
   int32_t group, groups; // values that share a scale; their number
   bool affine;

@@ -29,13 +29,13 @@ struct InputsLayout {
   int32_t per;      // columns in four bytes: 4 or 3 codes of a byte, or 2 of 16 bits
   // Of the main part; outliers have one segment more.
   int32_t segments_of_group, segments, outliers;
-  int64_t row_bytes;  // of the codes of a token, a multiple of 32
+  int64_t row_bytes;  // of the codes of a token, a multiple of 64
 
   bool operator==(const InputsLayout& o) const {
     return columns == o.columns && group == o.group && segment == o.segment && per == o.per && outliers == o.outliers;
   }
-  // Bytes of the inputs of so many tokens.
-  int64_t bytes(int64_t tokens) const { return tokens * (row_bytes + 8 * int64_t{segments}); }
+  // Bytes of the inputs of so many tokens, and 64 that a product may read.
+  int64_t bytes(int64_t tokens) const { return tokens * (row_bytes + 8 * int64_t{segments}) + 64; }
 };
 
 // A view of inputs; the buffer is the caller's, of layout.bytes(tokens), aligned to 64 bytes if it is to be fast.

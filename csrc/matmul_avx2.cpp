@@ -22,7 +22,6 @@ constexpr int BIAS = 0;  // of integers in registers
 // Products of bytes by vpmaddubsw: pairs of |x| <= 128 and |w| <= 127 stay within 16 bits.
 struct Lanes : FloatLanes {
   static constexpr int WIDTH = 8, VECTORS = 2, CHAINS = 1, BIAS = avx2::BIAS, TOKENS = 4, WIDE = 0;
-  struct Session {};
   using Tables = CodeTables;
   struct Values {
     Ints x;
@@ -48,6 +47,7 @@ struct Lanes : FloatLanes {
 };
 
 #include "matmul_tiles.h"
+#include "matmul_kinds.h"
 }  // namespace paley::avx2
 PALEY_TARGET_END
 #endif

@@ -21,7 +21,6 @@ constexpr int BIAS = 128;  // of integers in registers: vpdpbusd reads one side 
 
 struct Lanes : FloatLanes {
   static constexpr int WIDTH = 8, VECTORS = 2, CHAINS = 2, BIAS = 128, TOKENS = 4, WIDE = 0;
-  struct Session {};
   using Tables = CodeTables;
   using Values = Ints;
 
@@ -40,6 +39,7 @@ struct Lanes : FloatLanes {
 };
 
 #include "matmul_tiles.h"
+#include "matmul_kinds.h"
 }  // namespace paley::avx2_vnni
 PALEY_TARGET_END
 #endif

@@ -19,10 +19,10 @@ namespace paley::avx512 {
 
 struct Lanes : VnniLanes {
   static constexpr int TOKENS = 8, WIDE = 0;
-  struct Session {};
 };
 
 #include "matmul_tiles.h"
+#include "matmul_kinds.h"
 }  // namespace paley::avx512
 PALEY_TARGET_END
 #endif

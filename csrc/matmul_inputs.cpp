@@ -8,52 +8,28 @@
 
 #include "matmul.h"
 #include "matmul_layout.h"
+#include "matmul_numbers.h"
 #include "rounding.h"
 
 namespace paley {
 namespace {
 
-#include "lanes_portable.h"
+constexpr int64_t PIECE = 16;  // tokens transformed at a time
 
-constexpr float ROUNDER = 0x1.8p23f;  // (x + ROUNDER) - ROUNDER rounds to whole numbers, halves to even: |x| < 2^22
-constexpr int64_t PIECE = 16;         // tokens transformed at a time
-
-// NaN if a value is NaN or infinite, else the greatest absolute value.
-float greatest_of(const float* x, int size) {
-  Floats top = all(0.0f), odd = all(0.0f);
-  int i = 0;
-  for (; i + W <= size; i += W) {
-    const Floats a = load(x + i);
-    top = max(top, abs(a));
-    odd += a * 0.0f;
-  }
-  float most = greatest(top), nan = odd[0] + odd[1] + odd[2] + odd[3];
-  for (; i < size; ++i) {
-    most = std::max(most, std::fabs(x[i]));
-    nan += x[i] * 0.0f;
-  }
-  return nan == 0 ? most : NAN;
-}
-
-// round(x * factor) or round(x / divisor) -> codes; NaN becomes -limit.
-template <class Code, bool DIVIDE>
-int32_t whole_numbers(const float* x, int size, float by, float limit, Code* codes) {
-  int32_t sum = 0;
-  for (int i = 0; i < size; ++i) {
-    float y = DIVIDE ? x[i] / by : x[i] * by;
-    y = y > -limit ? y : -limit;
-    y = y < limit ? y : limit;
-    const auto code = static_cast<int32_t>((y + ROUNDER) - ROUNDER);
-    codes[i] = static_cast<Code>(code);
-    sum += code;
-  }
-  return sum;
+const InputNumbers& numbers() {  // results are the same
+#if PALEY_X86
+  static const int32_t levels = paley_matmul_levels();  // asking the processor takes a while
+  if (levels >> PALEY_AVX512 & 1) return INPUTS_AVX512;
+  if (levels >> PALEY_AVX2 & 1) return INPUTS_AVX2;
+#endif
+  return INPUTS_PORTABLE;
 }
 
 // Codes of a token, written segment by segment; three of them in four bytes if per is 3.
 class Writer {
  public:
-  Writer(const InputsHow& how, const Inputs& inputs) : how_(how), in_(inputs), layout_(inputs.layout) {
+  Writer(const InputsHow& how, const Inputs& inputs)
+      : how_(how), in_(inputs), layout_(inputs.layout), numbers_(numbers()) {
     const int32_t width = std::max(layout_.segment, layout_.outliers);
     if (layout_.per == 3) apart_.reset(new int8_t[width]);
     outliers_.reset(new float[layout_.outliers + 1]);
@@ -63,7 +39,7 @@ class Writer {
   void values(int64_t token, const float* values) {
     begin(token);
     each_segment([&](int32_t column, int32_t size) {
-      const float most = greatest_of(values + column, size);
+      const float most = numbers_.greatest(values + column, size);
       if (layout_.per == 2) {
         segment<int16_t>(values + column, size, most, 4095.0f);
       } else {
@@ -103,15 +79,14 @@ class Writer {
   void outliers() {
     const int32_t size = layout_.outliers;
     if (!size) return;
-    const float most = greatest_of(outliers_.get(), size);
+    const float most = numbers_.greatest(outliers_.get(), size);
     float scale = most * static_cast<float>(1.0 / 127.0);
     scale = scale < FLT_MIN ? FLT_MIN : scale;
-    const auto round = [&](auto* to) { return whole_numbers<std::decay_t<decltype(*to)>, true>(outliers_.get(), size, scale, 127.0f, to); };
     // Here four bytes hold four codes, also if per is 3.
     if (layout_.per == 2) {
-      *sum_++ = round(reinterpret_cast<int16_t*>(at_));
+      *sum_++ = numbers_.divided_words(outliers_.get(), size, scale, 127.0f, reinterpret_cast<int16_t*>(at_));
     } else {
-      *sum_++ = round(reinterpret_cast<int8_t*>(at_));
+      *sum_++ = numbers_.divided_bytes(outliers_.get(), size, scale, 127.0f, reinterpret_cast<int8_t*>(at_));
     }
     *step_++ = scale;
   }
@@ -140,7 +115,10 @@ class Writer {
     const bool some = most > 1e-30f;  // else 0; NaN stays
     const float factor = some ? limit / most : 0.0f;
     write<Code>(size, some || most != most ? most / limit : 0.0f,
-                [&](Code* to) { return whole_numbers<Code, false>(x, size, factor, limit, to); });
+                [&](Code* to) {
+                  if constexpr (sizeof(Code) == 2) return numbers_.words(x, size, factor, limit, to);
+                  else return numbers_.bytes(x, size, factor, limit, to);
+                });
   }
 
   template <class Code, class Make>
@@ -169,6 +147,7 @@ class Writer {
   const InputsHow& how_;
   const Inputs& in_;
   const InputsLayout& layout_;
+  const InputNumbers& numbers_;
   std::unique_ptr<int8_t[]> apart_;
   std::unique_ptr<float[]> outliers_;
   uint8_t* at_ = nullptr;

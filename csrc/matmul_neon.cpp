@@ -43,7 +43,6 @@ struct CodeTables {
 // Four rows, four bytes of each.
 struct Lanes {
   static constexpr int WIDTH = 4, VECTORS = 4, CHAINS = 1, BIAS = 0, TOKENS = 4, WIDE = 0;
-  struct Session {};
   using Ints = int32x4_t;
   using Floats = float32x4_t;
   using Tables = CodeTables;
@@ -181,6 +180,7 @@ struct Lanes {
 };
 
 #include "matmul_tiles.h"
+#include "matmul_kinds.h"
 }  // namespace paley::neon
 PALEY_TARGET_END
 #endif

@@ -12,7 +12,6 @@ namespace paley::portable {
 // Four rows, four bytes of each; plain loops, which compilers turn into what a machine has.
 struct Lanes {
   static constexpr int WIDTH = 4, VECTORS = 4, CHAINS = 1, BIAS = 0, TOKENS = 4, WIDE = 0;
-  struct Session {};
   struct Ints {
     int32_t rows[WIDTH];
   };
@@ -157,4 +156,5 @@ struct Lanes {
 #define PALEY_UNROLL_16
 #define PALEY_UNROLL  // registers are no matter here, and compiling is
 #include "matmul_tiles.h"
+#include "matmul_kinds.h"
 }  // namespace paley::portable

@@ -28,6 +28,8 @@ inline InputsLayout layout_of(int32_t columns, int32_t group, int32_t segment, i
   layout.segments_of_group = static_cast<int32_t>(divided_up(group, segment));
   layout.segments = columns / group * layout.segments_of_group + (outliers > 0);
   layout.row_bytes = 32 * (columns / group * blocks_of_group(layout) + blocks_of(outliers, per == 3 ? 4 : per));
+  layout.row_bytes = divided_up(layout.row_bytes, 64) * 64;
+  if (layout.row_bytes % 1024 == 0) layout.row_bytes += 64;  // else tokens side by side share few sets of a cache
   return layout;
 }
 

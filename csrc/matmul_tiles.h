@@ -168,11 +168,6 @@ PALEY_INLINE void multiply(Ints (&sums)[T][VECTORS], const uint8_t* weights, con
   }
 }
 
-template <class Own, class Sums>
-PALEY_INLINE void wide(Sums& sums, const uint8_t* weights, const uint8_t* x, int64_t row, int64_t dwords) {
-  Own::wide(sums, weights, x, row, dwords);
-}
-
 // T tokens from `token` on times the written out chunk of a panel.
 template <bool FINE, bool AFFINE, int T>
 __attribute__((noinline)) void tile(const Inputs& in, const Chunk& chunk, const uint8_t* weights, int64_t token,
@@ -191,11 +186,7 @@ __attribute__((noinline)) void tile(const Inputs& in, const Chunk& chunk, const 
       }
     }
     const int64_t dwords = (until - block) * BLOCK_DWORDS;
-    if constexpr (T == Lanes::WIDE && !FINE) {
-      wide<Lanes>(sums, weights, x, row, dwords);
-    } else {
-      multiply<FINE, T>(sums, weights, x, row, dwords);
-    }
+    multiply<FINE, T>(sums, weights, x, row, dwords);
     x += 4 * dwords, weights += PANEL_ROWS * 4 * dwords;
     block = until;
     if (block < end) {
@@ -255,15 +246,15 @@ void group_of_many(const MatmulTask& task, WriteOut write, Lanes::Tables& tables
   }
 }
 
+// The tokens from `begin` on.
 template <bool FINE, bool AFFINE>
-void many_tokens(const MatmulTask& task, WriteOut write, Lanes::Tables& tables) {
+void many_tokens(const MatmulTask& task, WriteOut write, Lanes::Tables& tables, int64_t begin) {
   const Matrix& matrix = task.matrix;
   const InputsLayout& layout = matrix.layout;
   const std::unique_ptr<Work> work(new Work);
-  [[maybe_unused]] const typename Lanes::Session session;
   const int32_t groups = layout.columns / layout.group;
   const int64_t blocks = blocks_of_group(layout), whole = blocks_of(layout.segment, layout.per);
-  for (int64_t first = 0; first < task.inputs.tokens; first += TOKENS) {
+  for (int64_t first = begin; first < task.inputs.tokens; first += TOKENS) {
     const int64_t tokens = std::min(TOKENS, task.inputs.tokens - first);
     for (int32_t row = task.row_begin; row < task.row_end; row += PANELS * PANEL_ROWS) {
       const int64_t panels = std::min(PANELS, divided_up(task.row_end - row, PANEL_ROWS));
@@ -292,46 +283,6 @@ void many_tokens(const MatmulTask& task, WriteOut write, Lanes::Tables& tables) 
   }
 }
 
-template <Kind KIND, bool FINE, bool AFFINE>
-void product(const MatmulTask& task) {
-  if (task.inputs.tokens == 1) return one_token<KIND, FINE, AFFINE>(task);
-  typename Lanes::Tables tables(KIND, task.matrix.table);
-  many_tokens<FINE, AFFINE>(task, write_out<KIND, FINE>, tables);
-}
-
-template <Kind KIND, bool FINE>
-void product(const MatmulTask& task) {
-  task.matrix.affine ? product<KIND, FINE, true>(task) : product<KIND, FINE, false>(task);
-}
-
-template <Kind KIND>
-void product_of_both(const MatmulTask& task) {
-  task.matrix.fine ? product<KIND, true, false>(task) : product<KIND, false, false>(task);
-}
-
-void matmul(const MatmulTask& task) {
-  switch (task.matrix.kind) {
-    case PALEY_TABLE2: return product<PALEY_TABLE2, false>(task);
-    case PALEY_TABLE3: return product<PALEY_TABLE3, false>(task);
-    case PALEY_TABLE4: return product<PALEY_TABLE4, false>(task);
-    case PALEY_OWN2: return product<PALEY_OWN2, false, false>(task);
-    case PALEY_PAIRS4: return product<PALEY_PAIRS4, false, false>(task);
-    case PALEY_PAIRS6: return product<PALEY_PAIRS6, false, false>(task);
-    case PALEY_PAIRS8: return product<PALEY_PAIRS8, false, false>(task);
-    case PALEY_LOOK8: return product_of_both<PALEY_LOOK8>(task);
-    case PALEY_LOOK9: return product_of_both<PALEY_LOOK9>(task);
-    case PALEY_LOOK10: return product_of_both<PALEY_LOOK10>(task);
-    case PALEY_LOOK12: return product_of_both<PALEY_LOOK12>(task);
-    case PALEY_WORDS: return product<PALEY_WORDS, true>(task);
-    case PALEY_BYTES: return task.matrix.fine ? product<PALEY_BYTES, true>(task) : product<PALEY_BYTES, false, false>(task);
-    case PALEY_TRELLIS1: return product<PALEY_TRELLIS1, false, false>(task);
-    case PALEY_TRELLIS1_5: return product<PALEY_TRELLIS1_5, false, false>(task);
-    case PALEY_TRELLIS2: return product<PALEY_TRELLIS2, false, false>(task);
-    case PALEY_TRELLIS2_5: return product<PALEY_TRELLIS2_5, false, false>(task);
-    case PALEY_TRELLIS3: return product<PALEY_TRELLIS3, false, false>(task);
-    case PALEY_TRELLIS3_5: return product<PALEY_TRELLIS3_5, false, false>(task);
-    case PALEY_TRELLIS4: return product<PALEY_TRELLIS4, false, false>(task);
-    case PALEY_TRELLIS5: return product_of_both<PALEY_TRELLIS5>(task);
-    case PALEY_KINDS: break;
-  }
-}
+// Likewise the first `tokens` of them, a multiple of Lanes::WIDE: see matmul_wide.h.
+template <bool AFFINE>
+void wide_tokens(const MatmulTask& task, WriteOut write, Lanes::Tables& tables, int64_t tokens);

@@ -79,7 +79,7 @@ inline int64_t attend_scratch(const Side& keys, const Side& values) {
 
 extern const Steps STEPS_PORTABLE;
 #if PALEY_X86
-extern const Steps STEPS_AVX2;
+extern const Steps STEPS_AVX2, STEPS_AVX512;
 #endif
 
 // The table for a level of paley_level; the best one of this machine that is not above it.

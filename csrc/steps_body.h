@@ -1,42 +1,19 @@
 // The steps, once for each instruction set: included inside a namespace after wide_*.h. See steps.h.
 
-PALEY_INLINE F all(float a) { return F{a, a, a, a, a, a, a, a}; }
 PALEY_INLINE F load(const float* p) {
   F a;
   std::memcpy(&a, p, sizeof a);
   return a;
 }
 PALEY_INLINE void store(float* p, F a) { std::memcpy(p, &a, sizeof a); }
-PALEY_INLINE F choose(I mask, F yes, F no) { return (F)((mask & (I)yes) | (~mask & (I)no)); }
 
-// exp to 2 units in the last place, 0 below -87.3; NaN stays.
-PALEY_INLINE F exponential(F x) {
-  const I low = x < -87.3f, number = x == x;
-  F y = choose(x > 88.3f, all(88.3f), choose(low, all(-87.3f), x));
-  y = choose(number, y, all(0.0f));
-  const F rounder = all(0x1.8p23f);
-  const F whole = fused(y, all(1.44269504f), rounder) - rounder;
-  F r = fused(whole, all(-0.693359375f), y);
-  r = fused(whole, all(2.12194440e-4f), r);
-  F p = all(1.9875691500e-4f);
-  p = fused(p, r, all(1.3981999507e-3f));
-  p = fused(p, r, all(8.3334519073e-3f));
-  p = fused(p, r, all(4.1665795894e-2f));
-  p = fused(p, r, all(1.6666665459e-1f));
-  p = fused(p, r, all(5.0000001201e-1f));
-  p = fused(p, r * r, r) + all(1.0f);
-  const I power = __builtin_convertvector(whole, I) + 127;
-  p *= (F)(power << 23);
-  return choose(number, choose(low, all(0.0f), p), x);
-}
-
-// f of n values, eight at a time; the last ones through a copy.
+// f of n values, L at a time; the last ones through a copy.
 template <class Map>
 PALEY_INLINE void map(int64_t n, const float* a, const float* b, float* y, const Map& f) {
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8) store(y + i, f(load(a + i), load(b + i)));
+  for (; i + L <= n; i += L) store(y + i, f(load(a + i), load(b + i)));
   if (i == n) return;
-  float last[3][8] = {};
+  float last[3][L] = {};
   std::copy(a + i, a + n, last[0]);
   std::copy(b + i, b + n, last[1]);
   store(last[2], f(load(last[0]), load(last[1])));
@@ -48,14 +25,14 @@ void norm(const float* x, int64_t x_stride, int64_t rows, const float* gain, int
   for (int64_t row = 0; row < rows; ++row, x += x_stride, y += y_stride) {
     F squares[2] = {all(0.0f), all(0.0f)};
     int32_t i = 0;
-    for (; i + 16 <= size; i += 16) {
-      for (int k = 0; k < 2; ++k) squares[k] = fused(load(x + i + 8 * k), load(x + i + 8 * k), squares[k]);
+    for (; i + 2 * L <= size; i += 2 * L) {
+      for (int k = 0; k < 2; ++k) squares[k] = fused(load(x + i + L * k), load(x + i + L * k), squares[k]);
     }
     float total = sum(squares[0] + squares[1]);
     for (; i < size; ++i) total += x[i] * x[i];
     const float factor = 1.0f / std::sqrt(total / static_cast<float>(size) + epsilon);
     const F wide = all(factor);
-    for (i = 0; i + 8 <= size; i += 8) {
+    for (i = 0; i + L <= size; i += L) {
       const F found = load(x + i) * wide * load(gain + i);
       store(y + i, adds ? load(y + i) + found : found);
     }
@@ -79,7 +56,7 @@ void rotate(float* x, int32_t heads, int32_t size, const float* table, int32_t w
   if (interleaved) return;
   for (int32_t head = 0; head < heads; ++head, x += size) {
     int32_t i = 0;
-    for (; i + 8 <= half; i += 8) {
+    for (; i + L <= half; i += L) {
       const F a = load(x + i), b = load(x + half + i), c = load(cosine + i), s = load(sine + i);
       store(x + i, a * c - b * s);
       store(x + half + i, b * c + a * s);
@@ -153,7 +130,7 @@ PALEY_INLINE void tile(const PlainTask& task, int64_t row, int64_t token) {
   }
   const float* x = task.x + token * task.x_stride;
   int64_t i = 0;
-  for (; i + 8 <= task.in; i += 8) {
+  for (; i + L <= task.in; i += L) {
     F values[T];
     for (int t = 0; t < T; ++t) values[t] = load(x + t * task.x_stride + i);
     for (int r = 0; r < R; ++r) {

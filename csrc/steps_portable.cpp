@@ -20,7 +20,9 @@ const Steps STEPS_PORTABLE = {steps_portable::norm,     steps_portable::rotate, 
 
 const Steps& steps_of(int32_t level) {
 #if PALEY_X86
-  if (std::min(level, paley_best_planes_level()) >= PALEY_AVX2) return STEPS_AVX2;
+  level = std::min(level, paley_best_planes_level());
+  if (level >= PALEY_AVX512) return STEPS_AVX512;
+  if (level == PALEY_AVX2) return STEPS_AVX2;
 #endif
   (void)level;
   return STEPS_PORTABLE;

@@ -1,8 +1,10 @@
 // Eight floats at a time, with gathers and halves. Included inside a namespace and a target region of "avx2,fma,f16c".
+constexpr int L = 8;  // lanes
 typedef float F __attribute__((vector_size(32)));
 typedef int32_t I __attribute__((vector_size(32)));
 typedef uint32_t U __attribute__((vector_size(32)));
 
+PALEY_INLINE F all(float a) { return (F)_mm256_set1_ps(a); }
 PALEY_INLINE F fused(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 PALEY_INLINE F greatest(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }
 PALEY_INLINE F root(F a) { return (F)_mm256_sqrt_ps((__m256)a); }
@@ -41,3 +43,5 @@ PALEY_INLINE F from_bfloat(const uint16_t* p) {
 }
 PALEY_INLINE float one_from_half(uint16_t x) { return _cvtsh_ss(x); }
 PALEY_INLINE uint16_t one_to_half(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
+
+#include "wide_eight.h"

@@ -1,8 +1,10 @@
 // Eight floats at a time by the vector types of GCC and Clang. Included inside a namespace; see wide_avx2.h.
+constexpr int L = 8;  // lanes
 typedef float F __attribute__((vector_size(32)));
 typedef int32_t I __attribute__((vector_size(32)));
 typedef uint32_t U __attribute__((vector_size(32)));
 
+PALEY_INLINE F all(float a) { return F{a, a, a, a, a, a, a, a}; }
 PALEY_INLINE F fused(F a, F b, F c) { return a * b + c; }
 PALEY_INLINE F greatest(F a, F b) {
   const I more = a > b;
@@ -63,3 +65,5 @@ PALEY_INLINE F from_bfloat(const uint16_t* p) {
   for (int i = 0; i < 8; ++i) found[i] = static_cast<uint32_t>(p[i]) << 16;
   return (F)found;
 }
+
+#include "wide_eight.h"

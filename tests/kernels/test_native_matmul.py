@@ -60,10 +60,13 @@ def decoded(inputs: Tensor, made: matmul.Plan, tokens: int, width: int, columns:
     pieces = [(size, per) for size in sizes]
     if columns is not None:
         pieces.append((len(columns), 2 if made.fine else 4))
-    row = sum(32 * -(-size // (8 * p)) for size, p in pieces)
+    row = -(-sum(32 * -(-size // (8 * p)) for size, p in pieces) // 64) * 64
+    row += 64 * (row % 1024 == 0)
     codes = inputs[: tokens * row].view(tokens, row)
     steps = inputs[tokens * row :][: 4 * tokens * len(pieces)].view(torch.float32).view(tokens, -1).double()
-    sums = inputs[tokens * row + 4 * tokens * len(pieces) :].view(torch.int32).view(tokens, -1)
+    sums = (
+        inputs[tokens * row + 4 * tokens * len(pieces) :][: 4 * tokens * len(pieces)].view(torch.int32).view(tokens, -1)
+    )
     out, own, at = [], None, 0
     for s, (size, p) in enumerate(pieces):
         length = 32 * -(-size // (8 * p))
@@ -145,7 +148,7 @@ def test_products_are_those_of_the_integers_on_every_level(grid: str) -> None:
 @pytest.mark.parametrize(
     "grid", ["int4", "uint3", "gauss3", "gauss2", "free2", "p2n64", "p2n256", "p4n256", "p4n4096", "p2n4096", "int8"]
 )
-@pytest.mark.parametrize("tokens", [1, 2, 4, 7, 17])
+@pytest.mark.parametrize("tokens", [1, 2, 4, 7, 17, 50])
 def test_ragged_shapes(grid: str, tokens: int) -> None:
     p = grids.load(grid).p
     for rows, width, group in ((1, 4 * 7, None), (17, 4 * 33, 4 * 11), (33, 8 * 3 * p, 2 * p), (70, 1100, 220)):
@@ -224,12 +227,25 @@ def test_transforms(transform: Transform, inputs: ActivationScheme | None) -> No
     check(scheme_of("p2n64", None, inputs, transform=transform), 19, transform.out_dim, 5)
 
 
+@pytest.mark.parametrize("grid", ["p2n256", "gauss4", "trellis4", "uint4"])
+def test_turned_inputs_share_a_scale_of_many_columns(grid: str) -> None:
+    """Segments of 192 and 256 columns, the last one shorter; tokens and rows fill tiles, or do not."""
+    for width, order in ((576, 576), (1024, 1024), (1120, 160)):
+        scheme = scheme_of(grid, None, None, transform=Transform(width, width, order, 1))
+        made = matmul.plan(scheme, width)
+        assert made is not None
+        assert made.segment == {576: 192, 1024: 256, 1120: 192}[width]
+        for rows, tokens in ((40, 50), (112, 32), (16, 16)):
+            check(scheme, rows, width, tokens)
+
+
 @pytest.mark.parametrize(
     "inputs", [None, ActivationScheme("int4"), ActivationScheme("uint8"), ActivationScheme("gauss4", "rms")]
 )
 @pytest.mark.parametrize("grid", ["gauss4", "uint4", "int8", "gauss6"])
 def test_outliers(inputs: ActivationScheme | None, grid: str) -> None:
     check(scheme_of(grid, 32, inputs, outliers=5), 21, 160, 3)
+    check(scheme_of(grid, 32, inputs, outliers=5), 53, 160, 37)
     check(scheme_of(grid, None, inputs, outliers=70, transform=Transform(120, 120, 12, 1)), 21, 120, 1)
 
 

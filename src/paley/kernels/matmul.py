@@ -37,8 +37,9 @@ KINDS = (
 )  # fmt: skip
 _LIMITS = (127, 4095)  # of integers: 8 bits, fine
 _SEGMENT = 64  # columns of inputs that share a scale, if the scheme does not say
+_TURNED = 256  # likewise, at most, of inputs that a Hadamard transform makes nearly Gaussian: none sticks out
 _LONGEST_FINE = 128
-_INPUT_ERROR = 0.0061  # of Gaussian values in such segments, rounded to 8 bits; relative
+_INPUT_ERROR = 0.0069  # of Gaussian values in segments of 256, rounded to 8 bits; relative. Of 64: 0.0060
 _SEEN = 0.12  # what rounding to 8 bits may add to a grid's relative error, as a share of it
 _LEAST_SEGMENT = 16
 _MOST_BITS = 17.0
@@ -158,17 +159,25 @@ def plan(scheme: LinearScheme, width: int, beside: float = 0.0) -> Plan | None:
         fine, inputs = True, _map(scheme.input, True)
     kind = _kind(grid, fine, group)
     p = grid.p if kind not in ("bytes", "words") else 1
-    segment = _SEGMENT // p * p
+    segment = _segment(scheme, group, fine, p)
     if inputs is not None and scheme.input is not None:
         common = math.gcd(group, scheme.input.group_size or width)
         most = _LONGEST_FINE if fine else common
         segment = max(d for d in range(1, min(most, common) + 1) if common % d == 0)
         if segment < min(_LEAST_SEGMENT, common) or segment % p:
-            inputs, segment = None, _SEGMENT // p * p
+            inputs, segment = None, _segment(scheme, group, fine, p)
     segment = min(segment, group)
     if kind.startswith("trellis") and (group % _TRELLIS_COLUMNS or segment % _TRELLIS_COLUMNS):
         kind, p = "bytes", 1
     return Plan(kind, fine, group, segment, p, *(inputs or (None, 1.0)))
+
+
+def _segment(scheme: LinearScheme, group: int, fine: bool, p: int) -> int:
+    """Columns of inputs that share a scale: alike in a group, and a multiple of what the kernels read at a time."""
+    transform, together = scheme.transform, _SEGMENT // p * p
+    most = _SEGMENT if fine or transform is None else min(_TURNED, max(_SEGMENT, transform.order))
+    share = -(-group // -(-group // most))
+    return -(-share // together) * together
 
 
 def _is_fine(grid: AnyGrid, inputs: ActivationScheme | None, beside: float) -> bool:

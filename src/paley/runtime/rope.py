@@ -30,10 +30,10 @@ class Rope:
         return 2 * len(self.inverse_frequencies)
 
     def table(self, positions: int) -> Tensor:
-        """-> float32 [positions, width up to a multiple of 8]: cosines, then sines, then zeros."""
+        """-> float32 [positions, width up to a multiple of 16]: cosines, then sines, then zeros."""
         angles = torch.arange(positions).float()[:, None] * self.inverse_frequencies
         table = torch.cat([angles.cos() * self.scaling, angles.sin() * self.scaling], -1)
-        return torch.nn.functional.pad(table, (0, -self.width % 8)).contiguous()
+        return torch.nn.functional.pad(table, (0, -self.width % 16)).contiguous()
 
 
 def rope_settings(config: Any, layer_type: str | None) -> Mapping[str, Any]:
