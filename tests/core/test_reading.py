@@ -26,6 +26,12 @@ def test_what_is_no_json_object_is_refused_by_name(tmp_path, content, complaint)
         read_json(tmp_path / "a.json", "plan")
 
 
+def test_a_number_of_thousands_of_digits_is_refused(tmp_path):
+    (tmp_path / "a.json").write_text('{"a": ' + "1" * 5000 + "}")
+    with pytest.raises(PaleyError, match=r"a\.json: is not valid JSON \(Exceeds the limit"):
+        read_json(tmp_path / "a.json")
+
+
 @pytest.mark.parametrize("read", [read_text, read_json])
 def test_files_that_cannot_be_read(tmp_path, read):
     with pytest.raises(PaleyError, match=r"none: no such plan"):

@@ -17,7 +17,7 @@ from command_line import paley_
 from paley.core.errors import PaleyError
 from paley.format.digests import seal
 from paley.recipe import apply_settings, preset
-from paley.recipe.sources import relative_source
+from paley.recipe.sources import located_source, relative_source
 from tiny_models import higgs, save_tiny
 
 
@@ -155,10 +155,27 @@ def test_nothing_in_a_folder_tells_where_it_was_made(hub, tiny_tokenizer, tmp_pa
     assert paley.Plan.load(away / "plan.json").recipe.calibration.source == str(tmp_path / "other/texts/words.txt")
 
 
+def test_a_link_is_not_sent(hub, folder, tmp_path):
+    card = folder / "README.md"
+    card.rename(tmp_path / "private.md")
+    card.symlink_to(tmp_path / "private.md")
+    with pytest.raises(PaleyError, match=r"README\.md is a link, and what it leads to would be uploaded"):
+        paley.push(folder, "me/tiny")
+    assert not hub.files
+
+
+def test_a_text_elsewhere_is_named_by_its_name_and_never_taken_for_a_file_of_the_folder(tmp_path):
+    (tmp_path / "README.md").write_text("the card")
+    assert located_source(relative_source("/elsewhere/README.md", tmp_path), tmp_path) == "…/README.md"
+    for source in ("self", "pydoc", "hub:set"):
+        (tmp_path / source).write_text("words")
+        assert located_source(source, tmp_path) == source
+
+
 def test_a_text_elsewhere_is_named_by_its_name_alone(tmp_path):
     file = Path(__file__).resolve()
-    assert relative_source(str(file), Path("/elsewhere/out")) == file.name
-    assert relative_source("/elsewhere/gone/text.txt", tmp_path) == "text.txt"
+    assert relative_source(str(file), Path("/elsewhere/out")) == "…/" + file.name
+    assert relative_source("/elsewhere/gone/text.txt", tmp_path) == "…/text.txt"
     for source in ("pydoc", "self", "hub:wikitext::test", "missing.txt"):
         assert relative_source(source, tmp_path) == source
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import paley
 from command_line import paley_
 from paley.core.errors import PaleyError
 from paley.format.checkpoint import Checkpoint
+from paley.format.digests import seal
 from paley.pipeline import quantize
 from paley.pipeline.monitor import Monitor
 from paley.recipe import apply_settings, preset
@@ -139,6 +141,14 @@ class TestCalibrated:
         alone = "model.layers.0.self_attn.k_proj.codes"  # its input is the same in both
         assert torch.equal(tensors(whole.output)[alone], tensors(made.output)[alone])
 
+    def test_what_was_fitted_once_is_never_exact_later(self, gptq, model, text, tmp_path):
+        new = recipe(text, 'overrides=[{pattern: "*.0.self_attn.k_proj", weight: {grid: int8, method: gptq}}]')
+        middle = quantize(model, new, base=gptq, output=tmp_path / "middle").output
+        made = quantize(model, new, base=middle, exact=True, output=tmp_path / "new")
+        assert (made.results.kept.weights, made.results.kept.fitted) == (2, 0)
+        whole = quantize(model, new, output=tmp_path / "whole")
+        assert not changed(made.output, whole.output)
+
     def test_nothing_changed(self, gptq, model, text, tmp_path):
         made = quantize(model, base=gptq, output=tmp_path / "new")
         assert not changed(gptq, made.output)
@@ -180,6 +190,27 @@ class TestCalibrated:
 
 
 class TestRefused:
+    def test_a_dry_run_looks_at_the_folder(self, model, tmp_path):
+        old = quantize(model, higgs(), output=tmp_path / "old").output
+        assert f"kept from {old} take none" in paley_("quantize", model, "--from", old, "--dry-run").out
+        change_tensors(old, lambda found: {name: tensor ^ 1 if name.endswith("codes") else tensor
+                                           for name, tensor in found.items()})  # fmt: skip
+        assert "codes" in paley_("quantize", model, "--from", old, "--dry-run", code=2).err
+        assert "--from" in paley_("quantize", model, "--preset", "higgs-4", "--exact", "--dry-run", code=2).err
+
+    def test_a_text_of_the_hub_that_a_folder_names_is_not_fetched(self, gptq, model, tmp_path):
+        plan = json.loads((gptq / "plan.json").read_text())
+        plan["recipe"]["calibration"]["source"] = "hub:someone/data"
+        plan["recipe"]["test"] = {"source": "hub:someone/data"}
+        base = tmp_path / "base"
+        shutil.copytree(gptq, base)
+        (base / "plan.json").write_text(json.dumps(plan))
+        seal(base)
+        told = paley_("quantize", model, "--from", base, "--output", tmp_path / "new", code=2).err
+        assert "calibration text is hub:someone/data, which is fetched only if you name it" in " ".join(told.split())
+        told = paley_("eval", base, code=2).err
+        assert "fetched only if you name it; use --data hub:someone/data" in " ".join(told.split())
+
     def test_another_original(self, nearest, model, tiny_tokenizer, tmp_path):
         other = save_tiny(tmp_path / "other", tiny_tokenizer, intermediate_size=64)
         change_tensors(other, lambda found: {name: tensor * 2 for name, tensor in found.items()})

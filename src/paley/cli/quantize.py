@@ -57,6 +57,7 @@ def quantize_verb(
     from paley.cli.recipes import Request, numbers, slopes_of
     from paley.pipeline.any_model import check_device, is_paley
     from paley.pipeline.machine import free_memory
+    from paley.pipeline.reuse import Base
     from paley.pipeline.run_directory import RunDirectory
 
     start = time.monotonic()
@@ -72,12 +73,15 @@ def quantize_verb(
     ).resolve()  # fmt: skip
     slopes = slopes_of(sensitivity, chosen)
     decided = isinstance(chosen, paley.Plan)
+    earlier = Base.asked_for(base, exact)
     if dry_run:
         found = paley.estimate(model, None if decided else chosen, plan=chosen if decided else None, sensitivity=slopes)
         if as_json:
             display.emit({"model": model, **asdict(found), "seconds": found.seconds})
         else:
             display.show(display.estimate_table(found, free_memory()))
+            if earlier is not None:
+                line(f"the time is that of all weights; those that are kept from {base} take none")
         return
     assert output is not None  # options.NewFolderOrNone
     try:

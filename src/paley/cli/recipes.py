@@ -63,11 +63,24 @@ class Request:
         elif self.preset is not None:
             recipe = preset(self.preset)
         elif self.base is not None:
-            recipe = Plan.load(self.base / "plan.json").recipe
+            recipe = self._of_base()
         if limits or recipe is None:
             recipe = under_budget(recipe, **limits)
         recipe = apply_settings(recipe, settings)
         return recipe if self.grid is None else _with_grid(recipe, self.grid)
+
+    def _of_base(self) -> Recipe:
+        """The recipe of the earlier folder; raises where that names a text of the Hub, and the user does not."""
+        assert self.base is not None
+        recipe = Plan.load(self.base / "plan.json").recipe
+        for name, given in (("calibration", self.calibration), ("test", self.test or self.no_score or None)):
+            part = getattr(recipe, name)
+            if given is None and part is not None and (part.source or "").startswith("hub:"):
+                raise PaleyError(
+                    f"{self.base / 'plan.json'}: its {name} text is {part.source}, which is fetched only if you name "
+                    f"it: --{name} {part.source}"
+                )
+        return recipe
 
     def _whole_plan(self, settings: list[str | tuple[str, Any]], limits: dict[str, float]) -> Plan:
         """The plan; raises if an option would change it."""

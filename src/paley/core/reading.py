@@ -35,6 +35,8 @@ def read_json(path: Path, what: str = "JSON file") -> dict[str, Any]:
         raise PaleyError(f"{path}: is not valid JSON (too many levels of brackets)") from None
     except PaleyError as error:
         raise PaleyError(f"{path}: {error}") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise PaleyError(f"{path}: is not valid JSON ({error})") from None
     if not isinstance(data, dict):
         got = "null" if data is None else type(data).__name__
         raise PaleyError(f"{path}: expected a mapping of keys to values, got {got}")

@@ -25,7 +25,7 @@ def tokenizer_keys(folder: Path, vocabulary: int) -> dict[str, Any]:
     Errors: PaleyError if llama.cpp has none that does the same, or if there are more pieces than rows of the embedding.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise PaleyError(f"its tokenizer cannot be read: {error}", where=folder, remedy="put its files there") from None
     if not tokenizer.is_fast:

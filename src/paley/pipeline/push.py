@@ -8,7 +8,7 @@ from os.path import isabs
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import (
     HFValidationError,
     HTTPError,  # pyright: ignore[reportPrivateImportUsage]  of httpx or httpx2, as the version has it
@@ -49,11 +49,16 @@ def push(
     verified = verify(folder, on_file=on_file)
     _check_paths(verified.folder)
     files = [*Digests.load(verified.folder).files, DIGESTS]
+    if links := [name for name in files if (verified.folder / name).is_symlink()]:
+        raise PaleyError(
+            f"{verified.folder}: {links[0]} is a link, and what it leads to would be uploaded",
+            remedy="put the file itself there",
+        )
     api = HfApi(library_name="paley")
     try:
         made = api.create_repo(repository, private=private, exist_ok=True)
-        commit = api.upload_folder(
-            folder_path=verified.folder, repo_id=made.repo_id, allow_patterns=files,
+        commit = api.create_commit(
+            made.repo_id, [CommitOperationAdd(name, verified.folder / name) for name in files],
             commit_message=message or "A model quantized by Paley",
         )  # fmt: skip
     except OfflineModeIsEnabled:
@@ -77,5 +82,5 @@ def _check_paths(folder: Path) -> None:
             if isinstance(value, dict) and isinstance(source := value.get("source"), str) and isabs(source):
                 raise PaleyError(
                     f"{folder / name}: names a text by its place on this machine, {source}",
-                    remedy=("quantize again, with ", Setting("base", folder), ", which keeps all weights"),
+                    remedy=("quantize again, with ", Setting("base", folder), ", which keeps what it can"),
                 )

@@ -104,6 +104,14 @@ class Base:
                 raise PaleyError(f"{folder}: has no {name}, which says what it was made of", remedy=_WAY_OUT)
         return cls(folder, stored, section, Plan.load(folder / "plan.json"), Results.load(folder / "results.json"))
 
+    @classmethod
+    def asked_for(cls, path: str | Path | None, exact: bool) -> Base | None:
+        """As `open`; None without a path, which `exact` needs."""
+        if path is None and exact:
+            raise PaleyError(Setting("exact", True), " says what is kept of an earlier folder: give one with ",
+                             Setting("base"))  # fmt: skip
+        return None if path is None else cls.open(path)
+
     @property
     def digest(self) -> str:
         return self.section.digest or ""
@@ -195,23 +203,33 @@ class Base:
             return f"{name} balances its keys, and {_difference(theirs, ours, 'its scheme')}"
         return (
             None
-            if texts is None or self._same_text(texts)
-            else f"{name} balances its keys by the calibration text, which changed"
+            if texts is None or (self._same_text(texts) and self._same_original(problem))
+            else f"{name} balances its keys by what the original computes on the calibration text, which changed"
         )
 
     def _same_text(self, texts: Mapping[str, str]) -> bool:
         theirs = self.results.texts.get("calibration")
         return theirs is not None and theirs == texts.get("calibration")
 
+    def _same_original(self, problem: Problem) -> bool:
+        """Whether what is measured of the original is the same: weights that stay unquantized are rounded to a type."""
+        linears = problem.schemes.linears
+        theirs, ours = (
+            {name for name, scheme in schemes.items() if scheme.weight is not None}
+            for schemes in (self.section.linears, linears)
+        )
+        return theirs == ours and str(self.stored.config.get("dtype")) == _name(problem.dtype)
+
     def _exact(self, problem: Problem, texts: Mapping[str, str], same: set[str]) -> set[str]:
         """The weights that a run from the beginning would make the same, of those whose schemes are."""
         linears, sites = problem.schemes.linears, problem.sites
         free = {name for name in same if not linears[name].needs_data}
-        settings = (problem.compensate, _name(problem.dtype))
-        then = (self.plan.recipe.compensate, str(self.stored.config.get("dtype")))
-        if not self._same_text(texts) or settings != then:
+        dtype = str(self.stored.config.get("dtype"))
+        settings = (problem.compensate, _name(problem.dtype)) == (self.plan.recipe.compensate, dtype)
+        inherited = self.results.kept is not None and self.results.kept.fitted > 0  # of which nothing tells the names
+        if inherited or not settings or not self._same_text(texts):
             return free
-        balanced = {name for name in same if not linears[name].calibrated}  # by the original's own inputs
+        balanced = {name for name in same if not linears[name].calibrated} if self._same_original(problem) else set()
         before: set[str] = set()
         for step in [[sites.embedding], *(sites.of("linear", block=i) for i in range(sites.blocks)), [sites.head]]:
             block = step[0].block if step else None

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from paley.core.errors import PaleyError, Setting
+from paley.core.errors import PaleyError
 from paley.core.files import write_atomic
 from paley.core.schemes import Schemes
 from paley.data import TokenBlocks
@@ -82,7 +82,7 @@ def quantize(
     where the folder there came of the same settings.
     """
     monitor, output = monitor or Monitor(), Path(output)
-    earlier = _base(base, exact)
+    earlier = Base.asked_for(base, exact)
     recipe = earlier.plan.recipe if earlier is not None and recipe is None and plan is None else recipe
     wanted = _wanted(recipe, plan, sensitivity)
     run = RunDirectory(output)
@@ -298,13 +298,6 @@ def _plan(
 
 def _digest(sensitivity: Sensitivity | None) -> str:
     return "" if sensitivity is None else hashlib.sha256(sensitivity.to_json().encode()).hexdigest()
-
-
-def _base(folder: str | Path | None, exact: bool) -> Base | None:
-    if folder is None and exact:
-        raise PaleyError(Setting("exact", True), " says what is kept of an earlier folder: give one with ",
-                         Setting("base"))  # fmt: skip
-    return None if folder is None else Base.open(folder)
 
 
 def _key(problem: Problem, wanted: str, base: Base | None, exact: bool) -> str:

@@ -103,5 +103,7 @@ def load_stored(folder: Path, problem: Problem, device: str, product: str = EXAC
     """The model that was written to the folder; product: as of `hf.load`."""
     if problem.quantizes:
         return hf.load(folder, device=device, product=product)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    )
     return model.to(device)  # type: ignore[arg-type]

@@ -110,7 +110,12 @@ def scored_text(
         test = test.model_copy(update={"seq_len": limit})
     check_seq_len(config, {"test.seq_len": test.seq_len})
     source = test.source or recipe.calibration.source
-    named = data is not None or plan is None or source in ("pydoc", SELF) or source.startswith("hub:")
+    named = data is not None or plan is None or source in ("pydoc", SELF)
+    if not named and source.startswith("hub:"):  # nothing is fetched because a folder says so
+        raise PaleyError(
+            f"{path}/plan.json: sets the text {source} apart for scores, which is fetched only if you name it",
+            remedy=("use ", Setting("test.source", source)),
+        )
     if not named and not Path(source).exists():
         raise PaleyError(
             f"{path}/plan.json: the text {source} that it sets apart for scores is not here",
