@@ -59,6 +59,12 @@ def test_rows_of_zeros_of_one_value_and_of_one_outlier(kind):
     assert bool((found[2].abs() <= 1000 * 1.02).all())
 
 
+@pytest.mark.parametrize("kind", FITS)
+def test_rows_whose_scales_float16_barely_holds(kind):
+    weight = torch.randn(4, 256, generator=torch.Generator().manual_seed(1)) * 3e-6
+    assert error(weight, kind) < 0.05
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["q4_k", "q6_k", "q8_0"])
 def test_any_folder_becomes_a_file_of_a_type_and_the_loss_is_told(kind, tmp_path):
@@ -67,6 +73,8 @@ def test_any_folder_becomes_a_file_of_a_type_and_the_loss_is_told(kind, tmp_path
     model = save(tmp_path / "model", byte_tokenizer(), "llama", **sizes)
     out = paley.quantize(model, apply_settings(preset("higgs-4"), ["test=null"]), output=tmp_path / "out").output
     made = paley.export_to(out, "gguf", output=tmp_path / "gguf", kind=kind)
+    told = gguf.GGUFReader(file_of(made.output)).fields["general.file_type"].contents()
+    assert told == {"q4_k": 14, "q6_k": 18, "q8_0": 7}[kind]  # MOSTLY_Q4_K_S, MOSTLY_Q6_K, MOSTLY_Q8_0
     narrow = {"q4_k": "Q5_0", "q6_k": "Q8_0", "q8_0": "Q8_0"}[kind]
     assert made.types[kind.upper()] == {"q4_k": 10, "q6_k": 12, "q8_0": 16}[kind]
     assert made.types[narrow] >= 4
@@ -88,6 +96,17 @@ def test_a_type_that_is_none_or_of_another_format(tmp_path):
         export_gguf_of(tmp_path, "Q4_M")
     with pytest.raises(PaleyError, match="kind is a type of gguf's; leave it out, got 'Q4_K'"):
         paley.export_to(tmp_path, "mlx", output=tmp_path / "mlx", kind="Q4_K")
+
+
+def test_a_tokenizer_that_gguf_cannot_say_is_refused_before_any_work(tmp_path, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("decoded before it was refused")
+
+    monkeypatch.setattr("paley.export.gguf.decoded", never)
+    out = quantized(save(tmp_path / "model", byte_tokenizer(), "llama"), tmp_path / "out")
+    (out / "tokenizer.json").write_text((out / "tokenizer.json").read_text().replace('"BPE"', '"WordLevel"'))
+    with pytest.raises(PaleyError, match="no tokenizer can be loaded here"):
+        paley.export_to(out, "gguf", output=tmp_path / "gguf", kind="Q8_0")
 
 
 def export_gguf_of(folder, kind):

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from paley.arch.row import STREAM
 
-__all__ = ["ALIKE", "GGUF", "KEYS", "NO_BOS", "ROPE_FACTORS", "SPLITS", "GgufFamily", "Token", "family_of"]
+__all__ = ["ALIKE", "FLOATS", "GGUF", "KEYS", "NO_BOS", "ROPE_FACTORS", "SPLITS", "GgufFamily", "Token", "family_of"]
 
 Pairs = Literal["halves", "interleaved"]
 
@@ -29,6 +29,13 @@ KEYS: Mapping[str, str] = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "vocab_size": "vocab_size",
 }
+
+
+# Keys of float32, as llama.cpp wants them; the config may have whole numbers there.
+FLOATS = frozenset({
+    "attention.layer_norm_rms_epsilon", "attention.scale", "embedding_scale", "residual_scale", "logit_scale",
+    "attn_logit_softcapping", "final_logit_softcapping",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)

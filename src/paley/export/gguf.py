@@ -42,6 +42,7 @@ __all__ = ["export_gguf"]
 _RUN = "export gguf"
 _AT_ONCE = 2**22  # values packed together
 _FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_FILE_TYPES = {"Q4_K": "Q4_K_S"}  # where the file's type has another name than its tensors'
 _WAY_OUT = "quantize with a preset that GGUF holds, such as --preset gguf-q4_0, or export it --to plain"
 
 _CARD = """\
@@ -77,6 +78,10 @@ def export_gguf(
     source = QuantizedFolder.open(folder, weights_only=weights_only, what="a GGUF file")
     if kind is not None:
         check_kind(kind)
+    config = read_config(folder)
+    GgufModel.of(config, f"{folder}/config.json")  # before anything is decoded
+    _check_carried(source)
+    tokenizer = tokenizer_keys(folder, config.vocab_size)
     try:
         with place.open(_RUN, overwrite=overwrite) as work:
             plain = folder if kind is None else decoded(folder, work.path / "plain", weights_only=weights_only)
@@ -88,7 +93,6 @@ def export_gguf(
             if kind is None:
                 kinds = _kinds(source, checkpoint, model.sites)
             tensors = list(_tensors(source, checkpoint, model, kinds, names, refit if kind is not None else None))
-            tokenizer = tokenizer_keys(folder, config.vocab_size)
             label = kind or _label(kinds)
             file = work.new / f"model-{label}.gguf"
             work.new.mkdir()
@@ -114,14 +118,17 @@ def _architecture(package: Any, model: GgufModel) -> Any:
     return next(arch for arch, name in package.MODEL_ARCH_NAMES.items() if name == model.family.architecture)
 
 
+def _check_carried(source: QuantizedFolder) -> None:
+    if source.section.carried:
+        raise PaleyError(f"it carries {source.section.carried[0]!r}, which GGUF has no name for", where=source.path,
+                         remedy="quantize with extra_tensors=drop")  # fmt: skip
+
+
 def _kinds(source: QuantizedFolder, checkpoint: Checkpoint, model: Sites) -> dict[str, BlockType]:
     """ggml's type of each coded weight; raises for the first that GGUF cannot hold."""
     if source.section.stream is not None:
         raise PaleyError("its residual stream turns at run time, which GGUF cannot say", where=source.path,
                          remedy=_WAY_OUT)  # fmt: skip
-    if source.section.carried:
-        raise PaleyError(f"it carries {source.section.carried[0]!r}, which GGUF has no name for", where=source.path,
-                         remedy="quantize with extra_tensors=drop")  # fmt: skip
     found: dict[str, BlockType] = {}
     for name, scheme in source.section.linears.items():
         where = f"{source.path}: {name}"
@@ -251,7 +258,8 @@ def _add_keys(package: Any, writer: Any, model: GgufModel, tokenizer: dict[str, 
     own: dict[str, Any] = {**model.keys(), **model.scaling()}
     general: dict[str, Any] = {"general.type": "model", "general.name": name, "general.quantized_by": "paley"}
     general["general.quantization_version"] = 2
-    general["general.file_type"] = int(getattr(package.LlamaFileType, f"MOSTLY_{label}", 0))
+    types = package.LlamaFileType
+    general["general.file_type"] = int(getattr(types, f"MOSTLY_{_FILE_TYPES.get(label, label)}", types.GUESSED))
     named = {f"{model.family.architecture}.{key}": value for key, value in own.items()}
     named |= {f"tokenizer.{key}": value for key, value in tokenizer.items()}
     for key, value in (general | named).items():

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from paley.arch import Architecture, Site, Sites, sites, window
 from paley.arch import family as family_row
-from paley.arch.gguf import GGUF, KEYS, GgufFamily
+from paley.arch.gguf import FLOATS, GGUF, KEYS, GgufFamily
 from paley.arch.rope import llama3_factors
 from paley.core.errors import PaleyError
 
@@ -54,7 +54,8 @@ class GgufModel:
         found = {key: getattr(self.config, name) for key, name in {**KEYS, **self.family.keys}.items()}
         found |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
         found |= {"rope.dimension_count": head_dim, "rope.freq_base": float(self._rope["rope_theta"])}
-        return {key: value for key, value in found.items() if value is not None} | dict(self.family.always)
+        told = {key: float(v) if key in FLOATS else v for key, v in found.items() if v is not None}
+        return told | dict(self.family.always)
 
     def scaling(self) -> dict[str, str | float | int]:
         """Keys of a linear scaling of RoPE, or of YaRN; none if there is no scaling, or if `rope_factors` says it."""

@@ -18,7 +18,7 @@ from paley.export.plain import dequantize
 
 __all__ = ["KINDS", "GgufTensor", "Refit", "check_kind", "decoded"]
 
-# Type -> that of rows which no superblock divides, and of embedding and head; the same as in llama.cpp's quantizer.
+# Type -> that of rows which no superblock divides, as in llama.cpp's quantizer, and that of embedding and head.
 KINDS = {"Q4_K": ("Q5_0", "Q6_K"), "Q6_K": ("Q8_0", "Q6_K"), "Q8_0": ("Q8_0", "Q8_0")}
 _FITS = {"Q4_K": fit_q4_k, "Q6_K": fit_q6_k}
 _AT_ONCE = 2**20  # values fitted together

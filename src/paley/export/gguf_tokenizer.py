@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from paley.arch.gguf import SPLITS, Token
 from paley.core.errors import PaleyError
+from paley.model.folders import load_tokenizer
 
 __all__ = ["tokenizer_keys"]
 
@@ -24,10 +25,7 @@ def tokenizer_keys(folder: Path, vocabulary: int) -> dict[str, Any]:
 
     Errors: PaleyError if llama.cpp has none that does the same, or if there are more pieces than rows of the embedding.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise PaleyError(f"its tokenizer cannot be read: {error}", where=folder, remedy="put its files there") from None
+    tokenizer: Any = load_tokenizer(folder)
     if not tokenizer.is_fast:
         raise PaleyError("its tokenizer has no tokenizer.json, which GGUF's keys are made from", where=folder)
     data = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -32,7 +32,7 @@ def fit_q4_k(weight: Tensor) -> Tensor:
             better = error < best
             best, scales, mins = (torch.where(better, *p) for p in ((error, best), (scale, scales), (least, mins)))
             scale, least = _line(x, codes)
-    d, e = (_half(part.amax(-1, keepdim=True) / 63) for part in (scales, mins))
+    d, e = (_largest(part.amax(-1, keepdim=True) / 63) for part in (scales, mins))
     s, m = (_rounded(part, big, 63) for part, big in ((scales, d), (mins, e)))
     codes = _codes(x, (d * s)[..., None], (e * m)[..., None], 15)
     for _ in range(_ROUNDS):
@@ -64,7 +64,7 @@ def fit_q6_k(weight: Tensor) -> Tensor:
             best, scales = torch.where(better, error, best), torch.where(better, scale, scales)
             scale = (x * codes).sum(-1) / codes.square().sum(-1).clamp(min=_TINY)
     largest = scales.gather(-1, scales.abs().argmax(-1, keepdim=True))
-    d = _half(largest / -128)
+    d = _largest(largest / -128)
     s = torch.where(d == 0, torch.zeros_like(scales), (scales / _safe(d)).round().clamp(-128, 127))
     codes = _signed(x, (d * s)[..., None])
     for _ in range(_ROUNDS):
@@ -81,6 +81,11 @@ def fit_q6_k(weight: Tensor) -> Tensor:
     low = torch.cat([c[..., 0:2, :] & 15 | (c[..., 2:4, :] & 15) << 4], -2).flatten(2)
     high = c[..., 0, :] >> 4 | c[..., 1, :] >> 4 << 2 | c[..., 2, :] >> 4 << 4 | c[..., 3, :] >> 4 << 6
     return torch.cat([low, high.flatten(2), s.to(torch.int8).view(torch.uint8), _bytes(d)], -1).flatten(1)
+
+
+def _largest(scale: Tensor) -> Tensor:
+    """A superblock's scale in float16, at least the smallest number of it unless it is 0."""
+    return torch.where(scale == 0, scale, _half(scale.sign() * scale.abs().clamp(min=2.0**-24)))
 
 
 def _codes(x: Tensor, scale: Tensor, least: Tensor, most: int) -> Tensor:
