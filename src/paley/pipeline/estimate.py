@@ -56,7 +56,9 @@ class Costs:
     sampled: float = 2.5  # times the products of a token that the model writes
     loop: tuple[float, ...] = (0.0, 1500.0, 3000.0, 9000.0, 16_000.0)  # a weight and pass of GPTQ, by its grid's p
     nearest: float = 5000.0  # a weight rounded to the nearest point
-    trellis: float = 7000.0  # a code of a sequential grid looked at
+    trellis: float = (
+        30_000.0  # a code of a sequential grid looked at; 17,000 on that machine, 43,000 on a Sapphire Rapids
+    )
     packed: float = 4500.0  # a weight's codes packed, decoded and kept
     written: float = 450.0  # a weight's codes in the new checkpoint
     factor: float = 3.5  # of n³: the Hessian's Cholesky factor and its inverse, float64
