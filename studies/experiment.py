@@ -168,7 +168,8 @@ class Experiment:
             return
         if row is None:
             return
-        self.result["rows"][name] = row | {"commit": self.result["commit"]}
+        named = {"source": _name(row["source"])} if "source" in row else {}
+        self.result["rows"][name] = row | named | {"commit": self.result["commit"]}
         print(f"{name:40s} {row['bits']:.3f} bits  gap {row['gap']:.4f} ± {row['gap_stderr']:.4f}  KL {row['kl']:.4f} "
               f"± {row['kl_stderr']:.4f}  {row['seconds']} s", flush=True)  # fmt: skip
         save(self.result, self.file)
