@@ -31,6 +31,7 @@ PRESETS = {  # preset -> targets
     "ct-w4g128": ("compressed-tensors", "plain"), "ct-w8g128": ("compressed-tensors",), "mlx-3": ("mlx",),
     "mlx-4": ("mlx",), "mlx-8": ("mlx",),
 }  # fmt: skip
+QUICK = ["test=null", "weights.method=nearest", "weights.scale_search=absmax", "fit_groups=true"]
 GREEDY = 16
 Logits = Callable[[list[int]], Tensor]  # ids -> [tokens, vocabulary]
 
@@ -113,7 +114,7 @@ def main() -> None:
         if not wanted:
             continue
         with tempfile.TemporaryDirectory() as place:
-            recipe = apply_settings(preset(name), ["test=null", "weights.method=nearest", "fit_groups=true"])
+            recipe = apply_settings(preset(name), QUICK)
             out = paley.quantize(arguments.model, recipe, output=Path(place, "out")).output
             model = paley.load(out, product="dense")
             for to in wanted:

@@ -73,7 +73,7 @@ def test_quantize_json_is_one_object_and_progress_goes_to_stderr(made):
     found = json.loads(made.run.out)
     assert found.keys() == {"output", "seconds", "peak_memory_bytes", "results"}
     assert found["output"] == str(made.out)
-    assert found["results"] == json.loads((made.out / "results.json").read_text())
+    assert found["results"] == paley.Results.load(made.out / "results.json").to_dict()
     stages = [line.split(" s  ")[1] for line in made.run.err.splitlines()]
     assert stages[0] == "checking the checkpoint"
     assert "searching clip ratios" in stages
