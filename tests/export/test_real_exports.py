@@ -52,11 +52,11 @@ def opened(to: str, folder: Path):
         yield transformers(folder)
 
 
-def continued(logits: Callable[[list[int]], torch.Tensor], ids: list[int]) -> tuple[torch.Tensor, list[int]]:
-    """-> logits of the ids and of a greedy text behind them, and that text."""
+def continued(logits: Callable[[list[int]], torch.Tensor], ids: list[int]) -> list[int]:
+    """The ids and a greedy text behind them."""
     for _ in range(GREEDY):
-        ids = [*ids, int((found := logits(ids))[-1].argmax())]
-    return found.double().log_softmax(-1), ids[-GREEDY:]
+        ids = [*ids, int(logits(ids)[-1].argmax())]
+    return ids
 
 
 @torch.no_grad()
@@ -71,10 +71,13 @@ def test_the_tool_reads_what_we_read(folder, to, tmp_path, record_property):
     out = paley.quantize(folder, recipe, output=tmp_path / "out").output
     made = paley.export_to(out, to, output=tmp_path / to)
     model, ids = paley.load(out, product="dense"), AutoTokenizer.from_pretrained(folder)(PROMPT)["input_ids"]
-    ours, our_text = continued(lambda ids: model(torch.tensor([ids]), use_cache=False).logits[0], ids)
+    ids = continued(lambda ids: model(torch.tensor([ids]), use_cache=False).logits[0], ids)
+    ours = model(torch.tensor([ids]), use_cache=False).logits[0].double().log_softmax(-1)
     with opened(to, made.output) as logits:
-        theirs, their_text = continued(logits, ids)
+        theirs = logits(ids).double().log_softmax(-1)
     kl = float((ours.exp() * (ours - theirs)).sum(-1).mean())
-    print(f"{Path(folder).name} {name} {to}: KL {kl:.2e}, {len(ours)} tokens, {made.bytes:,} bytes")
+    written = theirs[-GREEDY - 1 : -1]
+    behind = float((written.amax(-1) - written[range(GREEDY), ids[-GREEDY:]]).max())  # 0: it writes the same text
+    print(f"{Path(folder).name} {name} {to}: KL {kl:.2e}, {len(ids)} tokens, text {behind:.3f}, {made.bytes:,} bytes")
     assert kl < most
-    assert their_text == our_text
+    assert behind < 0.2
