@@ -64,6 +64,7 @@ __all__ = [
     "Threads",
     "TopK",
     "TopP",
+    "Tune",
     "WeightsOnly",
     "Workers",
 ]
@@ -108,6 +109,9 @@ PlanFile = Annotated[Path | None, _option("--plan", "What `paley plan` decided."
 Settings = Annotated[
     list[str] | None,
     _option("--set", "Changes to the recipe: search.sequences=8 inputs.clip_ratio=0.9", "KEY=VALUE ...", _HOW),
+]
+Tune = Annotated[
+    bool, _option("--tune", "Tune scales, norms and biases afterwards, on the original's predictions.", panel=_HOW)
 ]
 Grid = Annotated[
     str | None,

@@ -27,6 +27,7 @@ def quantize_verb(
     base: options.Base = None,
     exact: options.Exact = False,
     settings: options.Settings = None,
+    tune: options.Tune = False,
     grid: options.Grid = None,
     expand: options.Expand = None,
     seed: options.Seed = None,
@@ -68,7 +69,8 @@ def quantize_verb(
         )
     chosen = Request(
         preset=preset, recipe=recipe, plan=plan, base=base, settings=settings, calibration=calibration, test=test,
-        expand=expand, seed=seed, grid=grid, no_score=no_score, target_bpw=budgets[0] if budgets else None,
+        expand=expand, seed=seed, grid=grid, no_score=no_score, tune=tune,
+        target_bpw=budgets[0] if budgets else None,
         target_size=target_size, kv_bpw=kv_bpw,
     ).resolve()  # fmt: skip
     slopes = slopes_of(sensitivity, chosen)

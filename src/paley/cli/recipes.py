@@ -12,7 +12,7 @@ from paley.core import grids
 from paley.core.errors import PaleyError
 from paley.format.checkpoint import read_tensors
 from paley.plan import Plan
-from paley.recipe import Recipe, apply_settings, examples, load_recipe, preset, under_budget
+from paley.recipe import Recipe, Tune, apply_settings, examples, load_recipe, preset, under_budget
 from paley.recipe.loading import setting_text
 from paley.sensitivity import Sensitivity
 
@@ -36,6 +36,7 @@ class Request:
     seed: int | None
     grid: str | None
     no_score: bool = False
+    tune: bool = False
     target_bpw: float | None
     target_size: str | None
     kv_bpw: float | None
@@ -66,6 +67,8 @@ class Request:
             recipe = self._of_base()
         if limits or recipe is None:
             recipe = under_budget(recipe, **limits)
+        if self.tune and recipe.tune is None:
+            recipe = recipe.model_copy(update={"tune": Tune()})
         recipe = apply_settings(recipe, settings)
         return recipe if self.grid is None else _with_grid(recipe, self.grid)
 
@@ -86,6 +89,7 @@ class Request:
         """The plan; raises if an option would change it."""
         assert self.plan is not None
         changes = [setting_text(setting) for setting in settings]
+        changes += ["--tune"] if self.tune else []
         changes += ["--grid"] if self.grid else []
         changes += [_OPTIONS[key] for key in limits]
         if changes:

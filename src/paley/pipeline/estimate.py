@@ -19,8 +19,10 @@ from paley.core.defaults import SELF
 from paley.core.errors import PaleyError, Setting
 from paley.core.trellis import TrellisGrid
 from paley.methods.trellis import AHEAD, KEEP
+from paley.methods.tuning import PIECE
 from paley.model.problem import Problem
 from paley.model.steps import KEPT
+from paley.model.tuning import ACTIVATIONS, activation_bytes
 from paley.pipeline.machine import free_memory, multiplications
 from paley.pipeline.monitor import duration
 from paley.pipeline.resolve import resolve
@@ -41,6 +43,14 @@ class Text(Protocol):
 
     @property
     def seq_len(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The text to tune on, all epochs of it."""
+
+    sequences: int
+    seq_len: int
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,9 @@ class Costs:
     scored: float = 2.4  # the same, as it is scored
     tensor: float = 1.0  # times the largest float32 tensor, as weights are streamed
     held: float = 10.0  # times the hidden states of what a forward keeps, see `steps`
+    coded: float = 0.5  # times the float32 model: its codes, and the embedding in floats
+    loaded: float = 1.3  # the same, of the original as it is measured
+    pieces: float = 8.0  # times the logits that exist at a time, as a model is tuned
 
 
 COSTS = Costs()
@@ -119,6 +132,13 @@ def check_memory(problem: Problem, recipe: Recipe, needed: int, free: int | None
     free = free_memory() if free is None else free
     if free is None or needed <= free:
         return
+    untuned = recipe.model_copy(update={"tune": None})
+    if recipe.tune is not None and _memory(problem, untuned) <= free:
+        raise PaleyError(
+            f"memory: tuning needs about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free",
+            remedy=("leave it out (", Setting("tune", "null"), "), which needs "
+                    f"{_memory(problem, untuned) / 2**30:.1f} GiB"),
+        )  # fmt: skip
     sequences = recipe.calibration.sequences
     while not problem.is_data_free and (sequences := sequences // 2):
         smaller = apply_settings(recipe, [("calibration.sequences", sequences)])
@@ -166,7 +186,7 @@ class _Work:
     def stages(self, decided: bool, measured: bool) -> Iterator[tuple[str, float]]:
         """(name, operations) in the order in which a run has them."""
         recipe, problem, test = self.recipe, self.problem, self.recipe.test
-        calibrates = not problem.is_data_free
+        calibrates = not problem.is_data_free or recipe.tune is not None
         if calibrates and recipe.calibration.source == SELF:
             yield "sampling the calibration text", self.read + COSTS.sampled * self._written(recipe.calibration)
         if test is not None:
@@ -179,6 +199,12 @@ class _Work:
         written = self.read + COSTS.written * sum(site.numel for site in self.sites.weights)
         if calibrates:
             yield "quantizing weights", self.read + self._calibrated() + self._outer()
+            if recipe.tune is not None:
+                yield (
+                    "measuring the original on the text to tune on",
+                    self.read + self._scored(self._tuned(1), 1, rounded=False),
+                )
+                yield "tuning", self._tuning()
             yield "saving and reading back", written
         else:
             yield "quantizing weights", self._outer() + sum(self._nearest(site) for site in self.linears)
@@ -261,6 +287,20 @@ class _Work:
     def _outer(self) -> float:
         return sum(self._nearest(site) for site in self.sites.of("embedding", "head") if site.stored_as == site.name)
 
+    def _tuned(self, epochs: int) -> Tuned:
+        tune = self.recipe.tune
+        assert tune is not None
+        return Tuned(tune.sequences * epochs, self.recipe.calibration.seq_len)
+
+    def _tuning(self) -> float:
+        """Forward, back, and the logits of both models; where blocks run twice, one forward more."""
+        assert self.recipe.tune is not None
+        text, head = self._tuned(self.recipe.tune.epochs), self.sites.head
+        passes = 2 + self.calibrating * (1 + (activation_bytes(self.problem, text.seq_len) > ACTIVATIONS))
+        forward = self._forward(_tokens(text), text.seq_len, rounded=True, product=self.calibrating)
+        logits = 6 * self.calibrating * head.numel + 4 * COSTS.logit * head.shape[0]
+        return passes * forward + _tokens(text) * logits
+
     def _searched(self) -> float:
         """Two starts and the trials of each number, each through half of the model on average, and its logits."""
         search = self.recipe.search
@@ -298,6 +338,20 @@ def _values(problem: Problem, name: str, count: int) -> int:
     return stream.out_dim if stream is not None and count == stream.in_dim else count
 
 
+def _tuning_memory(problem: Problem, recipe: Recipe, whole: float) -> float:
+    """whole: bytes of the float32 model. The original comes and goes before weights are written out."""
+    assert recipe.tune is not None
+    sites, seq_len = problem.sites, recipe.calibration.seq_len
+    row = _FLOAT * seq_len * sites.head.shape[1]
+    held = activation_bytes(problem, seq_len)
+    if held > ACTIVATIONS:
+        held = held // max(1, sites.blocks) + 2 * sites.blocks * row
+    logits = COSTS.pieces * _FLOAT * max(PIECE, sites.head.shape[0])
+    known = recipe.tune.sequences * row + COSTS.coded * whole
+    tuned = COSTS.coded * whole + (0.5 if kernels.multiplies_bfloat16(torch.device("cpu")) else 1.0) * whole
+    return known + max(COSTS.loaded * whole, tuned + held + logits)
+
+
 def _memory(problem: Problem, recipe: Recipe) -> int:
     """The peak: of the model with what a run holds beside it."""
     sites, found = problem.sites, []
@@ -311,4 +365,6 @@ def _memory(problem: Problem, recipe: Recipe) -> int:
         hidden = _FLOAT * _tokens(recipe.calibration) * sites.head.shape[1]
         model = COSTS.folded if problem.folded else COSTS.model
         found.append(model * whole + 2 * hidden + 2 * min(KEPT, COSTS.held * hidden))
+    if recipe.tune is not None:
+        found.append(_tuning_memory(problem, recipe, whole))
     return math.ceil(COSTS.base + max(found))

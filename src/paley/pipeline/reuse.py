@@ -102,7 +102,13 @@ class Base:
         for name in ("plan.json", "results.json"):
             if not (folder / name).is_file():
                 raise PaleyError(f"{folder}: has no {name}, which says what it was made of", remedy=_WAY_OUT)
-        return cls(folder, stored, section, Plan.load(folder / "plan.json"), Results.load(folder / "results.json"))
+        plan = Plan.load(folder / "plan.json")
+        if plan.recipe.tune is not None:
+            raise PaleyError(
+                f"{folder}: its scales were tuned after rounding, together with norms that are not kept",
+                remedy=_WAY_OUT,
+            )
+        return cls(folder, stored, section, plan, Results.load(folder / "results.json"))
 
     @classmethod
     def asked_for(cls, path: str | Path | None, exact: bool) -> Base | None:

@@ -36,6 +36,7 @@ from paley.pipeline.run_directory import RunDirectory
 from paley.pipeline.saving import load_stored, sample_logits, save_checkpoint, verify
 from paley.pipeline.streaming import stream_checkpoint
 from paley.pipeline.texts import Texts, fit_lengths, gather
+from paley.pipeline.tune import tune_
 from paley.plan import Plan
 from paley.recipe import Recipe, as_recipe
 from paley.recipe.sources import relative_source
@@ -204,15 +205,14 @@ def _make(
 ) -> None:
     source = problem.source
     texts = gather(recipe, source, device, monitor, run)
-    hashes = {b.role: b.sha256 for b in texts.all()}
-    run.check_texts(hashes)
+    run.check_texts(texts.hashes)
     original = _original(source, texts.test, run, monitor, device) if texts.test is not None else None
     plan = plan or _plan(problem, recipe, texts, sensitivity, run, monitor, device)
     problem = problem.with_schemes(Schemes(plan.linears, plan.attentions))
-    kept = None if base is None else base.kept(problem, hashes, exact=exact)
+    kept = None if base is None else base.kept(problem, texts.hashes, exact=exact)
     if kept is not None:
         monitor.note(str(kept))
-    if problem.is_data_free:
+    if problem.is_data_free and recipe.tune is None:
         if device != "cpu":
             monitor.note("weights are quantized on the CPU, one after the other; more workers share them")
         reports = stream_checkpoint(problem, run, monitor, workers, kept)
@@ -221,6 +221,9 @@ def _make(
         if workers > 1:
             monitor.note("this recipe quantizes blocks one after the other: one process is at work, not more")
         model, reports = execute(problem, texts.calibration, run, monitor, device, kept)
+        if recipe.tune is not None:
+            assert texts.tuning is not None
+            tune_(problem, model, texts.tuning, recipe.tune, monitor, device)
         monitor.stage("saving and reading back", 1)
         save_checkpoint(run.fresh_checkpoint(), model, problem)
         expected = sample_logits(model)
@@ -254,7 +257,7 @@ def _make(
         untouched=untouched(stored, problem),
         evaluation=measured and replace(measured, source=relative_source(measured.source, run.output)),
         layers={r.name: LayerResult(r.rel_error, r.experts or None) for r in reports},
-        texts=hashes,
+        texts=texts.hashes,
         kept=None if kept is None else KeptResult(kept.base.digest, len(kept.names), len(kept.fitted)),
     )
     write_atomic(run.checkpoint / "README.md", model_card(results, plan, str(problem.dtype).removeprefix("torch.")))

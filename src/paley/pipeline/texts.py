@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import BaseModel
@@ -30,14 +30,22 @@ __all__ = ["SELF", "Texts", "calibrates", "check_vocabulary", "fit_lengths", "ga
 
 @dataclass(frozen=True)
 class Texts:
-    """None where the recipe needs none."""
+    """None where the recipe needs none. tuning: of the calibration's source, but other sequences."""
 
     calibration: TokenBlocks | None
     search: TokenBlocks | None
     test: TokenBlocks | None
+    tuning: TokenBlocks | None = None
 
     def all(self) -> list[TokenBlocks]:
-        return [blocks for blocks in (self.calibration, self.search, self.test) if blocks is not None]
+        return [blocks for blocks in (self.calibration, self.tuning, self.search, self.test) if blocks is not None]
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """The sha256 of each text by what it serves."""
+        named = {blocks.role: blocks for blocks in (self.calibration, self.search, self.test) if blocks is not None}
+        named |= {} if self.tuning is None else {"tuning": self.tuning}
+        return {name: blocks.sha256 for name, blocks in named.items()}
 
 
 def gather(
@@ -57,29 +65,53 @@ def gather(
     tested = test.source if test is not None else recipe.calibration.source
     identities = [_identity(text) for text in (tested, *tuning.values())]
 
-    def blocks(role: Role) -> TokenBlocks | None:
+    def blocks(role: Role, more: int = 0) -> TokenBlocks | None:
+        """more: sequences beyond those that the role's own settings want."""
         if role not in tuning:
             return None
+        count = settings[role].sequences + more
         if tuning[role] == SELF:
             file = None if run is None else run.path / f"text-{role}.safetensors"
             if file is None or not file.exists():
                 (monitor or Monitor()).stage(f"sampling the {role} text", 1)
-                ids = _sampled(role, settings[role], source, tokenizer, recipe.seed, device)
+                ids = _sampled(role, count, settings[role].seq_len, source, tokenizer, recipe.seed, device)
                 if file is None:
                     return blocks_from_ids(ids, role, SELF)
                 write_tensors(file, {"ids": ids})
             return blocks_from_ids(read_tensors(file)["ids"], role, SELF)
         alone = identities.count(_identity(tuning[role])) == 1
         return token_blocks(
-            tuning[role], tokenizer, role=role, count=settings[role].sequences, seq_len=settings[role].seq_len,
-            seed=recipe.seed, whole=alone,
+            tuning[role], tokenizer, role=role, count=count, seq_len=settings[role].seq_len, seed=recipe.seed,
+            whole=alone,
         )  # fmt: skip
 
-    texts = Texts(blocks("calibration"), blocks("search"), test)
+    calibration, tuned = _apart(recipe, blocks)
+    texts = Texts(calibration, blocks("search"), test, tuned)
     check_disjoint(*texts.all())
     for each in texts.all():
         check_vocabulary(each.ids, source.sites.embedding.shape[0], each.source)
     return texts
+
+
+def _apart(recipe: Recipe, blocks: Callable[..., TokenBlocks | None]) -> tuple[TokenBlocks | None, TokenBlocks | None]:
+    """The text that weights are calibrated on, the same with and without tuning, and the text to tune on."""
+    if recipe.tune is None:
+        return blocks("calibration"), None
+    first = recipe.calibration.sequences if calibrates(recipe) else 0
+    try:
+        both = blocks("calibration", recipe.tune.sequences + first - recipe.calibration.sequences)
+    except PaleyError as error:
+        fitting = {part.name: part.value for part in error.remedy if isinstance(part, Setting)}
+        if (left := (fitting.get("calibration.sequences") or 0) - first) <= 0:
+            raise
+        raise PaleyError(
+            *error.problem, where=error.where, got=error.got,
+            remedy=("use ", Setting("tune.sequences", left), ", or a longer text"),
+        ) from None  # fmt: skip
+    assert both is not None
+    parts = both.ids.split([first, recipe.tune.sequences])
+    own, tuning = (blocks_from_ids(ids, both.role, both.source) if len(ids) else None for ids in parts)
+    return own, tuning
 
 
 def fit_lengths(recipe: Recipe, source: Source, monitor: Monitor, *, measures: bool) -> Recipe:
@@ -147,7 +179,7 @@ def _named_sources(recipe: Recipe) -> list[str | None]:
 
 
 def calibrates(recipe: Recipe) -> bool:
-    """Whether the recipe gathers calibration text: for weights, for mean keys, or for a search's draft."""
+    """Whether the recipe calibrates on text: weights, mean keys, or a search's draft. Tuning has text of its own."""
     weights = [recipe.weights, recipe.head, *(o.weight for o in recipe.overrides)]
     outliers = max(recipe.outliers, *(o.outliers for o in recipe.overrides), 0)
     wanting = any(scheme is not None and (scheme.needs_data or outliers > 0) for scheme in weights)
@@ -167,7 +199,7 @@ def _keys(recipe: Recipe) -> list[ActivationScheme | None]:
 def _tuning_sources(recipe: Recipe) -> dict[Role, str]:
     """Role -> source, of the roles calibration and search as far as the recipe needs them."""
     sources: dict[Role, str] = {}
-    if calibrates(recipe):
+    if calibrates(recipe) or recipe.tune is not None:
         sources["calibration"] = recipe.calibration.source
     if recipe.search.method != "none":
         sources["search"] = recipe.search.source or recipe.calibration.source
@@ -175,7 +207,7 @@ def _tuning_sources(recipe: Recipe) -> dict[Role, str]:
 
 
 def _sampled(
-    role: Role, settings: Any, source: Source, tokenizer: PreTrainedTokenizerBase, seed: int, device: str
+    role: Role, count: int, seq_len: int, source: Source, tokenizer: PreTrainedTokenizerBase, seed: int, device: str
 ) -> Tensor:
     """ids [sequences, seq_len] that the model writes, in its own type where that is multiplied fast."""
     # Far apart, so that calibration and search never share a text's seed.
@@ -184,7 +216,7 @@ def _sampled(
     own = getattr(source.config, "dtype", None)
     dtype = torch.bfloat16 if fast and own == torch.bfloat16 else torch.float32
     model = source.load(dtype, device)
-    return sample_documents(model, tokenizer, count=settings.sequences, tokens=settings.seq_len, seed=seed)
+    return sample_documents(model, tokenizer, count=count, tokens=seq_len, seed=seed)
 
 
 def _identity(source: str) -> str:

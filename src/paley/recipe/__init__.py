@@ -1,7 +1,7 @@
 """Recipes: how to quantize a model, as a person writes it. They come from presets, files and settings."""
 
 from paley.recipe.loading import apply_settings, load_recipe
-from paley.recipe.models import Budget, Calibration, Override, Recipe, Search, Test
+from paley.recipe.models import Budget, Calibration, Override, Recipe, Search, Test, Tune
 from paley.recipe.presets import as_recipe, examples, preset, preset_methods, under_budget
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Recipe",
     "Search",
     "Test",
+    "Tune",
     "apply_settings",
     "as_recipe",
     "examples",

@@ -25,7 +25,7 @@ from paley.core.rounding import fitting_group_size
 from paley.core.schemes import ActivationScheme, AttentionScheme, LinearScheme, WeightScheme
 from paley.core.transforms import Transform
 
-__all__ = ["Budget", "Calibration", "Override", "Recipe", "Search", "Test"]
+__all__ = ["Budget", "Calibration", "Override", "Recipe", "Search", "Test", "Tune"]
 
 Weight = WeightScheme | None
 Activation = ActivationScheme | None
@@ -81,6 +81,20 @@ class Test(_Frozen):
     source: Text | None = None
     sequences: Positive = 64
     seq_len: SeqLen = 512
+
+
+class Tune(_Frozen):
+    """Tunes scales, norms' gains and biases after rounding, on the KL to the original; no code moves (docs/methods.md).
+
+    The text comes after the calibration's in its source, and is cut alike: on the text that its weights were calibrated
+    on a model loses so little that there is nothing to learn. One sequence is a step, of at most `rate` of a value's
+    own size.
+    """
+
+    sequences: Positive = 16
+    epochs: Positive = 1
+    rate: Annotated[FiniteFloat, Field(gt=0, le=0.1)] = 2e-3
+    seed: int = 0
 
 
 class Budget(_Frozen):
@@ -185,6 +199,7 @@ class Recipe(_Frozen):
     nearest divisor (see `fitting_group_size`). The group_size of an override is not changed, and must divide.
     expand and expand_mlp: dimensions added to the residual stream and to down_proj's input.
     outliers: input columns of each quantized linear that stay in int8, see LinearScheme.
+    tune: see Tune; null: nothing is tuned after rounding.
     extra_tensors: what becomes of tensors in the files that no module of the model reads, such as heads that predict
     further tokens (`mtp.*`): `drop` leaves them out, `carry` stores them unchanged; either way they are named.
     """
@@ -209,6 +224,7 @@ class Recipe(_Frozen):
     compensate: Literal["plain", "quantized_inputs", "residual_stream"] = "residual_stream"
     calibration: Calibration = Calibration()
     search: Search = Search()
+    tune: Tune | None = None
     test: Test | None = Test()
     overrides: tuple[Override, ...] = ()
     extra_tensors: Literal["drop", "carry"] = "drop"

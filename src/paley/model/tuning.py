@@ -1,0 +1,210 @@
+"""Tunes the floats beside a model's codes, end to end, on the KL to the original: scales, norms' gains, biases.
+
+No code moves and no value is added: each goes back into the type that it is stored in. Gradients pass a rounding as if
+it were none (`paley.ops.rounding`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
+
+from paley.core.grids import AnyGrid
+from paley.core.rounding import storable
+from paley.core.schemes import LinearScheme
+from paley.methods.tuning import Adam, kl_backward
+from paley.model.adapter import Adapter
+from paley.model.linear import QuantLinear
+from paley.model.problem import Problem
+from paley.ops.inputs import round_input
+
+__all__ = ["ACTIVATIONS", "Scaled", "Tuner", "activation_bytes"]
+
+ACTIVATIONS = 2**31  # bytes of them that may be held for the way back; beyond, blocks run twice
+_HELD = 3  # float32 values held for each that a linear reads or writes
+
+_SMALL = 1e-2  # of a tensor's root mean square
+
+
+def activation_bytes(problem: Problem, seq_len: int) -> int:
+    """About what one sequence leaves in all blocks for the way back."""
+    return 4 * _HELD * seq_len * sum(sum(site.shape) for site in problem.sites.of("linear"))
+
+
+class Scaled:
+    """A product (`paley.ops.matmul`) whose scales, float32 [rows, groups, *scale_shape], want gradients."""
+
+    name = "scaled"
+
+    def __init__(self, layer: QuantLinear, dtype: torch.dtype):
+        """dtype: in which weights and inputs are multiplied."""
+        q = layer.quantized()
+        assert q is not None
+        self._layer, self._dtype, self._q = layer, dtype, q
+        self.grid: AnyGrid = q.grid
+        self.scales = q.scales.float().requires_grad_()
+        self._outliers = None if q.outliers is None else q.outliers.dequantize()
+        transform = layer.scheme.transform
+        self._turned = self._points_turn()
+        self._points: Tensor | None = None
+        if not q.grid.free:
+            points = q.grid.dequantize(q.codes, torch.ones_like(self.scales), q.zeros, q.width)
+            if self._turned and transform is not None:
+                points = transform.adjoint(points)
+            self._points = points.to(dtype)
+
+    def _points_turn(self) -> bool:
+        """Whether the transform goes into the points: if inputs are not rounded, and it leaves groups apart."""
+        scheme = self._layer.scheme
+        transform, grid = scheme.transform, self.grid
+        if transform is None or scheme.input is not None or grid.free or self._outliers is not None:
+            return False
+        size = self._layer.in_features // self.scales.shape[1]
+        return self.scales.shape[1] == 1 or (size % transform.order == 0 and transform.in_dim == transform.out_dim)
+
+    @property
+    def how(self) -> Hashable:
+        """As of `Dense`."""
+        layer = self._layer
+        turn = None if self._turned else layer.scheme.transform
+        return ("scaled", layer.scheme.input, turn, layer.diagonal is None, layer.diagonal_key)
+
+    def encode(self, x: Tensor) -> Tensor:
+        layer = self._layer
+        if self._turned:
+            return x if layer.diagonal is None else x / layer.diagonal.to(x.dtype)
+        return round_input(x, layer.scheme, layer.outlier_columns, layer.diagonal)
+
+    def run(self, encoded: Tensor, x: Tensor) -> Tensor:
+        x = encoded.to(self._dtype)
+        if self._points is not None and self.scales.shape[1] == 1 and self._outliers is None:
+            return linear(x, self._points).float() * self.scales[:, 0]
+        return linear(x, self._weight().to(self._dtype)).float()
+
+    def _weight(self) -> Tensor:
+        q = self._q
+        if self._points is None:
+            weight = q.grid.dequantize(q.codes, self.scales, q.zeros, q.width)
+        else:
+            groups = self._points.unflatten(1, (self.scales.shape[1], -1))
+            weight = (groups * self.scales[..., None]).flatten(1)
+        if self._outliers is None or q.outliers is None:
+            return weight
+        return weight.index_copy(1, q.outliers.columns.long(), self._outliers.to(weight.dtype))
+
+    @staticmethod
+    def takes(scheme: LinearScheme, width: int, device: torch.device) -> bool:
+        """Whether a weight has scales; no layer chooses it by itself."""
+        return scheme.weight is not None
+
+    def fits(self, scheme: LinearScheme) -> bool:
+        """Schemes stay as they are while scales are tuned."""
+        return scheme == self._layer.scheme
+
+    def store_(self) -> None:
+        """Puts the scales into the layer, as they are stored; a group whose points would not ascend keeps its own."""
+        buffer = self._layer.scales
+        assert buffer is not None
+        with torch.no_grad():
+            if not self.grid.free:
+                buffer.copy_(storable(self.scales, buffer.dtype))
+                return
+            most = torch.finfo(buffer.dtype).max
+            found = self.scales.clamp(-most, most).to(buffer.dtype)
+            ascends = (self.grid.group_points(found.float()).diff(dim=-1) >= 0).all(-1, keepdim=True)
+            buffer.copy_(torch.where(ascends, found, buffer))
+
+
+class Tuner:
+    """A quantized model in memory whose floats follow the original's predictions; to be used in a `with`.
+
+    Values of the model change at the end of the `with` alone, and only if nothing was raised in it.
+    """
+
+    def __init__(
+        self, adapter: Adapter, *, dtype: torch.dtype, keep: Callable[[str, Tensor], Tensor], whole: bool
+    ):  # fmt: skip
+        """dtype: in which weights and inputs are multiplied. keep(name, value): the value as it is stored.
+
+        whole: activations of all blocks are held for the way back; else each block runs twice.
+        """
+        self._adapter, self._dtype, self._keep, self._whole = adapter, dtype, keep, whole
+        self._undo = ExitStack()
+
+    def __enter__(self) -> Tuner:
+        with ExitStack() as undo:
+            self._scaled = dict(self._scale_(undo))
+            self._floats = dict(self._free_(undo))
+            if not self._whole:
+                for block in self._adapter.blocks:
+                    undo.enter_context(_again(block.module))
+            self._undo = undo.pop_all()
+        values = [*(scaled.scales for scaled in self._scaled.values()), *self._floats.values()]
+        self._adam = Adam(values, [_unit(value) for value in values])
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            for scaled in self._scaled.values():
+                scaled.store_()
+            for name, value in self._floats.items():
+                value.data = self._keep(name, value.data)
+        self._undo.close()
+
+    def step(self, ids: Tensor, original: Tensor, wanted: Callable[[Tensor], Tensor], rate: float) -> float:
+        """One step on ids [seq_len] -> the mean KL before it.
+
+        original [seq_len, n]: what the original's head reads; wanted: what it makes of that.
+        """
+        adapter = self._adapter
+        with torch.enable_grad():
+            hidden = adapter.head_input(ids[None], use_cache=False)[0, :-1]
+            loss = kl_backward(hidden, original[:-1], self._logits, wanted, adapter.sites.head.shape[0])
+        self._adam.step(rate)
+        return loss
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self._adapter.finish(self._adapter.head(hidden))
+
+    def _scale_(self, undo: ExitStack) -> Iterator[tuple[str, Scaled]]:
+        """Puts products with scales to tune into the coded linears; those of a tied pair are the embedding's, too."""
+        sites = self._adapter.sites
+        for site in sites.of("linear", "head"):
+            layer = self._adapter.module(site.module)
+            if site.stored_as != site.name or not isinstance(layer, QuantLinear) or layer.scheme.weight is None:
+                continue
+            undo.callback(setattr, layer, "product", layer.product)
+            layer.product = scaled = Scaled(layer, self._dtype)
+            yield site.name, scaled
+
+    def _free_(self, undo: ExitStack) -> Iterator[tuple[str, nn.Parameter]]:
+        """Lets gains and biases want gradients: parameters of one dimension."""
+        for name, value in self._adapter.model.named_parameters():
+            wanted = value.ndim == 1 and value.is_floating_point()
+            undo.callback(value.requires_grad_, value.requires_grad)
+            value.requires_grad_(wanted)
+            if wanted:
+                yield name, value
+
+
+def _unit(value: Tensor) -> Tensor:
+    """What a change of a value is relative to: its own size, but at least a share of that of its tensor."""
+    size = value.detach().abs()
+    return size.clamp(min=_SMALL * float(size.square().mean().sqrt()))
+
+
+@contextmanager
+def _again(block: Any) -> Iterator[None]:
+    """While open, a block holds nothing for the way back, and runs once more then."""
+    block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        del block.forward

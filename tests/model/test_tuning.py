@@ -1,0 +1,125 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from paley.core.metrics import kl_divergence
+from paley.core.schemes import ActivationScheme, LinearScheme, WeightScheme
+from paley.core.transforms import Transform
+from paley.methods.gptq import quantize_gptq
+from paley.methods.statistics import InputStatistics
+from paley.methods.tuning import Adam, kl_backward, rate_at
+from paley.model.linear import QuantLinear
+from paley.model.tuning import Scaled
+
+WIDTH, ROWS = 32, 12
+TURN = Transform(WIDTH, WIDTH, 16, 3)
+SCHEMES = {
+    "one scale, turned points": LinearScheme(WeightScheme("p2n256", scale_search="rms"), None, TURN),
+    "groups as wide as blocks": LinearScheme(WeightScheme("gauss3", 16, scale_search="rms"), None, TURN),
+    "groups within blocks": LinearScheme(WeightScheme("gauss3", 8, scale_search="rms"), None, TURN),
+    "zero points": LinearScheme(WeightScheme("uint4", 8, scale_search="mse")),
+    "rounded inputs": LinearScheme(WeightScheme("int4"), ActivationScheme("int8"), TURN),
+    "outliers": LinearScheme(WeightScheme("int3", 16), ActivationScheme("uint4"), None, outliers=3),
+    "free points": LinearScheme(WeightScheme("free2", 16, scale_search="em_diagonal")),
+    "mirrored points": LinearScheme(WeightScheme("mirror2", 16, scale_search="em")),
+}
+
+
+@pytest.fixture
+def x():
+    return torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+def layer(scheme: LinearScheme) -> QuantLinear:
+    torch.manual_seed(0)
+    source = nn.Linear(WIDTH, ROWS)
+    x, statistics = torch.randn(200, WIDTH), InputStatistics()
+    statistics.add(x)
+    columns = torch.arange(scheme.outliers, dtype=torch.int32) * 5 if scheme.outliers else None
+    assert scheme.weight is not None
+    q = quantize_gptq(source.weight.detach(), statistics, scheme.weight, outlier_columns=columns)
+    return QuantLinear.from_linear(source, scheme, q)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_it_multiplies_as_the_layer_does_until_its_scales_move(name, x):
+    linear = layer(SCHEMES[name])
+    expected = linear(x)
+    linear.product = scaled = Scaled(linear, torch.float32)
+    torch.testing.assert_close(linear(x), expected, rtol=1e-5, atol=1e-5)
+    before = {key: tensor.clone() for key, tensor in linear.state_dict().items()}
+    scaled.store_()  # what did not move is stored as it was
+    assert all(torch.equal(tensor, before[key]) for key, tensor in linear.state_dict().items())
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_gradients_are_those_of_small_moves_and_moves_are_stored(name, x):
+    linear = layer(SCHEMES[name])
+    linear.product = scaled = Scaled(linear, torch.float32)
+    weights = torch.randn(5, ROWS, generator=torch.Generator().manual_seed(2))
+    (linear(x) * weights).sum().backward()
+    slope, start = scaled.scales.grad, scaled.scales.detach().clone()
+    assert slope is not None
+    way = slope * start.square()
+    with torch.no_grad():
+        ends = []
+        for sign in (1, -1):
+            scaled.scales.copy_(start + sign * 1e-3 * way / way.abs().max() * start.abs().min())
+            ends.append((linear(x) * weights).sum().double())
+            moved = scaled.scales.detach().clone()
+        expected = float(ends[0] - ends[1])
+        along = float((slope * (2e-3 * way / way.abs().max() * start.abs().min())).sum())
+    assert along == pytest.approx(expected, rel=0.02)
+    scaled.store_()
+    assert linear.scales is not None
+    torch.testing.assert_close(linear.scales.float(), moved, rtol=1e-3, atol=1e-7)
+
+
+def test_points_that_would_not_ascend_are_left(x):
+    linear = layer(SCHEMES["free points"])
+    before = linear.scales.clone()
+    scaled = Scaled(linear, torch.float32)
+    with torch.no_grad():
+        scaled.scales[0, 0] = scaled.scales[0, 0].flip(0)
+        scaled.scales[1, 1] *= 1.5
+    scaled.store_()
+    assert torch.equal(linear.scales[0, 0], before[0, 0])
+    assert not torch.equal(linear.scales[1, 1], before[1, 1])
+    linear.scheme.weight.grid.check_scales(linear.scales, "after")
+
+
+def test_kl_in_pieces_has_the_gradient_of_the_whole(monkeypatch):
+    monkeypatch.setattr("paley.methods.tuning.PIECE", 30)
+    torch.manual_seed(0)
+    head, other = torch.randn(9, 4), torch.randn(9, 4)
+    source, original, scale = (
+        torch.randn(7, 4, requires_grad=True),
+        torch.randn(7, 4),
+        torch.ones(9, requires_grad=True),
+    )
+    whole = kl_divergence(original @ other.T, (source * 2) @ head.T * scale).mean()
+    expected = torch.autograd.grad(whole, (source, scale))
+    loss = kl_backward(source * 2, original, lambda h: h @ head.T * scale, lambda h: h @ other.T, 9)
+    assert loss == pytest.approx(float(whole.detach()), rel=1e-6)
+    torch.testing.assert_close((source.grad, scale.grad), expected)
+
+
+def test_a_step_of_adam_is_the_rate_in_the_units_of_each_value():
+    value = torch.tensor([1.0, 100.0, 5.0], requires_grad=True)
+    adam = Adam([value], [torch.tensor([1.0, 100.0, 2.0])])
+    (value * torch.tensor([3.0, 1e-6, 0.0])).sum().backward()
+    adam.step(0.01)
+    torch.testing.assert_close(value.detach(), torch.tensor([0.99, 99.0, 5.0]))
+    assert value.grad is None
+
+
+def test_the_rate_rises_and_ends_at_nothing():
+    rates = [rate_at(step, 40) for step in range(40)]
+    assert rates[0] == pytest.approx(0.25)
+    assert max(rates) == rates[4] or max(rates) == rates[3]
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert 0 < rates[-1] < 0.01
+    assert rate_at(0, 1) == 1.0
+    assert not math.isnan(sum(rates))

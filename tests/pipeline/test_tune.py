@@ -1,0 +1,129 @@
+import random
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from paley.core.errors import PaleyError
+from paley.model import tuning
+from paley.model.loading import open_source
+from paley.pipeline import quantize
+from paley.pipeline.estimate import check_memory, estimate_run
+from paley.pipeline.monitor import Monitor
+from paley.pipeline.resolve import resolve
+from paley.pipeline.texts import gather
+from paley.recipe import Recipe, apply_settings, preset
+from tiny_models import save_tiny
+
+TUNED = "tune={sequences: 64, rate: 0.004}"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    rng = random.Random(0)
+    words = ["the", "cat", "sat", "on", "old", "towns", "when", "rain", "falls", "and", "dogs", "sing"]
+    documents = [" ".join(rng.choices(words, k=60)) for _ in range(160)]
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("\n<|endoftext|>\n".join(documents))
+    return file
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, tiny_tokenizer):
+    torch.set_num_threads(1)
+    return save_tiny(tmp_path_factory.mktemp("tune") / "model", tiny_tokenizer, qwen=True, gains=True)
+
+
+def recipe(text, name, *more) -> Recipe:
+    lengths = [f"{part}.seq_len=128" for part in ("calibration", "test")]
+    settings = ["calibration.sequences=8", "test.sequences=16", *lengths, f"calibration.source={text}", *more]
+    return apply_settings(preset(name), ["search.method=none", *settings])
+
+
+NAMES = {
+    "w2a16": [],
+    "w3a4kv4": ["hadamard=16"],
+    "w3a16": ["weights={grid: int3, group_size: 8, scale_search: mse}", "rotate=none", "fit_groups=true"],
+    "higgs-3": ["hadamard=16"],
+    "w1a4": ["weights.group_size=16", "inputs.group_size=16", "fit_groups=true", "outliers=3", "rotate=none"],
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_kl_falls_and_no_code_moves(model, text, tmp_path, name):
+    before = quantize(model, recipe(text, name, *NAMES[name]), output=tmp_path / "before")
+    rough = name == "w3a4kv4"  # gradients pass over what rounding does to inputs
+    tuned = TUNED.replace("0.004", "0.001") if rough else TUNED
+    after = quantize(model, recipe(text, name, *NAMES[name], tuned), output=tmp_path / "after")
+    assert after.results.evaluation.kl < (0.99 if rough else 0.98) * before.results.evaluation.kl
+    assert after.results.bytes == before.results.bytes
+    old, new = (load_file(tmp_path / folder / "model.safetensors") for folder in ("before", "after"))
+    moved = {key for key in old if not torch.equal(old[key], new[key])}
+    assert {key: tensor.dtype for key, tensor in old.items()} == {key: tensor.dtype for key, tensor in new.items()}
+    assert all(key.endswith((".scales", ".bias", "norm.weight")) for key in moved), moved
+    assert any(key.endswith(".scales") for key in moved)
+    assert any(key.endswith("norm.weight") for key in moved)
+    assert any(key.endswith(".bias") for key in moved)
+    assert "model.embed_tokens.scales" not in moved
+
+
+def test_blocks_that_run_twice_give_the_same_bytes(model, text, tmp_path, monkeypatch):
+    wanted = recipe(text, "w3a4kv4", "hadamard=16", "test=null", TUNED)
+    quantize(model, wanted, output=tmp_path / "whole")
+    monkeypatch.setattr(tuning, "ACTIVATIONS", 0)
+    monkeypatch.setattr("paley.pipeline.tune.ACTIVATIONS", 0)
+    quantize(model, wanted, output=tmp_path / "twice")
+    whole, twice = (load_file(tmp_path / folder / "model.safetensors") for folder in ("whole", "twice"))
+    assert all(torch.equal(whole[key], twice[key]) for key in whole)
+
+
+def test_a_run_stopped_while_tuning_goes_on_to_the_same_bytes(model, text, tmp_path):
+    wanted = recipe(text, "w2a16", "test=null", TUNED)
+    quantize(model, wanted, output=tmp_path / "whole")
+
+    class Stops(Monitor):
+        def step(self, detail=""):
+            if detail.startswith("KL"):
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(model, wanted, output=tmp_path / "out", monitor=Stops())
+    assert not (tmp_path / "out").exists()
+    made = list((tmp_path / "out.run" / "final").iterdir())
+    assert made
+    quantize(model, wanted, output=tmp_path / "out", resume=True)
+    names = ("model.safetensors", "config.json", "digests.json")
+    assert all((tmp_path / "out" / n).read_bytes() == (tmp_path / "whole" / n).read_bytes() for n in names)
+
+
+def test_its_text_is_apart_from_the_calibrations_which_stays(model, text):
+    source = open_source(model)
+    untuned, tuned = (gather(recipe(text, "w2a16", *more), source) for more in ((), (TUNED,)))
+    assert untuned.tuning is None
+    assert torch.equal(untuned.calibration.ids, tuned.calibration.ids)
+    assert tuned.tuning.ids.shape == (64, 128)
+    rows = set(map(tuple, tuned.calibration.ids.tolist()))
+    assert not rows & set(map(tuple, tuned.tuning.ids.tolist()))
+
+
+def test_a_text_too_short_says_how_many_sequences_it_has(model, text):
+    with pytest.raises(PaleyError, match=r"use tune.sequences=\d+, or a longer text"):
+        gather(recipe(text, "w2a16", "tune={sequences: 100000}"), open_source(model))
+
+
+def test_too_little_memory_is_refused_with_what_it_takes_without(model, text):
+    wanted = recipe(text, "w2a16", "test=null", TUNED)
+    problem = resolve(open_source(model), wanted)
+    needed = estimate_run(problem, wanted).memory
+    untuned = estimate_run(problem, wanted.model_copy(update={"tune": None})).memory
+    assert untuned < needed
+    check_memory(problem, wanted, needed, free=needed)
+    with pytest.raises(PaleyError, match=r"tuning needs about .* leave it out \(tune=null\)"):
+        check_memory(problem, wanted, needed, free=(untuned + needed) // 2)
+
+
+def test_a_loss_that_is_not_finite_names_step_and_remedy(model, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "kl_backward", lambda *_: float("nan"))
+    with pytest.raises(PaleyError, match=r"tuning: the KL is nan at step 0, sequence .*; use a smaller tune\.rate"):
+        quantize(model, recipe(text, "w2a16", "test=null", TUNED), output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
