@@ -151,7 +151,8 @@ class Experiment:
         decision = decide(problem, self.blocks, None, Monitor(), "cpu", slopes)
         problem = problem.with_schemes(decision.schemes)
         decided = time.time()
-        model, reports = execute(problem, self.blocks.calibration, None, Monitor(), "cpu")
+        made = execute(problem, self.blocks.calibration, None, Monitor(), "cpu")
+        model, reports = made.model, made.reports
         seconds = {"decide": round(decided - start, 1), "execute": round(time.time() - decided, 1)}
         score = evaluate(model, self.blocks.test, self.reference).to_dict()
         row = score | {"bits": quantized_bits(problem), "seconds": seconds}

@@ -108,7 +108,8 @@ def row(name: str, chosen: dict[str, str], subject: Subject, scale_search: str) 
     for n, grid in chosen.items():
         linears[n] = replace(linears[n], weight=replace(linears[n].weight, grid=grid))
     problem = problem.with_schemes(Schemes(linears, problem.schemes.attentions))
-    quantized, reports = execute(problem, None, None, Monitor(), "cpu")
+    made = execute(problem, None, None, Monitor(), "cpu")
+    quantized, reports = made.model, made.reports
     score = evaluate(quantized, blocks.test, reference)
     original = float(reference.nll.double().mean().exp())
     weights = np.array([source.sites[n].numel for n in chosen])

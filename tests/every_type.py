@@ -171,7 +171,7 @@ def compared(folder: Path, name: str, output: Path) -> tuple[float, float, int]:
     original = source.load()
     texts = [torch.randint(5, _VOCAB - 1, (2, 14), generator=torch.Generator().manual_seed(i)) for i in (1, 2, 3)]
     wanted = torch.stack([original(ids, use_cache=False).logits for ids in texts])
-    made, _ = execute(problem, None, None, Monitor(), "cpu")
+    made = execute(problem, None, None, Monitor(), "cpu").model
     prepare_(made, "packed", torch.float32)
     in_memory = torch.stack([made(ids, use_cache=False).logits for ids in texts])
     quantize(folder, recipe, output=output)

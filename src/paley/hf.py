@@ -37,7 +37,7 @@ from paley.model.loading import default_attention, plain_attention, tied_partner
 from paley.model.reading import build_, prepare_, tie_
 from paley.ops.matmul import CALIBRATION
 
-__all__ = ["PaleyConfig", "PaleyQuantizer", "load", "register"]
+__all__ = ["PaleyConfig", "PaleyQuantizer", "check_files", "load", "register"]
 
 
 _LOG = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ class PaleyQuantizer(HfQuantizer):
             raise PaleyError("a Paley model is loaded from its safetensors files; a state_dict alone is not supported")
         build_(model, spec)
         _stand_in_(model)
-        self._stored = _check_files(model, checkpoint_files, spec.carried)
+        self._stored = check_files(model, checkpoint_files, spec.carried)
         _check_digests(Path(checkpoint_files[0]).parent, model.config)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -217,7 +217,7 @@ def _check_digests(folder: Path, config: PreTrainedConfig) -> None:
         )
 
 
-def _check_files(model: PreTrainedModel, files: Iterable[str], carried: Iterable[str] = ()) -> dict[str, TensorInfo]:
+def check_files(model: PreTrainedModel, files: Iterable[str], carried: Iterable[str] = ()) -> dict[str, TensorInfo]:
     """Compares the names, shapes and types in the files' headers with what the model needs -> the headers' entries.
 
     transformers itself fills what is missing with random numbers and mentions it in a log.

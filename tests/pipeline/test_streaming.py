@@ -60,7 +60,8 @@ def contents(path: Path) -> dict[str, bytes]:
 def test_it_is_the_model_that_is_made_in_memory(folder, settings, tmp_path):
     wanted, source = higgs(*settings), open_source(folder)
     plan = make_plan(folder, wanted)
-    expected, reports = execute(under_plan(source, plan), None, None, Monitor(), "cpu")
+    made = execute(under_plan(source, plan), None, None, Monitor(), "cpu")
+    expected, reports = made.model, made.reports
     outcome = quantize(folder, wanted, output=tmp_path / "out")
     ids = torch.arange(3, 40)[None]
     assert torch.equal(hf.load(outcome.output, product="packed")(ids).logits, expected(ids).logits)
@@ -256,7 +257,7 @@ def test_a_kept_weight_is_turned_where_its_input_is(folder, tmp_path):
     plan = make_plan(folder, wanted)
     name = "model.layers.0.mlp.down_proj"  # padded from 37 to 48
     plan = plan.model_copy(update={"linears": plan.linears | {name: replace(plan.linears[name], weight=None)}})
-    expected, _ = execute(under_plan(source, plan), None, None, Monitor(), "cpu")
+    expected = execute(under_plan(source, plan), None, None, Monitor(), "cpu").model
     outcome = quantize(folder, plan=plan, output=tmp_path / "out")
     ids = torch.arange(3, 40)[None]
     assert torch.equal(hf.load(outcome.output, product="packed")(ids).logits, expected(ids).logits)

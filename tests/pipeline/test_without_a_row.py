@@ -23,7 +23,7 @@ PLAIN = ("test=null", "hadamard=16", "center_keys=false", "balance_keys=false", 
 def lost(source, original, *settings: str) -> float:
     """Squared error of a quantized model's logits on the calibration tokens, relative."""
     problem = resolve(source, apply_settings(preset("w4a16"), [*PLAIN, *settings]))
-    made, _ = execute(problem, blocks_from_ids(IDS, "calibration", "some"), None, Monitor(), "cpu")
+    made = execute(problem, blocks_from_ids(IDS, "calibration", "some"), None, Monitor(), "cpu").model
     wanted = original(IDS, use_cache=False).logits
     return float((made(IDS, use_cache=False).logits - wanted).square().mean() / wanted.square().mean())
 

@@ -42,6 +42,8 @@ __all__ = [
     "Preset",
     "Prompt",
     "PromptTokens",
+    "Ray",
+    "RayAddress",
     "RecipeFile",
     "RepetitionPenalty",
     "Resume",
@@ -122,7 +124,7 @@ Grid = Annotated[
         _HOW,
     ),
 ]
-_BUDGET = "Under a budget"
+_BUDGET, _CLUSTER = "Under a budget", "On several machines"
 TargetBpw = Annotated[str | None, _option("--target-bpw", "Stored bits for each weight, on average.", "BITS", _BUDGET)]
 TargetBpws = Annotated[
     str | None,
@@ -161,6 +163,11 @@ DryRun = Annotated[
 ]
 Device = Annotated[str, _option("--device", "cpu or cuda.")]
 Workers = Annotated[int, _option("--workers", "Processes that share the weights of a data-free recipe.", min=1)]
+Ray = Annotated[bool, _option("--ray", "Share it by Ray, started here with --workers processes.", panel=_CLUSTER)]
+RayAddress = Annotated[
+    str | None,
+    _option("--ray-address", "Share it by this Ray cluster; auto: the one here.", "HOST:PORT", _CLUSTER),
+]
 Resume = Annotated[bool, _option("--resume", "Go on with a run that was stopped.")]
 Overwrite = Annotated[bool, _option("--overwrite", "Make it anew, and replace what is there.")]
 Json = Annotated[bool, _option("--json", "Print one JSON object and nothing else.")]

@@ -40,6 +40,8 @@ def quantize_verb(
     sensitivity: options.Sensitivity = None,
     device: options.Device = "cpu",
     workers: options.Workers = 1,
+    ray: options.Ray = False,
+    ray_address: options.RayAddress = None,
     resume: options.Resume = False,
     overwrite: options.Overwrite = False,
     dry_run: options.DryRun = False,
@@ -100,6 +102,7 @@ def quantize_verb(
                 overwrite=overwrite,
                 device=check_device(device),
                 workers=workers,
+                ray=ray_address or ("local" if ray else None),
                 monitor=monitor,
             )
     except KeyboardInterrupt:

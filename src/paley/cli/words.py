@@ -28,6 +28,7 @@ _OPTIONS = {
     "plan": "--plan",
     "port": "--port",
     "preset": "--preset",
+    "ray_address": "--ray-address",
     "recipe": "--recipe",
     "repetition_penalty": "--repetition-penalty",
     "seq_len": "--seq-len",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from paley.eval.reference import Reference
 from paley.eval.scoring import CHUNK, check_finite, check_scorable, few_tokens, head_slices, scores
 from paley.model.adapter import Adapter
 from paley.model.kv_cache import PackedKVCache, PackedKVLayer, cache_argument
+from paley.model.pages import Turns, one_after_another
 from paley.results import EvalResult
 
 __all__ = ["EvalResult", "evaluate", "token_scores"]
@@ -34,30 +36,35 @@ def evaluate(
     chunk: int = CHUNK,
     batch: int = 8,
     progress: Callable[[int, int], None] | None = None,
+    turns: Turns = one_after_another,
 ) -> EvalResult:
     """Position t predicts token t + 1 of each block; blocks must have role test.
 
     With quantized keys or values, `chunk` tokens at a time pass through a fresh PackedKVCache per batch; else
-    there is one forward per batch. progress is called with (sequences done, all sequences).
+    there is one forward per batch. progress is called with (sequences done, all sequences). turns: as of Reference.of.
     """
     require(blocks, "test")
     check_scorable(model, blocks, batch, chunk)
     if reference is not None:
         reference = _fitting(reference, model, blocks)
     cached = _has_quantized_cache(model)
-    columns: list[Tensor] = []
-    kv_bytes = at_16_bits = 2.0 * sum(site.numel for site in Adapter(model).sites.of("keys", "values"))
-    for at in range(0, len(blocks.ids), batch):
+    adapter = Adapter(model)
+    kv_bytes = at_16_bits = 2.0 * sum(site.numel for site in adapter.sites.of("keys", "values"))
+
+    def run(at: int) -> Tensor:
+        nonlocal kv_bytes
         sequences = slice(at, min(at + batch, len(blocks.ids)))
-        ids = blocks.ids[sequences].to(model.device)
+        ids = blocks.ids[sequences].to(adapter.device)
         cache = PackedKVCache(model) if cached else None
         scores = _score(model, ids, cache, chunk, reference, sequences)
         check_finite(scores[0], at, blocks.source)
-        columns.append(scores.double().mean(-1).cpu())
         if cache is not None:
             kv_bytes = _kv_bytes_per_token(cache, len(ids))
         if progress is not None:
             progress(sequences.stop, len(blocks.ids))
+        return scores.double().mean(-1).cpu()
+
+    columns = turns([partial(run, at) for at in range(0, len(blocks.ids), batch)])
     return _summary(blocks, torch.cat(columns, 1), reference, kv_bytes, at_16_bits)
 
 
@@ -70,7 +77,9 @@ def token_scores(model: PreTrainedModel, blocks: TokenBlocks, reference: Referen
     for at in range(0, len(blocks.ids), batch):
         sequences = slice(at, min(at + batch, len(blocks.ids)))
         cache = PackedKVCache(model) if cached else None
-        found.append(_score(model, blocks.ids[sequences].to(model.device), cache, CHUNK, reference, sequences).cpu())
+        found.append(
+            _score(model, blocks.ids[sequences].to(Adapter(model).device), cache, CHUNK, reference, sequences).cpu()
+        )
     return torch.cat(found, 1)
 
 
@@ -135,13 +144,14 @@ def _kv_bytes_per_token(cache: PackedKVCache, sequences: int) -> float:
 def _fitting(reference: Reference, model: PreTrainedModel, blocks: TokenBlocks) -> Reference:
     """reference with its head on the model's device; raises if its ids or vocabulary do not fit."""
     reference.check(blocks)
-    vocabulary = Adapter(model).sites.head.shape[0]
+    adapter = Adapter(model)
+    vocabulary = adapter.sites.head.shape[0]
     if reference.head.shape[0] != vocabulary:
         raise PaleyError(
             f"reference for {reference.source}: its model's vocabulary has {reference.head.shape[0]} tokens, "
             f"this model's {vocabulary}; compare with the model that this one was made from"
         )
-    return reference.to(model.device)
+    return reference.to(adapter.device)
 
 
 def _summary(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from paley.eval.scoring import (
 )
 from paley.format.writer import write_tensors
 from paley.model.adapter import Adapter
+from paley.model.pages import Turns, one_after_another
 
 __all__ = ["Reference"]
 
@@ -61,8 +63,13 @@ class Reference:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: PreTrainedModel, blocks: TokenBlocks, batch: int = 8) -> Reference:
-        """Runs the unquantized `model` over `blocks` of any role, `batch` sequences at a time."""
+    def of(
+        cls, model: PreTrainedModel, blocks: TokenBlocks, batch: int = 8, turns: Turns = one_after_another
+    ) -> Reference:
+        """Runs the unquantized `model` over `blocks` of any role, `batch` sequences at a time.
+
+        turns: how batches run, if one block of the model at a time is in memory.
+        """
         check_scorable(model, blocks, batch, CHUNK)
         adapter = Adapter(model)
         head = adapter.head
@@ -73,8 +80,9 @@ class Reference:
         sequences, seq_len = blocks.ids.shape
         hidden = torch.empty(sequences, seq_len, head.in_features, dtype=torch.float32)
         nll = torch.empty(sequences, seq_len - 1, dtype=torch.float32)
-        for at in range(0, sequences, batch):
-            ids = blocks.ids[at : at + batch].to(model.device)
+
+        def run(at: int) -> None:
+            ids = blocks.ids[at : at + batch].to(adapter.device)
             last = adapter.head_input(ids, use_cache=False)
             hidden[at : at + batch] = last
             inputs, targets = last[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
@@ -84,6 +92,8 @@ class Reference:
             ]
             nll[at : at + batch] = torch.cat(pieces, -1).view(len(ids), -1)
             check_finite(nll[at : at + batch], at, blocks.source)
+
+        turns([partial(run, at) for at in range(0, sequences, batch)])
         weight = head.weight.detach().to("cpu", copy=True).contiguous()
         bias = None if head.bias is None else head.bias.detach().to("cpu", copy=True)
         return cls(hidden, weight, nll, blocks.source, blocks.sha256, bias)

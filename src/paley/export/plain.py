@@ -247,7 +247,7 @@ def _untied(
 ) -> Iterator[tuple[str, Tensor]]:
     """Embedding, head and final norm of a pair between which the stream turns: the head's side takes gain and turn."""
     gain = checkpoint.tensor(row.norm + spec.WEIGHT).double() + row.gain_offset
-    shrink = math.sqrt(stream.in_dim / stream.out_dim)  # see `fold.rotate_stream_`
+    shrink = math.sqrt(stream.in_dim / stream.out_dim)  # see `fold._rotate_stream_`
     grown = row.scale_at(stream.in_dim) / row.scale_at(stream.out_dim)
     sides = {
         row.embedding: lambda rows: stream.apply(rows) * grown,

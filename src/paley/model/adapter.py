@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -83,6 +85,11 @@ class Adapter:
     def module(self, path: str) -> Any:
         """What is there; a stack of experts, which is a parameter, looks like a linear."""
         return module_at(self.model, path)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go: blocks may be elsewhere, or nowhere yet."""
+        return next(chain(self.embedding.parameters(), self.embedding.buffers())).device
 
     @property
     def embedding(self) -> Any:

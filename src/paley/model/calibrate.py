@@ -42,6 +42,7 @@ from paley.ops.matmul import CALIBRATION
 __all__ = ["LayerReport", "ModelQuantizer", "set_attention_", "set_input_", "wrap_", "wrap_block_", "wrap_outer_"]
 
 OnLayer = Callable[["LayerReport"], None]
+Place = Callable[[str, Tensor], Tensor]
 _NOTHING: Mapping[str, Tensor] = {}
 
 
@@ -117,14 +118,17 @@ class ModelQuantizer:
 
     ids [sequences, seq_len]: the calibration tokens; None if no weight needs any. compensate: as in Recipe.
     keys: what measures keys, and balances them, before a block's weights are quantized.
-    begin: called with each block before its turn, if blocks are wrapped only then.
+    begin: called with each block before its turn, if blocks are wrapped only then. place(name, hidden states) -> where
+    those behind the block are written: that very tensor, unless the run keeps both.
     """
 
     def __init__(
         self, runner: BlockRunner, ids: Tensor | None, schemes: Schemes, *, compensate: str,
         keys: KeySettler | None = None, begin: Callable[[Block], None] = lambda _: None,
+        place: Place = lambda _, hidden: hidden,
     ):  # fmt: skip
         self.runner, self.adapter, self.ids, self.keys, self.begin = runner, runner.adapter, ids, keys, begin
+        self.place = place
         self.linears, self.attentions, self.compensate = schemes.linears, schemes.attentions, compensate
         self.hidden: Tensor | None = None
         self.original: Tensor | None = None
@@ -185,7 +189,7 @@ class ModelQuantizer:
                         replace_by(site, self._expert_codes(block, site) if by_expert else
                                    self._codes(site, statistics.get(alike)))  # fmt: skip
             if both is not None:
-                self.hidden, self.original = both.finish()
+                self.hidden, self.original = both.finish(self.place)
         for linear in self._wrapped(block):
             linear.prepare_("packed")
         for module in reference.modules():
@@ -196,6 +200,17 @@ class ModelQuantizer:
     def read_no_more(self) -> None:
         """Lets go of the text: from here on all codes are known."""
         self.hidden = self.original = None
+
+    def states(self) -> dict[str, Tensor]:
+        """What goes on from block to block beside `hidden` and `original`: the keys' own text."""
+        return {} if self.keys is None else {f"keys-{i}": hidden for i, hidden in enumerate(self.keys.hidden)}
+
+    def go_on(self, states: Mapping[str, Tensor]) -> None:
+        """Goes on behind a block: with what `place` and `states` had there."""
+        if self.hidden is not None and "hidden" in states:
+            self.hidden, self.original = states["hidden"], states["original"]
+        if self.keys is not None:
+            self.keys.hidden = [states[name].clone() for name in self.states()]
 
     def _wrapped(self, block: Block) -> Iterator[QuantLinear | QuantExperts]:
         modules = (self.adapter.module(site.module) for site in block.linears())

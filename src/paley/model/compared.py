@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Self
 
@@ -100,7 +100,7 @@ class ComparedBlock:
         for (x, seen), (x_then, seen_then) in zip(now, self._then.inputs(name), strict=True):
             yield x, seen, x_then, seen_then
 
-    def finish(self) -> tuple[Tensor, Tensor]:
-        """-> the hidden states after the block, and the original's, in the same memory."""
-        original = self._then.finish(out=self._original)
-        return self._now.finish(out=self._hidden), original
+    def finish(self, place: Callable[[str, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """-> the hidden states after the block, and the original's; place: as of `ModelQuantizer`."""
+        original = self._then.finish(out=place("original", self._original))
+        return self._now.finish(out=place("hidden", self._hidden)), original

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Self
 
 from torch import Tensor, nn
@@ -48,8 +48,8 @@ class GatheredBlock:
     def statistics(self, site: Site, groups: Iterable[tuple[Site, ...]]) -> dict[tuple[Site, ...], InputStatistics]:
         return {alike: self._sums[alike[0].name] for alike in groups}
 
-    def finish(self) -> tuple[Tensor, Tensor]:
-        """-> the hidden states after the block, and the original's, in the same memory."""
+    def finish(self, place: Callable[[str, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """-> the hidden states after the block, and the original's; place: as of `ModelQuantizer`."""
         run, index = self._runner.run, self._block.index
-        hidden = run(self._block.module, index, self._hidden, out=self._hidden)
-        return hidden, run(self._reference, index, self._original, out=self._original)
+        hidden = run(self._block.module, index, self._hidden, out=place("hidden", self._hidden))
+        return hidden, run(self._reference, index, self._original, out=place("original", self._original))

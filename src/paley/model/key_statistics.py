@@ -20,11 +20,11 @@ from paley.model.capture import BlockRunner
 from paley.model.fold import scale_keys_
 from paley.model.keys import MEAN_KEYS, KeyBase
 
-__all__ = ["KeySettler"]
+__all__ = ["BALANCE", "KeySettler"]
 
 _TOKENS = 2048  # a mean needs few
 _LIMIT = 6  # octaves
-_BALANCE = ".key_balance"  # of a file in the run directory alone
+BALANCE = ".key_balance"  # of a file in the run directory alone
 
 
 class _Sums:
@@ -91,7 +91,7 @@ class KeySettler:
         scheme, adapter = self.schemes[block.attention], self.runner.adapter
         attention, sums = adapter.module(block.attention), None
         name = f"{block.attention}.{MEAN_KEYS[scheme.center_keys is True]}"
-        self.settled = {key: known[key] for key in (name, block.attention + _BALANCE) if key in known}
+        self.settled = {key: known[key] for key in (name, block.attention + BALANCE) if key in known}
         if scheme.needs_data and not self.settled:
             if not self.hidden:
                 raise PaleyError(f"{name}: needs calibration text; set center_keys=bias, or false")
@@ -106,7 +106,7 @@ class KeySettler:
         if not self.settled:
             return
         getattr(attention, name.rpartition(".")[2]).copy_(self.settled[name])
-        if (scale := self.settled.get(block.attention + _BALANCE)) is not None:
+        if (scale := self.settled.get(block.attention + BALANCE)) is not None:
             scale_keys_(adapter, block, scale)
             self.round_kept(block)
 
@@ -116,7 +116,7 @@ class KeySettler:
             scale = sums.balance(
                 over_heads=any(norm.reads == row.keys and not norm.whole for norm in row.norms())
             ).float()
-            settled[block.attention + _BALANCE], mean = scale, mean / scale
+            settled[block.attention + BALANCE], mean = scale, mean / scale
         settled[name] = mean.half()  # as it is stored
         if not bool(settled[name].isfinite().all()):
             raise PaleyError(f"{name}: is beyond the range of float16; set center_keys=false")

@@ -26,16 +26,19 @@ from paley.format.checkpoint import Checkpoint
 from paley.format.config import QUANT_METHOD
 from paley.format.decoding import Float8, as_stored, decode
 from paley.format.header import NAMES, TensorInfo
+from paley.model.adapter import Adapter
 from paley.model.checks import check_config, check_family, check_layers
 from paley.model.converting import convert
 from paley.model.folders import load_tokenizer, resolve
+from paley.model.keys import MEAN_KEYS
+from paley.model.pages import Pages, empty_
 from paley.model.placing import belongs, place, summed_up
 from paley.model.text_part import text_part
 from paley.model.walk import sites_of
 
 __all__ = [
-    "Source", "check_fit", "check_seq_len", "context_of", "default_attention", "empty_model", "is_ignored", "join_tie",
-    "open_source", "plain_attention", "read_config", "tied_partners",
+    "Source", "check_fit", "check_seq_len", "context_of", "default_attention", "empty_model", "filled", "is_ignored",
+    "join_tie", "open_source", "plain_attention", "read_config", "tied_partners", "without_values",
 ]  # fmt: skip
 
 # What tools say of their quantized weights: transformers', the older compressed-tensors', MLX's.
@@ -62,19 +65,23 @@ class Source:
     extra: Mapping[str, TensorInfo] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
-    def load(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
-        """The model in eval mode; raises where the files and the config disagree."""
-        tensors = {name: _Lazy(info) for name, info in self.checkpoint.infos.items()}
+    def load(self, dtype: torch.dtype = torch.float32, device: str = "cpu", *, blocks: bool = True) -> PreTrainedModel:
+        """The model in eval mode; raises where the files and the config disagree.
+
+        blocks=False: what files hold of its blocks has no values, see `model.pages`.
+        """
+        absent = () if blocks else f"{self.sites.architecture.blocks}."
+        tensors = {
+            name: _Absent(info, dtype) if name.startswith(absent) else _Lazy(info)
+            for name, info in self.checkpoint.infos.items()
+        }
+        model: Any
         try:
-            loaded: Any = type(self.skeleton).from_pretrained(
-                None, config=copy.deepcopy(self.config), state_dict=tensors, dtype=dtype, output_loading_info=True,
-                attn_implementation=plain_attention(self.config),
-            )  # fmt: skip
+            model, info = filled(self.skeleton, self.config, tensors, dtype)
         except PaleyError:
             raise
         except (RuntimeError, ValueError) as error:
             raise PaleyError(f"{self.path}: transformers cannot load this checkpoint: {error}") from error
-        model, info = loaded
         for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if names := sorted(str(name) for name in info[what]):
                 raise PaleyError(
@@ -87,7 +94,27 @@ class Source:
         embedding: Any = model.get_input_embeddings()
         if (scale := getattr(embedding, "scalar_embed_scale", None)) is not None:
             embedding.embed_scale = torch.tensor(scale)  # a type of 16 bits has rounded it, which no .float() undoes
-        return model.eval().to(device)
+        model.eval().to(device)
+        if not blocks:
+            empty_(model.get_submodule(self.sites.architecture.blocks))
+        return model
+
+    @property
+    def has_pages(self) -> bool:
+        """Whether each of its blocks can be read by itself: no tensor serves two of them."""
+        blocks = f"{self.sites.architecture.blocks}."
+        return all(name in self.checkpoint for name in self.skeleton.state_dict() if name.startswith(blocks))
+
+    def pages(self, adapter: Adapter) -> Pages:
+        """What fills the blocks of a model that was loaded without them, in float32."""
+
+        def read(name: str, like: torch.Tensor) -> torch.Tensor:
+            if name.endswith(MEAN_KEYS):  # which attentions have got meanwhile
+                return torch.zeros_like(like, device="cpu")
+            tensor = self.checkpoint.tensor(name)
+            return tensor.float() if tensor.is_floating_point() else tensor
+
+        return Pages(adapter, read)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that came with the weights."""
@@ -108,6 +135,34 @@ class _Lazy:
 
     def get_dtype(self) -> str:
         return NAMES[self.info.dtype]
+
+
+class _Absent(_Lazy):
+    """Has the shape of a tensor and takes no memory; it has no values."""
+
+    def __init__(self, info: TensorInfo, dtype: torch.dtype):
+        super().__init__(info)
+        self.dtype = dtype if info.dtype.is_floating_point else info.dtype
+
+    def __getitem__(self, part: Any) -> torch.Tensor:
+        return torch.empty(1, dtype=self.dtype, device="cpu").expand(self.info.shape)[part]
+
+
+def without_values(shapes: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, Any]:
+    """A state dict for `filled` of tensors of these shapes, which take no memory."""
+    nowhere = Path()
+    return {name: _Absent(TensorInfo(nowhere, t.dtype, tuple(t.shape), 0), dtype) for name, t in shapes.items()}
+
+
+def filled(
+    skeleton: PreTrainedModel, config: Any, tensors: Mapping[str, Any], dtype: torch.dtype
+) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """-> (a model of the skeleton's class with these tensors and its own computed ones, what transformers tells)."""
+    made: Any = type(skeleton).from_pretrained(
+        None, config=copy.deepcopy(config), state_dict=dict(tensors), dtype=dtype, output_loading_info=True,
+        attn_implementation=plain_attention(config),
+    )  # fmt: skip
+    return made
 
 
 def join_tie(path: Path, checkpoint: Checkpoint, sites: Sites) -> Checkpoint:

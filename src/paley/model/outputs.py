@@ -7,6 +7,7 @@ config, or softly capped by one.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -58,7 +59,8 @@ def finish_of(model: PreTrainedModel, head: nn.Module, vocabulary: int) -> Finis
 @torch.no_grad()
 def _tried_out(model: PreTrainedModel, head: Any, vocabulary: int) -> Finish:
     made = list[Tensor]()
-    ids = torch.arange(5, 5 + _TRIED, device=model.device)[None] % vocabulary
+    device = next(chain(head.parameters(), head.buffers())).device
+    ids = torch.arange(5, 5 + _TRIED, device=device)[None] % vocabulary
     handle = head.register_forward_hook(lambda module, args, out: made.append(out.detach()))
     try:
         logits = model(input_ids=ids, use_cache=False).logits.double()

@@ -52,7 +52,10 @@ class Replay(BlockRunner):
         """ids [sequences, seq_len] -> what the first block reads."""
         if not self._tried:
             self._try_out()
-        return torch.cat([self._first(part) for part in ids.split(self.batch)])
+        parts = [self._first(part) for part in ids.split(self.batch)]
+        for part in parts:  # now, as blocks may leave memory when they are done
+            self._known(part)
+        return torch.cat(parts)
 
     @torch.no_grad()
     def run(self, module: nn.Module, index: int, hidden: Tensor, out: Tensor | None = None) -> Tensor:
@@ -192,7 +195,7 @@ def _packed(call: _Call, hidden: Tensor) -> Any:
 def _some_ids(adapter: Adapter, batch: int, tokens: int, seed: int) -> Tensor:
     vocabulary = adapter.sites.embedding.shape[0]
     ids = torch.randint(vocabulary, (batch, tokens), generator=torch.Generator().manual_seed(seed))
-    return ids.to(adapter.model.device)
+    return ids.to(adapter.device)
 
 
 def _why(adapter: Adapter, what: str) -> str:

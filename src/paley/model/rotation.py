@@ -12,7 +12,7 @@ from paley.core.errors import PaleyError, Setting
 from paley.core.schemes import Rotation
 from paley.core.transforms import Transform
 from paley.model.adapter import Adapter
-from paley.model.fold import fold_norms_, rotate_input_, rotate_stream_, rotate_values_
+from paley.model.fold import fold_part_, parts, rotate_input_
 
 __all__ = ["Turning", "decide_turning", "fold_", "input_blocks", "rotate_", "rotate_inputs_"]
 
@@ -113,11 +113,8 @@ def rotate_(adapter: Adapter, rotation: Rotation | None, inputs: Mapping[str, Tr
 
 def fold_(adapter: Adapter, rotation: Rotation | None) -> None:
     """Folds the norms and applies R1 and R2, if the rotation has them. Without them the model stays as it is."""
-    if rotation is not None and rotation.stream is not None:
-        fold_norms_(adapter)
-        rotate_stream_(adapter, rotation.stream)
-        if rotation.heads is not None and adapter.architecture.values_rotate(adapter.model.config):
-            rotate_values_(adapter, rotation.heads)
+    for part in parts(adapter):
+        fold_part_(adapter, rotation, part)
 
 
 def rotate_inputs_(adapter: Adapter, sites: Iterable[Site], inputs: Mapping[str, Transform]) -> None:

@@ -81,9 +81,12 @@ class Costs:
 
     # Bytes.
     base: float = 0.45 * 2**30  # of Python, torch and transformers
-    model: float = 1.5  # times the float32 model, as it is calibrated; it waits in 16 bits
-    folded: float = 3.0  # the same if something is folded first, in float32
+    outer: float = 1.0  # times embedding and head in float32, as blocks are calibrated
+    block: float = 3.0  # times the largest block in float32, then
+    squares: float = 8.0  # times the largest Gram matrix in float32, then
+    decided: float = 1.5  # times the float32 model, as it writes a text, is searched or measured
     scored: float = 2.4  # the same, as it is scored
+    scored_paged: float = 2.4  # times embedding, head and the largest block, as it is scored block by block
     tensor: float = 1.0  # times the largest float32 tensor, as weights are streamed
     held: float = 10.0  # times the hidden states of what a forward keeps, see `steps`
     coded: float = 0.5  # times the float32 model: its codes, and the embedding in floats
@@ -98,13 +101,15 @@ COSTS = Costs()
 class Estimate:
     """bytes: of all tensors on disk; original_bytes: of the original's. memory: bytes at the peak.
 
-    stages: name -> seconds of each stage that is to come.
+    stages: name -> seconds of each stage that is to come. paged: whether memory holds a block of the model at a time
+    as it is scored, since it does not hold all of it.
     """
 
     bytes: int
     original_bytes: int
     memory: int
     stages: Mapping[str, float]
+    paged: bool = False
 
     @property
     def seconds(self) -> float:
@@ -124,32 +129,56 @@ def estimate_run(problem: Problem, recipe: Recipe, *, decided: bool = False, mea
     """
     work, rate = _Work(problem, recipe), multiplications()
     stages = {name: operations / rate for name, operations in work.stages(decided, measured) if operations}
-    return Estimate(_bytes(problem), problem.source.checkpoint.nbytes, _memory(problem, recipe), stages)
+    needs = {"decided": decided, "measured": measured}
+    memory, free = _memory(problem, recipe, **needs), free_memory()
+    paged = free is not None and memory > free and problem.source.has_pages
+    if paged:
+        memory = _memory(problem, recipe, **needs, paged=True)
+    return Estimate(_bytes(problem), problem.source.checkpoint.nbytes, memory, stages, paged)
 
 
-def check_memory(problem: Problem, recipe: Recipe, needed: int, free: int | None = None) -> None:
-    """Raises if a run needs more than is free, and names the largest setting that fits."""
+def check_memory(
+    problem: Problem, recipe: Recipe, needed: int, free: int | None = None, *, decided: bool = False,
+    measured: bool = False,
+) -> None:  # fmt: skip
+    """Raises if a run needs more than is free, and names the largest setting that fits; decided, measured: as above."""
     free = free_memory() if free is None else free
     if free is None or needed <= free:
         return
+    paged = problem.source.has_pages
+
+    def fits(other: Recipe) -> bool:
+        return _memory(problem, other, decided=decided, measured=measured, paged=paged) <= free
+
     untuned = recipe.model_copy(update={"tune": None})
-    if recipe.tune is not None and _memory(problem, untuned) <= free:
+    if recipe.tune is not None and fits(untuned):
+        least = _memory(problem, untuned, decided=decided, measured=measured, paged=paged)
         raise PaleyError(
             f"memory: tuning needs about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free",
-            remedy=("leave it out (", Setting("tune", "null"), "), which needs "
-                    f"{_memory(problem, untuned) / 2**30:.1f} GiB"),
-        )  # fmt: skip
+            remedy=("leave it out (", Setting("tune", "null"), f"), which needs {least / 2**30:.1f} GiB"),
+        )
+    remedy = _in_memory(recipe, decided=decided, measured=measured)
     sequences = recipe.calibration.sequences
-    while not problem.is_data_free and (sequences := sequences // 2):
-        smaller = apply_settings(recipe, [("calibration.sequences", sequences)])
-        if _memory(problem, smaller) <= free:
+    while not remedy and not problem.is_data_free and (sequences := sequences // 2):
+        if fits(apply_settings(recipe, [("calibration.sequences", sequences)])):
             remedy = ("use ", Setting("calibration.sequences", sequences))
-            break
-    else:
-        remedy = ("use the preset higgs-4 without a score, which needs no more than the largest tensors",)
+    if not remedy and recipe.test is not None and fits(recipe.model_copy(update={"test": None})):
+        remedy = ("leave the score out: ", Setting("test", "null"))
     raise PaleyError(
-        f"memory: this run needs about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free", remedy=remedy
+        f"memory: this run needs about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free",
+        remedy=remedy or ("use the preset higgs-4 without a score, which needs no more than the largest tensors",),
     )
+
+
+def _in_memory(recipe: Recipe, *, decided: bool, measured: bool) -> tuple[str | Setting, ...]:
+    """What of a recipe needs the whole model in memory, as a way out of it; empty if nothing does."""
+    if recipe.calibration.source == SELF:
+        return ("take a text that is there instead of one that the model writes: ", Setting("calibration.source"))
+    if recipe.search.method != "none" and not decided:
+        return ("leave the search out: ", Setting("search.method", "none"))
+    if recipe.budget is not None and not decided and not measured:
+        return ("measure the sensitivities where the model fits into memory, and give them: ", Setting("sensitivity"))
+    return ()
 
 
 def faster(problem: Problem, recipe: Recipe, estimated: Estimate) -> str:
@@ -352,19 +381,30 @@ def _tuning_memory(problem: Problem, recipe: Recipe, whole: float) -> float:
     return known + max(COSTS.loaded * whole, tuned + held + logits)
 
 
-def _memory(problem: Problem, recipe: Recipe) -> int:
-    """The peak: of the model with what a run holds beside it."""
+def _memory(
+    problem: Problem, recipe: Recipe, *, decided: bool = False, measured: bool = False, paged: bool = False
+) -> int:
+    """The peak: of the model, or of the largest block if it is paged, with what a run holds beside it."""
     sites, found = problem.sites, []
     whole = _FLOAT * sum(site.numel for site in sites.weights)
+    outer = _FLOAT * sum(site.numel for site in sites.weights if site.block is None)
+    blocks = [sum(site.numel for site in sites.of("linear", block=index)) for index in range(sites.blocks)]
+    block = _FLOAT * max(blocks)
+    if _in_memory(recipe, decided=decided, measured=measured):
+        found.append(COSTS.decided * whole)
     if recipe.test is not None:
         hidden = _FLOAT * _tokens(recipe.test) * sites.head.shape[1]
-        found.append(COSTS.scored * whole + 2 * hidden)
+        held = COSTS.scored_paged * (outer + block) + 2 * hidden if paged else COSTS.scored * whole
+        found.append(held + 2 * hidden)
     if problem.is_data_free:
         found.append(COSTS.tensor * _FLOAT * max(site.numel for site in sites.weights))
     else:
         hidden = _FLOAT * _tokens(recipe.calibration) * sites.head.shape[1]
-        model = COSTS.folded if problem.folded else COSTS.model
-        found.append(model * whole + 2 * hidden + 2 * min(KEPT, COSTS.held * hidden))
+        one = max((_FLOAT * math.prod(problem.shape(site)[1:]) ** 2 for site in sites.of("linear")), default=0)
+        found.append(
+            COSTS.outer * outer + COSTS.block * block + COSTS.squares * one + 2 * hidden
+            + 2 * min(KEPT, COSTS.held * hidden)
+        )  # fmt: skip
     if recipe.tune is not None:
         found.append(_tuning_memory(problem, recipe, whole))
     return math.ceil(COSTS.base + max(found))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,10 +18,12 @@ from paley.data import TokenBlocks
 from paley.format import spec
 from paley.format.checkpoint import read_tensors
 from paley.format.dtypes import cast_to_store
+from paley.format.header import read_metadata
 from paley.format.writer import write_tensors
 from paley.model.adapter import Adapter, Block
 from paley.model.calibrate import LayerReport, ModelQuantizer, wrap_block_, wrap_outer_
 from paley.model.capture import BlockRunner
+from paley.model.fold import fold_part_
 from paley.model.key_statistics import KeySettler
 from paley.model.problem import Problem
 from paley.model.replay import runner_of
@@ -29,29 +32,59 @@ from paley.pipeline.machine import give_back
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.reuse import Kept
 from paley.pipeline.run_directory import RunDirectory
+from paley.pipeline.saving import sample_ids, sampled_logits, stored_tensors
+from paley.pipeline.states import States
 
-__all__ = ["execute", "prepare_", "quantize_steps"]
+__all__ = ["Executed", "execute", "prepare_", "quantize_steps"]
+
+
+@dataclass(frozen=True)
+class Executed:
+    """A quantized model, the blocks of which are in memory if `whole`; else they lie in the run directory.
+
+    reports: one for each quantized weight. logits: `sample_logits` of the model.
+    """
+
+    model: PreTrainedModel
+    whole: bool
+    reports: list[LayerReport]
+    logits: Tensor
 
 
 def execute(
     problem: Problem, calibration: TokenBlocks | None, run: RunDirectory | None, monitor: Monitor, device: str,
-    kept: Kept | None = None,
-) -> tuple[PreTrainedModel, list[LayerReport]]:  # fmt: skip
-    """-> the quantized model, ready to run or to save, and a report for each quantized weight.
+    kept: Kept | None = None, *, whole: bool = False,
+) -> Executed:  # fmt: skip
+    """Quantizes the model; with a run directory, where each block goes when it is done, it never is in memory whole.
 
-    kept: weights that are taken from another folder.
+    kept: weights that are taken from another folder. whole: keep the blocks in memory all the same.
     """
-    adapter = Adapter(problem.source.load(dtype=_held(problem), device=device))
-    fold_(adapter, problem.rotation)
+    source = problem.source
+    paged = run is not None and device == "cpu" and source.has_pages and not whole
+    adapter = Adapter(source.load(dtype=_held(problem), device=device, blocks=not paged))
+    pages = source.pages(adapter) if paged else None
+    fold_part_(adapter, problem.rotation, None)
     _prepare_outer_(problem, adapter)
-    runner = runner_of(adapter)
-    begin = partial(_prepare_block_, problem, adapter)
-    reports = quantize_steps(runner, problem, calibration, run, "final", monitor, begin, kept)
-    return adapter.model.float(), reports
+
+    def begin(block: Block) -> None:
+        if pages is not None:
+            pages.bring_(block.index)
+        fold_part_(adapter, problem.rotation, block.index)
+        _prepare_block_(problem, adapter, block)
+
+    def end(block: Block) -> None:
+        if pages is not None:
+            pages.drop_(block.index)
+
+    states = States(run.path / "states") if run is not None and device == "cpu" and not whole else None
+    reports, logits = quantize_steps(
+        runner_of(adapter), problem, calibration, run, "final", monitor, begin, end, states, kept
+    )
+    return Executed(adapter.model, pages is None, reports, logits)
 
 
 def _held(problem: Problem) -> torch.dtype:
-    """The type in which blocks wait for their turn: that of the files, unless something is folded before."""
+    """The type in which parts wait for their turn: that of the files, unless something is folded before."""
     return (
         torch.float32 if problem.folded or problem.sites.architecture.walked else problem.source.checkpoint.float_dtype
     )
@@ -104,20 +137,27 @@ def quantize_steps(
     stage: str,
     monitor: Monitor,
     begin: Callable[[Block], None] = lambda _: None,
+    end: Callable[[Block], None] = lambda _: None,
+    states: States | None = None,
     kept: Kept | None = None,
-) -> list[LayerReport]:
-    """The embedding, every block, the head; a step that the run directory holds already is taken from there.
+) -> tuple[list[LayerReport], Tensor]:
+    """The embedding, every block, the head -> a report for each weight, and the model's `sample_logits`.
 
-    begin: as of `ModelQuantizer`. kept: as of `execute`.
+    A step that the run directory holds already is taken from there; a block that `states` are behind stays as it is.
+    begin: as of `ModelQuantizer`; end: called with a block that is done with. kept: as of
+    `execute`.
     """
     adapter = runner.adapter
-    ids = calibration.ids.to(adapter.model.device) if calibration is not None else None
+    ids = calibration.ids.to(adapter.device) if calibration is not None else None
     keys = None
     if not problem.sites.architecture.walked:  # whose keys are not centred
         keys = KeySettler(runner, ids, problem.schemes.attentions, partial(_cast_block_, problem))
     if not any(scheme.needs_data for scheme in problem.schemes.linears.values()):
         ids = None  # for keys alone
-    quantizer = ModelQuantizer(runner, ids, problem.schemes, compensate=problem.compensate, keys=keys, begin=begin)
+    place = {} if states is None else {"place": states.place}
+    quantizer = ModelQuantizer(
+        runner, ids, problem.schemes, compensate=problem.compensate, keys=keys, begin=begin, **place
+    )
     count = sum(scheme.weight is not None for _, scheme in problem.weights())
     monitor.stage("quantizing weights" if stage == "final" else "quantizing weights for the search", count)
     reports: list[LayerReport] = []
@@ -136,39 +176,58 @@ def quantize_steps(
 
     def step(
         name: str, sites: list[Site], make: Callable[[dict[str, Quantized], dict[str, Tensor]], list[LayerReport]],
-        beside: Callable[[], dict[str, Tensor]] = dict,
+        others: Callable[[], dict[str, Tensor]] = dict,
     ) -> None:  # fmt: skip
-        """One step, from its file if that is there; beside: what is stored with its codes."""
+        """One step, from its file if that is there; others: what the file holds beside codes."""
         file = file_of(name)
         if file is not None and file.exists():
             known, held = _read(file, problem)
         else:
             known, held = ({}, {}) if kept is None else (kept.codes(sites, problem), kept.diagonals(sites))
         done = make(known, held)
-        if file is not None and not file.exists() and (done or beside()):
-            _write(file, done, beside())
+        if file is not None and not file.exists() and (done or others()):
+            _write(file, done, others(), {r.name: quantizer.unreached.get(r.name, []) for r in done})
         reports.extend(replace(report, quantized=None) for report in done)
         done.clear()
         give_back()
 
     places = problem.sites
     steps = {"embedding": [places.embedding]}
-    steps |= {f"block-{index:04d}": places.of("linear", block=index) for index in range(len(adapter.blocks))}
+    steps |= {_block_name(block.index): places.of("linear", block=block.index) for block in adapter.blocks}
     steps |= {"head": [places.head] if places.head.stored_as == places.head.name else []}
     last = max((at for at, (name, sites) in enumerate(steps.items()) if is_open(name, sites)), default=-1)
     step("embedding", steps["embedding"], lambda known, _: quantizer.embedding(known, show))
-    for index in range(len(adapter.blocks)):
-        if index >= last:  # the embedding is step 0
+    sample = runner.embed(sample_ids(adapter))
+    start = 0
+    if states is not None and run is not None and (behind := states.last()) is not None:
+        for index in range(start := behind[0] + 1):
+            for report, unreached in _reported(run.stage_file(stage, _block_name(index))):
+                reports.append(report)
+                quantizer.unreached |= {report.name: unreached} if unreached else {}
+                show(report)
+        quantizer.go_on(behind[1])
+        sample = behind[1]["sample"]
+    for block in adapter.blocks[start:]:
+        if block.index >= last:  # the embedding is step 0
             quantizer.read_no_more()
         step(
-            name := f"block-{index:04d}", steps[name],
-            lambda known, held, index=index: quantizer.block(index, known, held, show),
-            lambda index=index: quantizer.beside(index),
+            name := _block_name(block.index), steps[name],
+            lambda known, held, block=block: quantizer.block(block.index, known, held, show),
+            lambda block=block: stored_tensors(block.module, f"{block.name}.", problem) | quantizer.beside(block.index),
         )  # fmt: skip
+        sample = runner.block(block.index, sample)
+        end(block)
+        if states is not None:
+            states.commit(block.index, quantizer.states() | {"sample": sample})
     step("head", steps["head"], lambda known, _: quantizer.head(known, show))
     for name, experts in quantizer.unreached.items():
         monitor.note(f"{name}: the text reached no {_numbers(experts)} of its experts, which are rounded to nearest")
-    return reports
+    adapter.model.float()
+    return reports, sampled_logits(runner, sample)
+
+
+def _block_name(index: int) -> str:
+    return f"block-{index:04d}"
 
 
 def _numbers(experts: list[int], shown: int = 8) -> str:
@@ -176,12 +235,19 @@ def _numbers(experts: list[int], shown: int = 8) -> str:
     return f"{', '.join(map(str, experts[:shown]))}{more}"
 
 
-def _write(file: Path, reports: list[LayerReport], beside: dict[str, Tensor]) -> None:
-    tensors = dict(beside)
+def _write(file: Path, reports: list[LayerReport], others: dict[str, Tensor], unreached: dict[str, list[int]]) -> None:
+    tensors = dict(others)
     for report in reports:
         assert report.quantized is not None
         tensors |= spec.encode_linear(report.name, report.quantized)
-    write_tensors(file, tensors)
+    told = [(report.name, report.rel_error, report.experts, unreached[report.name]) for report in reports]
+    write_tensors(file, tensors, {"reports": json.dumps(told)})
+
+
+def _reported(file: Path) -> list[tuple[LayerReport, list[int]]]:
+    """What was told of the weights of a step -> (report, experts that no token reached) of each."""
+    told = json.loads(read_metadata(file)["reports"])
+    return [(LayerReport(name, error, None, tuple(experts)), unreached) for name, error, experts, unreached in told]
 
 
 def _read(file: Path, problem: Problem) -> tuple[dict[str, Quantized], dict[str, Tensor]]:

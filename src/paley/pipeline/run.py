@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
 
 from paley.core.errors import PaleyError
 from paley.core.files import write_atomic
@@ -30,10 +29,12 @@ from paley.pipeline.estimate import Estimate, check_memory, estimate_run, faster
 from paley.pipeline.execute import execute
 from paley.pipeline.machine import give_back
 from paley.pipeline.monitor import Monitor
+from paley.pipeline.paged import page_original
+from paley.pipeline.pool import Pool, pool_of
 from paley.pipeline.resolve import resolve, under_plan
 from paley.pipeline.reuse import Base
 from paley.pipeline.run_directory import RunDirectory
-from paley.pipeline.saving import load_stored, sample_logits, save_checkpoint, verify
+from paley.pipeline.saving import Stored, load_stored, sample_logits, save_checkpoint, verify
 from paley.pipeline.streaming import stream_checkpoint
 from paley.pipeline.texts import Texts, fit_lengths, gather
 from paley.pipeline.tune import tune_
@@ -70,13 +71,15 @@ def quantize(
     overwrite: bool = False,
     device: str = "cpu",
     workers: int = 1,
+    ray: str | None = None,
     monitor: Monitor | None = None,
 ) -> Outcome:
     """Quantizes the checkpoint folder or Hub name `model` into the new folder `output`.
 
     recipe: a Recipe, a preset's name such as "w4a4kv4", or a .yaml or .json file; or give a plan that was made for
     this model. sensitivity: what a recipe with a budget goes by; without it, it is measured. workers: processes that
-    share the weights of a data-free recipe; others use one. base: a folder that was made of this model before, whose
+    share the weights of a data-free recipe; others use one. ray: the Ray cluster whose workers do that instead:
+    its address, HOST:PORT or auto; "local" starts one here. base: a folder that was made of this model before, whose
     weights are kept wherever their schemes are the same; without a recipe or a plan its recipe is taken. exact: keep
     only such weights as a run without `base` would make the same (`pipeline.reuse`). A run that was stopped goes on
     with resume=True. Errors: PaleyError, with nothing written to `output`. overwrite=True makes everything anew, also
@@ -99,15 +102,20 @@ def quantize(
         earlier.check(problem, decided=decided)
     estimated = _estimate(problem, wanted, plan, sensitivity)
     if device == "cpu":
-        check_memory(problem, wanted, estimated.memory)
+        check_memory(problem, wanted, estimated.memory, decided=plan is not None, measured=sensitivity is not None)
+    paged = estimated.paged and device == "cpu"
     monitor.note(str(estimated))
+    if paged and wanted.test is not None:
+        monitor.note("memory does not hold the model: it is scored block by block")
     if hint := faster(problem, wanted, estimated):
         monitor.note(hint)
     monitor.expect(estimated.stages)
     key = _key(problem, plan.to_json() if plan is not None else wanted.hash() + _digest(sensitivity), earlier, exact)
     with run.open(key, resume=resume, overwrite=overwrite):
         if not (resume and run.finished) and not (run.checkpoint / RESULTS).exists():
-            _make(problem, wanted, plan, sensitivity, run, monitor, device, workers, earlier, exact)
+            with pool_of(workers, ray) as pool:
+                pool.check(source.path, run.path)
+                _make(problem, wanted, plan, sensitivity, run, monitor, device, pool, earlier, exact, paged=paged)
         if run.checkpoint.exists():
             seal(run.checkpoint)
         for path in run.publish():
@@ -199,14 +207,16 @@ def _make(
     run: RunDirectory,
     monitor: Monitor,
     device: str,
-    workers: int,
+    pool: Pool,
     base: Base | None,
     exact: bool,
+    *,
+    paged: bool,
 ) -> None:
     source = problem.source
     texts = gather(recipe, source, device, monitor, run)
     run.check_texts(texts.hashes)
-    original = _original(source, texts.test, run, monitor, device) if texts.test is not None else None
+    original = _original(source, texts.test, run, monitor, device, paged=paged) if texts.test is not None else None
     plan = plan or _plan(problem, recipe, texts, sensitivity, run, monitor, device)
     problem = problem.with_schemes(Schemes(plan.linears, plan.attentions))
     kept = None if base is None else base.kept(problem, texts.hashes, exact=exact)
@@ -215,21 +225,25 @@ def _make(
     if problem.is_data_free and recipe.tune is None:
         if device != "cpu":
             monitor.note("weights are quantized on the CPU, one after the other; more workers share them")
-        reports = stream_checkpoint(problem, run, monitor, workers, kept)
-        model = load_stored(run.checkpoint, problem, device) if texts.test is not None else None
+        reports = stream_checkpoint(problem, run, monitor, pool, kept)
+        stored = load_stored(run.checkpoint, problem, device, paged=paged) if texts.test is not None else None
     else:
-        if workers > 1:
+        if pool.workers > 1:
             monitor.note("this recipe quantizes blocks one after the other: one process is at work, not more")
-        model, reports = execute(problem, texts.calibration, run, monitor, device, kept)
+        made = execute(problem, texts.calibration, run, monitor, device, kept, whole=recipe.tune is not None)
+        reports, blocks, expected = made.reports, run.block_files(), made.logits
         if recipe.tune is not None:
             assert texts.tuning is not None
-            tune_(problem, model, texts.tuning, recipe.tune, monitor, device)
+            tune_(problem, made.model, texts.tuning, recipe.tune, monitor, device)
+            blocks, expected = None, sample_logits(made.model)
         monitor.stage("saving and reading back", 1)
-        save_checkpoint(run.fresh_checkpoint(), model, problem)
-        expected = sample_logits(model)
-        del model  # never two copies
-        model = verify(run.checkpoint, problem, expected, device)
-        prepare_(model, EXACT, torch.float32)
+        save_checkpoint(run.fresh_checkpoint(), made.model, problem, blocks)
+        del made  # never two copies
+        stored = verify(run.checkpoint, problem, expected, device, paged=paged or texts.test is None)
+        if paged:
+            stored = load_stored(run.checkpoint, problem, device, paged=True)
+        else:
+            prepare_(stored.model, EXACT, torch.float32)
         monitor.step()
     if lost := [r.name for r in reports if not r.rel_error <= 1]:
         monitor.note(
@@ -238,11 +252,11 @@ def _make(
         )
     measured = None
     give_back()
-    if model is not None and texts.test is not None and original is not None:
-        measured = _evaluate(model, texts.test, Reference.load(original, texts.test), monitor)
-    stored = Checkpoint.open(run.checkpoint)
+    if stored is not None and texts.test is not None and original is not None:
+        measured = _evaluate(stored, texts.test, Reference.load(original, texts.test), monitor)
+    checkpoint = Checkpoint.open(run.checkpoint)
     weights = parameter_count(source, problem.carried)
-    bits = stored.nbytes * 8 / weights
+    bits = checkpoint.nbytes * 8 / weights
     plan = plan.model_copy(update={"bits_per_weight": bits})
     plan.shared(run.output).save(run.checkpoint / "plan.json")
     results = Results(
@@ -252,9 +266,9 @@ def _make(
         parameters=weights,
         bits_per_weight=bits,
         bits_per_quantized_weight=quantized_bits(problem),
-        bytes=stored.nbytes,
+        bytes=checkpoint.nbytes,
         original_bytes=source.checkpoint.nbytes,
-        untouched=untouched(stored, problem),
+        untouched=untouched(checkpoint, problem),
         evaluation=measured and replace(measured, source=relative_source(measured.source, run.output)),
         layers={r.name: LayerResult(r.rel_error, r.experts or None) for r in reports},
         texts=texts.hashes,
@@ -264,17 +278,26 @@ def _make(
     results.save(run.checkpoint / RESULTS)
 
 
-def _evaluate(model: PreTrainedModel, test: TokenBlocks, reference: Reference, monitor: Monitor) -> EvalResult:
+def _evaluate(stored: Stored, test: TokenBlocks, reference: Reference, monitor: Monitor) -> EvalResult:
     monitor.stage("evaluating through the quantized cache", -(-len(test.ids) // EVAL_BATCH))
-    return evaluate(model, test, reference, batch=EVAL_BATCH, progress=lambda done, total: monitor.step())
+    return evaluate(
+        stored.model, test, reference, batch=EVAL_BATCH, progress=lambda done, total: monitor.step(), turns=stored.turns
+    )
 
 
-def _original(source: Source, test: TokenBlocks, run: RunDirectory, monitor: Monitor, device: str) -> Path:
+def _original(
+    source: Source, test: TokenBlocks, run: RunDirectory, monitor: Monitor, device: str, *, paged: bool
+) -> Path:
     """The file with the original's scores, which stay out of memory until they are compared with."""
     file = run.path / "reference.safetensors"
     if not file.exists():
         monitor.stage("measuring the original", 1)
-        Reference.of(source.load(device=device), test).save(file)
+        if paged:
+            model, turns = page_original(source)
+            Reference.of(model, test, turns=turns).save(file)
+            del model, turns
+        else:
+            Reference.of(source.load(device=device), test).save(file)
         give_back()
         monitor.step()
     return file

@@ -32,6 +32,10 @@ class RunDirectory(Work):
         folder.mkdir(exist_ok=True)
         return folder / f"{name}.safetensors"
 
+    def block_files(self) -> list[Path]:
+        """The files of the blocks that are finished, in order."""
+        return sorted((self.path / "final").glob("block-*.safetensors"))
+
     def fresh_checkpoint(self) -> Path:
         """An empty folder for the checkpoint, whatever a killed run left there."""
         shutil.rmtree(self.checkpoint, ignore_errors=True)

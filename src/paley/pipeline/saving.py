@@ -3,53 +3,82 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from paley import hf
 from paley.core.errors import PaleyError
 from paley.core.metrics import kl_divergence
 from paley.format import spec
+from paley.format.checkpoint import read_tensors
 from paley.format.digests import seal_model
 from paley.format.files import copy_companions, write_json
 from paley.format.rope import with_older_keys
 from paley.format.writer import ShardWriter
 from paley.model.adapter import Adapter
+from paley.model.capture import BlockRunner
 from paley.model.coded import Coded
+from paley.model.key_statistics import BALANCE
 from paley.model.keys import MEAN_KEYS
+from paley.model.pages import Turns, one_after_another
 from paley.model.problem import Problem
 from paley.ops.matmul import EXACT
+from paley.pipeline.paged import page_quantized
 
-__all__ = ["finish_checkpoint", "load_stored", "sample_logits", "save_checkpoint", "verify"]
+__all__ = [
+    "Stored", "finish_checkpoint", "load_stored", "sample_ids", "sample_logits", "sampled_logits", "save_checkpoint",
+    "stored_tensors", "verify",
+]  # fmt: skip
 
 SAMPLE = 64  # tokens that a saved model is verified on
 
 
-def save_checkpoint(folder: Path, model: PreTrainedModel, problem: Problem) -> None:
-    """Weights, config.json and tokenizer files into an empty folder; unquantized floats in their type."""
-    writer = ShardWriter(folder)
+def stored_tensors(module: nn.Module, prefix: str, problem: Problem) -> dict[str, Tensor]:
+    """What a checkpoint holds of a quantized model, or of a part of it, whose names there begin with `prefix`."""
     packed = {
-        f"{name}.{buffer}"
-        for name, module in model.named_modules()
-        if isinstance(module, Coded)
-        for buffer, _ in module.named_buffers()
+        f"{name}.{buffer}".removeprefix(".")
+        for name, part in module.named_modules()
+        if isinstance(part, Coded)
+        for buffer, _ in part.named_buffers()
     }
-    head = problem.sites.head
-    tied = f"{head.name}." if head.stored_as != head.name else None
-    for name, tensor in model.state_dict().items():
-        if tied is not None and name.startswith(tied) and name != f"{head.name}.bias":
-            continue
+    found = {}
+    for name, tensor in module.state_dict().items():
         if name.rpartition(".")[2] in MEAN_KEYS:
-            writer.add(name, tensor.half())
-        else:
-            writer.add(name, tensor if name in packed else tensor.to(problem.dtype))
-    for name, info in problem.carried.items():
-        writer.add(name, info.read(), own=True)
-    writer.close()
+            tensor = tensor.half()
+        elif name not in packed:
+            tensor = tensor.to(problem.dtype)
+        found[prefix + name] = tensor
+    return found
+
+
+def save_checkpoint(
+    folder: Path, model: PreTrainedModel, problem: Problem, blocks: Iterable[Path] | None = None
+) -> None:
+    """Weights, config.json and tokenizer files into an empty folder; unquantized floats in their type.
+
+    blocks: files that hold the model's blocks, in order; of the model itself only the rest is taken then.
+    """
+    head, stack = problem.sites.head, f"{problem.sites.architecture.blocks}."
+    tied = f"{head.name}." if head.stored_as != head.name else None
+    with ShardWriter(folder) as writer:
+        for name, tensor in stored_tensors(model, "", problem).items():
+            if blocks is not None and name.startswith(stack):
+                continue
+            if tied is not None and name.startswith(tied) and name != f"{head.name}.bias":
+                continue
+            writer.add(name, tensor)
+        for file in blocks or ():
+            for name, tensor in read_tensors(file).items():
+                if not name.endswith(BALANCE):
+                    writer.add(name, tensor, own=True)
+        for name, info in problem.carried.items():
+            writer.add(name, info.read(), own=True)
     finish_checkpoint(folder, model, problem)
 
 
@@ -76,34 +105,58 @@ def _config(model: PreTrainedModel, problem: Problem) -> dict[str, Any]:
     return config
 
 
+def sample_ids(adapter: Adapter) -> Tensor:
+    """[1, SAMPLE] random tokens, always the same."""
+    vocabulary = adapter.sites.embedding.shape[0]
+    ids = torch.randint(vocabulary, (1, SAMPLE), generator=torch.Generator().manual_seed(0))
+    return ids.to(adapter.device)
+
+
+@torch.no_grad()
+def sampled_logits(runner: BlockRunner, hidden: Tensor) -> Tensor:
+    """What the last block has made of `sample_ids` -> `sample_logits`."""
+    runner.adapter.norm.float()
+    runner.adapter.head.float()
+    return runner.logits(hidden)[0].float().cpu()
+
+
 @torch.no_grad()
 def sample_logits(model: PreTrainedModel) -> Tensor:
-    """Logits [tokens, vocab] of random tokens, always the same, on the CPU: the model's fingerprint in numbers."""
-    vocabulary = Adapter(model).sites.embedding.shape[0]
-    ids = torch.randint(vocabulary, (1, SAMPLE), generator=torch.Generator().manual_seed(0))
-    return model(ids.to(model.device), use_cache=False).logits[0].float().cpu()
+    """Logits [tokens, vocab] of `sample_ids`, on the CPU: the model's fingerprint in numbers."""
+    return model(sample_ids(Adapter(model)), use_cache=False).logits[0].float().cpu()
 
 
-def verify(folder: Path, problem: Problem, expected: Tensor, device: str) -> PreTrainedModel:
-    """Loads the folder -> the model; raises unless its `sample_logits` have a KL divergence of exactly 0 to those.
+@dataclass(frozen=True)
+class Stored:
+    """A model that was read back, and how jobs run with it: one after the other, or block by block if it is paged."""
 
-    expected: of a model that decodes a weight whenever it is used.
+    model: PreTrainedModel
+    turns: Turns = one_after_another
+
+
+def verify(folder: Path, problem: Problem, expected: Tensor, device: str, *, paged: bool) -> Stored:
+    """Loads the folder; raises unless the model's `sample_logits` have a KL divergence of exactly 0 to those.
+
+    expected: of a model that decodes a weight whenever it is used. paged: one block at a time is in memory.
     """
-    model = load_stored(folder, problem, device, product="packed")
-    divergence = float(kl_divergence(expected, sample_logits(model)).abs().max())
+    stored = load_stored(folder, problem, device, product="packed", paged=paged)
+    (found,) = stored.turns([lambda: sample_logits(stored.model)])
+    divergence = float(kl_divergence(expected, found).abs().max())
     if divergence != 0.0:
         raise PaleyError(
             f"{folder}: the saved model differs from the one in memory (KL {divergence:.3g}, must be 0); "
             "nothing was published; please report this"
         )
-    return model
+    return stored
 
 
-def load_stored(folder: Path, problem: Problem, device: str, product: str = EXACT) -> PreTrainedModel:
-    """The model that was written to the folder; product: as of `hf.load`."""
+def load_stored(folder: Path, problem: Problem, device: str, product: str = EXACT, *, paged: bool = False) -> Stored:
+    """The model that was written to the folder; product: as of `hf.load`; paged: as of `verify`."""
+    if paged:
+        return Stored(*page_quantized(folder, product))
     if problem.quantizes:
-        return hf.load(folder, device=device, product=product)
+        return Stored(hf.load(folder, device=device, product=product))
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     )
-    return model.to(device)  # type: ignore[arg-type]
+    return Stored(model.to(device))  # type: ignore[arg-type]

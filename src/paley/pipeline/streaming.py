@@ -8,21 +8,15 @@ them, and a killed run loses those at work.
 from __future__ import annotations
 
 import json
-import multiprocessing
-import signal
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import active_children
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from paley.arch import Site
-from paley.core.errors import PaleyError, Setting
+from paley.core.errors import PaleyError
 from paley.core.rounding import stacked
 from paley.core.schemes import LinearScheme
 from paley.core.transforms import Transform
@@ -36,6 +30,7 @@ from paley.model.calibrate import LayerReport
 from paley.model.loading import is_ignored
 from paley.model.problem import Problem
 from paley.pipeline.monitor import Monitor
+from paley.pipeline.pool import Here, Pool
 from paley.pipeline.reuse import Kept
 from paley.pipeline.run_directory import RunDirectory
 from paley.pipeline.saving import finish_checkpoint
@@ -90,7 +85,7 @@ def _matrices(job: TensorJob) -> Iterator[Tensor]:
 
 
 def stream_checkpoint(
-    problem: Problem, run: RunDirectory, monitor: Monitor, workers: int = 1, kept: Kept | None = None
+    problem: Problem, run: RunDirectory, monitor: Monitor, pool: Pool | None = None, kept: Kept | None = None
 ) -> list[LayerReport]:
     """Quantizes every weight of the problem, writes the run's checkpoint folder -> a report for each weight.
 
@@ -114,7 +109,7 @@ def stream_checkpoint(
         _take_over(kept, jobs)
     monitor.stage("quantizing weights", len(jobs))
     reports = {}
-    for report in _run(jobs, workers):
+    for report in _run(jobs, pool or Here()):
         reports[report.name] = report
         monitor.step(f"{report.name}  rel_error {report.rel_error:.4f}")
     files = {job.name: job.file for job in jobs}
@@ -129,7 +124,7 @@ def stream_checkpoint(
     return [reports[job.name] for job in jobs]
 
 
-def _run(jobs: list[TensorJob], workers: int) -> Iterator[LayerReport]:
+def _run(jobs: list[TensorJob], pool: Pool) -> Iterator[LayerReport]:
     """Reports as they come; a weight whose file is there already is not made again."""
     waiting = []
     for job in jobs:
@@ -137,58 +132,7 @@ def _run(jobs: list[TensorJob], workers: int) -> Iterator[LayerReport]:
             yield _finished(job)
         else:
             waiting.append(job)
-    if workers <= 1 or len(waiting) <= 1:
-        with _one_thread():
-            yield from map(quantize_tensor, waiting)
-        return
-    # Spawned, as torch's threads do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    pool, others = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin), active_children()
-    try:
-        with _no_interrupt():
-            begun = [pool.submit(quantize_tensor, job) for job in waiting]
-        for done in as_completed(begun):
-            yield done.result()
-    except BrokenProcessPool:
-        raise PaleyError(
-            f"one of the {workers} processes was ended from outside, as a system does that runs out of memory",
-            remedy=("go on with ", Setting("resume", True), " and fewer ", Setting("workers")),
-        ) from None
-    except BaseException:
-        for process in set(active_children()) - set(others):  # at once: they may still import for seconds
-            process.terminate()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _no_interrupt() -> Iterator[None]:
-    """Holds Ctrl-C back, also from the processes started here, whose imports would each print a traceback."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _begin() -> None:
-    """What a new process must know: to use one thread, and to end without a word."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else the parent has it ignored
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    torch.set_num_threads(1)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """On pieces as small as these threads wait for each other more than they work; processes share the work instead."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    yield from pool.run(quantize_tensor, waiting)
 
 
 def _take_over(kept: Kept, jobs: list[TensorJob]) -> None:

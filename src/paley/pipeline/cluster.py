@@ -1,0 +1,175 @@
+"""Work on a Ray cluster: tasks of `pipeline.pool`, whose files lie on storage that all nodes see at the same path.
+
+Ray sends functions by the name of their module and arguments pickled, between machines that trust each other
+(docs/beyond-one-machine.md). A task whose worker or node is lost is begun again elsewhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+import secrets
+import socket
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from paley.core.errors import PaleyError, Setting
+from paley.pipeline.pool import Pool, begin
+
+__all__ = ["LOCAL", "Ray", "cluster", "fingerprint"]
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+LOCAL = "local"
+_PATIENCE = 5.0  # seconds that an address may take to answer
+_RETRIES = 10  # of a task whose worker was lost
+
+
+@dataclass(frozen=True)
+class Ray:
+    """A cluster that this process is connected to."""
+
+    ray: Any
+    workers: int
+
+    def run(self, task: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+        remote = self.ray.remote(num_cpus=1, max_retries=_RETRIES)(_run)
+        errors = self.ray.exceptions
+        waiting = [remote.remote(fingerprint(), task, item) for item in items]
+        try:
+            while waiting:
+                done, waiting = self.ray.wait(waiting, num_returns=1)
+                yield self.ray.get(done[0])
+        except errors.RayTaskError as error:  # what the task raised
+            raise error.cause from None
+        except (errors.RayError, ConnectionError) as error:
+            raise PaleyError(
+                f"Ray: the work was lost ({_first_line(error)})", remedy=("go on with ", Setting("resume", True))
+            ) from None
+        finally:
+            for ref in waiting:
+                with suppress(Exception):  # the cluster may be gone
+                    self.ray.cancel(ref, force=True)
+
+    def check(self, *folders: Path) -> None:
+        """As of Pool; every node is asked."""
+        token = folders[-1] / f".seen-{secrets.token_hex(4)}"
+        token.write_text("")
+        paths = [str(folder) for folder in (*folders[:-1], token)]
+        strategy = self.ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
+        look = self.ray.remote(num_cpus=0, max_retries=_RETRIES)(_look)
+        try:
+            nodes = [node for node in self.ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+            asked = {
+                node["NodeManagerAddress"]: look.options(
+                    scheduling_strategy=strategy(node["NodeID"], soft=False)
+                ).remote(paths)
+                for node in nodes
+            }
+            for address, answer in asked.items():
+                found, unseen = self._answer(address, answer)
+                if found != fingerprint():
+                    raise PaleyError(
+                        f"Ray: node {address} runs {found}, but this is {fingerprint()}",
+                        remedy="install the same Paley and PyTorch on all nodes",
+                    )
+                if unseen:
+                    raise PaleyError(
+                        f"Ray: node {address} does not see {unseen.removesuffix(token.name)}",
+                        remedy=("put model and ", Setting("output"), " on storage that all nodes share"),
+                    )
+        finally:
+            token.unlink(missing_ok=True)
+
+    def _answer(self, address: str, answer: Any) -> tuple[str, str]:
+        try:
+            return self.ray.get(answer)
+        except self.ray.exceptions.RayError as error:  # it has no Paley, or another Python
+            raise PaleyError(
+                f"Ray: node {address} cannot run Paley ({_first_line(error)})",
+                remedy="install the same Paley on all nodes",
+            ) from None
+
+
+@contextmanager
+def cluster(address: str, workers: int) -> Iterator[Pool]:
+    """The Ray cluster at `address`, HOST:PORT or auto; "local" starts one here with so many workers, for this run.
+
+    Errors: PaleyError if `ray` is not installed, or if the address does not answer.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers
+    try:
+        ray: Any = import_module("ray")
+        import_module("ray.util.scheduling_strategies")
+    except ImportError:
+        raise PaleyError("Ray is not installed", remedy='pip install "paley[ray]"') from None
+    _check_answers(address)
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
+    where = {"num_cpus": workers, "include_dashboard": False} if address == LOCAL else {"address": address}
+    try:
+        ray.init(**where, **quiet)
+    except Exception as error:  # each way to fail has its own
+        raise PaleyError(
+            f"Ray: {address} does not answer ({_first_line(error)})",
+            remedy=("start a cluster (`ray start --head`), or leave ", Setting("ray_address"), " out"),
+        ) from None
+    try:
+        yield Ray(ray, int(ray.cluster_resources().get("CPU", 1)))
+    finally:
+        ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Raises for an address that nobody listens at: Ray itself would try for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if address in (LOCAL, "auto"):
+        return
+    if not (colon and host and port.isdecimal()):
+        raise PaleyError(f"Ray: {address!r} is no address; give HOST:PORT, as `ray start --head` prints it, or auto")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE).close()
+    except (OSError, OverflowError) as error:
+        raise PaleyError(
+            f"Ray: {address} does not answer ({_first_line(error)})",
+            remedy=("start a cluster (`ray start --head`), or leave ", Setting("ray_address"), " out"),
+        ) from None
+
+
+@functools.cache
+def fingerprint() -> str:
+    """Which Paley and PyTorch this process runs: version, and a digest of the code."""
+    digest, package = hashlib.sha256(), Path(__file__).resolve().parents[1]
+    for file in sorted(package.rglob("*.py")):
+        digest.update(file.relative_to(package).as_posix().encode() + file.read_bytes())
+    version = getattr(sys.modules["paley"], "__version__", "?")
+    return f"Paley {version} ({digest.hexdigest()[:8]}) with PyTorch {torch.__version__}"
+
+
+def _run(wanted: str, task: Callable[[Any], Any], item: Any) -> Any:
+    """In a worker, which may have joined after the nodes were asked."""
+    if wanted != fingerprint():
+        raise PaleyError(
+            f"Ray: node {socket.gethostname()} runs {fingerprint()}, but this is {wanted}",
+            remedy="install the same Paley and PyTorch on all nodes",
+        )
+    begin()
+    return task(item)
+
+
+def _look(paths: list[str]) -> tuple[str, str]:
+    """-> (what a node runs, the first of the paths that it does not see)."""
+    return fingerprint(), next((path for path in paths if not Path(path).exists()), "")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0][:200]

@@ -1,0 +1,128 @@
+"""Who does the work: this process, some more on this machine, or a Ray cluster. One code path, an engine more or less.
+
+A task is a function of a module and its argument, both of which can be pickled; what is large lies in files that all
+workers reach. A task may be begun again if its worker is lost, so that it must leave a whole file or none.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from multiprocessing import active_children
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import torch
+
+from paley.core.errors import PaleyError, Setting
+
+__all__ = ["Here", "Pool", "Processes", "begin", "pool_of"]
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Pool(Protocol):
+    """workers: how many tasks are at work at a time."""
+
+    @property
+    def workers(self) -> int: ...
+
+    def run(self, task: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+        """The results, as they come. Errors: what a task raises; PaleyError for workers that are lost for good."""
+        ...
+
+    def check(self, *folders: Path) -> None:
+        """Raises unless all workers run this Paley and see these folders, to the last of which this one may write."""
+        ...
+
+
+@dataclass(frozen=True)
+class Here:
+    """This process, one task after the other."""
+
+    workers: int = 1
+
+    def run(self, task: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+        with _one_thread():
+            yield from map(task, items)
+
+    def check(self, *folders: Path) -> None:
+        """It sees what it sees."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Processes of this machine."""
+
+    workers: int
+
+    def run(self, task: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+        if len(items) <= 1:
+            yield from Here().run(task, items)
+            return
+        # Spawned, as torch's threads do not survive a fork.
+        context = multiprocessing.get_context("spawn")
+        pool, others = ProcessPoolExecutor(self.workers, mp_context=context, initializer=begin), active_children()
+        try:
+            with _no_interrupt():
+                begun = [pool.submit(task, item) for item in items]
+            for done in as_completed(begun):
+                yield done.result()
+        except BrokenProcessPool:
+            raise PaleyError(
+                f"one of the {self.workers} processes was ended from outside, as a system does that runs out of memory",
+                remedy=("go on with ", Setting("resume", True), " and fewer ", Setting("workers")),
+            ) from None
+        except BaseException:
+            for process in set(active_children()) - set(others):  # at once: they may still import for seconds
+                process.terminate()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def check(self, *folders: Path) -> None:
+        """As of Here: they are on this machine."""
+
+
+def pool_of(workers: int, ray: str | None = None) -> AbstractContextManager[Pool]:
+    """The pool for these settings, to be used in a `with`; ray: as of `paley.pipeline.cluster.cluster`."""
+    if ray is not None:
+        from paley.pipeline.cluster import cluster
+
+        return cluster(ray, workers)
+    return nullcontext(Here() if workers <= 1 else Processes(workers))
+
+
+@contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Holds Ctrl-C back, also from the processes started here, whose imports would each print a traceback."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def begin() -> None:
+    """What a new process must know: to use one thread, and to end without a word."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else the parent has it ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    torch.set_num_threads(1)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """On pieces as small as these threads wait for each other more than they work; processes share the work instead."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

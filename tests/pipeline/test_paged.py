@@ -1,0 +1,213 @@
+"""A model of which one block at a time is in memory: the same bytes, scores and logits as of a whole one."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from every_type import save_type
+from paley.core.errors import PaleyError
+from paley.data import blocks_from_ids
+from paley.eval.perplexity import evaluate
+from paley.eval.reference import Reference
+from paley.model.adapter import Adapter
+from paley.model.loading import Source, open_source
+from paley.model.pages import Pages
+from paley.pipeline import estimate as estimating
+from paley.pipeline.execute import execute
+from paley.pipeline.monitor import Monitor
+from paley.pipeline.paged import page_original
+from paley.pipeline.resolve import resolve
+from paley.pipeline.run import quantize
+from paley.pipeline.run_directory import RunDirectory
+from paley.pipeline.saving import load_stored, save_checkpoint
+from paley.pipeline.states import States
+from paley.recipe import apply_settings, preset
+from tiny_models import save_tiny
+
+IDS = torch.randint(5, 127, (9, 24), generator=torch.Generator().manual_seed(0))
+CALIBRATION = blocks_from_ids(IDS, "calibration", "some")
+PRESETS = ["w4a16", "w4a8kv8", "w4a4kv4", "gbs-w3a3kv3", "quarot-w4a4kv4", "w1a4"]
+KINDS = {"llama": {}, "qwen": {"qwen": True, "gains": True}, "gemma": {"gemma": True}}
+WIDTH = 40  # of MLPs: one that a Hadamard matrix has
+
+
+def problem_of(folder, name: str, *settings: str):
+    settings = ("test=null", "search.method=none", "hadamard=16", *settings)
+    return resolve(open_source(folder), apply_settings(preset(name), settings))
+
+
+def made(problem, output, monkeypatch, *, paged: bool):
+    """The codes and all else that is stored, by file; and the logits of the sample."""
+    monkeypatch.setattr(Source, "has_pages", property(lambda self: paged))
+    run = RunDirectory(output)
+    with run.open("key"):
+        done = execute(problem, CALIBRATION, run, Monitor(), "cpu")
+        assert done.whole != paged
+        save_checkpoint(run.fresh_checkpoint(), done.model, problem, run.block_files())
+        files = {file.name: file.read_bytes() for file in run.checkpoint.iterdir()}
+    return files, done.logits
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bytes_are_those_of_a_model_in_memory(kind, name, tmp_path, tiny_tokenizer, monkeypatch):
+    if kind == "gemma" and name.startswith(("gbs", "quarot")):
+        pytest.skip("folds, which this family forbids")
+    folder = save_tiny(tmp_path / "model", tiny_tokenizer, dtype=torch.bfloat16, intermediate_size=WIDTH, **KINDS[kind])
+    problem = problem_of(folder, name, "fit_groups=true")
+    paged, logits = made(problem, tmp_path / "paged", monkeypatch, paged=True)
+    whole, expected = made(problem, tmp_path / "whole", monkeypatch, paged=False)
+    assert paged == whole
+    assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt2", "deepseek_v3", "bamba"])
+def test_experts_and_types_without_a_row(kind, tmp_path, monkeypatch):
+    save_type(kind, tmp_path / "model")
+    settings = ("center_keys=false", "balance_keys=false", "embedding=null", "head=null")
+    problem = problem_of(tmp_path / "model", "w4a16", *settings)
+    paged, logits = made(problem, tmp_path / "paged", monkeypatch, paged=True)
+    whole, expected = made(problem, tmp_path / "whole", monkeypatch, paged=False)
+    assert paged == whole
+    assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize("name", ["higgs-4", "w4a8kv8", "gbs-w3a3kv3"])
+def test_scores_are_those_of_a_model_in_memory(name, tmp_path, tiny_tokenizer):
+    folder = save_tiny(tmp_path / "model", tiny_tokenizer, qwen=True)
+    problem = problem_of(folder, name, "fit_groups=true")
+    test = blocks_from_ids(IDS, "test", "some")
+    model, turns = page_original(problem.source)
+    expected = Reference.of(problem.source.load(), test, batch=2)
+    reference = Reference.of(model, test, batch=2, turns=turns)
+    assert torch.equal(reference.nll, expected.nll)
+    assert torch.equal(reference.hidden, expected.hidden)
+    recipe = apply_settings(
+        preset(name), ["test=null", "search.method=none", "hadamard=16", "fit_groups=true", *text_of(tmp_path)]
+    )
+    quantize(folder, recipe, output=tmp_path / "out")
+    stored = load_stored(tmp_path / "out", problem, "cpu", paged=True)
+    found = evaluate(stored.model, test, reference, batch=2, chunk=7, turns=stored.turns)
+    whole = load_stored(tmp_path / "out", problem, "cpu")
+    assert found == evaluate(whole.model, test, reference, batch=2, chunk=7)
+
+
+def text_of(tmp_path) -> list[str]:
+    (tmp_path / "text.txt").write_text("".join(random.Random(0).choices("abc defg\n", k=20000)))
+    return [f"calibration.source={tmp_path / 'text.txt'}", "calibration.sequences=4", "calibration.seq_len=16"]
+
+
+def test_each_block_is_read_once_for_all_jobs_and_dropped(tmp_path, tiny_tokenizer):
+    source = open_source(save_tiny(tmp_path / "model", tiny_tokenizer))
+    model = source.load(blocks=False)
+    adapter, read = Adapter(model), []
+
+    def reading(name, like):
+        read.append(name)
+        return source.checkpoint.tensor(name)
+
+    pages = Pages(adapter, reading)
+    expected = source.load()(IDS[:1], use_cache=False).logits
+    with torch.no_grad():
+        found = pages.in_turn([lambda at=at: model(IDS[at : at + 1], use_cache=False).logits for at in range(3)])
+    assert torch.equal(found[0], expected)
+    assert len(read) == len(set(read)) == sum(".layers." in name for name in source.checkpoint.names)
+    assert all(p.is_meta for block in adapter.blocks for p in block.module.parameters())
+
+
+def test_a_job_that_fails_ends_the_others(tmp_path, tiny_tokenizer):
+    source = open_source(save_tiny(tmp_path / "model", tiny_tokenizer))
+    model, turns = page_original(source)
+
+    def fails():
+        model(IDS[:1], use_cache=False)
+        raise PaleyError("no")
+
+    with pytest.raises(PaleyError, match="no"):
+        turns([lambda: model(IDS[:1], use_cache=False).logits, fails, lambda: model(IDS[:1], use_cache=False)])
+
+
+def test_a_run_is_paged_where_memory_does_not_hold_the_model(tmp_path, tiny_tokenizer, monkeypatch):
+    folder = save_tiny(tmp_path / "model", tiny_tokenizer, num_hidden_layers=6)
+    recipe = apply_settings(
+        preset("w4a16"), ["hadamard=16", "fit_groups=true", "test.sequences=3", "test.seq_len=16", *text_of(tmp_path)]
+    )
+    whole = quantize(folder, recipe, output=tmp_path / "whole")
+    needed = {}
+    for paged in (False, True):
+        problem = resolve(open_source(folder), recipe)
+        needed[paged] = estimating._memory(problem, recipe, paged=paged)
+    assert needed[True] < needed[False]
+    monkeypatch.setattr(estimating, "free_memory", lambda: needed[True])
+    notes = []
+    monitor = Monitor()
+    monitor.note = notes.append
+    monkeypatch.setattr(Source, "load", _never_whole(Source.load))
+    paged = quantize(folder, recipe, output=tmp_path / "paged", monitor=monitor)
+    assert any("block by block" in note for note in notes)
+    assert paged.results == whole.results
+    for file in (tmp_path / "whole").iterdir():
+        assert file.read_bytes() == (tmp_path / "paged" / file.name).read_bytes(), file.name
+    monkeypatch.setattr(estimating, "free_memory", lambda: 2**20)
+    with pytest.raises(PaleyError, match="memory: this run needs about"):
+        quantize(folder, recipe, output=tmp_path / "none")
+
+
+def _never_whole(load):
+    def checked(self, *args, blocks=True, **kwargs):
+        assert not blocks
+        return load(self, *args, blocks=blocks, **kwargs)
+
+    return checked
+
+
+def test_states_are_whole_or_absent(tmp_path):
+    states = States(tmp_path / "states")
+    assert states.last() is None
+    states.place("hidden", torch.zeros(2, 3)).fill_(1)
+    assert states.last() is None  # a run that is killed here has none
+    states = States(tmp_path / "states")
+    states.place("hidden", torch.zeros(2, 3)).fill_(2)
+    states.commit(0, {"sample": torch.full((1, 4), 3.0)})
+    hidden = states.place("hidden", torch.zeros(2, 3)).fill_(4)
+    index, found = States(tmp_path / "states").last()
+    assert index == 0
+    assert torch.equal(found["hidden"], torch.full((2, 3), 2.0))
+    assert torch.equal(found["sample"], torch.full((1, 4), 3.0))
+    states.commit(1, {})
+    assert [folder.name for folder in (tmp_path / "states").iterdir()] == ["0001"]
+    assert torch.equal(hidden, torch.full((2, 3), 4.0))
+    (tmp_path / "states/0001/hidden.npy").write_bytes(b"\x93NUMPY")
+    with pytest.raises(PaleyError, match="is damaged"):
+        states.last()
+
+
+def test_killed_between_blocks_it_goes_on_behind_the_last_one(tmp_path, tiny_tokenizer, monkeypatch):
+    """The blocks that are done are not even read again."""
+    folder = save_tiny(tmp_path / "model", tiny_tokenizer, num_hidden_layers=4)
+    recipe = apply_settings(preset("w4a8kv8"), ["test=null", "hadamard=16", "fit_groups=true", *text_of(tmp_path)])
+    recipe = apply_settings(recipe, ["search.method=none"])
+    quantize(folder, recipe, output=tmp_path / "alone")
+    bring, brought = Pages.bring_, []
+
+    def stopped(self, index):
+        if index == 2:
+            raise KeyboardInterrupt
+        bring(self, index)
+
+    monkeypatch.setattr(Pages, "bring_", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(folder, recipe, output=tmp_path / "out")
+
+    def watched(self, index):
+        brought.append(index)
+        bring(self, index)
+
+    monkeypatch.setattr(Pages, "bring_", watched)
+    quantize(folder, recipe, output=tmp_path / "out", resume=True)
+    assert brought == [2, 3, 0, 1, 2, 3]  # to be quantized, and to be read back
+    for file in (tmp_path / "alone").iterdir():
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes(), file.name
