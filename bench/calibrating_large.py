@@ -20,13 +20,14 @@ from bench.streaming import digest, make, run
 
 from paley.format.checkpoint import Checkpoint
 
+PRESET = "vectors-w4a16"
 SETTINGS = ["calibration.sequences=4", "calibration.seq_len=256", "weights.sweeps=1"]
 
 
 def command(model: Path, output: Path, text: Path) -> list[str]:
     """`paley quantize`, by this Python, whatever is installed as `paley`."""
     script = "from paley_command import main; main()"
-    return [sys.executable, "-c", script, "quantize", str(model), "--preset", "w4a16", "--no-score", "--calibration",
+    return [sys.executable, "-c", script, "quantize", str(model), "--preset", PRESET, "--no-score", "--calibration",
             str(text), "--output", str(output), "--resume", "--set", *SETTINGS]  # fmt: skip
 
 
@@ -45,7 +46,7 @@ def main() -> None:
         make(model, arguments.layers)
     result = json.loads(file.read_text()) if file.exists() else {
         **provenance(), "parameters": Checkpoint.open(model).nbytes // 2, "layers": arguments.layers,
-        "settings": SETTINGS, "runs": {},
+        "preset": PRESET, "settings": SETTINGS, "runs": {},
     }  # fmt: skip
     for name, kills in {"killed": 0 if arguments.alone else arguments.kills, "alone": 0}.items():
         if name == "killed" and arguments.alone:

@@ -2,11 +2,11 @@
 
 python -m studies.scale [--measure] [--cores 16] [--storage 10] [--network 3]
 
-A clock runs the stages of `paley quantize --ray-address` for the shapes of a 70 B and a 671 B checkpoint, on 1, 8 and 64
-nodes: the driver checks and fingerprints the model, workers take one weight after the other in the order in which they
-are sent, the driver gathers the codes and reads them back. A worker reads by its share of its node's network and of the
-storage, whichever is less. Rates of a core are measured here with --measure, else taken from the file; storage, network
-(GB a second) and cores are what you give. Simulated: nothing of the models but their shapes exists here.
+A clock runs the stages of `paley quantize --ray-address` for the shapes of a 70 B and a 671 B checkpoint, on 1, 8 and
+64 nodes: the driver checks and fingerprints the model, workers take one weight after the other in the order in which
+they are sent, the driver gathers the codes and reads them back. A worker reads by its share of its node's network and
+of the storage, whichever is less. Rates of a core are measured here with --measure, else taken from the file; storage,
+network (GB a second) and cores are what you give. Nothing of the models but their shapes exists here.
 """
 
 from __future__ import annotations

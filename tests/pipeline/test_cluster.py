@@ -26,8 +26,11 @@ def contents(path: Path) -> dict[str, bytes]:
 def ray_pool():
     """Two workers of a Ray that is started here, for all tests."""
     pytest.importorskip("ray")
-    with cluster(LOCAL, 2) as pool:
-        yield pool
+    with pytest.MonkeyPatch.context() as patch:
+        here = str(Path(__file__).parent)  # workers import this file's tasks
+        patch.setenv("PYTHONPATH", os.pathsep.join([here, os.environ.get("PYTHONPATH", "")]))
+        with cluster(LOCAL, 2) as pool:
+            yield pool
 
 
 @pytest.fixture

@@ -51,6 +51,8 @@ class Ray:
                 done, waiting = self.ray.wait(waiting, num_returns=1)
                 yield self.ray.get(done[0])
         except errors.RayTaskError as error:  # what the task raised
+            if isinstance(error.cause, errors.RayError):
+                raise PaleyError(f"Ray: a worker cannot run the task ({_first_line(error.cause)})") from None
             raise error.cause from None
         except (errors.RayError, ConnectionError) as error:
             raise PaleyError(
