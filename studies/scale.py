@@ -18,20 +18,20 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from bench.record import provenance, save
 from transformers import DeepseekV3Config, LlamaConfig
 
-from paley.core.schemes import WeightScheme
 from paley.core.transforms import Transform
 from paley.format.checkpoint import first_not_finite
 from paley.format.header import as_bytes
 from paley.methods.nearest import turned_parts
 from paley.model.loading import empty_model
 from paley.model.walk import sites_of
+from paley.recipe import preset
 
 FILE = Path(__file__).parent / "results" / "scale.json"
 NODES = (1, 8, 64)
@@ -69,10 +69,9 @@ class Place:
         """Bytes a second of one process that nobody disturbs."""
         return min(self.storage, self.network)
 
-    @property
-    def shared(self) -> float:
-        """Bytes a second of each worker while all are at work."""
-        return min(self.network / self.cores, self.storage / (self.nodes * self.cores))
+    def shared(self, count: int) -> float:
+        """Bytes a second of each of so many workers that read and write at a time, spread over the nodes."""
+        return min(self.alone, self.network * self.nodes / count, self.storage / count)
 
 
 def tasks(model: str, *, by_expert: bool) -> list[int]:
@@ -87,24 +86,40 @@ def tasks(model: str, *, by_expert: bool) -> list[int]:
 def stages(weights: list[int], rates: Rates, place: Place) -> dict[str, float]:
     """Seconds of each stage."""
     read, written = 2 * sum(weights), sum(weights) * BITS / 8
+    moved = [n * (2 + BITS / 8) for n in weights]
     return {
         "checking the checkpoint": read / min(place.alone, rates.checked),
-        "quantizing weights": makespan([_seconds(n, rates, place) for n in weights], place.nodes * place.cores),
+        "quantizing weights": makespan(moved, [n / rates.quantized for n in weights], place),
         "writing the checkpoint": 2 * written / place.alone + written / rates.copied,
         "reading back and sealing": 2 * written / place.alone + 2 * written / rates.hashed,
     }
 
 
-def _seconds(weights: int, rates: Rates, place: Place) -> float:
-    return weights * (2 + BITS / 8) / place.shared + weights / rates.quantized
+def makespan(moved: list[float], computed: list[float], place: Place) -> float:
+    """The end of the last task, if each worker that is free takes the next one: first its bytes, then its seconds.
 
-
-def makespan(seconds: list[float], workers: int) -> float:
-    """The end of the last task, if each worker that is free takes the next one."""
-    free = [0.0] * workers
-    for length in seconds:
-        heapq.heapreplace(free, free[0] + length)
-    return max(free)
+    All that read share the rate, so that one count of the bytes that each has got since the beginning serves for all.
+    """
+    waiting = list(zip(moved, computed, strict=True))[::-1]
+    free, now, got = place.nodes * place.cores, 0.0, 0.0
+    reading: list[tuple[float, float]] = []  # (count at which it has all its bytes, seconds then)
+    computing: list[float] = []  # when it is done
+    while waiting or reading or computing:
+        while waiting and free:
+            size, seconds = waiting.pop()
+            heapq.heappush(reading, (got + size, seconds))
+            free -= 1
+        rate = place.shared(len(reading)) if reading else 1.0
+        arrives = now + (reading[0][0] - got) / rate if reading else float("inf")
+        if computing and computing[0] <= arrives:
+            got += (computing[0] - now) * rate if reading else 0.0
+            now = heapq.heappop(computing)
+            free += 1
+        else:
+            got, seconds = heapq.heappop(reading)
+            now = arrives
+            heapq.heappush(computing, now + seconds)
+    return now
 
 
 def table(rates: Rates, cores: int, storage: float, network: float) -> Iterator[dict]:
@@ -131,7 +146,9 @@ def measured() -> Rates:
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(2048, 4096, generator=generator).bfloat16()
-    scheme, transform = WeightScheme("p2n256", 128), Transform(4096, 4096, 128, 1)
+    scheme, transform = preset("higgs-4").weights, Transform(4096, 4096, 1024, 1)
+    assert scheme is not None
+    scheme = replace(scheme, group_size=transform.order)
     quantized = _rate(lambda: list(turned_parts(weight, scheme, transform, "")), weight.numel())
 
     def check() -> None:

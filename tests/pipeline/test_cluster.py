@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+from cluster_tasks import refuse, slow_square
 from paley.core.errors import PaleyError
 from paley.pipeline import cluster as clusters
 from paley.pipeline import quantize
@@ -27,8 +27,8 @@ def ray_pool():
     """Two workers of a Ray that is started here, for all tests."""
     pytest.importorskip("ray")
     with pytest.MonkeyPatch.context() as patch:
-        here = str(Path(__file__).parent)  # workers import this file's tasks
-        patch.setenv("PYTHONPATH", os.pathsep.join([here, os.environ.get("PYTHONPATH", "")]))
+        tests = str(Path(__file__).parents[1])  # workers import cluster_tasks
+        patch.setenv("PYTHONPATH", os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")]))
         with cluster(LOCAL, 2) as pool:
             yield pool
 
@@ -52,19 +52,10 @@ def _alone(folder: Path, output: Path) -> Path:
         return quantize(folder, higgs(), output=output).output
 
 
-def _slow_square(item: tuple[int, str]) -> tuple[int, int]:
-    """Says who is at work, and takes its time."""
-    number, folder = item
-    mark = Path(folder) / f"{number}-{os.getpid()}"
-    mark.write_text("")
-    time.sleep(1.0 if number % 2 else 0.1)
-    return number, number * number
-
-
 def test_a_worker_that_is_killed_loses_its_task_alone(ray_pool, tmp_path):
     items = [(number, str(tmp_path)) for number in range(6)]
     results, killed = dict[int, int](), 0
-    for number, square in ray_pool.run(_slow_square, items):
+    for number, square in ray_pool.run(slow_square, items):
         results[number] = square
         marks = {int(file.name.split("-")[0]): int(file.name.split("-")[1]) for file in tmp_path.iterdir()}
         at_work = [pid for other, pid in marks.items() if other not in results]
@@ -76,21 +67,17 @@ def test_a_worker_that_is_killed_loses_its_task_alone(ray_pool, tmp_path):
     assert len(list(tmp_path.iterdir())) > 6  # begun again
 
 
-def _refuse(number: int) -> int:
-    raise PaleyError(f"layer {number}: no", remedy="leave it")
-
-
 def test_what_a_task_raises_comes_out(ray_pool):
     with pytest.raises(PaleyError, match="layer 3: no; leave it"):
-        list(ray_pool.run(_refuse, [3]))
+        list(ray_pool.run(refuse, [3]))
 
 
-def test_workers_of_another_paley_are_refused(ray_pool, tmp_path, monkeypatch):
+def test_workers_of_another_paley_arerefused(ray_pool, tmp_path, monkeypatch):
     monkeypatch.setattr(clusters, "fingerprint", lambda: "Paley 0.0.1 (00000000)")
     with pytest.raises(PaleyError, match=r"runs Paley .*, but this is Paley 0\.0\.1 .*install the same"):
         ray_pool.check(tmp_path)
     with pytest.raises(PaleyError, match=r"runs Paley .*, but this is Paley 0\.0\.1"):
-        list(ray_pool.run(_refuse, [3]))
+        list(ray_pool.run(refuse, [3]))
     assert not list(tmp_path.iterdir())
 
 

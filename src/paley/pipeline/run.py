@@ -117,6 +117,7 @@ def quantize(
                 pool.check(source.path, run.path)
                 _make(problem, wanted, plan, sensitivity, run, monitor, device, pool, earlier, exact, paged=paged)
         if run.checkpoint.exists():
+            run.sweep()
             seal(run.checkpoint)
         for path in run.publish():
             monitor.note(f"{path}: cannot be deleted; delete it yourself")

@@ -42,6 +42,11 @@ class RunDirectory(Work):
         self.checkpoint.mkdir(parents=True)
         return self.checkpoint
 
+    def sweep(self) -> None:
+        """Removes files of the checkpoint that a killed run was writing: whole ones have another name."""
+        for left in self.checkpoint.glob(".*.tmp"):
+            left.unlink()
+
     @property
     def has_progress(self) -> bool:
         """Whether a resumed run would have anything but the original's scores to start from."""
