@@ -51,3 +51,12 @@ def test_the_trace_of_a_killed_search_comes_back(tmp_path):
         RunDirectory(tmp_path / "out").open("key", resume=True) as run,
     ):
         run.trials()
+
+
+def test_what_a_kill_left_half_written_is_not_published(tmp_path):
+    with RunDirectory(tmp_path / "out").open("key") as run:
+        folder = run.fresh_checkpoint()
+        for name in (".digests.json.77f7d1c6.tmp", "config.json"):
+            (folder / name).write_text("{}")
+        run.sweep()
+        assert [file.name for file in folder.iterdir()] == ["config.json"]
