@@ -64,6 +64,7 @@ def evaluate(
             progress(sequences.stop, len(blocks.ids))
         return scores.double().mean(-1).cpu()
 
+    turns([adapter.try_out])
     columns = turns([partial(run, at) for at in range(0, len(blocks.ids), batch)])
     return _summary(blocks, torch.cat(columns, 1), reference, kv_bytes, at_16_bits)
 

@@ -93,6 +93,7 @@ class Reference:
             nll[at : at + batch] = torch.cat(pieces, -1).view(len(ids), -1)
             check_finite(nll[at : at + batch], at, blocks.source)
 
+        turns([adapter.try_out])
         turns([partial(run, at) for at in range(0, sequences, batch)])
         weight = head.weight.detach().to("cpu", copy=True).contiguous()
         bias = None if head.bias is None else head.bias.detach().to("cpu", copy=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from paley.arch import Site, Sites
-from paley.model.outputs import finish_of, head_input_of
+from paley.model.outputs import Finish, finish_of, head_input_of
 from paley.model.stacks import module_at
 from paley.model.walk import sites_of
 
@@ -68,13 +68,21 @@ class Adapter:
         Errors: PaleyError for a model without a row that makes its logits in another way.
         """
         if self.architecture.walked:
-            return finish_of(self.model, self.head, self.sites.embedding.shape[0])(logits)
+            return self._finish()(logits)
         row, config = self.architecture, self.model.config
         if (divisor := row.number(config, "logit_divisor")) is not None:
             logits = logits / divisor
         if (cap := row.number(config, "logit_softcap")) is not None:
             logits = (logits / cap).tanh() * cap
         return logits
+
+    def try_out(self) -> None:
+        """Learns what `finish` does, by a forward: so a model of which one block is in memory needs it once."""
+        if self.architecture.walked:
+            self._finish()
+
+    def _finish(self) -> Finish:
+        return finish_of(self.model, self.head, self.sites.embedding.shape[0])
 
     def head_input(self, ids: Tensor, **kwargs: Any) -> Tensor:
         """ids [batch, tokens] -> what the head reads of a forward [batch, tokens, n]; a cache has read them then."""

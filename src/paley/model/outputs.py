@@ -1,7 +1,7 @@
 """What a model without a row computes around its head: what the head reads, and what becomes of its outputs.
 
 The first is seen by a hook, the second tried out on a few tokens: logits are the head's outputs, times a number of the
-config, or softly capped by one.
+config, or softly capped by one. Several forwards may take turns (see `pages`): a hook heeds only its own.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from itertools import chain
 from typing import Any
 
 import torch
+from greenlet import getcurrent
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from paley.core.errors import PaleyError, Setting
 
-__all__ = ["Stop", "finish_of", "head_input_of"]
+__all__ = ["Finish", "Stop", "finish_of", "head_input_of"]
 
 Finish = Callable[[Tensor], Tensor]
 _FINISH = "paley_finish"  # the attribute of a model that was tried out
@@ -32,10 +33,12 @@ class Stop(Exception):  # noqa: N818 (a signal, not an error)
 def head_input_of(model: PreTrainedModel, head: nn.Module, ids: Tensor, **kwargs: Any) -> Tensor:
     """ids [batch, tokens] -> what the head reads of a forward [batch, tokens, n]."""
     seen: list[Tensor] = []
+    own = getcurrent()
 
     def stop(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-        seen.append(given[0])
-        raise Stop
+        if getcurrent() is own:
+            seen.append(given[0])
+            raise Stop
 
     handle = head.register_forward_pre_hook(stop)
     try:
@@ -59,9 +62,15 @@ def finish_of(model: PreTrainedModel, head: nn.Module, vocabulary: int) -> Finis
 @torch.no_grad()
 def _tried_out(model: PreTrainedModel, head: Any, vocabulary: int) -> Finish:
     made = list[Tensor]()
+    own = getcurrent()
     device = next(chain(head.parameters(), head.buffers())).device
     ids = torch.arange(5, 5 + _TRIED, device=device)[None] % vocabulary
-    handle = head.register_forward_hook(lambda module, args, out: made.append(out.detach()))
+
+    def note(_: nn.Module, __: Any, out: Tensor) -> None:
+        if getcurrent() is own:
+            made.append(out.detach())
+
+    handle = head.register_forward_hook(note)
     try:
         logits = model(input_ids=ids, use_cache=False).logits.double()
     finally:
