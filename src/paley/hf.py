@@ -37,7 +37,7 @@ from paley.model.loading import default_attention, plain_attention, tied_partner
 from paley.model.reading import build_, prepare_, tie_
 from paley.ops.matmul import CALIBRATION
 
-__all__ = ["PaleyConfig", "PaleyQuantizer", "check_files", "load", "register"]
+__all__ = ["PaleyConfig", "PaleyQuantizer", "check_digests", "check_files", "check_stored", "load", "register"]
 
 
 _LOG = logging.getLogger(__name__)
@@ -110,14 +110,16 @@ class PaleyQuantizer(HfQuantizer):
         build_(model, spec)
         _stand_in_(model)
         self._stored = check_files(model, checkpoint_files, spec.carried)
-        _check_digests(Path(checkpoint_files[0]).parent, model.config)
+        folder = Path(checkpoint_files[0]).parent
+        _fetch_digests(model.config)
+        check_digests(folder)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for module in model.modules():
             if isinstance(module, Coded):
                 vars(module).pop("weight", None)
         tie_(Adapter(model))
-        _check_values(model, self._stored)
+        check_stored(model, self._stored)
         if (product := _PRODUCT.get()) is not None:
             prepare_(model, product, model.dtype)
         model.requires_grad_(False)  # inputs that want gradients keep layers off the kernels
@@ -201,14 +203,18 @@ def _check_config(folder: Path) -> Checkpoint:
     return checkpoint
 
 
-def _check_digests(folder: Path, config: PreTrainedConfig) -> None:
-    """Raises unless config and tensors are as they were written; a folder without digests is loaded with a warning."""
+def _fetch_digests(config: PreTrainedConfig) -> None:
+    """Downloads them for a name of the Hub's: transformers downloads what it knows itself."""
     name = config._name_or_path
-    if not Path(name).is_dir():  # a name of the Hub's: transformers downloads what it knows itself
+    if not Path(name).is_dir():
         cached_file(
             name, DIGESTS, revision=config._commit_hash, _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )  # fmt: skip
+
+
+def check_digests(folder: Path) -> None:
+    """Raises unless config and tensors are as they were written; a folder without digests is loaded with a warning."""
     if not digests.check(Checkpoint.open(folder)):
         _LOG.warning(
             "%s has no digests: an older Paley wrote it, or a loaded model was saved again; damage to its numbers or "
@@ -248,22 +254,29 @@ def check_files(model: PreTrainedModel, files: Iterable[str], carried: Iterable[
     return found
 
 
-def _check_values(model: PreTrainedModel, stored: Mapping[str, TensorInfo]) -> None:
-    """Raises for a damaged number, which could go unnoticed in fluent text; what is offloaded is read from its file."""
-    state = {n: stored[n].read() if t.is_meta and n in stored else t for n, t in model.state_dict().items()}
+def check_stored(model: PreTrainedModel, stored: Mapping[str, TensorInfo]) -> None:
+    """Raises for a damaged number, which could go unnoticed in fluent text.
+
+    stored: entries of the files' headers. What is not in memory is read from its file, one layer at a time.
+    """
+    state = model.state_dict()
+
+    def value(name: str) -> torch.Tensor:
+        return stored[name].read() if state[name].is_meta and name in stored else state[name]
+
     for name, module in model.named_modules():
         if isinstance(module, Coded) and module.scheme.weight is not None:
-            found = {name + part: state[name + part] for part in PARTS if name + part in state}
             if name + PARTS[0] not in stored:  # a tied head, checked as the embedding
                 continue
+            found = {name + part: value(name + part) for part in PARTS if name + part in state}
             try:
                 check_values(name, found, module.width, module.scheme.weight.grid)
             except PaleyError as error:
                 raise PaleyError(f"{stored[name + PARTS[0]].file.parent}: {error}") from None
-        if isinstance(module, Coded) and module.diagonal is not None and not bool((state[name + DIAGONAL] > 0).all()):
+        if isinstance(module, Coded) and module.diagonal is not None and not bool((value(name + DIAGONAL) > 0).all()):
             raise PaleyError(f"{stored[name + DIAGONAL].file}: {name + DIAGONAL} must be positive; the file is damaged")
     for name, info in stored.items():
-        if name in state and state[name].is_floating_point() and not bool(state[name].isfinite().all()):
+        if name in state and state[name].is_floating_point() and not bool(value(name).isfinite().all()):
             if bool(info.read().isfinite().all()):
                 raise PaleyError(f"{info.file}: {name} has no place in {state[name].dtype}; load with another dtype")
             raise PaleyError(f"{info.file}: {name} holds a number that is not finite; the file is damaged")

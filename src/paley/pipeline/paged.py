@@ -33,8 +33,9 @@ def page_original(source: Source) -> tuple[PreTrainedModel, Turns]:
 def page_quantized(folder: Path, product: str) -> tuple[PreTrainedModel, Turns]:
     """-> (the model of a folder that Paley has written, what runs jobs with it); product: as of `hf.load`.
 
-    Errors: PaleyError unless the folder's tensors are just what its config.json describes.
+    Errors: PaleyError for what `hf.load` refuses: tensors that config.json does not describe, or that are damaged.
     """
+    hf.check_digests(folder)
     checkpoint = Checkpoint.open(folder)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     section = vars(config).pop("quantization_config", None)
@@ -72,6 +73,7 @@ def page_quantized(folder: Path, product: str) -> tuple[PreTrainedModel, Turns]:
     tie_(adapter)
     if adapter.sites.tied and isinstance(adapter.head, nn.Linear):
         adapter.head.weight = adapter.embedding.weight
+    hf.check_stored(model, infos)
     if isinstance(adapter.head, QuantLinear):
         adapter.head.prepare_(product)
 

@@ -39,8 +39,13 @@ __all__ = [
 SAMPLE = 64  # tokens that a saved model is verified on
 
 
-def stored_tensors(module: nn.Module, prefix: str, problem: Problem) -> dict[str, Tensor]:
-    """What a checkpoint holds of a quantized model, or of a part of it, whose names there begin with `prefix`."""
+def stored_tensors(
+    module: nn.Module, prefix: str, problem: Problem, *, without: str | tuple[str, ...] = ()
+) -> dict[str, Tensor]:
+    """What a checkpoint holds of a quantized model, or of a part of it, whose names there begin with `prefix`.
+
+    without: beginnings of names of the module that are left out.
+    """
     packed = {
         f"{name}.{buffer}".removeprefix(".")
         for name, part in module.named_modules()
@@ -49,6 +54,8 @@ def stored_tensors(module: nn.Module, prefix: str, problem: Problem) -> dict[str
     }
     found = {}
     for name, tensor in module.state_dict().items():
+        if name.startswith(without):
+            continue
         if name.rpartition(".")[2] in MEAN_KEYS:
             tensor = tensor.half()
         elif name not in packed:
@@ -67,9 +74,7 @@ def save_checkpoint(
     head, stack = problem.sites.head, f"{problem.sites.architecture.blocks}."
     tied = f"{head.name}." if head.stored_as != head.name else None
     with ShardWriter(folder) as writer:
-        for name, tensor in stored_tensors(model, "", problem).items():
-            if blocks is not None and name.startswith(stack):
-                continue
+        for name, tensor in stored_tensors(model, "", problem, without=() if blocks is None else stack).items():
             if tied is not None and name.startswith(tied) and name != f"{head.name}.bias":
                 continue
             writer.add(name, tensor)
