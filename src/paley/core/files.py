@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from paley.core.errors import PaleyError
 
-__all__ = ["Chunk", "disk", "publish", "write_atomic", "write_synced", "write_whole"]
+__all__ = ["Chunk", "disk", "publish", "sync_folder", "write_atomic", "write_synced", "write_whole"]
 
 Chunk = bytes | memoryview
 
@@ -63,8 +63,13 @@ def publish(moves: Sequence[tuple[Path, Path]]) -> None:
         for before, _ in moves:
             with suppress(OSError):  # usually it is gone; otherwise the first error is the one to report
                 before.unlink()
-    if moves and os.name == "posix":  # elsewhere a folder cannot be opened
-        folder = moves[0][1].parent
+    if moves:
+        sync_folder(moves[0][1].parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Writes the names of a folder's files through to the disk."""
+    if os.name == "posix":  # elsewhere a folder cannot be opened
         with disk(folder):
             handle = os.open(folder, os.O_RDONLY)
             try:

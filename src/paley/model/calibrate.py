@@ -205,6 +205,11 @@ class ModelQuantizer:
         """What goes on from block to block beside `hidden` and `original`: the keys' own text."""
         return {} if self.keys is None else {f"keys-{i}": hidden for i, hidden in enumerate(self.keys.hidden)}
 
+    def placed(self) -> dict[str, Tensor]:
+        """What `place` is asked for, by name."""
+        both = {"hidden": self.hidden, "original": self.original}
+        return {name: tensor for name, tensor in both.items() if tensor is not None}
+
     def go_on(self, states: Mapping[str, Tensor]) -> None:
         """Goes on behind a block: with what `place` and `states` had there."""
         if self.hidden is not None and "hidden" in states:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -174,6 +175,12 @@ def quantize_steps(
         made = file is not None and file.exists()
         return not made and any(problem.schemes.linears[site.name].weight and site.name not in has for site in sites)
 
+    def recall(file: Path) -> list[LayerReport]:
+        """The reports of a step that is done; what no token reached there is noted once more."""
+        told = _reported(file)
+        quantizer.unreached |= {report.name: unreached for report, unreached in told if unreached}
+        return [report for report, _ in told]
+
     def step(
         name: str, sites: list[Site], make: Callable[[dict[str, Quantized], dict[str, Tensor]], list[LayerReport]],
         others: Callable[[], dict[str, Tensor]] = dict,
@@ -182,6 +189,7 @@ def quantize_steps(
         file = file_of(name)
         if file is not None and file.exists():
             known, held = _read(file, problem)
+            recall(file)
         else:
             known, held = ({}, {}) if kept is None else (kept.codes(sites, problem), kept.diagonals(sites))
         done = make(known, held)
@@ -199,14 +207,16 @@ def quantize_steps(
     step("embedding", steps["embedding"], lambda known, _: quantizer.embedding(known, show))
     sample = runner.embed(sample_ids(adapter))
     start = 0
-    if states is not None and run is not None and (behind := states.last()) is not None:
-        for index in range(start := behind[0] + 1):
-            for report, unreached in _reported(run.stage_file(stage, _block_name(index))):
+    if states is not None and run is not None:
+        found = states.last(quantizer.states() | {"sample": sample}, quantizer.placed())
+        files = [] if found is None else [run.stage_file(stage, _block_name(index)) for index in range(found[0] + 1)]
+        needed = quantizer.placed().keys() if last > len(files) else set()  # by a step behind them that is open
+        if found is not None and needed <= found[1].keys() and all(file.exists() for file in files):
+            for report in chain.from_iterable(map(recall, files)):
                 reports.append(report)
-                quantizer.unreached |= {report.name: unreached} if unreached else {}
                 show(report)
-        quantizer.go_on(behind[1])
-        sample = behind[1]["sample"]
+            start, sample = len(files), found[1]["sample"]
+            quantizer.go_on(found[1])
     for block in adapter.blocks[start:]:
         if block.index >= last:  # the embedding is step 0
             quantizer.read_no_more()

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,12 @@ import torch
 from torch import Tensor
 
 from paley.core.errors import PaleyError
-from paley.core.files import disk, publish
+from paley.core.files import disk, publish, sync_folder
 
 __all__ = ["States"]
 
 _NEXT = "next"
+_NONE: Mapping[str, Tensor] = {}
 
 
 class States:
@@ -32,7 +34,7 @@ class States:
     def place(self, name: str, like: Tensor) -> Tensor:
         """An empty tensor of this shape and type in a file of the folder to come."""
         path = self.folder / _NEXT / f"{name}.npy"
-        with disk(path, like.nbytes):
+        with self._making(), disk(path, like.nbytes):
             if not self._mapped:
                 shutil.rmtree(path.parent, ignore_errors=True)
                 path.parent.mkdir(parents=True)
@@ -48,33 +50,67 @@ class States:
         """What `place` gave, and copies of some more tensors, are the states behind block `index` from now on."""
         for name, tensor in others.items():
             self.place(name, tensor).copy_(tensor)
-        before = [folder for folder in self.folder.iterdir() if folder.name != _NEXT]
-        made = self.folder / f"{index:04d}"
-        with disk(made):
-            for mapped in self._mapped.values():
-                mapped.flush()
-            shutil.rmtree(made, ignore_errors=True)
-        publish([(self.folder / _NEXT, made)])
+        before = self._done()
+        made = self.folder / _name(index)
+        with self._making():
+            with disk(made):
+                for mapped in self._mapped.values():
+                    mapped.flush()
+                shutil.rmtree(made, ignore_errors=True)
+            sync_folder(self.folder / _NEXT)
+            publish([(self.folder / _NEXT, made)])
         self._mapped.clear()
-        for folder in before:
-            if folder != made:
-                shutil.rmtree(folder, ignore_errors=True)
+        for other in before:
+            if other != index:
+                shutil.rmtree(self.folder / _name(other), ignore_errors=True)
 
-    def last(self) -> tuple[int, dict[str, Tensor]] | None:
-        """(the block, the states behind it) of a run that was stopped; None if it had not finished a block."""
-        if not self.folder.is_dir():
+    def last(
+        self, like: Mapping[str, Tensor], until_read: Mapping[str, Tensor] = _NONE
+    ) -> tuple[int, dict[str, Tensor]] | None:
+        """(the block, the states behind it) of a run that was stopped; None if it had not finished a block.
+
+        like: tensors of the names, shapes and types of the states. until_read: of some more, which are there or not,
+        all of them. Errors: PaleyError for a folder with others.
+        """
+        if not (done := self._done()):
             return None
-        done = sorted(int(folder.name) for folder in self.folder.iterdir() if folder.name != _NEXT)
-        if not done:
-            return None
-        files = sorted((self.folder / f"{done[-1]:04d}").glob("*.npy"))
-        return done[-1], {file.stem: torch.from_numpy(_opened(file)) for file in files}
+        folder = self.folder / _name(done[-1])
+        found = {file.name for file in folder.iterdir()}
+        if any(f"{name}.npy" in found for name in until_read):
+            like = {**like, **until_read}
+        if strange := found ^ {f"{name}.npy" for name in like}:
+            raise _damaged(folder, f"{', '.join(sorted(strange))} missing, or not of this run")
+        return done[-1], {name: torch.from_numpy(_opened(folder / f"{name}.npy", like[name])) for name in like}
+
+    def _done(self) -> list[int]:
+        """The blocks whose folders are there, in order; nobody but `commit` gives a folder such a name."""
+        names = [path.name for path in self.folder.iterdir() if path.is_dir()] if self.folder.is_dir() else []
+        return sorted(int(name) for name in names if name.isdecimal() and name == _name(int(name)))
+
+    @contextmanager
+    def _making(self) -> Iterator[None]:
+        """Deletes the folder to come if it cannot be made: its files may be what fills the disk."""
+        try:
+            yield
+        except BaseException:
+            self._mapped.clear()
+            shutil.rmtree(self.folder / _NEXT, ignore_errors=True)
+            raise
 
 
-def _opened(file: Path) -> np.ndarray:
+def _name(index: int) -> str:
+    return f"{index:04d}"
+
+
+def _opened(file: Path, like: Tensor) -> np.ndarray:
     try:
-        return np.load(file, mmap_mode="r+", allow_pickle=False)
+        found = np.load(file, mmap_mode="r+", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise PaleyError(
-            f"{file}: is damaged ({' '.join(str(error).split())}); delete its folder, or start anew with --overwrite"
-        ) from None
+        raise _damaged(file, f"it is damaged: {' '.join(str(error).split())}") from None
+    if (found.shape, found.dtype) != (wanted := (tuple(like.shape), like.new_empty(0).numpy().dtype)):
+        raise _damaged(file, f"has {found.dtype} {list(found.shape)}, must have {wanted[1]} {list(wanted[0])}")
+    return found
+
+
+def _damaged(path: Path, what: str) -> PaleyError:
+    return PaleyError(f"{path}: {what}; delete the folder of this number, or start anew with --overwrite")
