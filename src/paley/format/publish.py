@@ -142,8 +142,8 @@ class Work:
         if resume and state != _CLEARED:
             if state != self.key:
                 raise PaleyError(
-                    f"{self.path}: the unfinished run there is of another model or other settings; repeat its command "
-                    "with --resume, or start anew with --overwrite"
+                    f"{self.path}: the unfinished run there is of another model or other settings, or of another "
+                    "version of Paley; repeat its command with --resume, or start anew with --overwrite"
                 )
             return
         restore(self.new, self.output, self.replaced)  # if the run there was killed as it published

@@ -33,7 +33,7 @@ from paley.pipeline.paged import page_original
 from paley.pipeline.pool import Pool, pool_of
 from paley.pipeline.resolve import resolve, under_plan
 from paley.pipeline.reuse import Base
-from paley.pipeline.run_directory import RunDirectory
+from paley.pipeline.run_directory import LAYOUT, RunDirectory
 from paley.pipeline.saving import Stored, load_stored, sample_logits, save_checkpoint, verify
 from paley.pipeline.streaming import stream_checkpoint
 from paley.pipeline.texts import Texts, fit_lengths, gather
@@ -239,9 +239,13 @@ def _make(
             blocks, expected = None, sample_logits(made.model)
         monitor.stage("saving and reading back", 1)
         save_checkpoint(run.fresh_checkpoint(), made.model, problem, blocks)
+        whole = made.whole
         del made  # never two copies
-        stored = verify(run.checkpoint, problem, expected, device, paged=paged or texts.test is None)
-        if paged:
+        by_block = paged or (texts.test is None and not whole)
+        stored = verify(run.checkpoint, problem, expected, device, paged=by_block)
+        if texts.test is None:
+            stored = None
+        elif paged:
             stored = load_stored(run.checkpoint, problem, device, paged=True)
         else:
             prepare_(stored.model, EXACT, torch.float32)
@@ -329,5 +333,6 @@ def _digest(sensitivity: Sensitivity | None) -> str:
 
 def _key(problem: Problem, wanted: str, base: Base | None, exact: bool) -> str:
     # The fingerprint says what the model computes, not the type that its config asks for.
+    begun = f"{LAYOUT} {problem.source.fingerprint} {problem.dtype} {wanted}"
     earlier = "" if base is None else f" {base.digest} {exact}"
-    return hashlib.sha256(f"{problem.source.fingerprint} {problem.dtype} {wanted}{earlier}".encode()).hexdigest()
+    return hashlib.sha256(f"{begun}{earlier}".encode()).hexdigest()

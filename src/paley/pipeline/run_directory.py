@@ -15,7 +15,9 @@ from paley.format.journal import Journal, open_journal
 from paley.format.publish import Work
 from paley.plan import Trial
 
-__all__ = ["RunDirectory"]
+__all__ = ["LAYOUT", "RunDirectory"]
+
+LAYOUT = 2  # of the files of the stages; a run goes on only with files of its own layout
 
 
 class RunDirectory(Work):
