@@ -18,6 +18,7 @@ from paley.arch import Site
 from paley.core.defaults import SELF
 from paley.core.errors import PaleyError, Setting
 from paley.core.trellis import TrellisGrid
+from paley.eval.scoring import CHUNK
 from paley.methods.trellis import AHEAD, KEEP
 from paley.methods.tuning import PIECE
 from paley.model.problem import Problem
@@ -84,6 +85,8 @@ class Costs:
     outer: float = 1.0  # times embedding and head in float32, as blocks are calibrated
     block: float = 3.0  # times the largest block in float32, then
     squares: float = 8.0  # times the largest Gram matrix in float32, then
+    model: float = 1.5  # times the float32 model, then, if its blocks cannot be read by themselves; it waits in 16 bits
+    folded: float = 3.0  # the same if something is folded first, in float32
     decided: float = 1.5  # times the float32 model, as it writes a text, is searched or measured
     scored: float = 2.4  # the same, as it is scored
     scored_paged: float = 2.4  # times embedding, head and the largest block, as it is scored block by block
@@ -102,7 +105,7 @@ class Estimate:
     """bytes: of all tensors on disk; original_bytes: of the original's. memory: bytes at the peak.
 
     stages: name -> seconds of each stage that is to come. paged: whether memory holds a block of the model at a time
-    as it is scored, since it does not hold all of it.
+    as it is scored, since it does not hold all of it. states: bytes on disk until the run is done.
     """
 
     bytes: int
@@ -110,6 +113,7 @@ class Estimate:
     memory: int
     stages: Mapping[str, float]
     paged: bool = False
+    states: int = 0
 
     @property
     def seconds(self) -> float:
@@ -119,6 +123,7 @@ class Estimate:
         return (
             f"estimate: {duration(self.seconds)}, {self.memory / 2**30:.1f} GiB of memory, "
             f"{self.bytes / 1e6:.1f} MB on disk (the original {self.original_bytes / 1e6:.1f})"
+            + (f", {self.states / 1e6:.1f} MB beside it until it is done" if self.states >= 1e5 else "")
         )
 
 
@@ -127,14 +132,14 @@ def estimate_run(problem: Problem, recipe: Recipe, *, decided: bool = False, mea
 
     Of a budget, only a limit of size is known beforehand: else bytes are those of the recipe's own grids.
     """
-    work, rate = _Work(problem, recipe), multiplications()
-    stages = {name: operations / rate for name, operations in work.stages(decided, measured) if operations}
     needs = {"decided": decided, "measured": measured}
     memory, free = _memory(problem, recipe, **needs), free_memory()
     paged = free is not None and memory > free and problem.source.has_pages
     if paged:
         memory = _memory(problem, recipe, **needs, paged=True)
-    return Estimate(_bytes(problem), problem.source.checkpoint.nbytes, memory, stages, paged)
+    work, rate = _Work(problem, recipe, paged), multiplications()
+    stages = {name: operations / rate for name, operations in work.stages(decided, measured) if operations}
+    return Estimate(_bytes(problem), problem.source.checkpoint.nbytes, memory, stages, paged, _states(problem, recipe))
 
 
 def check_memory(
@@ -206,8 +211,8 @@ def faster(problem: Problem, recipe: Recipe, estimated: Estimate) -> str:
 class _Work:
     """Operations of the stages of a run."""
 
-    def __init__(self, problem: Problem, recipe: Recipe):
-        self.problem, self.recipe, self.sites = problem, recipe, problem.sites
+    def __init__(self, problem: Problem, recipe: Recipe, paged: bool):
+        self.problem, self.recipe, self.sites, self.paged = problem, recipe, problem.sites, paged
         self.native = 1.0 if kernels.backend() == "native" else COSTS.torch
         self.calibrating = COSTS.bfloat16 if kernels.multiplies_bfloat16(torch.device("cpu")) else 1.0
         self.linears, self.read = self.sites.of("linear"), COSTS.read * problem.source.checkpoint.nbytes
@@ -239,7 +244,7 @@ class _Work:
             yield "quantizing weights", self._outer() + sum(self._nearest(site) for site in self.linears)
             yield "writing the checkpoint", written
         if test is not None:
-            yield "evaluating through the quantized cache", self._scored(test, 2, rounded=True)
+            yield "evaluating through the quantized cache", self._reread(test) + self._scored(test, 2, rounded=True)
 
     def _written(self, text: Text) -> float:
         head = 2 * _tokens(text) * self.sites.head.numel
@@ -268,6 +273,14 @@ class _Work:
         tokens = _tokens(text)
         head = 2 * self.sites.head.numel + COSTS.logit * self.sites.head.shape[0]
         return self._forward(tokens, text.seq_len, rounded=rounded) + tokens * head * models
+
+    def _reread(self, text: Text) -> float:
+        """Blocks that memory does not hold, read and decoded anew for each piece that passes through the cache."""
+        if not self.paged:
+            return 0.0
+        times = math.ceil((text.seq_len - 1) / CHUNK) if _cached(self.problem, text) else 1
+        read = COSTS.read * _bytes(self.problem) + COSTS.written * sum(site.numel for site in self.sites.weights)
+        return times * read
 
     def _calibrated(self) -> float:
         """Every block: two forwards, sums, and what GPTQ does to each weight."""
@@ -381,6 +394,21 @@ def _tuning_memory(problem: Problem, recipe: Recipe, whole: float) -> float:
     return known + max(COSTS.loaded * whole, tuned + held + logits)
 
 
+def _cached(problem: Problem, text: Text) -> int:
+    """Bytes of the caches of a whole text, as all of it passes through a paged model together; 0 if none is rounded."""
+    sites = list(problem.sites.of("keys", "values"))
+    schemes = [getattr(problem.schemes.attentions[site.module], site.kind) for site in sites]
+    if not any(schemes):
+        return 0
+    bits = [8 * _FLOAT if s is None else s.grid.bits + 16 / (s.group_size or 16) for s in schemes]
+    return math.ceil(_tokens(text) * sum(site.numel * b for site, b in zip(sites, bits, strict=True)) / 8)
+
+
+def _states(problem: Problem, recipe: Recipe) -> int:
+    """Bytes on disk of the hidden states of a calibration: of two blocks, in the quantized model and the original."""
+    return 0 if problem.is_data_free else 4 * _FLOAT * _tokens(recipe.calibration) * problem.sites.head.shape[1]
+
+
 def _memory(
     problem: Problem, recipe: Recipe, *, decided: bool = False, measured: bool = False, paged: bool = False
 ) -> int:
@@ -394,17 +422,19 @@ def _memory(
         found.append(COSTS.decided * whole)
     if recipe.test is not None:
         hidden = _FLOAT * _tokens(recipe.test) * sites.head.shape[1]
-        held = COSTS.scored_paged * (outer + block) + 2 * hidden if paged else COSTS.scored * whole
+        held = COSTS.scored * whole
+        if paged:
+            held = COSTS.scored_paged * (outer + block) + 2 * hidden + _cached(problem, recipe.test)
         found.append(held + 2 * hidden)
     if problem.is_data_free:
         found.append(COSTS.tensor * _FLOAT * max(site.numel for site in sites.weights))
     else:
         hidden = _FLOAT * _tokens(recipe.calibration) * sites.head.shape[1]
         one = max((_FLOAT * math.prod(problem.shape(site)[1:]) ** 2 for site in sites.of("linear")), default=0)
-        found.append(
-            COSTS.outer * outer + COSTS.block * block + COSTS.squares * one + 2 * hidden
-            + 2 * min(KEPT, COSTS.held * hidden)
-        )  # fmt: skip
+        held = COSTS.outer * outer + COSTS.block * block + COSTS.squares * one
+        if not problem.source.has_pages:
+            held = max(held, (COSTS.folded if problem.folded else COSTS.model) * whole)
+        found.append(held + 2 * hidden + 2 * min(KEPT, COSTS.held * hidden))
     if recipe.tune is not None:
         found.append(_tuning_memory(problem, recipe, whole))
     return math.ceil(COSTS.base + max(found))
