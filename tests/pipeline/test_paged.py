@@ -312,6 +312,23 @@ def test_a_lost_file_is_made_again(tmp_path, tiny_tokenizer, monkeypatch):
         assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes(), file.name
 
 
+def test_killed_where_nothing_more_is_read(tmp_path, tiny_tokenizer, monkeypatch):
+    """Behind the last weight that is not kept, states lack the text that weights are calibrated on."""
+    folder = save_tiny(tmp_path / "model", tiny_tokenizer, num_hidden_layers=4)
+    old = quantize(folder, unscored(tmp_path), output=tmp_path / "old").output
+    other = 'overrides=[{pattern: "*.1.mlp.down_proj", weight: {grid: int8, method: gptq}}]'
+    new = unscored(tmp_path, "w4a16", other)
+    quantize(folder, new, base=old, output=tmp_path / "alone")
+    with monkeypatch.context() as killed:
+        killed.setattr(Pages, "bring_", stopped_at(3, Pages.bring_))
+        with pytest.raises(KeyboardInterrupt):
+            quantize(folder, new, base=old, output=tmp_path / "out")
+    assert not (tmp_path / "out.run/states/0002/hidden.npy").exists()
+    quantize(folder, new, base=old, output=tmp_path / "out", resume=True)
+    for file in (tmp_path / "alone").iterdir():
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes(), file.name
+
+
 def test_what_no_text_reaches_is_told_behind_a_stop(tmp_path, tiny_tokenizer, monkeypatch):
     """Also of a block that was written, the states behind which were not."""
     folder = save_with_idle_experts(tmp_path / "model", tiny_tokenizer)
