@@ -276,12 +276,13 @@ def test_eval_says_in_its_own_options_that_a_text_is_too_short(made, tmp_path):
 def test_generate_streams_what_json_holds(made):
     args = ["generate", made.out, "A story", "--max-new-tokens", 12]
     found = json.loads(paley_(*args, "--json").out)
-    assert (found["prompt_tokens"], found["tokens"]) == (7, 12)
+    assert found["prompt_tokens"] == 7
+    assert 1 < found["tokens"] <= 12  # a random model may end its text
     assert found["kv_cache_bytes"] > 0
     assert found["tokens_per_second"] > 0
     shown = paley_(*args)
     assert shown.out == found["text"] + "\n"
-    assert "12 tokens at" in shown.err
+    assert f"{found['tokens']} tokens at" in shown.err
 
 
 def test_generate_samples_by_its_seed(made):

@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM  # pip install compressed-tensors
 model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")
 ```
 
-vLLM reads the folder, too: `vllm serve THIS_FOLDER`."""
+vLLM takes folders of this format; that it reads this one was not tried."""
 
     def why_not(self, site: Site, weight: WeightScheme) -> str | None:
         if site.kind != "linear":
