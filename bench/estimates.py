@@ -1,7 +1,7 @@
 """How far is an estimate from the run? python -m bench.estimates MODEL [--presets NAME ...] [--text FILE] [--test FILE]
 
 Each preset in a process of its own: estimated beside measured, seconds by stage and peak memory, and the loss that was
-measured. Rows of other presets stay in the file. What is off is put right in `paley.pipeline.estimate.COSTS`.
+measured. Rows of other presets stay in the file. What is off is put right in `paley.pipeline.costs`.
 """
 
 from __future__ import annotations

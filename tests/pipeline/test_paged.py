@@ -19,8 +19,8 @@ from paley.model.adapter import Adapter
 from paley.model.loading import Source, open_source
 from paley.model.pages import Pages
 from paley.pipeline import estimate as estimating
+from paley.pipeline import peak, saving
 from paley.pipeline import run as running
-from paley.pipeline import saving
 from paley.pipeline import states as stating
 from paley.pipeline.execute import execute
 from paley.pipeline.monitor import Monitor
@@ -198,7 +198,7 @@ def test_a_run_is_paged_where_memory_does_not_hold_the_model(tmp_path, tiny_toke
     needed = {}
     for paged in (False, True):
         problem = resolve(open_source(folder), recipe)
-        needed[paged] = estimating._memory(problem, recipe, paged=paged)
+        needed[paged] = peak.memory(problem, recipe, paged=paged)
     assert needed[True] < needed[False]
     monkeypatch.setattr(estimating, "free_memory", lambda: needed[True])
     notes = []
@@ -377,11 +377,11 @@ def test_a_model_without_pages_is_estimated_whole(tmp_path, tiny_tokenizer, monk
     folder = save_tiny(tmp_path / "model", tiny_tokenizer, num_hidden_layers=64)
     problem = problem_of(folder, "w4a16", "fit_groups=true", "calibration.sequences=1", "calibration.seq_len=8")
     recipe = unscored(tmp_path)
-    paged = estimating._memory(problem, recipe)
+    paged = peak.memory(problem, recipe)
     monkeypatch.setattr(Source, "has_pages", property(lambda self: False))
     whole = sum(4 * site.numel for site in problem.sites.weights)
-    assert paged < estimating._memory(problem, recipe)
-    assert estimating._memory(problem, recipe) > estimating.COSTS.base + 1.5 * whole
+    assert paged < peak.memory(problem, recipe)
+    assert peak.memory(problem, recipe) > peak.COSTS.base + 1.5 * whole
 
 
 def test_the_estimate_counts_caches_and_each_reading(tmp_path, tiny_tokenizer, monkeypatch):
@@ -400,7 +400,7 @@ def test_the_estimate_counts_caches_and_each_reading(tmp_path, tiny_tokenizer, m
                 found = estimating.estimate_run(problem, longer)
                 assert found.paged == (free == 1)
                 seconds[name, seq_len, found.paged] = found.stages[stage]
-            memory[name, seq_len] = estimating._cached(problem, longer.test)
+            memory[name, seq_len] = peak.cached(problem, longer.test)
 
     def reading(name, seq_len):
         return seconds[name, seq_len, True] - seconds[name, seq_len, False]

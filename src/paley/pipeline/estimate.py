@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -20,84 +19,20 @@ from paley.core.errors import PaleyError, Setting
 from paley.core.trellis import TrellisGrid
 from paley.eval.scoring import CHUNK
 from paley.methods.trellis import AHEAD, KEEP
-from paley.methods.tuning import PIECE
 from paley.model.problem import Problem
 from paley.model.steps import KEPT
 from paley.model.tuning import ACTIVATIONS, activation_bytes
+from paley.pipeline import peak
+from paley.pipeline.costs import COSTS, FLOAT, Text, Tuned, count_tokens
 from paley.pipeline.machine import free_memory, multiplications
 from paley.pipeline.monitor import duration
 from paley.pipeline.resolve import resolve
 from paley.recipe import Recipe, apply_settings, preset
 
-__all__ = ["COSTS", "Costs", "Estimate", "check_memory", "estimate_run", "faster"]
+__all__ = ["Estimate", "check_memory", "estimate_run", "faster"]
 
 LONG = 300.0  # seconds from which on a faster way is worth a word
-_FLOAT = 4
 _FEW = 16  # sequences that a calibration should have
-
-
-class Text(Protocol):
-    """Calibration, Search, Test, Budget of a recipe: so much text."""
-
-    @property
-    def sequences(self) -> int: ...
-
-    @property
-    def seq_len(self) -> int: ...
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """The text to tune on, all epochs of it."""
-
-    sequences: int
-    seq_len: int
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What one such thing costs, in operations and bytes.
-
-    Measured with SmolLM2-135M on two cores of an AMD EPYC, where products run at 1.9e11 operations a second.
-    """
-
-    turned: float = 200.0  # a value that a linear reads, its Hadamard block
-    rounded: float = 600.0  # a value rounded to a grid and back
-    logit: float = 1500.0  # softmax and comparison
-    sampled: float = 2.5  # times the products of a token that the model writes
-    loop: tuple[float, ...] = (0.0, 1500.0, 3000.0, 9000.0, 16_000.0)  # a weight and pass of GPTQ, by its grid's p
-    nearest: float = 5000.0  # a weight rounded to the nearest point
-    trellis: float = (
-        30_000.0  # a code of a sequential grid looked at; 17,000 on that machine, 43,000 on a Sapphire Rapids
-    )
-    packed: float = 4500.0  # a weight's codes packed, decoded and kept
-    written: float = 450.0  # a weight's codes in the new checkpoint
-    factor: float = 3.5  # of n³: the Hessian's Cholesky factor and its inverse, float64
-    target: float = 11.0  # of out · in²: target, feedback, first residual
-    sweep: float = 3.0  # of out · in²: a refit of scales and a descent
-    bfloat16: float = 0.55  # times a float32 product, where the machine multiplies bfloat16
-    anew: float = 1.6  # forwards of a block, to each of its inputs from the beginning
-    torch: float = 15.0  # times as long as the native library
-    read: float = 500.0  # a byte of the original, as the model is loaded
-
-    # Bytes.
-    base: float = 0.45 * 2**30  # of Python, torch and transformers
-    outer: float = 1.0  # times embedding and head in float32, as blocks are calibrated
-    block: float = 3.0  # times the largest block in float32, then
-    squares: float = 8.0  # times the largest Gram matrix in float32, then
-    model: float = 1.5  # times the float32 model, then, if its blocks cannot be read by themselves; it waits in 16 bits
-    folded: float = 3.0  # the same if something is folded first, in float32
-    decided: float = 1.5  # times the float32 model, as it writes a text, is searched or measured
-    scored: float = 2.4  # the same, as it is scored
-    scored_paged: float = 2.4  # times embedding, head and the largest block, as it is scored block by block
-    tensor: float = 1.0  # times the largest float32 tensor, as weights are streamed
-    held: float = 10.0  # times the hidden states of what a forward keeps, see `steps`
-    coded: float = 0.5  # times the float32 model: its codes, and the embedding in floats
-    loaded: float = 1.3  # the same, of the original as it is measured
-    pieces: float = 8.0  # times the logits that exist at a time, as a model is tuned
-
-
-COSTS = Costs()
 
 
 @dataclass(frozen=True)
@@ -133,13 +68,15 @@ def estimate_run(problem: Problem, recipe: Recipe, *, decided: bool = False, mea
     Of a budget, only a limit of size is known beforehand: else bytes are those of the recipe's own grids.
     """
     needs = {"decided": decided, "measured": measured}
-    memory, free = _memory(problem, recipe, **needs), free_memory()
+    memory, free = peak.memory(problem, recipe, **needs), free_memory()
     paged = free is not None and memory > free and problem.source.has_pages
     if paged:
-        memory = _memory(problem, recipe, **needs, paged=True)
+        memory = peak.memory(problem, recipe, **needs, paged=True)
     work, rate = _Work(problem, recipe, paged), multiplications()
     stages = {name: operations / rate for name, operations in work.stages(decided, measured) if operations}
-    return Estimate(_bytes(problem), problem.source.checkpoint.nbytes, memory, stages, paged, _states(problem, recipe))
+    return Estimate(
+        _bytes(problem), problem.source.checkpoint.nbytes, memory, stages, paged, peak.states(problem, recipe)
+    )
 
 
 def check_memory(
@@ -153,16 +90,16 @@ def check_memory(
     paged = problem.source.has_pages
 
     def fits(other: Recipe) -> bool:
-        return _memory(problem, other, decided=decided, measured=measured, paged=paged) <= free
+        return peak.memory(problem, other, decided=decided, measured=measured, paged=paged) <= free
 
     untuned = recipe.model_copy(update={"tune": None})
     if recipe.tune is not None and fits(untuned):
-        least = _memory(problem, untuned, decided=decided, measured=measured, paged=paged)
+        least = peak.memory(problem, untuned, decided=decided, measured=measured, paged=paged)
         raise PaleyError(
             f"memory: tuning needs about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free",
             remedy=("leave it out (", Setting("tune", "null"), f"), which needs {least / 2**30:.1f} GiB"),
         )
-    remedy = _in_memory(recipe, decided=decided, measured=measured)
+    remedy = peak.in_memory(recipe, decided=decided, measured=measured)
     sequences = recipe.calibration.sequences
     while not remedy and not problem.is_data_free and (sequences := sequences // 2):
         if fits(apply_settings(recipe, [("calibration.sequences", sequences)])):
@@ -173,17 +110,6 @@ def check_memory(
         f"memory: this run needs about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free",
         remedy=remedy or ("use the preset higgs-4 without a score, which needs no more than the largest tensors",),
     )
-
-
-def _in_memory(recipe: Recipe, *, decided: bool, measured: bool) -> tuple[str | Setting, ...]:
-    """What of a recipe needs the whole model in memory, as a way out of it; empty if nothing does."""
-    if recipe.calibration.source == SELF:
-        return ("take a text that is there instead of one that the model writes: ", Setting("calibration.source"))
-    if recipe.search.method != "none" and not decided:
-        return ("leave the search out: ", Setting("search.method", "none"))
-    if recipe.budget is not None and not decided and not measured:
-        return ("measure the sensitivities where the model fits into memory, and give them: ", Setting("sensitivity"))
-    return ()
 
 
 def faster(problem: Problem, recipe: Recipe, estimated: Estimate) -> str:
@@ -247,8 +173,8 @@ class _Work:
             yield "evaluating through the quantized cache", self._reread(test) + self._scored(test, 2, rounded=True)
 
     def _written(self, text: Text) -> float:
-        head = 2 * _tokens(text) * self.sites.head.numel
-        return head + self._forward(_tokens(text), text.seq_len, rounded=False)
+        head = 2 * count_tokens(text) * self.sites.head.numel
+        return head + self._forward(count_tokens(text), text.seq_len, rounded=False)
 
     def _forward(self, tokens: float, seq_len: int, *, rounded: bool, product: float = 1.0) -> float:
         """All blocks once; product: of a linear, times that of float32."""
@@ -270,7 +196,7 @@ class _Work:
 
     def _scored(self, text: Text, models: int, *, rounded: bool) -> float:
         """A text through the model, and its logits; models: whose logits are compared."""
-        tokens = _tokens(text)
+        tokens = count_tokens(text)
         head = 2 * self.sites.head.numel + COSTS.logit * self.sites.head.shape[0]
         return self._forward(tokens, text.seq_len, rounded=rounded) + tokens * head * models
 
@@ -278,15 +204,15 @@ class _Work:
         """Blocks that memory does not hold, read and decoded anew for each piece that passes through the cache."""
         if not self.paged:
             return 0.0
-        times = math.ceil((text.seq_len - 1) / CHUNK) if _cached(self.problem, text) else 1
+        times = math.ceil((text.seq_len - 1) / CHUNK) if peak.cached(self.problem, text) else 1
         read = COSTS.read * _bytes(self.problem) + COSTS.written * sum(site.numel for site in self.sites.weights)
         return times * read
 
     def _calibrated(self) -> float:
         """Every block: two forwards, sums, and what GPTQ does to each weight."""
         text, schemes = self.recipe.calibration, self.problem.schemes
-        tokens = _tokens(text)
-        held = COSTS.held * _FLOAT * tokens * self.sites.head.shape[1]
+        tokens = count_tokens(text)
+        held = COSTS.held * FLOAT * tokens * self.sites.head.shape[1]
         anew = COSTS.anew * max(0.0, 1 - KEPT / held)  # what is not held begins anew for each input
         forward = self._forward(tokens, text.seq_len, rounded=True, product=self.calibrating)
         total = 2 * (1 + anew) * forward + tokens * self._turned(2.0)
@@ -339,9 +265,9 @@ class _Work:
         assert self.recipe.tune is not None
         text, head = self._tuned(self.recipe.tune.epochs), self.sites.head
         passes = 2 + self.calibrating * (1 + (activation_bytes(self.problem, text.seq_len) > ACTIVATIONS))
-        forward = self._forward(_tokens(text), text.seq_len, rounded=True, product=self.calibrating)
+        forward = self._forward(count_tokens(text), text.seq_len, rounded=True, product=self.calibrating)
         logits = 6 * self.calibrating * head.numel + 4 * COSTS.logit * head.shape[0]
-        return passes * forward + _tokens(text) * logits
+        return passes * forward + count_tokens(text) * logits
 
     def _searched(self) -> float:
         """Two starts and the trials of each number, each through half of the model on average, and its logits."""
@@ -354,10 +280,6 @@ class _Work:
         budget = self.problem.budget
         assert budget is not None
         return len(self.sites.weights) * budget.levels * (0.5 * self._scored(budget, 1, rounded=False))
-
-
-def _tokens(text: Text) -> int:
-    return text.sequences * text.seq_len
 
 
 def _bytes(problem: Problem) -> int:
@@ -378,63 +300,3 @@ def _values(problem: Problem, name: str, count: int) -> int:
         return problem.shape(site)[0]
     stream = problem.rotation.stream if problem.rotation is not None else None
     return stream.out_dim if stream is not None and count == stream.in_dim else count
-
-
-def _tuning_memory(problem: Problem, recipe: Recipe, whole: float) -> float:
-    """whole: bytes of the float32 model. The original comes and goes before weights are written out."""
-    assert recipe.tune is not None
-    sites, seq_len = problem.sites, recipe.calibration.seq_len
-    row = _FLOAT * seq_len * sites.head.shape[1]
-    held = activation_bytes(problem, seq_len)
-    if held > ACTIVATIONS:
-        held = held // max(1, sites.blocks) + 2 * sites.blocks * row
-    logits = COSTS.pieces * _FLOAT * max(PIECE, sites.head.shape[0])
-    known = recipe.tune.sequences * row + COSTS.coded * whole
-    tuned = COSTS.coded * whole + (0.5 if kernels.multiplies_bfloat16(torch.device("cpu")) else 1.0) * whole
-    return known + max(COSTS.loaded * whole, tuned + held + logits)
-
-
-def _cached(problem: Problem, text: Text) -> int:
-    """Bytes of the caches of a whole text, as all of it passes through a paged model together; 0 if none is rounded."""
-    sites = list(problem.sites.of("keys", "values"))
-    schemes = [getattr(problem.schemes.attentions[site.module], site.kind) for site in sites]
-    if not any(schemes):
-        return 0
-    bits = [8 * _FLOAT if s is None else s.grid.bits + 16 / (s.group_size or 16) for s in schemes]
-    return math.ceil(_tokens(text) * sum(site.numel * b for site, b in zip(sites, bits, strict=True)) / 8)
-
-
-def _states(problem: Problem, recipe: Recipe) -> int:
-    """Bytes on disk of the hidden states of a calibration: of two blocks, in the quantized model and the original."""
-    return 0 if problem.is_data_free else 4 * _FLOAT * _tokens(recipe.calibration) * problem.sites.head.shape[1]
-
-
-def _memory(
-    problem: Problem, recipe: Recipe, *, decided: bool = False, measured: bool = False, paged: bool = False
-) -> int:
-    """The peak: of the model, or of the largest block if it is paged, with what a run holds beside it."""
-    sites, found = problem.sites, []
-    whole = _FLOAT * sum(site.numel for site in sites.weights)
-    outer = _FLOAT * sum(site.numel for site in sites.weights if site.block is None)
-    blocks = [sum(site.numel for site in sites.of("linear", block=index)) for index in range(sites.blocks)]
-    block = _FLOAT * max(blocks)
-    if _in_memory(recipe, decided=decided, measured=measured):
-        found.append(COSTS.decided * whole)
-    if recipe.test is not None:
-        hidden = _FLOAT * _tokens(recipe.test) * sites.head.shape[1]
-        held = COSTS.scored * whole
-        if paged:
-            held = COSTS.scored_paged * (outer + block) + 2 * hidden + _cached(problem, recipe.test)
-        found.append(held + 2 * hidden)
-    if problem.is_data_free:
-        found.append(COSTS.tensor * _FLOAT * max(site.numel for site in sites.weights))
-    else:
-        hidden = _FLOAT * _tokens(recipe.calibration) * sites.head.shape[1]
-        one = max((_FLOAT * math.prod(problem.shape(site)[1:]) ** 2 for site in sites.of("linear")), default=0)
-        held = COSTS.outer * outer + COSTS.block * block + COSTS.squares * one
-        if not problem.source.has_pages:
-            held = max(held, (COSTS.folded if problem.folded else COSTS.model) * whole)
-        found.append(held + 2 * hidden + 2 * min(KEPT, COSTS.held * hidden))
-    if recipe.tune is not None:
-        found.append(_tuning_memory(problem, recipe, whole))
-    return math.ceil(COSTS.base + max(found))

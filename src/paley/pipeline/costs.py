@@ -1,0 +1,78 @@
+"""What parts of a run cost, in operations of float32 matrix products and in bytes; `bench/estimates.py` compares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+__all__ = ["COSTS", "FLOAT", "Costs", "Text", "Tuned", "count_tokens"]
+
+FLOAT = 4  # bytes of a float32
+
+
+class Text(Protocol):
+    """Calibration, Search, Test, Budget of a recipe: so much text."""
+
+    @property
+    def sequences(self) -> int: ...
+
+    @property
+    def seq_len(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The text to tune on, all epochs of it."""
+
+    sequences: int
+    seq_len: int
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What one such thing costs, in operations and bytes.
+
+    Measured with SmolLM2-135M on two cores of an AMD EPYC, where products run at 1.9e11 operations a second.
+    """
+
+    turned: float = 200.0  # a value that a linear reads, its Hadamard block
+    rounded: float = 600.0  # a value rounded to a grid and back
+    logit: float = 1500.0  # softmax and comparison
+    sampled: float = 2.5  # times the products of a token that the model writes
+    loop: tuple[float, ...] = (0.0, 1500.0, 3000.0, 9000.0, 16_000.0)  # a weight and pass of GPTQ, by its grid's p
+    nearest: float = 5000.0  # a weight rounded to the nearest point
+    trellis: float = (
+        30_000.0  # a code of a sequential grid looked at; 17,000 on that machine, 43,000 on a Sapphire Rapids
+    )
+    packed: float = 4500.0  # a weight's codes packed, decoded and kept
+    written: float = 450.0  # a weight's codes in the new checkpoint
+    factor: float = 3.5  # of n³: the Hessian's Cholesky factor and its inverse, float64
+    target: float = 11.0  # of out · in²: target, feedback, first residual
+    sweep: float = 3.0  # of out · in²: a refit of scales and a descent
+    bfloat16: float = 0.55  # times a float32 product, where the machine multiplies bfloat16
+    anew: float = 1.6  # forwards of a block, to each of its inputs from the beginning
+    torch: float = 15.0  # times as long as the native library
+    read: float = 500.0  # a byte of the original, as the model is loaded
+
+    # Bytes.
+    base: float = 0.45 * 2**30  # of Python, torch and transformers
+    outer: float = 1.0  # times embedding and head in float32, as blocks are calibrated
+    block: float = 3.0  # times the largest block in float32, then
+    squares: float = 8.0  # times the largest Gram matrix in float32, then
+    model: float = 1.5  # times the float32 model, then, if its blocks cannot be read by themselves; it waits in 16 bits
+    folded: float = 3.0  # the same if something is folded first, in float32
+    decided: float = 1.5  # times the float32 model, as it writes a text, is searched or measured
+    scored: float = 2.4  # the same, as it is scored
+    scored_paged: float = 2.4  # times embedding, head and the largest block, as it is scored block by block
+    tensor: float = 1.0  # times the largest float32 tensor, as weights are streamed
+    held: float = 10.0  # times the hidden states of what a forward keeps, see `steps`
+    coded: float = 0.5  # times the float32 model: its codes, and the embedding in floats
+    loaded: float = 1.3  # the same, of the original as it is measured
+    pieces: float = 8.0  # times the logits that exist at a time, as a model is tuned
+
+
+COSTS = Costs()
+
+
+def count_tokens(text: Text) -> int:
+    return text.sequences * text.seq_len

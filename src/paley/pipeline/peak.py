@@ -1,0 +1,90 @@
+"""How much memory a run takes at its peak, and what of it keeps the whole model there."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from paley import kernels
+from paley.core.defaults import SELF
+from paley.core.errors import Setting
+from paley.methods.tuning import PIECE
+from paley.model.problem import Problem
+from paley.model.steps import KEPT
+from paley.model.tuning import ACTIVATIONS, activation_bytes
+from paley.pipeline.costs import COSTS, FLOAT, Text, count_tokens
+from paley.recipe import Recipe
+
+__all__ = ["cached", "in_memory", "memory", "states"]
+
+
+def in_memory(recipe: Recipe, *, decided: bool, measured: bool) -> tuple[str | Setting, ...]:
+    """What of a recipe needs the whole model in memory, as a way out of it; empty if nothing does."""
+    if recipe.calibration.source == SELF:
+        return ("take a text that is there instead of one that the model writes: ", Setting("calibration.source"))
+    if recipe.search.method != "none" and not decided:
+        return ("leave the search out: ", Setting("search.method", "none"))
+    if recipe.budget is not None and not decided and not measured:
+        return ("measure the sensitivities where the model fits into memory, and give them: ", Setting("sensitivity"))
+    return ()
+
+
+def _tuning_memory(problem: Problem, recipe: Recipe, whole: float) -> float:
+    """whole: bytes of the float32 model. The original comes and goes before weights are written out."""
+    assert recipe.tune is not None
+    sites, seq_len = problem.sites, recipe.calibration.seq_len
+    row = FLOAT * seq_len * sites.head.shape[1]
+    held = activation_bytes(problem, seq_len)
+    if held > ACTIVATIONS:
+        held = held // max(1, sites.blocks) + 2 * sites.blocks * row
+    logits = COSTS.pieces * FLOAT * max(PIECE, sites.head.shape[0])
+    known = recipe.tune.sequences * row + COSTS.coded * whole
+    tuned = COSTS.coded * whole + (0.5 if kernels.multiplies_bfloat16(torch.device("cpu")) else 1.0) * whole
+    return known + max(COSTS.loaded * whole, tuned + held + logits)
+
+
+def cached(problem: Problem, text: Text) -> int:
+    """Bytes of the caches of a whole text, as all of it passes through a paged model together; 0 if none is rounded."""
+    sites = list(problem.sites.of("keys", "values"))
+    schemes = [getattr(problem.schemes.attentions[site.module], site.kind) for site in sites]
+    if not any(schemes):
+        return 0
+    bits = [8 * FLOAT if s is None else s.grid.bits + 16 / (s.group_size or 16) for s in schemes]
+    return math.ceil(count_tokens(text) * sum(site.numel * b for site, b in zip(sites, bits, strict=True)) / 8)
+
+
+def states(problem: Problem, recipe: Recipe) -> int:
+    """Bytes on disk of the hidden states of a calibration: of two blocks, in the quantized model and the original."""
+    return 0 if problem.is_data_free else 4 * FLOAT * count_tokens(recipe.calibration) * problem.sites.head.shape[1]
+
+
+def memory(
+    problem: Problem, recipe: Recipe, *, decided: bool = False, measured: bool = False, paged: bool = False
+) -> int:
+    """The peak: of the model, or of the largest block if it is paged, with what a run holds beside it."""
+    sites, found = problem.sites, []
+    whole = FLOAT * sum(site.numel for site in sites.weights)
+    outer = FLOAT * sum(site.numel for site in sites.weights if site.block is None)
+    blocks = [sum(site.numel for site in sites.of("linear", block=index)) for index in range(sites.blocks)]
+    block = FLOAT * max(blocks)
+    if in_memory(recipe, decided=decided, measured=measured):
+        found.append(COSTS.decided * whole)
+    if recipe.test is not None:
+        hidden = FLOAT * count_tokens(recipe.test) * sites.head.shape[1]
+        held = COSTS.scored * whole
+        if paged:
+            held = COSTS.scored_paged * (outer + block) + 2 * hidden + cached(problem, recipe.test)
+        found.append(held + 2 * hidden)
+    if problem.is_data_free:
+        found.append(COSTS.tensor * FLOAT * max(site.numel for site in sites.weights))
+    else:
+        hidden = FLOAT * count_tokens(recipe.calibration) * sites.head.shape[1]
+        one = max((FLOAT * math.prod(problem.shape(site)[1:]) ** 2 for site in sites.of("linear")), default=0)
+        held = COSTS.outer * outer + COSTS.block * block + COSTS.squares * one
+        if not problem.source.has_pages:
+            held = max(held, (COSTS.folded if problem.folded else COSTS.model) * whole)
+        found.append(held + 2 * hidden + 2 * min(KEPT, COSTS.held * hidden))
+    if recipe.tune is not None:
+        found.append(_tuning_memory(problem, recipe, whole))
+    return math.ceil(COSTS.base + max(found))
