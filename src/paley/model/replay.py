@@ -46,7 +46,6 @@ class Replay(BlockRunner):
         super().__init__(adapter, batch)
         self._calls: dict[tuple[int, int], list[_Call]] = {}
         self._tried = False
-        self._shapes: set[tuple[int, int]] = set()  # of what was embedded
 
     @torch.no_grad()
     def embed(self, ids: Tensor) -> Tensor:
@@ -54,7 +53,8 @@ class Replay(BlockRunner):
         if not self._tried:
             self._try_out()
         parts = [self._first(part) for part in ids.split(self.batch)]
-        self._shapes.update((len(part), part.shape[1]) for part in parts)
+        for part in parts:  # now: blocks may leave memory when they are done, and statistics must not see this text
+            self._known(part)
         return torch.cat(parts)
 
     @torch.no_grad()
@@ -118,9 +118,8 @@ class Replay(BlockRunner):
     def _known(self, hidden: Tensor) -> list[_Call]:
         """How blocks are called for hidden states of this shape; recorded once, on some text."""
         batch, tokens = hidden.shape[:2]
-        if (batch, tokens) not in self._calls:  # all that will come, as blocks may leave memory when they are done
-            for shape in sorted((self._shapes | {(batch, tokens)}) - self._calls.keys(), reverse=True):
-                self._calls[shape] = self._recorded(_some_ids(self.adapter, *shape, seed=1))
+        if (batch, tokens) not in self._calls:
+            self._calls[batch, tokens] = self._recorded(_some_ids(self.adapter, batch, tokens, seed=1))
         return self._calls[batch, tokens]
 
     def _recorded(self, ids: Tensor) -> list[_Call]:
