@@ -199,8 +199,10 @@ def test_a_text_that_is_elsewhere_is_asked_for_and_its_path_is_not_published(fol
     out = quantize(folder, scored_on("text.txt", "test.seq_len=16"), output=tmp_path / "out").output
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
+    assert paley.score(out).tokens == 30  # found from the folder
+    text = text.rename(tmp_path / "elsewhere" / "text.txt")
     with pytest.raises(
-        PaleyError, match=r"the text text\.txt that it sets apart for scores is not here; give its path"
+        PaleyError, match=r"the text \.\./text\.txt that it sets apart for scores is not here; give its path"
     ):
         paley.score(out)
     assert paley.score(out, data=str(text)).tokens == 30

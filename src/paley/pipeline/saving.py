@@ -26,6 +26,7 @@ from paley.model.capture import BlockRunner
 from paley.model.coded import Coded
 from paley.model.key_statistics import BALANCE
 from paley.model.keys import MEAN_KEYS
+from paley.model.loading import context_of
 from paley.model.pages import Turns, one_after_another
 from paley.model.problem import Problem
 from paley.ops.matmul import EXACT
@@ -111,9 +112,13 @@ def _config(model: PreTrainedModel, problem: Problem) -> dict[str, Any]:
 
 
 def sample_ids(adapter: Adapter) -> Tensor:
-    """[1, SAMPLE] random tokens, always the same."""
-    vocabulary = adapter.sites.embedding.shape[0]
-    ids = torch.randint(vocabulary, (1, SAMPLE), generator=torch.Generator().manual_seed(0))
+    """[1, SAMPLE] random tokens, always the same; fewer if the model reads no more.
+
+    Types that count positions from behind the padding's id, as RoBERTa does, read a few less than their config says.
+    """
+    vocabulary, context = adapter.sites.embedding.shape[0], context_of(adapter.model.config) or 2 * SAMPLE
+    size = min(SAMPLE, max(1, 3 * context // 4))
+    ids = torch.randint(vocabulary, (1, size), generator=torch.Generator().manual_seed(0))
     return ids.to(adapter.device)
 
 
