@@ -30,7 +30,7 @@ for kind in ${KINDS:-address,undefined thread}; do
         flags="-std=c++17 -O1 -g -fPIC -pthread -ffp-contract=off -fno-math-errno -fno-trapping-math"
         flags+=" -fno-omit-frame-pointer -fsanitize=$kind"
         # shellcheck disable=SC2086 # several flags
-        ls csrc/*.cpp | xargs -P "$(nproc)" -I{} sh -c \
+        ls csrc/*.cpp | xargs -P "$(env -u OMP_NUM_THREADS nproc)" -I{} sh -c \
             "$compiler $flags -c {} -o $build/${kind%%,*}/\$(basename {} .cpp).o"
         # shellcheck disable=SC2086
         "$compiler" $flags -shared "$build/${kind%%,*}"/*.o -o "$library"
