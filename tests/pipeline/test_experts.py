@@ -81,6 +81,14 @@ def test_experts_that_do_not_make_up_a_stack_are_named(tmp_path, tiny_tokenizer)
         open_source(model)
 
 
+def test_tuning_tells_of_the_stacks_that_it_leaves(tmp_path, tiny_tokenizer):
+    model, heard = save_family(tmp_path / "model", "mixtral", tiny_tokenizer), Notes()
+    settings = [*SMALL, "test=null", "tune={sequences: 2}"]
+    out = quantize(model, apply_settings(preset("w4a16"), settings), output=tmp_path / "out", monitor=heard).output
+    assert any(note.startswith("4 stacks of experts keep their scales") for note in heard.notes)
+    assert Checkpoint.open(out)
+
+
 @pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3"])
 def test_experts_in_fp8_are_quantized_as_their_decoded_weights_are(kind, tmp_path, tiny_tokenizer):
     """A matrix and its factors for each expert in the file, a stack in the model; with a row and without."""

@@ -30,6 +30,10 @@ def tune_(
 
     model: in float32, as it is after quantizing or loading.
     """
+    if stacks := sum(bool(site.experts) for site in problem.sites.of("linear")):
+        monitor.note(
+            f"{stacks} stacks of experts keep their scales: those of other weights, gains and biases are tuned"
+        )
     monitor.stage("measuring the original on the text to tune on", 1)
     reference = Reference.of(problem.source.load(device=device), blocks).to(device)
     give_back()
