@@ -73,7 +73,7 @@ def test_logits_are_those_of_transformers(tmp_path, tiny_tokenizer, qwen, scheme
     monkeypatch.setattr(matmul, "plan", lambda *_: None)  # else weights and inputs are rounded to integers
     found = errors(Engine.open(folder, threads=2), reference)
     assert found[len(found) // 2] < 1e-3
-    assert found[-1] < 0.25
+    assert found[-1] < 0.1
 
 
 @pytest.mark.parametrize("scheme", ["w4a16", "higgs-4", "trellis"])
@@ -94,7 +94,7 @@ def test_families(tmp_path, tiny_tokenizer, family, cache_of_16_bits, monkeypatc
     monkeypatch.setattr(matmul, "plan", lambda *_: None)
     found = errors(Engine.open(folder, threads=2), reference)
     assert found[len(found) // 2] < 1e-2  # some of the many values of the cache fall on the other side of a step
-    assert found[-1] < 0.25
+    assert found[-1] < 0.1
 
 
 def test_a_cache_has_the_bytes_that_its_bits_say(folder, engine):
