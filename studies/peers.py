@@ -2,11 +2,13 @@
 
 python -m studies.peers MODEL --text FILE --test-text FILE [--gguf FILE] [--only RE]
 MODEL should be what `studies.off_grid` makes of a published model. FILE is any GGUF file of the same model, whose keys
-are used. llama.cpp gets the importance matrix of the very text that our recipes calibrate on.
+are used. llama.cpp gets the importance matrix of the very text that our recipes calibrate on. --auto-round and
+--llm-compressor: interpreters that have them (`quantizers.py`).
 """
 
 from __future__ import annotations
 
+import functools
 import tempfile
 import time
 from pathlib import Path
@@ -14,6 +16,9 @@ from pathlib import Path
 import torch
 from studies.experiment import Experiment, Quantization
 from studies.llama_cpp import Peer
+from studies.quantizers import QUANTIZERS, run
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from paley.eval.perplexity import evaluate
 from paley.export.gguf import export_gguf
@@ -37,6 +42,7 @@ OURS = {  # name -> preset, settings
         for w, e in ((2, 3), (2.5, 3.5), (3, 4), (3.5, 4), (4, 5))
     },
     "trellis4, GPTQ, e6": ("w4a16", ()),
+    "trellis4, GPTQ, e16": ("w4a16e16h16", ()),
     "trellis5, GPTQ, e6": ("w5a16", ()),
     "p2n4096, GPTQ, e8": ("w6a16e8h8", ()),
     "p2n256, GPTQ, e6": ("vectors-w4a16", ()),
@@ -50,6 +56,8 @@ OURS = {  # name -> preset, settings
 def main() -> None:
     parser = Experiment.parser(__doc__, calibration=16, search=0, test=8)
     parser.add_argument("--gguf", type=Path, help="a GGUF file of the model, for its keys; none: our rows alone")
+    for package in dict.fromkeys(package for package, _, _ in QUANTIZERS.values()):
+        parser.add_argument(f"--{package.replace('_', '-')}", type=Path, help="a Python interpreter that has it")
     arguments = parser.parse_args()
     experiment = Experiment("peers", arguments)
     parameters = experiment.result["parameters"]
@@ -65,8 +73,26 @@ def main() -> None:
             file = export_gguf(Path(folder, "out"), output=Path(folder, "gguf"))
         return {"bits": 8 * file.bytes / parameters, "bytes": file.bytes, "types": dict(file.types)}
 
+    def scored(model: PreTrainedModel, weights: dict[str, Tensor], nbytes: float) -> dict:
+        """The model takes the weights."""
+        with torch.no_grad():
+            for name, value in weights.items():
+                model.get_parameter(name).copy_(value)
+        score = evaluate(model, experiment.blocks.test, experiment.reference).to_dict()
+        return score | {"bits": 8 * nbytes / parameters, "bytes": nbytes}
+
+    def theirs_alone(python: Path, code: str, bits: float) -> dict:
+        with tempfile.TemporaryDirectory() as folder:
+            weights, row = run(python, code, Path(arguments.model), experiment.blocks.calibration.ids, Path(folder))
+        quantized = sum(value.numel() for value in weights.values())
+        nbytes = (quantized * bits + (parameters - quantized) * 16) / 8
+        return scored(experiment.source.load().float(), weights, nbytes) | row
+
     for name, (base, settings) in OURS.items():
         experiment.row(name, lambda base=base, settings=settings: ours(base, settings))
+    for name, (package, code, bits) in QUANTIZERS.items():
+        if python := getattr(arguments, package):
+            experiment.row(name, functools.partial(theirs_alone, python.absolute(), code, bits))
     if arguments.gguf is None:
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -80,11 +106,7 @@ def main() -> None:
             start = time.time()
             weights, nbytes, kinds = peer.quantize(kind)
             seconds = {"quantize": round(time.time() - start, 1)}
-            with torch.no_grad():
-                for name, value in weights.items():
-                    model.get_parameter(name).copy_(value)
-            score = evaluate(model, experiment.blocks.test, experiment.reference).to_dict()
-            return score | {"bits": 8 * nbytes / parameters, "bytes": nbytes, "types": kinds, "seconds": seconds}
+            return scored(model, weights, nbytes) | {"types": kinds, "seconds": seconds}
 
         for kind in KINDS:
             experiment.row(f"llama.cpp {kind}", lambda kind=kind: theirs(kind))

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from bench.record import RESULTS as SPEEDS
-from studies import tables_binary, tables_weights
+from studies import tables_binary, tables_tasks, tables_weights
 from studies.experiment import measured, read
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "results.md"
@@ -160,7 +160,7 @@ def main() -> None:
     lines = [HEAD]
     for model, r in measured("quality").items():
         lines += quality(model, r)
-    lines += outer() + search_cost() + cost() + tables_weights.all_lines() + tables_binary.all_lines()
+    lines += tables_tasks.all_lines() + outer() + search_cost() + cost() + tables_weights.all_lines() + tables_binary.all_lines()
     readme()
     OUT.write_text("\n".join(lines).rstrip() + "\n")
 

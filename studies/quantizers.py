@@ -1,0 +1,77 @@
+"""Quantizers of others, each in an interpreter of its own: weights of the linears to 4 bits in groups of 128.
+
+python3 -m venv PEER; PEER/bin/pip install torch==2.13.0 auto-round==0.16.1 transformers==5.24.0, and in another one
+llmcompressor==0.14.0.1. They get the tokens that our recipes calibrate on, and give the weights back as floats.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+__all__ = ["QUANTIZERS", "run"]
+
+_BEFORE = """
+import json, resource, sys, time, torch
+from importlib.metadata import version
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+path, tokens, output = sys.argv[1:]
+ids = load_file(tokens)["ids"]
+model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+tokenizer = AutoTokenizer.from_pretrained(path)
+names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name != "lm_head"]
+start = time.perf_counter()
+"""
+_AFTER = """
+seconds = time.perf_counter() - start
+weights = {f"{name}.weight": model.get_submodule(name).weight.detach().float().contiguous() for name in names}
+save_file(weights, output)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps({"seconds": {"quantize": round(seconds, 1)}, "peak_bytes": peak, "version": version(package)}))
+"""
+_AUTO_ROUND = """
+package = "auto-round"
+from auto_round import AutoRound
+data = [{"input_ids": row[None]} for row in ids]
+made = AutoRound(
+    model, tokenizer, scheme="W4A16", iters=200, nsamples=len(ids), seqlen=ids.shape[1], dataset=data, device_map="cpu"
+)
+model, _ = made.quantize()
+"""
+_LLM_COMPRESSOR = """
+package = "llmcompressor"
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+data = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
+oneshot(
+    model=model, dataset=data, recipe=GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"]),
+    num_calibration_samples=len(ids), max_seq_length=ids.shape[1], shuffle_calibration_samples=False,
+)
+"""
+
+# Name of a row -> (what runs, bits of a weight with its group's scale).
+QUANTIZERS = {
+    "AutoRound W4 g128, 200 steps": ("auto_round", _AUTO_ROUND, 4 + 16 / 128),
+    "llm-compressor GPTQ W4 g128": ("llm_compressor", _LLM_COMPRESSOR, 4 + 16 / 128),
+}
+
+
+def run(python: Path, code: str, model: Path, tokens: Tensor, folder: Path) -> tuple[dict[str, Tensor], dict]:
+    """tokens int64 [sequences, seq_len] -> (weights by parameter, float32 [out, in]; seconds, peak memory, version)."""
+    save_file({"ids": tokens.contiguous()}, folder / "tokens.safetensors")
+    output = folder / "weights.safetensors"
+    command = [python, "-c", _BEFORE + code + _AFTER, model, folder / "tokens.safetensors", output]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    made = subprocess.run(
+        command, env=environment | {"HF_HUB_OFFLINE": "1"}, cwd=folder, capture_output=True, text=True
+    )
+    if made.returncode:
+        raise SystemExit(f"{python}: {made.stderr[-2000:]}")
+    return load_file(output), json.loads(made.stdout.splitlines()[-1])
