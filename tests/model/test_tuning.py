@@ -12,6 +12,7 @@ from paley.methods.statistics import InputStatistics
 from paley.methods.tuning import Adam, kl_backward, rate_at
 from paley.model.linear import QuantLinear
 from paley.model.tuning import Scaled
+from paley.ops.inputs import SharedInput
 
 WIDTH, ROWS = 32, 12
 TURN = Transform(WIDTH, WIDTH, 16, 3)
@@ -123,3 +124,14 @@ def test_the_rate_rises_and_ends_at_nothing():
     assert 0 < rates[-1] < 0.01
     assert rate_at(0, 1) == 1.0
     assert not math.isnan(sum(rates))
+
+
+def test_layers_with_columns_of_their_own_share_no_rounded_input(x):
+    scheme, shared = SCHEMES["outliers"], SharedInput(2)
+    readers = [layer(scheme), layer(scheme)]
+    readers[1].outlier_columns = readers[1].outlier_columns + 7
+    expected = [reader(x) for reader in readers]
+    for reader in readers:
+        reader.shared_input, reader.product = shared, Scaled(reader, torch.float32)
+    for reader, alone in zip(readers, expected, strict=True):
+        torch.testing.assert_close(reader(x), alone, rtol=1e-5, atol=1e-5)

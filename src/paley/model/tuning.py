@@ -24,6 +24,7 @@ from paley.model.adapter import Adapter
 from paley.model.linear import QuantLinear
 from paley.model.problem import Problem
 from paley.ops.inputs import round_input
+from paley.ops.matmul import input_key
 
 __all__ = ["ACTIVATIONS", "Scaled", "Tuner", "activation_bytes"]
 
@@ -72,9 +73,8 @@ class Scaled:
     @property
     def how(self) -> Hashable:
         """As of `Dense`."""
-        layer = self._layer
-        turn = None if self._turned else layer.scheme.transform
-        return ("scaled", layer.scheme.input, turn, layer.diagonal is None, layer.diagonal_key)
+        scheme = self._layer.scheme
+        return ("scaled", scheme.input, None if self._turned else scheme.transform, *input_key(self._layer))
 
     def encode(self, x: Tensor) -> Tensor:
         layer = self._layer

@@ -24,7 +24,7 @@ from paley.kernels.products import products
 from paley.kernels.stored import StoredWeight
 from paley.ops.inputs import InputCodes, encode_input, round_input
 
-__all__ = ["CALIBRATION", "EXACT", "PRODUCTS", "CodedWeight", "Product", "choose", "grid_matmul"]
+__all__ = ["CALIBRATION", "EXACT", "PRODUCTS", "CodedWeight", "Product", "choose", "grid_matmul", "input_key"]
 
 
 class CodedWeight(Protocol):
@@ -53,7 +53,7 @@ def grid_matmul(x: Tensor, weight: CodedWeight) -> Tensor:
     return linear(rounded, weight.dequantize(rounded.dtype))
 
 
-def _own(weight: CodedWeight) -> tuple[Hashable, ...]:
+def input_key(weight: CodedWeight) -> tuple[Hashable, ...]:
     """Two layers make the same of an input only if they agree in this."""
     return weight.diagonal is None, weight.diagonal_key, id(weight.outlier_columns)
 
@@ -99,7 +99,7 @@ class Planes:
 
     @property
     def how(self) -> Hashable:
-        return ("codes", self._scheme.input, self._scheme.transform, *_own(self._layer))
+        return ("codes", self._scheme.input, self._scheme.transform, *input_key(self._layer))
 
     @staticmethod
     def takes(scheme: LinearScheme, width: int, device: torch.device) -> bool:
@@ -149,7 +149,7 @@ class Integer:
     @property
     def how(self) -> Hashable:
         scheme = self._scheme
-        return ("integers", self._weight.plan.shared, scheme.input, scheme.transform, *_own(self._layer))
+        return ("integers", self._weight.plan.shared, scheme.input, scheme.transform, *input_key(self._layer))
 
     @staticmethod
     def takes(scheme: LinearScheme, width: int, device: torch.device) -> bool:
@@ -195,7 +195,7 @@ class Triton:
     @property
     def how(self) -> Hashable:
         """As of `Packed`."""
-        return ("values", self._layer.scheme.input, (self._layer.scheme.transform, *_own(self._layer)))
+        return ("values", self._layer.scheme.input, (self._layer.scheme.transform, *input_key(self._layer)))
 
     @staticmethod
     def takes(scheme: LinearScheme, width: int, device: torch.device) -> bool:
@@ -253,7 +253,7 @@ class Dense:
     @property
     def how(self) -> Hashable:
         """The scheme of a layer may change while clip ratios are searched."""
-        turn = None if self._turned else (self._layer.scheme.transform, *_own(self._layer))
+        turn = None if self._turned else (self._layer.scheme.transform, *input_key(self._layer))
         return ("values", self._layer.scheme.input, turn)
 
     @staticmethod
@@ -283,7 +283,7 @@ class Packed:
     @property
     def how(self) -> Hashable:
         """The scheme of a layer may change while a model is calibrated."""
-        return ("values", self._layer.scheme.input, (self._layer.scheme.transform, *_own(self._layer)))
+        return ("values", self._layer.scheme.input, (self._layer.scheme.transform, *input_key(self._layer)))
 
     @staticmethod
     def takes(scheme: LinearScheme, width: int, device: torch.device) -> bool:
