@@ -3,15 +3,20 @@ import math
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
+
+from family_configs import CONFIGS
 
 from paley.core.metrics import kl_divergence
 from paley.core.schemes import ActivationScheme, LinearScheme, WeightScheme
 from paley.core.transforms import Transform
 from paley.methods.gptq import quantize_gptq
+from paley.methods.nearest import quantize_nearest
 from paley.methods.statistics import InputStatistics
 from paley.methods.tuning import Adam, kl_backward, rate_at
+from paley.model.adapter import Adapter
 from paley.model.linear import QuantLinear
-from paley.model.tuning import Scaled
+from paley.model.tuning import Scaled, Tuner
 from paley.ops.inputs import SharedInput
 
 WIDTH, ROWS = 32, 12
@@ -135,3 +140,61 @@ def test_layers_with_columns_of_their_own_share_no_rounded_input(x):
         reader.shared_input, reader.product = shared, Scaled(reader, torch.float32)
     for reader, alone in zip(readers, expected, strict=True):
         torch.testing.assert_close(reader(x), alone, rtol=1e-5, atol=1e-5)
+
+
+IDS = torch.randint(4, 60, (24,), generator=torch.Generator().manual_seed(0))
+
+
+def random_adapter(kind: str) -> Adapter:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[kind](num_key_value_heads=2))
+    adapter = Adapter(model)
+    ones = "q_norm" if adapter.architecture.gain_offset else "norm"
+    for name, p in model.named_parameters():
+        p.data = torch.randn_like(p) * 0.2 if p.dim() > 1 else torch.zeros_like(p) + (ones in name)
+    return adapter
+
+
+def tuner(adapter: Adapter, keep=lambda name, value: value) -> Tuner:
+    return Tuner(adapter, dtype=torch.float32, keep=keep, whole=True)
+
+
+def step(tuning: Tuner, adapter: Adapter) -> None:
+    wanted = torch.randn(len(IDS), adapter.sites.head.shape[1], generator=torch.Generator().manual_seed(1))
+    tuning.step(IDS, wanted, lambda hidden: hidden @ adapter.embedding.weight.T, 0.01)
+
+
+def vectors(adapter: Adapter) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in adapter.model.named_parameters() if p.dim() == 1}
+
+
+@pytest.mark.parametrize("where", ["in the with", "as values are kept"])
+def test_if_anything_is_raised_all_values_are_as_they_were(where):
+    adapter = random_adapter("qwen2")
+    modules = {site.module: adapter.module(site.module) for site in adapter.sites.of("linear")}
+    for path, module in modules.items():
+        made = layer_of(module)
+        adapter.model.set_submodule(path, made)
+    state = {key: tensor.clone() for key, tensor in adapter.model.state_dict().items()}
+    products = [adapter.module(path).product for path in modules]
+    wants = {name: p.requires_grad for name, p in adapter.model.named_parameters()}
+    kept = []
+
+    def keep(name: str, value: torch.Tensor) -> torch.Tensor:
+        kept.append(name)
+        if len(kept) > 2:
+            raise ValueError(where)
+        return value.half().float()
+
+    with pytest.raises(ValueError, match=where), tuner(adapter, keep) as tuning:
+        step(tuning, adapter)
+        if where == "in the with":
+            raise ValueError(where)
+    assert all(torch.equal(tensor, state[key]) for key, tensor in adapter.model.state_dict().items())
+    assert [adapter.module(path).product for path in modules] == products
+    assert {name: p.requires_grad for name, p in adapter.model.named_parameters()} == wants
+
+
+def layer_of(source: nn.Module) -> QuantLinear:
+    scheme = WeightScheme("int4", 8, scale_search="mse")
+    return QuantLinear.from_linear(source, LinearScheme(scheme), quantize_nearest(source.weight.detach(), scheme))

@@ -125,7 +125,8 @@ class Scaled:
 class Tuner:
     """A quantized model in memory whose floats follow the original's predictions; to be used in a `with`.
 
-    Values of the model change at the end of the `with` alone, and only if nothing was raised in it.
+    Gains and biases of the model move with each step, its scales at the end of the `with`. If anything is raised there
+    or before, all of them are as they were.
     """
 
     def __init__(
@@ -148,15 +149,21 @@ class Tuner:
             self._undo = undo.pop_all()
         values = [*(scaled.scales for scaled in self._scaled.values()), *self._floats.values()]
         self._adam = Adam(values, [_unit(value) for value in values])
+        self._before = {name: value.detach().clone() for name, value in self._floats.items()}
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            for scaled in self._scaled.values():
-                scaled.store_()
+        left = self._before
+        try:
+            if kind is None:
+                kept = {name: self._keep(name, value.data) for name, value in self._floats.items()}
+                for scaled in self._scaled.values():
+                    scaled.store_()
+                left = kept
+        finally:
             for name, value in self._floats.items():
-                value.data = self._keep(name, value.data)
-        self._undo.close()
+                value.data = left[name]
+            self._undo.close()
 
     def step(self, ids: Tensor, original: Tensor, wanted: Callable[[Tensor], Tensor], rate: float) -> float:
         """One step on ids [seq_len] -> the mean KL before it.
