@@ -15,6 +15,7 @@ from paley.methods.nearest import quantize_nearest
 from paley.methods.statistics import InputStatistics
 from paley.methods.tuning import Adam, kl_backward, rate_at
 from paley.model.adapter import Adapter
+from paley.model.fold import fold_norms_
 from paley.model.linear import QuantLinear
 from paley.model.tuning import Scaled, Tuner
 from paley.ops.inputs import SharedInput
@@ -166,6 +167,38 @@ def step(tuning: Tuner, adapter: Adapter) -> None:
 
 def vectors(adapter: Adapter) -> dict[str, torch.Tensor]:
     return {n: p.detach().clone() for n, p in adapter.model.named_parameters() if p.dim() == 1}
+
+
+def test_gains_beside_an_offset_move_by_the_rate_though_they_are_stored_as_0():
+    adapter = random_adapter("gemma3_text")
+    with torch.no_grad():
+        fold_norms_(adapter)
+    before = vectors(adapter)
+    with tuner(adapter) as tuning:
+        step(tuning, adapter)
+    moves = {name: (value - before[name]).abs() for name, value in vectors(adapter).items()}
+    own = {name: 2.0 if "q_norm" in name else 1.0 for name in moves}  # of a gain: 1 and what is stored
+    assert any(".q_norm." in name for name in own)
+    for name, move in moves.items():
+        assert float(move.max()) == pytest.approx(0.01 * own[name], rel=1e-3), name
+
+
+def test_a_bias_of_zeros_moves_by_a_share_of_what_it_is_added_to():
+    adapter = random_adapter("qwen2")
+    names, seen = [name for name in vectors(adapter) if name.endswith(".bias")], {}
+
+    def note(name: str, made: torch.Tensor) -> None:
+        seen.setdefault(name, float(made.detach().square().mean().sqrt()))
+
+    for name in names:
+        module = adapter.model.get_submodule(name.removesuffix(".bias"))
+        module.register_forward_hook(lambda _, __, made, name=name: note(name, made))
+    with tuner(adapter) as tuning:
+        step(tuning, adapter)
+    after = vectors(adapter)
+    assert len(names) == 6
+    for name in names:
+        assert float(after[name].abs().max()) == pytest.approx(0.01 * 0.01 * seen[name], rel=1e-2), name
 
 
 @pytest.mark.parametrize("where", ["in the with", "as values are kept"])

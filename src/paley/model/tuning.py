@@ -31,7 +31,8 @@ __all__ = ["ACTIVATIONS", "Scaled", "Tuner", "activation_bytes"]
 ACTIVATIONS = 2**31  # bytes of them that may be held for the way back; beyond, blocks run twice
 _HELD = 3  # float32 values held for each that a linear reads or writes
 
-_SMALL = 1e-2  # of a tensor's root mean square
+_SMALL = 1e-2  # of a root mean square
+_FEW = 16  # tokens whose logits tell the size of what the head's bias is added to
 
 
 def activation_bytes(problem: Problem, seq_len: int) -> int:
@@ -138,6 +139,7 @@ class Tuner:
         """
         self._adapter, self._dtype, self._keep, self._whole = adapter, dtype, keep, whole
         self._undo = ExitStack()
+        self._adam: Adam | None = None
 
     def __enter__(self) -> Tuner:
         with ExitStack() as undo:
@@ -147,8 +149,6 @@ class Tuner:
                 for block in self._adapter.blocks:
                     undo.enter_context(_again(block.module))
             self._undo = undo.pop_all()
-        values = [*(scaled.scales for scaled in self._scaled.values()), *self._floats.values()]
-        self._adam = Adam(values, [_unit(value) for value in values])
         self._before = {name: value.detach().clone() for name, value in self._floats.items()}
         return self
 
@@ -165,17 +165,42 @@ class Tuner:
                 value.data = left[name]
             self._undo.close()
 
+    @property
+    def tuned(self) -> frozenset[str]:
+        """Names of the weights whose scales are tuned."""
+        return frozenset(self._scaled)
+
     def step(self, ids: Tensor, original: Tensor, wanted: Callable[[Tensor], Tensor], rate: float) -> float:
         """One step on ids [seq_len] -> the mean KL before it.
 
         original [seq_len, n]: what the original's head reads; wanted: what it makes of that.
         """
+        self._adam = self._adam or self._begin(ids)
         adapter = self._adapter
         with torch.enable_grad():
             hidden = adapter.head_input(ids[None], use_cache=False)[0, :-1]
             loss = kl_backward(hidden, original[:-1], self._logits, wanted, adapter.sites.head.shape[0])
         self._adam.step(rate)
         return loss
+
+    @torch.no_grad()
+    def _begin(self, ids: Tensor) -> Adam:
+        """-> steps in units of each value: what biases are added to is measured on ids [seq_len]."""
+        adapter, sizes = self._adapter, dict[str, float]()
+        gains = set(_gains(adapter))
+        with ExitStack() as hooks:
+            for name in self._floats.keys() - gains:
+                module = adapter.model.get_submodule(name.rpartition(".")[0])
+                note = partial(_note_size, sizes, name, len(self._floats[name]))
+                hooks.callback(module.register_forward_hook(note).remove)
+            self._logits(adapter.head_input(ids[None], use_cache=False)[0, -_FEW:])
+        offset = adapter.architecture.gain_offset
+        units = {
+            name: _unit(value + offset if name in gains else value, sizes.get(name, 0.0))
+            for name, value in self._floats.items()
+        }
+        scales = [scaled.scales for scaled in self._scaled.values()]
+        return Adam([*scales, *self._floats.values()], [*map(_unit, scales), *units.values()])
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self._adapter.finish(self._adapter.head(hidden))
@@ -201,10 +226,30 @@ class Tuner:
                 yield name, value
 
 
-def _unit(value: Tensor) -> Tensor:
-    """What a change of a value is relative to: its own size, but at least a share of that of its tensor."""
+def _gains(adapter: Adapter) -> Iterator[str]:
+    """Names of the gains of all norms that the model's row has."""
+    row = adapter.architecture
+    if row.walked:
+        return
+    yield f"{row.norm}.weight"
+    for block in adapter.blocks:
+        for norm in row.at(adapter.model.config, block.index).norms():
+            yield f"{block.name}.{norm.path}.weight"
+
+
+def _note_size(sizes: dict[str, float], name: str, width: int, _: nn.Module, __: Any, out: object) -> None:
+    """A hook: notes the root mean square of what a module computes, if that is [..., width]."""
+    if isinstance(out, Tensor) and out.shape[-1] == width:
+        sizes[name] = float(out.float().square().mean().sqrt())
+
+
+def _unit(value: Tensor, beside: float = 0.0) -> Tensor:
+    """What a change of a value is relative to: its own size, but at least a share of that of its tensor, or of another.
+
+    beside: the root mean square of what a bias is added to. It moves biases of 0, too.
+    """
     size = value.detach().abs()
-    return size.clamp(min=_SMALL * float(size.square().mean().sqrt()))
+    return size.clamp(min=_SMALL * max(float(size.square().mean().sqrt()), beside))
 
 
 @contextmanager
