@@ -62,13 +62,14 @@ Nobody has measured this model: it was quantized without a test text. `paley eva
 
 def model_card(results: Results, plan: Plan, dtype: str) -> str:
     """The text of the folder's README.md; dtype: the one that its config.json names."""
-    recipe = plan.recipe
     slots = (*plan.linears.values(), *plan.attentions.values())
     rounds = any(getattr(slot, side, None) for slot in slots for side in ("input", "keys", "values"))
     residual = plan.rotation.stream if plan.rotation else None
-    rotation = (
-        "none" if recipe.hadamard is None else f"inputs in Hadamard blocks of up to {recipe.hadamard}, at run time"
-    )
+    inputs = [slot.transform.order for slot in plan.linears.values() if slot.transform]
+    heads = [slot.transform.order for slot in plan.attentions.values() if slot.transform and (slot.keys or slot.values)]
+    turned = {"inputs": inputs, "queries and keys": heads}
+    blocks = [f"{what} in Hadamard blocks of up to {max(orders)}" for what, orders in turned.items() if orders]
+    rotation = f"{' and '.join(blocks)}, at run time" if blocks else "none"
     if residual is not None:
         rotation = f"Hadamard of order {residual.order}"
         if residual.out_dim > residual.in_dim:
