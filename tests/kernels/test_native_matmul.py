@@ -15,6 +15,7 @@ from paley.core.schemes import ActivationScheme, LinearScheme, WeightScheme
 from paley.core.transforms import Transform
 from paley.core.trellis import TrellisGrid
 from paley.kernels import available, matmul
+from paley.kernels.integers import integers
 from paley.ops.inputs import round_input
 
 pytestmark = pytest.mark.skipif(not available(), reason="the native library was not built")
@@ -101,7 +102,7 @@ def points_of(q: Quantized, made: matmul.Plan) -> Tensor:
         w = points.gather(-1, q.codes.unflatten(-1, (points.shape[1], -1)).long()).flatten(-2)
     else:
         if isinstance(q.grid, grids.Grid):
-            table, scale, _ = matmul.integers(q.grid, limit)
+            table, scale, _ = integers(q.grid, limit)
             w = table.double()[q.codes.long()].flatten(1)[:, : q.width] * scale
         else:
             w = q.grid.look_up(q.codes, q.width)

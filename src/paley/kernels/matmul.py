@@ -23,11 +23,12 @@ from paley.core.rounding import Quantized
 from paley.core.schemes import ActivationScheme, LinearScheme
 from paley.core.trellis import TrellisGrid
 from paley.kernels import native, rounding
+from paley.kernels.integers import LIMITS, coded, integers
 from paley.kernels.stored import MatrixSource, StoredWeight
 
 __all__ = [
-    "LEVELS", "InputsHow", "Plan", "PreparedMatrix", "best_level", "encode", "fastest", "inputs_how", "integers",
-    "levels", "matmul", "plan", "prepare", "takes",
+    "LEVELS", "InputsHow", "Plan", "PreparedMatrix", "best_level", "encode", "fastest", "inputs_how", "levels",
+    "matmul", "plan", "prepare", "takes",
 ]  # fmt: skip
 
 LEVELS = ("portable", "avx2", "avx512", "", "", "avx2_vnni", "amx", "neon")  # paley_level of csrc/paley.h
@@ -35,7 +36,6 @@ KINDS = (
     "table2", "table3", "table4", "own2", "pairs4", "pairs6", "pairs8", "look8", "look9", "look10", "look12",
     "bytes", "words", *(f"trellis{rate}" for rate in ("1", "1.5", "2", "2.5", "3", "3.5", "4", "5")),
 )  # fmt: skip
-_LIMITS = (127, 4095)  # of integers: 8 bits, fine
 _SEGMENT = 64  # columns of inputs that share a scale, if the scheme does not say
 _TURNED = 256  # likewise, at most, of inputs that a Hadamard transform makes nearly Gaussian: none sticks out
 _LONGEST_FINE = 128
@@ -45,7 +45,6 @@ _LEAST_SEGMENT = 16
 _MOST_BITS = 17.0
 _SHARE = 2**22  # least number of products for a thread
 _PACKED = 2**18  # likewise of weights that are prepared, some 0.5 ms
-_PROBES = 2**14
 _TRELLIS_COLUMNS = 32  # whose codes lie together
 
 
@@ -113,26 +112,6 @@ def best_level() -> str:
     return best
 
 
-@functools.lru_cache(maxsize=128)
-def integers(grid: Grid, limit: int) -> tuple[Tensor, float, float]:
-    """-> points int16 [n, p] within ±limit, their scale, and their error relative to a Gaussian's rms."""
-    points = grid.points.double()
-    whole = points.round()
-    if torch.equal(whole, points) and -limit - 1 <= float(points.min()) and float(points.max()) <= limit:
-        return whole.short(), 1.0, 0.0
-    x = torch.randn(_PROBES, grid.p, generator=torch.Generator().manual_seed(0))
-    unit = 1.0 if grid.unit or grid.p > 1 else grid.gaussian_scale
-    often = grid.nearest(x / unit).long().bincount(minlength=grid.size).double()[:, None]
-    best, reach = (math.inf, 1.0), float(points.abs().max())
-    for tried in range(64):
-        scale = reach / (limit - tried * limit / 256)
-        whole = (points / scale).round()
-        error = float((often * (whole * scale - points).square()).sum())
-        best = min(best, (error, scale))
-    error, scale = best
-    return (points / scale).round().short(), scale, unit * math.sqrt(error / (_PROBES * grid.p))
-
-
 def fastest(made: Plan) -> Plan:
     """The same products by the kind that one token is multiplied fastest with here, though it may be larger.
 
@@ -188,8 +167,8 @@ def _is_fine(grid: AnyGrid, inputs: ActivationScheme | None, beside: float) -> b
     own = math.sqrt(grid.mse)
     error = 1 / 127
     if isinstance(grid, Grid):
-        whole, _, error = integers(grid, _LIMITS[0])
-        if int(whole.min()) < -_LIMITS[0]:
+        whole, _, error = integers(grid, LIMITS[0])
+        if int(whole.min()) < -LIMITS[0]:
             return True
     elif isinstance(grid, TrellisGrid):
         error = 0.0  # its values are integers of 8 bits
@@ -208,7 +187,7 @@ def _kind(grid: AnyGrid, fine: bool, group: int) -> str:
     if fine:
         if grid.p == 2 and look:
             return f"look{look}"
-        whole, scale, _ = integers(grid, _LIMITS[1])
+        whole, scale, _ = integers(grid, LIMITS[1])
         return "bytes" if scale == 1.0 and int(whole.min()) >= -128 and int(whole.max()) <= 127 else "words"
     if grid.p <= 2:
         sizes = {4: "table2", 8: "table3", 16: "table4"} if grid.p == 1 else {16: "pairs4", 64: "pairs6", 256: "pairs8"}
@@ -223,7 +202,7 @@ def _map(scheme: ActivationScheme | None, fine: bool) -> tuple[tuple[int, ...], 
     grid = scheme.grid
     if grid.size > 2**8 or (grid.affine and not fine and grid.size > 2**7):
         return None
-    points, scale, error = integers(grid, _LIMITS[fine])
+    points, scale, error = integers(grid, LIMITS[fine])
     if error > 0.1 * math.sqrt(grid.mse):
         return None
     table = points[:, 0].tolist()
@@ -251,7 +230,7 @@ def prepare(
     if isinstance(q, StoredWeight) and not (isinstance(q.grid, Grid) or made.kind == "own2" or trellis):
         q = q.unpacked()  # values do not follow from single codes
     rows, stored = q.codes.shape[0], isinstance(q, StoredWeight)
-    table, codes, table_scale, scales, own = _coded(q, made)
+    table, codes, table_scale, scales, own = coded(q, made.kind, fine=made.fine)
     zeros = None if q.zeros is None else q.zeros.contiguous()
     kept = [table, codes.contiguous() if stored else codes.int().contiguous(), scales.half().contiguous(), zeros, own]
     outliers, values = q.outliers, (None, None, None)
@@ -285,41 +264,6 @@ def prepare(
     else:
         later.append(fill)
     return PreparedMatrix(made, blob, rows, q.width, values[0])
-
-
-def _coded(q: Quantized | StoredWeight, made: Plan) -> tuple[Tensor, Tensor, float, Tensor, Tensor | None]:
-    """-> table int16 [n, p], codes, packed or not, its scale, scales [out, groups], own points int8 [.., groups, 4]."""
-    limit = _LIMITS[made.fine]
-    empty = torch.zeros(1, 1, dtype=torch.int16)
-    grid, codes = q.grid, q.codes
-    if made.kind.startswith("trellis"):
-        assert isinstance(grid, TrellisGrid)
-        return grid.codebook.lists().short()[:, None], codes, grid.step_size, q.scales, None
-    if isinstance(grid, FreeGrid):
-        points = grid.group_points(q.scales.float())
-        scales = (points.abs().amax(-1) / limit).half().clamp(min=2.0**-24)
-        whole = (points / scales.float()[..., None]).round().clamp(-limit, limit).to(torch.int8)
-        if made.kind == "own2":
-            return empty, codes, 1.0, scales, torch.nn.functional.pad(whole, (0, 4 - grid.size)).contiguous()
-        whole = whole.gather(-1, codes.unflatten(-1, (whole.shape[1], -1)).long()).flatten(1)
-        return *_listed(whole, made), 1.0, scales, None
-    if isinstance(grid, Grid):
-        table, scale, _ = integers(grid, limit)
-        if made.kind not in ("bytes", "words") or isinstance(q, StoredWeight):
-            return table.contiguous(), codes, scale, q.scales, None
-        whole = table.int()[codes.long()].flatten(1)[:, : q.width]
-    else:
-        values = grid.look_up(codes, q.width)
-        exact = isinstance(grid, TrellisGrid)
-        scale = grid.step_size if exact else float(values.abs().max()) / limit or 1.0
-        whole = (values / scale).round().int()
-    return *_listed(whole, made), scale, q.scales, None
-
-
-def _listed(values: Tensor, made: Plan) -> tuple[Tensor, Tensor]:
-    """Integers -> a table of all that a plain kind holds, int16 [n, 1], and where they are in it."""
-    low, high = (-_LIMITS[made.fine], _LIMITS[made.fine]) if made.kind == "words" or not made.fine else (-128, 127)
-    return torch.arange(low, high + 1, dtype=torch.int16)[:, None], values.int() - low
 
 
 def aligned(size: int) -> Tensor:
