@@ -26,7 +26,8 @@ PALEY_INLINE int32_t one_code(const uint8_t* row, int32_t index, int32_t bits) {
 
 // Values of a row of codes [width]: slope * code + start on an even grid, (point - zero) * scale on others.
 template <int B>
-PALEY_INLINE void decode_row(const Side& side, const uint8_t* row, const uint16_t* scales, const uint8_t* zeros, float* to) {
+PALEY_INLINE void decode_row(const Side& side, const uint8_t* row, const uint16_t* scales, const uint8_t* zeros,
+                             float* to) {
   for (int32_t g = 0; g < side.groups; ++g, to += side.group) {
     const float scale = one_from_half(scales[g]), zero = side.affine ? zeros[g] : 0.0f;
     const float slope = side.step * scale, start = (side.first - zero) * scale;
@@ -47,7 +48,9 @@ PALEY_INLINE void decode_row(const Side& side, const uint8_t* row, const uint16_
         for (int i = 0; i < L; ++i) codes_of[i] = static_cast<float>(i % (1 << B));
         values = fused(load(codes_of), all(slope), all(start));
       }
-      for (int32_t i = 0; i < side.group; i += L, codes += L * B / 8) store(to + i, pick_of_16(values, next_codes<B>(codes)));
+      for (int32_t i = 0; i < side.group; i += L, codes += L * B / 8) {
+        store(to + i, pick_of_16(values, next_codes<B>(codes)));
+      }
     } else {
       const F a = all(slope), b = all(start), c = all(scale), d = all(zero);
       for (int32_t i = 0; i < side.group; i += L, codes += L * B / 8) {
@@ -92,7 +95,8 @@ inline void decode(const Side& side, uint8_t* half, int32_t head, int64_t first,
 
 // scores [R, BLOCK_ROWS] of `count` keys, up to the next multiple of 4: += or = q k.
 template <int R>
-PALEY_INLINE void score_rows(const float* q, const float* keys, int64_t stride, int64_t count, bool adds, float* scores) {
+PALEY_INLINE void score_rows(const float* q, const float* keys, int64_t stride, int64_t count, bool adds,
+                             float* scores) {
   for (int64_t j = 0; j < count; j += 4) {
     F found[R][4];
     for (int r = 0; r < R; ++r) {
@@ -118,7 +122,8 @@ PALEY_INLINE void score_rows(const float* q, const float* keys, int64_t stride, 
   }
 }
 
-inline void score(const float* q, int32_t rows, const float* keys, int64_t stride, int64_t count, bool adds, float* scores) {
+inline void score(const float* q, int32_t rows, const float* keys, int64_t stride, int64_t count, bool adds,
+                  float* scores) {
   constexpr int R = L / 4;  // as many as registers hold
   int32_t r = 0;
   for (; r + R <= rows; r += R) score_rows<R>(q + r * stride, keys, stride, count, adds, scores + r * BLOCK_ROWS);
@@ -170,7 +175,8 @@ inline void weigh(const float* weights, int32_t rows, const float* values, int64
 
 // scores [BLOCK_ROWS] of one query -> weights exp(score - most) in place, 0 for those beyond [low, high); most, total
 // and sums follow a greatest score that grows.
-PALEY_INLINE void soften(float* scores, int64_t low, int64_t high, float& most, float& total, float* to, int64_t width) {
+PALEY_INLINE void soften(float* scores, int64_t low, int64_t high, float& most, float& total, float* to,
+                         int64_t width) {
   if (low >= high) {
     std::fill_n(scores, BLOCK_ROWS, 0.0f);
     return;
@@ -236,7 +242,9 @@ void attend(const AttendTask& task) {
     }
     decode(values, page.values.get(), task.head, first, count, tile);
     // Weights before `skipped` are 0: they are left out, which changes no sum.
-    for (int32_t r = 0; skipped && r < task.rows; ++r) std::copy_n(scores + r * BLOCK_ROWS + skipped, count, scores + r * BLOCK_ROWS);
+    for (int32_t r = 0; skipped && r < task.rows; ++r) {
+      std::copy_n(scores + r * BLOCK_ROWS + skipped, count, scores + r * BLOCK_ROWS);
+    }
     weigh(scores, task.rows, tile, values.padded, count, task.sums);
   }
 }

@@ -8,7 +8,8 @@ namespace {
 
 bool valid(const paley::ColumnsTask& task) {
   const paley_table& t = task.table;
-  if (t.n < 1 || t.n > 65536 || t.p < 1 || t.p > 4 || task.rows < 0 || task.columns < 0 || task.threads < 1) return false;
+  if (t.n < 1 || t.n > 65536 || t.p < 1 || t.p > 4) return false;
+  if (task.rows < 0 || task.columns < 0 || task.threads < 1) return false;
   if (t.p > 1 && (!t.members || !t.starts || !t.bias || t.parts < 1 || t.own)) return false;
   return t.p > 1 || t.step > 0 || t.n == 1 || t.edges;
 }

@@ -80,7 +80,8 @@ Engine::Engine(const paley_model& m, int threads_wanted, int32_t level)
   check(m.layers >= 0 && m.vocabulary > 0);
   for (const int32_t width : widths_) check(width > 0);
   for (const paley_wire& w : wires_) {
-    check(w.buffer >= 0 && w.buffer < m.buffers && w.start >= 0 && w.width > 0 && w.start + w.width <= widths_[w.buffer]);
+    check(w.buffer >= 0 && w.buffer < m.buffers && w.start >= 0 && w.width > 0 &&
+          w.start + w.width <= widths_[w.buffer]);
   }
   const auto wire = [&](int32_t index, int64_t width = -1) {
     check(index >= 0 && index < m.wires && (width < 0 || wires_[index].width == width));
@@ -100,7 +101,8 @@ Engine::Engine(const paley_model& m, int threads_wanted, int32_t level)
     const paley_linear& linear = linears_[i];
     check(linear.input >= 0 && linear.input < m.inputs && linear.columns == inputs_[linear.input].width);
     wire(linear.wire, linear.rows);
-    check(linear.weight && linear.stored >= PALEY_FLOAT32 && linear.stored <= PALEY_MATRIX && linear.stored != PALEY_CODES);
+    check(linear.weight && linear.stored >= PALEY_FLOAT32 && linear.stored <= PALEY_MATRIX &&
+          linear.stored != PALEY_CODES);
     check((linear.stored == PALEY_MATRIX) == (inputs_[linear.input].integers != nullptr));
     if (linear.stored != PALEY_MATRIX) continue;
     Matrix& matrix = matrices_[i];
@@ -130,11 +132,15 @@ Engine::Engine(const paley_model& m, int threads_wanted, int32_t level)
   for (const paley_step& step : program_) {
     if (step.kind != PALEY_STEP_INPUT && step.kind != PALEY_STEP_MULTIPLY && step.kind != PALEY_STEP_ATTEND) {
       if (step.kind != PALEY_STEP_EMBED) wire(step.in);
-      if (step.kind <= PALEY_STEP_NORM || (step.kind >= PALEY_STEP_GATE && step.kind <= PALEY_STEP_LAST)) wire(step.out);
+      if (step.kind <= PALEY_STEP_NORM || (step.kind >= PALEY_STEP_GATE && step.kind <= PALEY_STEP_LAST)) {
+        wire(step.out);
+      }
     }
     const int32_t count = step.kind == PALEY_STEP_MULTIPLY ? step.count : 1;
     const int32_t known[] = {m.embeddings, INT32_MAX, m.inputs, m.linears, m.tables, m.attentions};
-    if (step.kind >= 0 && step.kind <= PALEY_STEP_ATTEND) check(step.index >= 0 && step.index + count <= known[step.kind]);
+    if (step.kind >= 0 && step.kind <= PALEY_STEP_ATTEND) {
+      check(step.index >= 0 && step.index + count <= known[step.kind]);
+    }
     if (step.kind == PALEY_STEP_NORM) check(step.vector && step.size > 0 && wires_[step.in].width % step.size == 0);
     if (step.kind == PALEY_STEP_GATE) wire(step.other, wires_[step.in].width);
     if (step.kind == PALEY_STEP_TURN) {

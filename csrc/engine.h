@@ -108,7 +108,8 @@ class Engine {
   void last(const paley_step& step);
   void attend(const paley_step& step);
   void put_row(const Attention& a, const Row& row, const float* k, const float* v, const float* table, Scratch& own);
-  void put_side(const Side& side, const paley_rounding* how, const float* x, uint8_t* half, int64_t place, Scratch& own);
+  void put_side(const Side& side, const paley_rounding* how, const float* x, uint8_t* half, int64_t place,
+                Scratch& own);
   void query_row(const Attention& a, int64_t row, const float* table, Scratch& own);
   void look(const Attention& a, const float* table);
 

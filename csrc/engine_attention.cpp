@@ -170,7 +170,8 @@ void Engine::look(const Attention& a, const float* table) {
   // What all segments of a piece share, in the thread's scratch.
   const auto gather = [&](const Piece& piece, Scratch& own) {
     const int64_t count = piece.tokens * group;
-    own.floats.resize(static_cast<size_t>(count) * (a.keys.padded + base_width + 3) + static_cast<size_t>(count) * wide);
+    own.floats.resize(static_cast<size_t>(count) * (a.keys.padded + base_width + 3) +
+                      static_cast<size_t>(count) * wide);
     own.positions.resize(count);
     own.attention.resize(attend_scratch(a.keys, a.values));
     float* queries = own.floats.data();

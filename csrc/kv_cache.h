@@ -1,7 +1,7 @@
 // The keys and values of one text, packed, in pages of a few tokens: a context grows without being copied.
 //
-// Codes, scales and zeros are those of PackedKV in src/paley/ops/attention.py: for each token and head a row of codes as
-// a dense bit stream, float16 scales and uint8 zeros of its groups. A side that is not quantized is float16.
+// Codes, scales and zeros are those of PackedKV in src/paley/ops/attention.py: for each token and head a row of codes
+// as a dense bit stream, float16 scales and uint8 zeros of its groups. A side that is not quantized is float16.
 #pragma once
 
 #include <stdint.h>

@@ -31,7 +31,8 @@ bool good_how(const paley_inputs_how& how, const paley::InputsLayout& layout) {
   if (!how.map) return true;
   // A segment reads one scale of the inputs' groups.
   const int32_t size = rounding->group_size;
-  if (!rounding->table || rounding->table->n > 256 || rounding->refit || size < 1 || layout.columns % size) return false;
+  if (!rounding->table || rounding->table->n > 256 || rounding->refit) return false;
+  if (size < 1 || layout.columns % size) return false;
   const bool inside = size % layout.segment == 0 && (layout.group % layout.segment == 0 || size % layout.group == 0);
   const int32_t most = layout.per == 2 ? 4095 : 127;
   return inside && *std::max_element(how.map, how.map + 256) <= most &&
@@ -59,7 +60,8 @@ extern "C" int32_t paley_pack_stored_matrix(const paley_matrix_source* source, c
 
 extern "C" int32_t paley_inputs_bytes(const uint8_t* blob, int64_t blob_bytes, int64_t tokens, int64_t* bytes) {
   paley::Matrix matrix;
-  if (tokens < 0 || tokens > (int64_t{1} << 32) || !paley::Matrix::open(blob, blob_bytes, &matrix)) return PALEY_BAD_ARGUMENT;
+  if (tokens < 0 || tokens > (int64_t{1} << 32)) return PALEY_BAD_ARGUMENT;
+  if (!paley::Matrix::open(blob, blob_bytes, &matrix)) return PALEY_BAD_ARGUMENT;
   *bytes = matrix.layout.bytes(tokens);
   return PALEY_OK;
 }
@@ -103,7 +105,8 @@ extern "C" int32_t paley_matmul(const uint8_t* inputs, int64_t inputs_bytes, int
     std::atomic<int64_t> next{0};
     paley::run_workers(threads, [&] {
       for (int64_t row; (row = next.fetch_add(piece)) < matrix.out;) {
-        paley::matmul(matrix, in, static_cast<int32_t>(row), static_cast<int32_t>(std::min<int64_t>(row + piece, matrix.out)), y, matrix.out, level);
+        const auto end = static_cast<int32_t>(std::min<int64_t>(row + piece, matrix.out));
+        paley::matmul(matrix, in, static_cast<int32_t>(row), end, y, matrix.out, level);
       }
     });
   });

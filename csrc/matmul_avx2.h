@@ -5,7 +5,9 @@ PALEY_INLINE __m256i load_bytes(const uint8_t* p) { return _mm256_loadu_si256(re
 PALEY_INLINE __m256i twice(const uint8_t* p) {
   return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-PALEY_INLINE __m256i low_bits(__m256i x, int count) { return _mm256_and_si256(x, _mm256_set1_epi8(static_cast<char>((1 << count) - 1))); }
+PALEY_INLINE __m256i low_bits(__m256i x, int count) {
+  return _mm256_and_si256(x, _mm256_set1_epi8(static_cast<char>((1 << count) - 1)));
+}
 template <int COUNT>
 PALEY_INLINE __m256i right(__m256i x) {
   if constexpr (COUNT == 0) return x;
@@ -106,8 +108,9 @@ PALEY_INLINE __m256i bits_of(__m256i window) {
 }
 template <Kind KIND, bool FINE, int D, int MORE>
 PALEY_INLINE __m256i all_bits_of(__m256i window) {
-  return _mm256_or_si256(_mm256_or_si256(bits_of<KIND, FINE, D, MORE, 0>(window), bits_of<KIND, FINE, D, MORE, 1>(window)),
-                         _mm256_or_si256(bits_of<KIND, FINE, D, MORE, 2>(window), bits_of<KIND, FINE, D, MORE, 3>(window)));
+  return _mm256_or_si256(
+      _mm256_or_si256(bits_of<KIND, FINE, D, MORE, 0>(window), bits_of<KIND, FINE, D, MORE, 1>(window)),
+      _mm256_or_si256(bits_of<KIND, FINE, D, MORE, 2>(window), bits_of<KIND, FINE, D, MORE, 3>(window)));
 }
 template <Kind KIND>
 PALEY_INLINE __m256i of_half(const __m256i* lists, __m256i bits) {
@@ -173,7 +176,8 @@ PALEY_INLINE void decode_at(const CodeTables& tables, const uint8_t* block, __m2
       }
     }
     codes = low_bits(codes, 4);
-    const __m256i a = pick<SIXTEENS>(tables.sixteens[0], codes, tops), b = pick<SIXTEENS>(tables.sixteens[1], codes, tops);
+    const __m256i a = pick<SIXTEENS>(tables.sixteens[0], codes, tops);
+    const __m256i b = pick<SIXTEENS>(tables.sixteens[1], codes, tops);
     w0 = _mm256_unpacklo_epi8(a, b);
     w1 = _mm256_unpackhi_epi8(a, b);
   } else if constexpr (is_look(KIND)) {

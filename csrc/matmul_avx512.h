@@ -109,7 +109,9 @@ PALEY_INLINE __m512i trellis(const CodeTables& tables, const uint8_t* block) {
   using S = Stream<KIND, FINE>;
   constexpr int PLANE = S::plane(D);
   __m512i window = stream_of<KIND, FINE, PLANE>(block);
-  if constexpr (S::in_two(D)) window = _mm512_shldi_epi32(window, stream_of<KIND, FINE, PLANE + 1>(block), S::offset(D));
+  if constexpr (S::in_two(D)) {
+    window = _mm512_shldi_epi32(window, stream_of<KIND, FINE, PLANE + 1>(block), S::offset(D));
+  }
   // Permutations read six bits of an index.
   return tables.value<KIND>(bits_of<KIND, FINE, D, 0>(window), bits_of<KIND, FINE, D, 6>(window));
 }

@@ -2,7 +2,8 @@
 
 // The arguments are constants where this is inlined.
 template <Kind KIND, bool FINE>
-PALEY_INLINE void decode_any(const CodeTables& tables, const uint8_t* block, int step, int v, __m256i& w0, __m256i& w1) {
+PALEY_INLINE void decode_any(const CodeTables& tables, const uint8_t* block, int step, int v, __m256i& w0,
+                             __m256i& w1) {
   switch (2 * step + v) {
     case 0: return decode_at<KIND, FINE, 0, 0>(tables, block, w0, w1);
     case 1: return decode_at<KIND, FINE, 0, 1>(tables, block, w0, w1);

@@ -37,7 +37,8 @@ void matmul(const MatmulTask& task) {
     case PALEY_LOOK10: return product_of_both<PALEY_LOOK10>(task);
     case PALEY_LOOK12: return product_of_both<PALEY_LOOK12>(task);
     case PALEY_WORDS: return product<PALEY_WORDS, true>(task);
-    case PALEY_BYTES: return task.matrix.fine ? product<PALEY_BYTES, true>(task) : product<PALEY_BYTES, false, false>(task);
+    case PALEY_BYTES:
+      return task.matrix.fine ? product<PALEY_BYTES, true>(task) : product<PALEY_BYTES, false, false>(task);
     case PALEY_TRELLIS1: return product<PALEY_TRELLIS1, false, false>(task);
     case PALEY_TRELLIS1_5: return product<PALEY_TRELLIS1_5, false, false>(task);
     case PALEY_TRELLIS2: return product<PALEY_TRELLIS2, false, false>(task);

@@ -92,7 +92,8 @@ __attribute__((noinline)) void outliers_of_one(const MatmulTask& task, const uin
   Floats values[VECTORS];
   for (int v = 0; v < VECTORS; ++v) values[v] = Lanes::load(y + v * Lanes::WIDTH);
   const typename Lanes::Tables tables(PALEY_BYTES, nullptr);
-  group_of_one<PALEY_BYTES, FINE, false>(tables, record, columns, columns, FINE ? 2 : 4, rest.x, rest.steps, rest.sums, values);
+  group_of_one<PALEY_BYTES, FINE, false>(tables, record, columns, columns, FINE ? 2 : 4, rest.x, rest.steps, rest.sums,
+                                         values);
   for (int v = 0; v < VECTORS; ++v) Lanes::store(y + v * Lanes::WIDTH, values[v]);
 }
 
@@ -131,7 +132,8 @@ struct Work {
 
 // Blocks of a group that starts at `group`, from number `from` on.
 template <Kind KIND, bool FINE>
-__attribute__((noinline)) void write_out(Lanes::Tables& tables, bool affine, const uint8_t* group, int64_t from, int64_t blocks, uint8_t* out) {
+__attribute__((noinline)) void write_out(Lanes::Tables& tables, bool affine, const uint8_t* group, int64_t from,
+                                         int64_t blocks, uint8_t* out) {
   if constexpr (KIND == PALEY_OWN2) tables.own(group + 32);
   const uint8_t* block = group + parameter_bytes(KIND, FINE, affine) + from * block_bytes(KIND, FINE);
   for (int64_t b = 0; b < blocks; ++b, block += block_bytes(KIND, FINE), out += BLOCK_BYTES) {
@@ -272,7 +274,8 @@ void many_tokens(const MatmulTask& task, WriteOut write, Lanes::Tables& tables, 
       if (layout.outliers) {
         const int64_t own = blocks_of(layout.outliers, FINE ? 2 : 4);
         const Chunk group{record, 0, 0, own, own, 32 * groups * blocks, layout.segments - 1};
-        group_of_many<FINE, false>(task, write_out<PALEY_BYTES, FINE>, tables, record, panels, group, first, tokens, *work);
+        group_of_many<FINE, false>(task, write_out<PALEY_BYTES, FINE>, tables, record, panels, group, first, tokens,
+                                   *work);
       }
       for (int64_t p = 0; p < panels; ++p) {
         for (int64_t t = 0; t < tokens; ++t) {

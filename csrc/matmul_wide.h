@@ -1,6 +1,6 @@
 // The product of many tokens by a machine that multiplies tiles: Lanes::WIDE tokens by a panel. Included inside a
-// namespace after matmul_tiles.h. All columns of some panels are written out, and two by two tiles at a time run through
-// them; floats are added in the order of matmul_tiles.h.
+// namespace after matmul_tiles.h. All columns of some panels are written out, and two by two tiles at a time run
+// through them; floats are added in the order of matmul_tiles.h.
 
 constexpr int64_t WIDE_BYTES = 768 << 10;  // of weights written out at a time, at most, unless two panels have more
 
@@ -61,8 +61,8 @@ struct WideSums {
 
 // After the products of a segment: the group's sums grow.
 template <bool AFFINE, int M, int N>
-PALEY_INLINE void add_segment(WideSums<M, N>& sums, const Inputs& in, int64_t token, int64_t segment, const uint8_t* group,
-                              int64_t panel_bytes) {
+PALEY_INLINE void add_segment(WideSums<M, N>& sums, const Inputs& in, int64_t token, int64_t segment,
+                              const uint8_t* group, int64_t panel_bytes) {
   const Group<false, AFFINE> groups[2] = {{group}, {group + (N - 1) * panel_bytes}};
   const int64_t segments = in.layout.segments;
   for (int m = 0; m < M; ++m) {

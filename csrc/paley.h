@@ -34,7 +34,8 @@ enum paley_level {
   PALEY_AVX512 = 2,  // AVX-512F; planes: with BW, VBMI, VNNI and VPOPCNTDQ too (Ice Lake, Zen 4 and later)
   PALEY_AVX512_BF16 = 3,  // products of bfloat16 (Cooper Lake, Zen 4 and later); only paley_products has it
   PALEY_AMX_BF16 = 4,   // likewise, in tiles (Sapphire Rapids and later), in another order
-  PALEY_AVX2_VNNI = 5,  // as PALEY_AVX2, with AVX-VNNI (Alder Lake, Zen 5 and later); only paley_matmul has it and these
+  // As PALEY_AVX2, with AVX-VNNI (Alder Lake, Zen 5 and later); only paley_matmul has it and these.
+  PALEY_AVX2_VNNI = 5,
   PALEY_AMX = 6,        // as PALEY_AVX512, with AMX-INT8 (Sapphire Rapids and later)
   PALEY_NEON = 7,       // Arm, with DotProd (Armv8.4, and most of 8.2)
 };
@@ -99,8 +100,8 @@ PALEY_EXPORT int32_t paley_descent(const paley_table* table, int32_t rows, int32
                                    const float* zeros, int64_t scale_row, int64_t scale_column, int32_t level,
                                    int32_t threads, int32_t* codes, float* moves);
 
-// After a descent: pull [rows, width] less moves [rows, columns], most of them 0, times gram [columns, width]. The terms
-// of a sum are taken off one after the other.
+// After a descent: pull [rows, width] less moves [rows, columns], most of them 0, times gram [columns, width]. The
+// terms of a sum are taken off one after the other.
 PALEY_EXPORT int32_t paley_follow(int32_t rows, int32_t columns, int32_t width, const float* moves, const float* gram,
                                   int32_t level, int32_t threads, float* pull);
 
@@ -116,8 +117,8 @@ struct paley_trellis {
 
 // Rounds the first `columns` of x [rows, wide] to the codes of least squared error, of each row from its state on
 // (-1: any). Unless ends [rows] is null, the state after the last of `wide` shares its low bits with it, which needs as
-// many codes as make a state. scales [rows, wide] by strides. `keep` codes at a time are decided, with a look at `ahead`
-// more. With spread [columns, wide], upper triangular, the columns to come then change by the errors, as in
+// many codes as make a state. scales [rows, wide] by strides. `keep` codes at a time are decided, with a look at
+// `ahead` more. With spread [columns, wide], upper triangular, the columns to come then change by the errors, as in
 // paley_feedback; else it is null.
 // -> codes [rows, ceil(columns / p)], states after the last, and errors [rows, columns], null without spread. A row of
 // no multiple of p columns ends with values of 0. Results depend on neither level nor threads.
@@ -138,10 +139,11 @@ PALEY_EXPORT int32_t paley_products(const float* a, int64_t a_row, int64_t a_col
 struct paley_rounding {
   int32_t in_dim, out_dim;  // values of a token before and after zeros are appended
   int32_t order, m;         // of a block H = Sylvester_(order / m) x H_m, which divides out_dim
-  const double* dense;      // H_m, transposed unless `back`: +-1, [m, stride], zeros up to the next multiple of 8; null: no transform
+  // H_m, transposed unless `back`: +-1, [m, stride], zeros up to the next multiple of 8; null: no transform.
+  const double* dense;
   const float* signs;       // [out_dim], or null: multiplied with the values before the transform
   const paley_table* table;  // p = 1; null: nothing is rounded
-  int32_t back;              // nothing is rounded, and the transform is undone: x [tokens, out_dim] -> values [.., in_dim]
+  int32_t back;  // nothing is rounded, and the transform is undone: x [tokens, out_dim] -> values [.., in_dim]
   int32_t group_size;        // values that share a scale
   int32_t affine;            // the scale reaches from the least to the greatest value, and there is a zero point
   int32_t by_rms;            // else: the scale follows the root mean square, not the greatest absolute value
@@ -151,10 +153,10 @@ struct paley_rounding {
   float peak;                // the last code of an affine grid
 };
 
-// x [tokens, in_dim], diagonal [in_dim] or null -> values [tokens, out_dim], or, if that is null, codes [tokens, out_dim]
-// of a table of up to 256 points, with scales and zeros (affine grids only) [tokens, groups]. Sums in a transform are
-// exact, and all else is float32 in the order of the torch code (src/paley/core): results depend on neither level nor
-// threads.
+// x [tokens, in_dim], diagonal [in_dim] or null -> values [tokens, out_dim], or, if that is null, codes
+// [tokens, out_dim] of a table of up to 256 points, with scales and zeros (affine grids only) [tokens, groups]. Sums in
+// a transform are exact, and all else is float32 in the order of the torch code (src/paley/core): results depend on
+// neither level nor threads.
 PALEY_EXPORT int32_t paley_round(const paley_rounding* how, const float* x, int64_t tokens, const float* diagonal,
                                  int32_t level, int32_t threads, float* values, uint8_t* codes, float* scales,
                                  uint8_t* zeros);

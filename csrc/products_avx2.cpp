@@ -19,8 +19,12 @@ struct Vectors {
   using Vector = __m256;
   using Words = __m256;
   static PALEY_INLINE Vector zero() { return _mm256_setzero_ps(); }
-  static PALEY_INLINE Words load(const uint32_t* words) { return _mm256_loadu_ps(reinterpret_cast<const float*>(words)); }
-  static PALEY_INLINE Words all(uint32_t word) { return _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(word))); }
+  static PALEY_INLINE Words load(const uint32_t* words) {
+    return _mm256_loadu_ps(reinterpret_cast<const float*>(words));
+  }
+  static PALEY_INLINE Words all(uint32_t word) {
+    return _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(word)));
+  }
   static PALEY_INLINE Vector add(Vector sum, Words a, Words b) { return _mm256_fmadd_ps(a, b, sum); }
   static PALEY_INLINE void store(float* out, Vector sum) { _mm256_storeu_ps(out, sum); }
 };

@@ -12,7 +12,8 @@ namespace paley {
 
 enum Stored : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
-// y[t][r] for `tokens` tokens and the rows [begin, end) of a plain matrix: += or = factor (sum x[t] weight[r] + bias[r]).
+// y[t][r] for `tokens` tokens and the rows [begin, end) of a plain matrix:
+// += or = factor (sum x[t] weight[r] + bias[r]).
 struct PlainTask {
   int32_t stored;
   const void* weight;  // [out, in]

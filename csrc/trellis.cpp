@@ -27,8 +27,8 @@ extern "C" int32_t paley_trellis_codes(const paley_trellis* trellis, int32_t row
                                        int32_t level, int32_t threads, const int32_t* ends, int32_t* states,
                                        int32_t* codes, float* errors) {
   if (!trellis) return PALEY_BAD_ARGUMENT;
-  const paley::TrellisTask task{*trellis, rows,  columns, wide,    x,      x_row, spread, scales, scale_row, scale_column,
-                                keep,     ahead, threads, ends,    states, codes, errors};
+  const paley::TrellisTask task{*trellis,     rows, columns, wide,    x,    x_row,  spread, scales, scale_row,
+                                scale_column, keep, ahead,   threads, ends, states, codes,  errors};
   if (!valid(task) || level < PALEY_PORTABLE || level > paley_best_level()) return PALEY_BAD_ARGUMENT;
   for (int32_t row = 0; row < rows; ++row) {
     const int32_t end = ends ? ends[row] : 0;

@@ -39,12 +39,14 @@ PALEY_INLINE Words spread_over(const uint16_t* p) {
   } else if constexpr (K == 8) {
     int32_t two;
     std::memcpy(&two, p, sizeof two);
-    const Words lanes = _mm256_set_epi64x(0x0302030203020302, 0x0302030203020302, 0x0100010001000100, 0x0100010001000100);
+    const Words lanes =
+        _mm256_set_epi64x(0x0302030203020302, 0x0302030203020302, 0x0100010001000100, 0x0100010001000100);
     return _mm256_shuffle_epi8(_mm256_set1_epi32(two), lanes);
   } else if constexpr (K == 4) {
     int64_t four;
     std::memcpy(&four, p, sizeof four);
-    const Words lanes = _mm256_set_epi64x(0x0706070607060706, 0x0504050405040504, 0x0302030203020302, 0x0100010001000100);
+    const Words lanes =
+        _mm256_set_epi64x(0x0706070607060706, 0x0504050405040504, 0x0302030203020302, 0x0100010001000100);
     return _mm256_shuffle_epi8(_mm256_set1_epi64x(four), lanes);
   } else {
     const Words wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

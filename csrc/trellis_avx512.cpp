@@ -40,19 +40,22 @@ PALEY_INLINE Words spread_over(const uint16_t* p) {
   } else if constexpr (K == 16) {
     int32_t two;
     std::memcpy(&two, p, sizeof two);
-    const Words lanes = _mm512_set_epi64(0x0302030203020302, 0x0302030203020302, 0x0302030203020302, 0x0302030203020302,
-                                         0x0100010001000100, 0x0100010001000100, 0x0100010001000100, 0x0100010001000100);
+    const Words lanes =
+        _mm512_set_epi64(0x0302030203020302, 0x0302030203020302, 0x0302030203020302, 0x0302030203020302,
+                         0x0100010001000100, 0x0100010001000100, 0x0100010001000100, 0x0100010001000100);
     return _mm512_shuffle_epi8(_mm512_set1_epi32(two), lanes);
   } else if constexpr (K == 8) {
     int64_t four;
     std::memcpy(&four, p, sizeof four);
-    const Words lanes = _mm512_set_epi64(0x0706070607060706, 0x0706070607060706, 0x0504050405040504, 0x0504050405040504,
-                                         0x0302030203020302, 0x0302030203020302, 0x0100010001000100, 0x0100010001000100);
+    const Words lanes =
+        _mm512_set_epi64(0x0706070607060706, 0x0706070607060706, 0x0504050405040504, 0x0504050405040504,
+                         0x0302030203020302, 0x0302030203020302, 0x0100010001000100, 0x0100010001000100);
     return _mm512_shuffle_epi8(_mm512_set1_epi64(four), lanes);
   } else if constexpr (K == 4) {
     const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    const Words lanes = _mm512_set_epi64(0x0F0E0F0E0F0E0F0E, 0x0D0C0D0C0D0C0D0C, 0x0B0A0B0A0B0A0B0A, 0x0908090809080908,
-                                         0x0706070607060706, 0x0504050405040504, 0x0302030203020302, 0x0100010001000100);
+    const Words lanes =
+        _mm512_set_epi64(0x0F0E0F0E0F0E0F0E, 0x0D0C0D0C0D0C0D0C, 0x0B0A0B0A0B0A0B0A, 0x0908090809080908,
+                         0x0706070607060706, 0x0504050405040504, 0x0302030203020302, 0x0100010001000100);
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(eight), lanes);
   } else {
     const __m256i sixteen = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));

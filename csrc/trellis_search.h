@@ -73,7 +73,8 @@ struct Search {
     if (state >= 0) cost[state & (overlaps - 1)] = 0;
     const auto costs = [this](int i) { return cost.data() + size_t{1} * i * overlaps; };
     for (int i = 0; i < count; ++i) step(y.data() + i * P, costs(i), costs(i + 1));
-    int at = last >= 0 ? last : static_cast<int>(std::min_element(costs(count), costs(count) + overlaps) - costs(count));
+    int at = last >= 0 ? last
+                       : static_cast<int>(std::min_element(costs(count), costs(count) + overlaps) - costs(count));
     for (int i = count - 1; i >= 0; --i) {
       // The first states hold bits of that before.
       const int moved = (i + 1) * bits, known = state < 0 || moved >= TRELLIS_STATE_BITS ? 0 : size - (1 << moved);

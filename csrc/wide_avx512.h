@@ -26,8 +26,10 @@ PALEY_INLINE float sum(F a) {
 
 // Quarters, whose sum is that of each of four vectors.
 PALEY_INLINE __m512 quarters(const F* a) {
-  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps((__m512)a[0], (__m512)a[1]), _mm512_unpackhi_ps((__m512)a[0], (__m512)a[1]));
-  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps((__m512)a[2], (__m512)a[3]), _mm512_unpackhi_ps((__m512)a[2], (__m512)a[3]));
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps((__m512)a[0], (__m512)a[1]),
+                                  _mm512_unpackhi_ps((__m512)a[0], (__m512)a[1]));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps((__m512)a[2], (__m512)a[3]),
+                                  _mm512_unpackhi_ps((__m512)a[2], (__m512)a[3]));
   return _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
 }
 // The sums of four vectors of each of R rows, `stride` floats apart; they are added alike for any R.
@@ -67,7 +69,8 @@ PALEY_INLINE uint16_t one_to_half(float x) { return _cvtss_sh(x, _MM_FROUND_TO_N
 template <int B>
 PALEY_INLINE I next_codes(const uint8_t* from) {
   if constexpr (B <= 4) {
-    const __m512i shifts = _mm512_setr_epi32(0, B, 2 * B, 3 * B, 4 * B, 5 * B, 6 * B, 7 * B, 0, B, 2 * B, 3 * B, 4 * B, 5 * B, 6 * B, 7 * B);
+    const __m512i shifts = _mm512_setr_epi32(0, B, 2 * B, 3 * B, 4 * B, 5 * B, 6 * B, 7 * B,
+                                             0, B, 2 * B, 3 * B, 4 * B, 5 * B, 6 * B, 7 * B);
     int32_t a, b;
     std::memcpy(&a, from, sizeof a);
     std::memcpy(&b, from + B, sizeof b);
@@ -93,7 +96,8 @@ PALEY_INLINE F choose(I mask, F yes, F no) { return (F)((mask & (I)yes) | (~mask
 PALEY_INLINE F exponential(F x) {
   const __m512 v = (__m512)x, low = _mm512_set1_ps(-87.3f);
   const __m512 y = _mm512_max_ps(low, v);  // the second one if it is NaN
-  const __m512 whole = _mm512_roundscale_ps(_mm512_mul_ps(y, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 whole = _mm512_roundscale_ps(_mm512_mul_ps(y, _mm512_set1_ps(1.44269504f)),
+                                            _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __mmask16 some = _mm512_cmp_ps_mask(v, low, _CMP_NLT_UQ);
   return (F)_mm512_maskz_scalef_ps(some, (__m512)power_within((F)whole, (F)y), whole);
 }
