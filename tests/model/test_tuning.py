@@ -6,7 +6,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from family_configs import CONFIGS
-
 from paley.core.metrics import kl_divergence
 from paley.core.schemes import ActivationScheme, LinearScheme, WeightScheme
 from paley.core.transforms import Transform
@@ -219,10 +218,14 @@ def test_if_anything_is_raised_all_values_are_as_they_were(where):
             raise ValueError(where)
         return value.half().float()
 
-    with pytest.raises(ValueError, match=where), tuner(adapter, keep) as tuning:
-        step(tuning, adapter)
-        if where == "in the with":
-            raise ValueError(where)
+    def run() -> None:
+        with tuner(adapter, keep) as tuning:
+            step(tuning, adapter)
+            if where == "in the with":
+                raise ValueError(where)
+
+    with pytest.raises(ValueError, match=where):
+        run()
     assert all(torch.equal(tensor, state[key]) for key, tensor in adapter.model.state_dict().items())
     assert [adapter.module(path).product for path in modules] == products
     assert {name: p.requires_grad for name, p in adapter.model.named_parameters()} == wants
