@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from paley.core.errors import PaleyError
+from paley.eval.reference import Reference
 from paley.model import tuning
 from paley.model.loading import open_source
 from paley.pipeline import quantize
@@ -12,6 +13,7 @@ from paley.pipeline.estimate import check_memory, estimate_run
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.resolve import resolve
 from paley.pipeline.texts import gather
+from paley.pipeline.tune import original_head
 from paley.recipe import Recipe, apply_settings, preset
 from tiny_models import save_tiny
 
@@ -127,3 +129,16 @@ def test_a_loss_that_is_not_finite_names_step_and_remedy(model, text, tmp_path, 
     with pytest.raises(PaleyError, match=r"tuning: the KL is nan at step 0, sequence .*; use a smaller tune\.rate"):
         quantize(model, recipe(text, "w2a16", "test=null", TUNED), output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_logits_of_the_original_have_more_than_eight_bits(fast):
+    rng = torch.Generator().manual_seed(0)
+    hidden, head = (torch.randn(n, 64, generator=rng).bfloat16() * 2 for n in (9, 50))
+    bias = torch.randn(50, generator=rng)
+    reference = Reference(hidden.float()[None], head, torch.zeros(1, 8), "text", "0" * 64, bias)
+    exact = hidden.double() @ head.double().T + bias
+    made = original_head(reference, fast=fast)(reference.hidden[0])
+    assert made.dtype == torch.float32
+    assert float(exact.abs().max()) > 64  # where bfloat16 numbers are .5 apart
+    torch.testing.assert_close(made.double(), exact, rtol=0, atol=1e-4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -12,6 +14,7 @@ from paley.core.errors import PaleyError
 from paley.data import TokenBlocks
 from paley.eval.reference import Reference
 from paley.format.dtypes import cast_to_store
+from paley.kernels.products import products
 from paley.methods.tuning import rate_at
 from paley.model.adapter import Adapter
 from paley.model.problem import Problem
@@ -20,7 +23,7 @@ from paley.pipeline.machine import give_back
 from paley.pipeline.monitor import Monitor
 from paley.recipe import Tune
 
-__all__ = ["tune_"]
+__all__ = ["original_head", "tune_"]
 
 
 def tune_(
@@ -41,12 +44,12 @@ def tune_(
     adapter = Adapter(model)
     steps, count = settings.epochs * len(blocks.ids), len(blocks.ids)
     monitor.stage("tuning", steps)
-    dtype = torch.bfloat16 if kernels.multiplies_bfloat16(torch.device(device)) else torch.float32
-    head = reference.head.to(dtype)
-    bias = None if reference.bias is None else reference.bias.to(dtype)
+    fast = kernels.multiplies_bfloat16(torch.device(device))
+    dtype = torch.bfloat16 if fast else torch.float32
+    logits_of = original_head(reference, fast=fast)
 
     def wanted(hidden: Tensor) -> Tensor:
-        return adapter.finish(linear(hidden.to(head), head, bias).float())
+        return adapter.finish(logits_of(hidden))
 
     def keep(name: str, value: Tensor) -> Tensor:
         return cast_to_store(name, value, problem.dtype).to(value.dtype)
@@ -64,3 +67,18 @@ def tune_(
                 )
             monitor.step(f"KL {loss:.4f}")
     give_back()
+
+
+def original_head(reference: Reference, *, fast: bool) -> Callable[[Tensor], Tensor]:
+    """hidden [tokens, n] -> what the original's head makes of it, float32 [tokens, vocab].
+
+    fast: both are rounded to bfloat16 as they are multiplied, on the CPU. Their sums are not: bfloat16 numbers between
+    16 and 32 are 0.125 apart.
+    """
+    head, bias = reference.head.float(), None if reference.bias is None else reference.bias.float()
+
+    def logits_of(hidden: Tensor) -> Tensor:
+        made = products(hidden, head) if fast else linear(hidden, head)
+        return made if bias is None else made + bias
+
+    return logits_of
