@@ -89,6 +89,10 @@ def test_a_dry_run_estimates_and_makes_nothing(made, tmp_path, monkeypatch):
     shown = paley_(*args, "--output", "out").out
     for row in ("quantizing weights", "in all, about", "peak memory, about", f"{found['bytes']:,}"):
         assert row in shown
+    assert re.search(rf"bytes beside it until it is done +{found['states']:,} *\n", shown)
+    tuned = [*args, "--set", "tune={sequences: 2}"]
+    assert json.loads(paley_(*tuned, "--json").out)["states"] == 0
+    assert "beside it" not in paley_(*tuned).out
     assert list(tmp_path.iterdir()) == []
     assert "Missing option '--output'" in paley_(*args[:-1], code=2).err
 

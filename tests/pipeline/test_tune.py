@@ -1,4 +1,5 @@
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from paley.core.errors import PaleyError
 from paley.eval.reference import Reference
 from paley.model import tuning
 from paley.model.loading import open_source
-from paley.pipeline import quantize
+from paley.pipeline import peak, quantize
 from paley.pipeline.estimate import check_memory, estimate_run
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.resolve import resolve
@@ -142,3 +143,15 @@ def test_logits_of_the_original_have_more_than_eight_bits(fast):
     assert made.dtype == torch.float32
     assert float(exact.abs().max()) > 64  # where bfloat16 numbers are .5 apart
     torch.testing.assert_close(made.double(), exact, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["w2a16", "higgs-3"])
+def test_the_estimate_is_that_of_a_model_held_whole_and_without_states(model, text, monkeypatch, name):
+    wanted = recipe(text, name, *NAMES[name], "test=null", TUNED)
+    problem = resolve(open_source(model), wanted)
+    assert problem.source.has_pages
+    monkeypatch.setattr(peak, "COSTS", replace(peak.COSTS, model=1000.0))  # else blocks as large as these count more
+    found = estimate_run(problem, wanted)
+    assert found.memory > 4000 * sum(site.numel for site in problem.sites.weights)
+    assert found.states == 0
+    assert "beside it until it is done" not in str(found)

@@ -211,6 +211,7 @@ def estimate_table(estimate: Estimate, free: int | None) -> Table:
         ("peak memory, about", size(estimate.memory)),
         *([("memory free now", size(free))] if free is not None else []),
         ("bytes on disk", f"{estimate.bytes:,}"),
+        *([("bytes beside it until it is done", f"{estimate.states:,}")] if estimate.states else []),
         ("bytes of the original", f"{estimate.original_bytes:,}"),
     ]
     return table(("", ""), rows)

@@ -39,7 +39,7 @@ def _tuning_memory(problem: Problem, recipe: Recipe, whole: float) -> float:
     if held > ACTIVATIONS:
         held = held // max(1, sites.blocks) + 2 * sites.blocks * row
     logits = COSTS.pieces * FLOAT * max(PIECE, sites.head.shape[0])
-    known = recipe.tune.sequences * row + COSTS.coded * whole
+    known = recipe.tune.sequences * row + FLOAT * sites.head.numel + COSTS.coded * whole
     tuned = COSTS.coded * whole + (0.5 if kernels.multiplies_bfloat16(torch.device("cpu")) else 1.0) * whole
     return known + max(COSTS.loaded * whole, tuned + held + logits)
 
@@ -55,8 +55,13 @@ def cached(problem: Problem, text: Text) -> int:
 
 
 def states(problem: Problem, recipe: Recipe) -> int:
-    """Bytes on disk of the hidden states of a calibration: of two blocks, in the quantized model and the original."""
-    return 0 if problem.is_data_free else 4 * FLOAT * count_tokens(recipe.calibration) * problem.sites.head.shape[1]
+    """Bytes on disk of the hidden states of a calibration: of two blocks, in the quantized model and the original.
+
+    A model that is tuned stays in memory, and they with it.
+    """
+    if problem.is_data_free or recipe.tune is not None:
+        return 0
+    return 4 * FLOAT * count_tokens(recipe.calibration) * problem.sites.head.shape[1]
 
 
 def memory(
@@ -76,14 +81,16 @@ def memory(
         if paged:
             held = COSTS.scored_paged * (outer + block) + 2 * hidden + cached(problem, recipe.test)
         found.append(held + 2 * hidden)
+    unpaged = (COSTS.folded if problem.folded else COSTS.model) * whole
     if problem.is_data_free:
-        found.append(COSTS.tensor * FLOAT * max(site.numel for site in sites.weights))
+        largest = COSTS.tensor * FLOAT * max(site.numel for site in sites.weights)
+        found.append(largest if recipe.tune is None else unpaged)
     else:
         hidden = FLOAT * count_tokens(recipe.calibration) * sites.head.shape[1]
         one = max((FLOAT * math.prod(problem.shape(site)[1:]) ** 2 for site in sites.of("linear")), default=0)
         held = COSTS.outer * outer + COSTS.block * block + COSTS.squares * one
-        if not problem.source.has_pages:
-            held = max(held, (COSTS.folded if problem.folded else COSTS.model) * whole)
+        if not problem.source.has_pages or recipe.tune is not None:
+            held = max(held, unpaged)
         found.append(held + 2 * hidden + 2 * min(KEPT, COSTS.held * hidden))
     if recipe.tune is not None:
         found.append(_tuning_memory(problem, recipe, whole))
