@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from command_line import paley_
 from paley.core.errors import PaleyError
 from paley.eval.reference import Reference
 from paley.model import tuning
@@ -155,3 +156,16 @@ def test_the_estimate_is_that_of_a_model_held_whole_and_without_states(model, te
     assert found.memory > 4000 * sum(site.numel for site in problem.sites.weights)
     assert found.states == 0
     assert "beside it until it is done" not in str(found)
+
+
+def test_weights_kept_of_an_earlier_folder_keep_their_codes_alone(model, text, tmp_path):
+    plain = recipe(text, "w2a16", "test=null")
+    old = quantize(model, plain, output=tmp_path / "old").output
+    shown = paley_("quantize", model, "--from", old, "--set", TUNED, "--output", tmp_path / "new")
+    assert f"kept 15 of 15 weights of {old}, the same codes, as a run from the beginning would" in shown.err
+    assert f"kept from {old}: 15 weights, the same codes" in shown.out
+    files = (load_file(folder / "model.safetensors") for folder in (old, tmp_path / "new"))
+    before, after = ({k: v for k, v in tensors.items() if k.endswith((".codes", ".scales"))} for tensors in files)
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    assert len(moved) == 14
+    assert all(key.endswith(".scales") for key in moved)

@@ -114,7 +114,8 @@ def quantize_verb(
         return
     display.show(display.outcome_table(outcome, cost))
     if (kept := outcome.results.kept) is not None:
-        line(f"kept from {base}: {kept.weights} weights, the same bytes"
+        what = "bytes" if outcome.plan.recipe.tune is None else "codes"
+        line(f"kept from {base}: {kept.weights} weights, the same {what}"
              + (f", {kept.fitted} of them fitted to layers as they were there" if kept.fitted else ""))  # fmt: skip
     line(display.scored_on(outcome.results.evaluation))
     # With nothing quantized it is an ordinary model, which `inspect` refuses.

@@ -36,13 +36,14 @@ _WAY_OUT = ("leave ", Setting("base"), " out to quantize all of it")
 @dataclass(frozen=True)
 class Kept:
     """The weights that are taken over, by name. fitted: those of them that are not exact. beside: of the inputs of kept
-    weights, the diagonals, by the name of their tensor.
+    weights, the diagonals, by the name of their tensor. tuned: their scales are tuned afterwards, only codes stay.
     """
 
     base: Base
     names: frozenset[str] = frozenset()
     fitted: frozenset[str] = frozenset()
     beside: frozenset[str] = frozenset()
+    tuned: bool = False
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The weight as it is stored, and as a file of a step has it."""
@@ -64,8 +65,8 @@ class Kept:
         return {name: self.base.stored[name] for name in names if name in self.beside}
 
     def __str__(self) -> str:
-        count = self.base.count
-        text = f"kept {len(self.names)} of {count} weights of {self.base.folder}, the same bytes"
+        count, what = self.base.count, "codes" if self.tuned else "bytes"
+        text = f"kept {len(self.names)} of {count} weights of {self.base.folder}, the same {what}"
         if not self.fitted:
             return f"{text}, as a run from the beginning would make them"
         return (
@@ -158,8 +159,8 @@ class Base:
     def _nothing(self, why: str) -> PaleyError:
         return PaleyError(f"{self.folder}: none of its {self.count} weights can be kept: {why}", remedy=_WAY_OUT)
 
-    def kept(self, problem: Problem, texts: Mapping[str, str], *, exact: bool) -> Kept:
-        """What of a decided problem is taken over; texts: sha256 of each by role; exact: nothing else.
+    def kept(self, problem: Problem, texts: Mapping[str, str], *, exact: bool, tuned: bool = False) -> Kept:
+        """What of a decided problem is taken over; texts: sha256 of each by role; exact: nothing else; tuned: as there.
 
         Raises PaleyError if that is nothing.
         """
@@ -169,7 +170,7 @@ class Base:
             raise self._nothing("they are calibrated behind a layer or a text that changed")
         names = sure if exact else same
         beside = frozenset(name + spec.DIAGONAL for name in names if self.section.linears[name].diagonal)
-        return Kept(self, frozenset(names), frozenset(names - sure), beside)
+        return Kept(self, frozenset(names), frozenset(names - sure), beside, tuned)
 
     def _unlike(self, site: Site, problem: Problem, texts: Mapping[str, str] | None) -> str | None:
         """Why a weight's codes cannot be those of this folder; None if they can."""

@@ -220,7 +220,7 @@ def _make(
     original = _original(source, texts.test, run, monitor, device, paged=paged) if texts.test is not None else None
     plan = plan or _plan(problem, recipe, texts, sensitivity, run, monitor, device)
     problem = problem.with_schemes(Schemes(plan.linears, plan.attentions))
-    kept = None if base is None else base.kept(problem, texts.hashes, exact=exact)
+    kept = None if base is None else base.kept(problem, texts.hashes, exact=exact, tuned=recipe.tune is not None)
     if kept is not None:
         monitor.note(str(kept))
     if problem.is_data_free and recipe.tune is None:
