@@ -63,7 +63,8 @@ class EvalResult:
 
 @dataclass(frozen=True)
 class LayerResult:
-    """rel_error: ‖W − Ŵ‖² / ‖W‖² of a linear's rotated weight; None if the run did not measure it.
+    """rel_error: ‖W − Ŵ‖² / ‖W‖² of a linear's rotated weight; None if its scales were tuned after rounding, when the
+    rotated weight is no longer there to compare with.
 
     experts: the same of each matrix of a stack of experts.
     """

@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import paley
 from command_line import paley_
 from paley.core.errors import PaleyError
 from paley.eval.reference import Reference
@@ -17,6 +18,7 @@ from paley.pipeline.resolve import resolve
 from paley.pipeline.texts import gather
 from paley.pipeline.tune import original_head
 from paley.recipe import Recipe, apply_settings, preset
+from paley.report import gather as report_of
 from tiny_models import save_tiny
 
 TUNED = "tune={sequences: 64, rate: 0.004}"
@@ -169,3 +171,18 @@ def test_weights_kept_of_an_earlier_folder_keep_their_codes_alone(model, text, t
     moved = {key for key in before if not torch.equal(before[key], after[key])}
     assert len(moved) == 14
     assert all(key.endswith(".scales") for key in moved)
+
+
+def test_errors_from_before_the_tuning_are_not_told(model, text, tmp_path):
+    made = quantize(model, recipe(text, "w2a16e8h8", "test=null", "hadamard=16", TUNED), output=tmp_path / "out")
+    layers = made.results.layers
+    tuned = [name for name in layers if name != "model.embed_tokens"]
+    assert [name for name, layer in layers.items() if layer.rel_error is None] == tuned
+    assert layers["model.embed_tokens"].rel_error > 0  # whose scales stay
+    assert paley.inspect(made.output).tuned == tuned
+    shown = paley_("inspect", made.output).out
+    assert f"tuned: {len(tuned)} layers, whose scales moved after rounding and have no rel_error since" in shown
+    assert sum(" tuned " in line for line in shown.splitlines()) == len(tuned)
+    figure = next(figure for figure in report_of(made.output).figures if figure.id == "error")
+    assert [row[0] for row in figure.rows] == ["model.embed_tokens"]
+    assert f"{len(tuned)} layers are left out, whose scales were tuned" in figure.words

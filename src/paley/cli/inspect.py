@@ -47,8 +47,12 @@ def _show(inspection: Inspection) -> None:
     from paley.cli.display import clip, scheme, show, table
 
     header = ("linear layer", "weight", "input", "clip", "rel_error", "bytes")
-    show(table(header, [_linear_row(name, linear) for name, linear in inspection.linears.items()], left=3))
+    tuned = set(inspection.tuned)
+    rows = [_linear_row(name, linear, tuned=name in tuned) for name, linear in inspection.linears.items()]
+    show(table(header, rows, left=3))
     line(_REL_ERROR)
+    if tuned:
+        line(f"tuned: {len(tuned)} layers, whose scales moved after rounding and have no rel_error since")
     for text in _not_gaussian(inspection):
         line(text)
     caches = [
@@ -68,11 +72,12 @@ def _show(inspection: Inspection) -> None:
         line(f"results.json {made}: measured errors and scores are not known")
 
 
-def _linear_row(name: str, linear: InspectedLinear) -> Row:
+def _linear_row(name: str, linear: InspectedLinear, *, tuned: bool) -> Row:
     from paley.cli.display import clip, scheme
 
     slot, error = linear.scheme, linear.rel_error
-    numbers = (clip(slot.input), "" if error is None else f"{error:.4f}", f"{linear.bytes:,}")
+    shown = "tuned" if tuned else "" if error is None else f"{error:.4f}"
+    numbers = (clip(slot.input), shown, f"{linear.bytes:,}")
     return (name, scheme(slot.weight, slot.outliers), scheme(slot.input), *numbers)
 
 

@@ -24,9 +24,9 @@ _OFF, _BY_CHANCE = 0.03, 3  # beyond that part, and so many standard errors, an 
 class InspectedLinear:
     """A linear layer; bytes are those of its weight: codes, scales, zeros.
 
-    rel_error was measured as it was quantized, None if that is not known. gaussian_error: what Gaussian weights would
-    have, and gaussian_spread: one standard error of it by chance, as a part of it; None if the grid is not for them, or
-    GPTQ chose the codes.
+    rel_error was measured as it was quantized, None if that is not known, or if its scales were tuned since.
+    gaussian_error: what Gaussian weights would have, and gaussian_spread: one standard error of it by chance, as a part
+    of it; None if the grid is not for them, or GPTQ chose the codes.
     """
 
     scheme: LinearScheme
@@ -58,6 +58,12 @@ class Inspection:
     untouched_bytes: dict[str, int]
     bytes: int
     results: Results | None
+
+    @property
+    def tuned(self) -> list[str]:
+        """The layers whose scales were tuned after rounding, which nobody measured the error of since."""
+        layers = {} if self.results is None else self.results.layers
+        return [name for name, layer in layers.items() if layer.rel_error is None]
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -221,6 +221,7 @@ def _make(
     plan = plan or _plan(problem, recipe, texts, sensitivity, run, monitor, device)
     problem = problem.with_schemes(Schemes(plan.linears, plan.attentions))
     kept = None if base is None else base.kept(problem, texts.hashes, exact=exact, tuned=recipe.tune is not None)
+    tuned = frozenset[str]()
     if kept is not None:
         monitor.note(str(kept))
     if problem.is_data_free and recipe.tune is None:
@@ -235,7 +236,7 @@ def _make(
         reports, blocks, expected = made.reports, run.block_files(), made.logits
         if recipe.tune is not None:
             assert texts.tuning is not None
-            tune_(problem, made.model, texts.tuning, recipe.tune, monitor, device)
+            tuned = tune_(problem, made.model, texts.tuning, recipe.tune, monitor, device)
             blocks, expected = None, sample_logits(made.model)
         monitor.stage("saving and reading back", 1)
         save_checkpoint(run.fresh_checkpoint(), made.model, problem, blocks)
@@ -275,7 +276,7 @@ def _make(
         original_bytes=source.checkpoint.nbytes,
         untouched=untouched(checkpoint, problem),
         evaluation=measured and replace(measured, source=relative_source(measured.source, run.output)),
-        layers={r.name: LayerResult(r.rel_error, r.experts or None) for r in reports},
+        layers={r.name: LayerResult(None if r.name in tuned else r.rel_error, r.experts or None) for r in reports},
         texts=texts.hashes,
         kept=None if kept is None else KeptResult(kept.base.digest, len(kept.names), len(kept.fitted)),
     )

@@ -28,10 +28,10 @@ __all__ = ["original_head", "tune_"]
 
 def tune_(
     problem: Problem, model: PreTrainedModel, blocks: TokenBlocks, settings: Tune, monitor: Monitor, device: str
-) -> None:
+) -> frozenset[str]:
     """Tunes the model's scales, gains and biases in place, one sequence a step; they end as they are stored.
 
-    model: in float32, as it is after quantizing or loading.
+    model: in float32, as it is after quantizing or loading. -> the names of the weights whose scales were tuned.
     """
     if stacks := sum(bool(site.experts) for site in problem.sites.of("linear")):
         monitor.note(
@@ -67,6 +67,7 @@ def tune_(
                 )
             monitor.step(f"KL {loss:.4f}")
     give_back()
+    return tuner.tuned
 
 
 def original_head(reference: Reference, *, fast: bool) -> Callable[[Tensor], Tensor]:

@@ -117,8 +117,12 @@ def errors(inspection: Inspection) -> Figure:
         if linear.rel_error is not None
     ]
     title = "Measured error of weights, and the grid's own"
+    tuned = len(inspection.tuned)
     if not table:
-        return Figure("error", title, "", missing="results.json is not in this folder; `paley quantize` writes it")
+        missing = "results.json is not in this folder; `paley quantize` writes it"
+        if tuned:
+            missing = f"the scales of all {tuned} layers were tuned after rounding, and no error was measured since"
+        return Figure("error", title, "", missing=missing)
     series = {
         kind: [
             (float(layer), error, f"{name}: {error:.4g}")
@@ -139,6 +143,7 @@ def errors(inspection: Inspection) -> Figure:
         + (f"{off} layers are off their grid's error for Gaussian weights beyond chance." if "grid's own" in series else
            "GPTQ chose the codes, or the grid is not for Gaussian weights: it has no error of its own to compare with.")
     )  # fmt: skip
+    words += f" {tuned} layers are left out, whose scales were tuned after rounding." if tuned else ""
     rows = tuple((n, f"{e:.5g}", "" if g is None else f"{g:.5g}") for n, e, g in table)
     svg = dots(series, title, x_name="layer", y_name="relative squared error", log=True)
     return Figure("error", title, words, ("tensor", "measured", "grid's own"), rows, svg)
