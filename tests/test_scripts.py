@@ -1,4 +1,7 @@
-"""The scripts in bench/, studies/ and tools/: each answers --help, and the models' script joins and repairs."""
+"""The scripts in bench/, studies/ and tools/: each answers --help, and the models' script joins and repairs.
+
+And what no tool checks of the sources: the width of C++ lines, and the length of files.
+"""
 
 import hashlib
 import importlib
@@ -81,3 +84,16 @@ def test_outer_writes_a_row_for_each_number_of_bits(tied, tmp_path, tiny_tokeniz
     assert set(four["rel_error"]) == {"model.embed_tokens"} | (set() if tied else {"lm_head"})
     assert stored["bytes"] > eight["bytes"] > four["bytes"]
     assert stored["kl"] < eight["kl"] < four["kl"]
+
+
+def test_lines_of_csrc_are_at_most_120_columns_wide():
+    files = [file for kind in ("*.h", "*.cpp") for file in sorted((ROOT / "csrc").glob(kind))]
+    assert files
+    places = [(file.name, n, line) for file in files for n, line in enumerate(file.read_text().splitlines(), 1)]
+    assert [f"{name}:{n}" for name, n, line in places if len(line) > 120] == []
+
+
+def test_files_of_src_are_at_most_400_lines_long():
+    lengths = {str(file.relative_to(ROOT)): len(file.read_text().splitlines()) for file in ROOT.glob("src/**/*.py")}
+    assert lengths
+    assert {name: length for name, length in lengths.items() if length > 400} == {}
