@@ -11,39 +11,41 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from paley.arch import Site
 from paley.core.errors import PaleyError
-from paley.core.metrics import rel_error
+from paley.core.metrics import rel_error, rel_error_of
 from paley.core.rounding import Quantized, check_range, joined
-from paley.core.schemes import AttentionScheme, LinearScheme, Schemes
+from paley.core.schemes import LinearScheme, Schemes
 from paley.format.spec import DIAGONAL, check_outliers
 from paley.methods.diagonal import balance, strength_for
 from paley.methods.gptq import quantize_gptq
 from paley.methods.nearest import quantize_nearest, quantize_turned
 from paley.methods.statistics import InputStatistics
-from paley.model.adapter import Adapter, Block
-from paley.model.attention import attach_schemes
+from paley.model.adapter import Block
 from paley.model.capture import BlockRunner, capture_inputs
 from paley.model.coded import Coded
 from paley.model.compared import ComparedBlock
 from paley.model.embedding import QuantEmbedding
-from paley.model.experts import QuantExperts, register_experts, use_experts_
+from paley.model.experts import QuantExperts
 from paley.model.gathered import GatheredBlock
 from paley.model.key_statistics import KeySettler
 from paley.model.linear import QuantLinear
-from paley.model.reading import share_inputs_, tie_head_
-from paley.model.stacks import Stack, Turned, put_
+from paley.model.reading import tie_head_
+from paley.model.stacks import put_
+from paley.model.wrapping import set_input_
 from paley.ops.matmul import CALIBRATION
 
-__all__ = ["LayerReport", "ModelQuantizer", "set_attention_", "set_input_", "wrap_", "wrap_block_", "wrap_outer_"]
+__all__ = ["LayerReport", "ModelQuantizer"]
 
 OnLayer = Callable[["LayerReport"], None]
 Place = Callable[[str, Tensor], Tensor]
 _NOTHING: Mapping[str, Tensor] = {}
+_VALUES = 2**22  # of a weight that are decoded at a time
 
 
 @dataclass(frozen=True)
@@ -58,59 +60,6 @@ class LayerReport:
     rel_error: float
     quantized: Quantized | None
     experts: tuple[float, ...] = ()
-
-
-def wrap_(adapter: Adapter, schemes: Schemes) -> None:
-    """Puts a QuantLinear with its run-time transform in place of every linear; nothing is rounded yet."""
-    wrap_outer_(adapter, schemes)
-    for block in adapter.blocks:
-        wrap_block_(adapter, block, schemes)
-
-
-def wrap_outer_(adapter: Adapter, schemes: Schemes) -> None:
-    """What `wrap_` does outside of the blocks: to the head, and to what calls attention."""
-    attach_schemes(adapter.model, schemes.attentions)
-    for block in adapter.blocks:
-        set_attention_(adapter, block, None)
-    register_experts()
-    head = adapter.sites.head
-    if head.stored_as == head.name and schemes.linears[head.name].transform is not None:
-        _wrap_linear_(adapter, head, schemes)
-
-
-def wrap_block_(adapter: Adapter, block: Block, schemes: Schemes) -> None:
-    """What `wrap_` does to one block."""
-    for site in block.linears():
-        _wrap_linear_(adapter, site, schemes)
-    share_inputs_(adapter, block.index)
-
-
-def _wrap_linear_(adapter: Adapter, site: Site, schemes: Schemes) -> None:
-    linear, scheme = adapter.module(site.module), schemes.linears[site.name]
-    if scheme == LinearScheme() and not isinstance(linear, nn.Linear):
-        return  # as it is loaded again
-    bare = LinearScheme(transform=scheme.transform, diagonal=scheme.diagonal)
-    if isinstance(linear, Stack):
-        put_(adapter.model, site.module, QuantExperts.from_stack(linear, bare, None, name=site.name))
-        use_experts_(adapter.model)
-    elif isinstance(linear, nn.Linear | Turned):
-        put_(adapter.model, site.module, QuantLinear.from_linear(linear, bare, None, name=site.name))
-    else:
-        raise PaleyError(f"{site.name}: is a {type(linear).__name__}, expected a linear layer")
-
-
-def set_input_(linear: nn.Module, scheme: LinearScheme | None) -> None:
-    """Makes a linear round its input as `scheme` says, or not at all; its weight and transform stay."""
-    if scheme == LinearScheme() and not isinstance(linear, QuantLinear | QuantExperts):
-        return
-    assert isinstance(linear, QuantLinear | QuantExperts)
-    linear.set_input_(None if scheme is None else scheme.input)
-
-
-def set_attention_(adapter: Adapter, block: Block, scheme: AttentionScheme | None) -> None:
-    """Of all that a block has."""
-    for path in block.attentions:
-        adapter.module(path).kv_scheme = scheme
 
 
 class ModelQuantizer:
@@ -345,9 +294,9 @@ class ModelQuantizer:
         assert isinstance(linear, Coded)
         assert scheme.weight is not None
         weight = linear.dequantize()
-        check_range(weight, scheme.weight.grid, site.name)
         if not scheme.calibrated:
-            return quantize_nearest(weight, scheme.weight, where=site.name)
+            return quantize_turned(weight, scheme.weight, None, site.name)[0]
+        check_range(weight, scheme.weight.grid, site.name)
         if statistics is None:
             raise PaleyError(
                 f"{site.name}: its scheme needs calibration text, and none of the recipe's own does; set the recipe's "
@@ -391,11 +340,18 @@ class ModelQuantizer:
             put_(self.adapter.model, site.module, made)
             made.prepare_("packed")
             errors = tuple(rel_error(linear.matrix(e), made.matrix(e)) for e in range(made.experts))
-            return LayerReport(site.name, rel_error(linear.dequantize(), made.dequantize()), q, errors)
+            return LayerReport(site.name, _error(linear, made), q, errors)
         assert isinstance(linear, QuantLinear)
         made = QuantLinear.from_linear(linear, self.linears[site.name], q, name=site.name)
         made.shared_input = linear.shared_input
         made.prepare_(CALIBRATION if site.kind == "linear" and self.original is not None else "packed")
         self.adapter.model.set_submodule(site.module, made)
         linear.retire_()
-        return LayerReport(site.name, rel_error(linear.dequantize(), made.dequantize()), q)
+        return LayerReport(site.name, _error(linear, made), q)
+
+
+def _error(linear: Any, made: Any) -> float:
+    """||W - Ŵ||² / ||W||² of two weights [rows, width], some rows at a time."""
+    few = max(1, _VALUES // made.width)
+    parts = (slice(start, start + few) for start in range(0, made.rows, few))
+    return rel_error_of((linear.dequantize(rows=part), made.dequantize(rows=part)) for part in parts)
