@@ -201,29 +201,37 @@ class ModelQuantizer:
 
     def _balance(self, block: Block, known: Mapping[str, Tensor]) -> None:
         """Gives the linears of each input the diagonal that balances what weights and inputs lose."""
-        for site in block.inputs():
-            linears = {name: self.adapter.module(name) for name in site.readers if self.linears[name].diagonal}
-            if not linears:
-                continue
-            if (diagonal := next((known[n + DIAGONAL] for n in linears if n + DIAGONAL in known), None)) is None:
-                strength = strength_for(self.linears[name] for name in linears)
-                diagonal = self._diagonal(block, list(linears.values()), strength)
-            for linear in linears.values():
+        groups = [[name for name in site.readers if self.linears[name].diagonal] for site in block.inputs()]
+        groups = [names for names in groups if names]
+        settled = [next((known[n + DIAGONAL] for n in names if n + DIAGONAL in known), None) for names in groups]
+        missing = [names for names, diagonal in zip(groups, settled, strict=True) if diagonal is None]
+        energies = self._energies(block, [names[0] for names in missing]) if missing else {}
+        for names, diagonal in zip(groups, settled, strict=True):
+            linears = [self.adapter.module(name) for name in names]
+            if diagonal is None:
+                weight = torch.cat([linear.plain_weight() for linear in linears])
+                strength = strength_for(self.linears[name] for name in names)
+                diagonal = balance(energies[names[0]].sqrt(), weight, strength)
+            for linear in linears:
                 linear.scale_columns_(diagonal)
 
-    def _diagonal(self, block: Block, linears: list[QuantLinear], strength: float) -> Tensor:
-        """-> float16 [in]: what `balance` makes of the size of each channel of the input, and of each column."""
+    def _energies(self, block: Block, names: Sequence[str]) -> dict[str, Tensor]:
+        """-> of linears in order of computation, sums of squares of each channel read [in], float64."""
+        linears = {name: self.adapter.module(name) for name in names}
         if self.original is None:
-            raise PaleyError(f"{linears[0].name}: a diagonal needs calibration text; set diagonal=false")
-        energy = torch.zeros(linears[0].plain_width, dtype=torch.float64, device=self.original.device)
+            raise PaleyError(f"{names[0]}: a diagonal needs calibration text; set diagonal=false")
+        found = {
+            name: torch.zeros(linear.plain_width, dtype=torch.float64, device=self.original.device)
+            for name, linear in linears.items()
+        }
 
-        def add(_: str, x: Tensor) -> None:
-            energy.add_(x.double().square().sum(0))
+        def add(name: str, x: Tensor) -> None:
+            found[name].add_(x.square().sum(0, dtype=torch.float64))
 
-        with capture_inputs({"input": linears[0]}, add):
+        with capture_inputs(linears, add):
             for hidden in self.original[: 4 * self.runner.batch].split(self.runner.batch):
-                self.runner.until(linears[0], block.module, block.index, hidden)
-        return balance(energy.sqrt(), torch.cat([linear.plain_weight() for linear in linears]), strength)
+                self.runner.until(linears[names[-1]], block.module, block.index, hidden)
+        return found
 
     def _quantize_embedding(self, site: Site, q: Quantized | None) -> LayerReport:
         """Rows are rounded to nearest: what looks them up has no inputs to calibrate on."""
