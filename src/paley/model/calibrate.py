@@ -46,6 +46,7 @@ OnLayer = Callable[["LayerReport"], None]
 Place = Callable[[str, Tensor], Tensor]
 _NOTHING: Mapping[str, Tensor] = {}
 _VALUES = 2**22  # of a weight that are decoded at a time
+_ENERGY_TOKENS = 2048  # that the size of a channel is measured on, for its diagonal
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,8 @@ class ModelQuantizer:
             found[name].add_(x.square().sum(0, dtype=torch.float64))
 
         with capture_inputs(linears, add):
-            for hidden in self.original[: 4 * self.runner.batch].split(self.runner.batch):
+            enough = -(-_ENERGY_TOKENS // self.original.shape[1])
+            for hidden in self.original[:enough].split(self.runner.batch):
                 self.runner.until(linears[names[-1]], block.module, block.index, hidden)
         return found
 
