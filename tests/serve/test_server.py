@@ -170,6 +170,24 @@ def test_jobs_that_enter_are_counted(tiny_tokenizer, monkeypatch):
         scheduler.stop()
 
 
+def test_a_job_cancelled_before_its_first_read_takes_no_place_and_no_part_in_the_seconds(tiny_tokenizer):
+    """Its context is empty, and would push out the text that somebody may go on from."""
+    model, decoder = scripted_model(tiny_tokenizer, "yes")
+    scheduler = Scheduler(model, slots=1, waiting=1)  # not started: its rounds are called here
+    kept = decoder.start()
+    kept.ids = [5, 6, 7]
+    scheduler._pool.put(kept, [5, 6, 7])
+    job = Job([9, 9], Sampling(), 5, lambda event: None, submitted=time.monotonic() - 1000)
+    scheduler.submit([job])
+    scheduler._admit()
+    assert scheduler.load == (1, 0)
+    scheduler.cancel([job])
+    scheduler._admit()
+    assert scheduler.load == (0, 0)
+    assert decoder.open == [kept]
+    assert scheduler._seconds == 1.0
+
+
 def test_a_bug_is_a_counted_logged_500_in_openais_form(serve, monkeypatch, caplog):
     def fail(*_: object) -> None:
         raise OverflowError("secret")

@@ -202,7 +202,10 @@ class ContextPool:
         return self._decoder.start()
 
     def put(self, context: Context, ids: list[int]) -> None:
-        """Keeps a context that has read `ids`."""
+        """Keeps a context that has read `ids`, if these are any."""
+        if not ids:
+            context.close()
+            return
         self._kept.append((context, ids))
         while len(self._kept) > self._most:
             self._kept.pop(0)[0].close()
