@@ -18,13 +18,15 @@ import pytest
 
 from paley.core.errors import PaleyError
 from paley.pipeline.continuation import Chance, Drawn
+from paley.pipeline.conversation import chat_ids
 from paley.pipeline.detokenizing import Detokenizer
 from paley.pipeline.sampling import Sampling
 from paley.serve import Limits, create_app
+from paley.serve.protocol import ChatMessage
 from paley.serve.run import listen, run
 from paley.serve.scheduler import Busy, Job, Scheduler
 from paley.serve.shapes import Choice, CompletionShape
-from scripted_decoder import scripted_model
+from scripted_decoder import chatting, scripted_model
 
 CHAT = "/v1/chat/completions"
 
@@ -240,6 +242,14 @@ def test_of_tokens_with_the_same_text_the_likelier_is_told():
     drawn = Drawn(7, "a", 0, -0.1, (Chance(7, -0.1, "a"), Chance(8, -2.5, "b"), Chance(9, -3.0, "a")))
     made = CompletionShape("m", 3).whole([Choice("a", [drawn], "stop")], {})["choices"][0]
     assert made["logprobs"]["top_logprobs"] == [{"a": -0.1, "b": -2.5}]
+
+
+def test_templates_read_the_name_of_a_message(tiny_tokenizer):
+    tokenizer = chatting(tiny_tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['name'] or m.role }}:{{ m.content }}|{% endfor %}"
+    messages = [ChatMessage(role="user", content="hi", name="Ann"), ChatMessage(role="user", content="ho")]
+    ids = chat_ids(tokenizer, [message.plain() for message in messages])
+    assert tokenizer.decode(ids) == "Ann:hi|user:ho|"
 
 
 def test_a_completion_keeps_its_first_space_and_a_chat_does_not(serve, monkeypatch):
