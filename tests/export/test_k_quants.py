@@ -109,6 +109,25 @@ def test_a_tokenizer_that_gguf_cannot_say_is_refused_before_any_work(tmp_path, m
         paley.export_to(out, "gguf", output=tmp_path / "gguf", kind="Q8_0")
 
 
+@pytest.mark.parametrize(
+    ("family", "sizes", "complaint"),
+    [
+        ("qwen3_moe", {}, r"experts.*: stacks of experts are written to GGUF from their codes alone"),
+        ("llama", {"intermediate_size": 72}, r"down_proj: no type of GGUF that Q4_K stands for has rows of 72 values"),
+    ],
+)
+def test_weights_that_no_type_holds_are_refused_before_any_work(family, sizes, complaint, tmp_path, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("decoded before it was refused")
+
+    monkeypatch.setattr("paley.export.gguf.decoded", never)
+    model = save(tmp_path / "model", byte_tokenizer(), family, **sizes)
+    keep = ('overrides=[{pattern: "*.down_proj", keep: true}]',) if sizes else ()
+    with pytest.raises(PaleyError, match=complaint):
+        paley.export_to(quantized(model, tmp_path / "out", *keep), "gguf", output=tmp_path / "gguf", kind="Q4_K")
+    assert not (tmp_path / "gguf").exists()
+
+
 def export_gguf_of(folder, kind):
     model = save(folder / "model", byte_tokenizer(), "llama")
     return paley.export_to(quantized(model, folder / "out"), "gguf", output=folder / "gguf", kind=kind)

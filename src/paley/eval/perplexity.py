@@ -40,8 +40,9 @@ def evaluate(
 ) -> EvalResult:
     """Position t predicts token t + 1 of each block; blocks must have role test.
 
-    With quantized keys or values, `chunk` tokens at a time pass through a fresh PackedKVCache per batch; else
-    there is one forward per batch. progress is called with (sequences done, all sequences). turns: as of Reference.of.
+    With quantized keys or values, `chunk` tokens at a time pass through a fresh PackedKVCache per batch, or all at once
+    if the model has no row, as some types cannot go on from a cache; else there is one forward per batch. progress is
+    called with (sequences done, all sequences). turns: as of Reference.of.
     """
     require(blocks, "test")
     check_scorable(model, blocks, batch, chunk)
@@ -121,7 +122,7 @@ def _hidden(model: PreTrainedModel, ids: Tensor, cache: PackedKVCache | None, ch
     if cache is None:  # the last token is read all the same: what Reference.of ran then agrees to the bit
         yield adapter.head_input(ids, use_cache=False)[:, :-1]
         return
-    for piece in ids[:, :-1].split(chunk, 1):
+    for piece in ids[:, :-1].split(ids.shape[1] if adapter.architecture.walked else chunk, 1):
         yield adapter.head_input(piece, use_cache=True, **cache_argument(model, cache))
 
 
