@@ -10,6 +10,7 @@ import functools
 import hashlib
 import logging
 import os
+import re
 import secrets
 import socket
 import sys
@@ -63,11 +64,12 @@ class Ray:
                 with suppress(Exception):  # the cluster may be gone
                     self.ray.cancel(ref, force=True)
 
-    def check(self, *folders: Path) -> None:
+    def check(self, *folders: Path, output: Path | None = None) -> None:
         """As of Pool; every node is asked."""
-        token = folders[-1] / f".seen-{secrets.token_hex(4)}"
-        token.write_text("")
-        paths = [str(folder) for folder in (*folders[:-1], token)]
+        token = None if output is None else output / f".seen-{secrets.token_hex(4)}"
+        if token is not None:
+            token.write_text("")
+        paths = [str(path) for path in (*folders, token) if path is not None]
         strategy = self.ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
         look = self.ray.remote(num_cpus=0, max_retries=_RETRIES)(_look)
         try:
@@ -79,19 +81,24 @@ class Ray:
                 for node in nodes
             }
             for address, answer in asked.items():
-                found, unseen = self._answer(address, answer)
-                if found != fingerprint():
-                    raise PaleyError(
-                        f"Ray: node {address} runs {found}, but this is {fingerprint()}",
-                        remedy="install the same Paley and PyTorch on all nodes",
-                    )
-                if unseen:
-                    raise PaleyError(
-                        f"Ray: node {address} does not see {unseen.removesuffix(token.name)}",
-                        remedy=("put model and ", Setting("output"), " on storage that all nodes share"),
-                    )
+                self._check_node(address, *self._answer(address, answer), output)
         finally:
-            token.unlink(missing_ok=True)
+            if token is not None:
+                token.unlink(missing_ok=True)
+
+    def _check_node(self, address: str, runs: str, unseen: str, output: Path | None) -> None:
+        if runs != fingerprint():
+            raise PaleyError(
+                f"Ray: node {address} runs {runs}, but this is {fingerprint()}",
+                remedy="install the same Paley and PyTorch on all nodes",
+            )
+        if unseen:
+            where = unseen if output is None else re.sub(r"\.seen-\w+$", "", unseen)
+            also = () if output is None else (" and ", Setting("output"))
+            raise PaleyError(
+                f"Ray: node {address} does not see {where}",
+                remedy=("put model", *also, " on storage that all nodes share"),
+            )
 
     def _answer(self, address: str, answer: Any) -> tuple[str, str]:
         try:

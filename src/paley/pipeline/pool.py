@@ -21,7 +21,7 @@ import torch
 
 from paley.core.errors import PaleyError, Setting
 
-__all__ = ["Here", "Pool", "Processes", "begin", "pool_of"]
+__all__ = ["Here", "Pool", "Processes", "begin", "check_shared", "pool_of"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -37,8 +37,8 @@ class Pool(Protocol):
         """The results, as they come. Errors: what a task raises; PaleyError for workers that are lost for good."""
         ...
 
-    def check(self, *folders: Path) -> None:
-        """Raises unless all workers run this Paley and see these folders, to the last of which this one may write."""
+    def check(self, *folders: Path, output: Path | None = None) -> None:
+        """Raises unless all workers run this Paley and see these folders, and `output`, to which this one may write."""
         ...
 
 
@@ -52,7 +52,7 @@ class Here:
         with _one_thread():
             yield from map(task, items)
 
-    def check(self, *folders: Path) -> None:
+    def check(self, *folders: Path, output: Path | None = None) -> None:
         """It sees what it sees."""
 
 
@@ -86,8 +86,16 @@ class Processes:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def check(self, *folders: Path) -> None:
+    def check(self, *folders: Path, output: Path | None = None) -> None:
         """As of Here: they are on this machine."""
+
+
+def check_shared(workers: int, ray: str | None, device: str) -> None:
+    """Raises where work is to be shared that a GPU is to do."""
+    if (workers > 1 or ray is not None) and device != "cpu":
+        raise PaleyError(
+            Setting("device", device), ": workers compute on the CPU", remedy=("leave ", Setting("workers"), " out")
+        )
 
 
 def pool_of(workers: int, ray: str | None = None) -> AbstractContextManager[Pool]:
