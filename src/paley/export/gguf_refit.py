@@ -43,9 +43,11 @@ class Refit:
     kind: str
     losses: dict[str, float] = field(default_factory=dict)
 
-    def tensor(self, name: str, site: Site, read: Callable[[], Tensor], order: Tensor | None) -> GgufTensor:
-        """read() -> the weight; order: of its rows in the file."""
+    def tensor(self, name: str, part: str, site: Site, read: Callable[[], Tensor], order: Tensor | None) -> GgufTensor:
+        """read() -> the weight [rows, columns]; order: which of its rows the file has. part: what losses call it."""
         rows, columns = site.shape
+        rows = rows if order is None else len(order)
+        shape = (site.experts, rows // site.experts, columns) if site.experts else (rows, columns)
         wanted = self.kind if site.kind == "linear" else KINDS[self.kind][1]
         kind = wanted if columns % self._size(wanted)[0] == 0 else KINDS[wanted][0]
         block, size = self._size(kind)
@@ -55,9 +57,8 @@ class Refit:
                 f"{kind} have {block}",
                 remedy="export it --to plain",
             )
-        return GgufTensor(
-            name, site.shape, kind, partial(self._data, site, read, order, kind), rows * columns // block * size
-        )
+        data = partial(self._data, part, read, order, kind)
+        return GgufTensor(name, shape, kind, data, rows * columns // block * size)
 
     def notes(self) -> list[str]:
         if not self.losses:
@@ -71,7 +72,7 @@ class Refit:
         """Values and bytes of a block."""
         return self.package.GGML_QUANT_SIZES[self.package.GGMLQuantizationType[kind]]
 
-    def _data(self, site: Site, read: Callable[[], Tensor], order: Tensor | None, kind: str) -> Tensor:
+    def _data(self, part: str, read: Callable[[], Tensor], order: Tensor | None, kind: str) -> Tensor:
         weight = read().float()
         weight = weight if order is None else weight[order]
         number, parts = self.package.GGMLQuantizationType[kind], []
@@ -82,7 +83,7 @@ class Refit:
             lost += float((back - some).double().square().sum())
             total += float(some.double().square().sum())
             parts.append(made)
-        self.losses[site.name] = lost / total if total else 0.0
+        self.losses[part] = lost / total if total else 0.0
         return torch.cat(parts)
 
 
