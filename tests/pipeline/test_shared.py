@@ -47,7 +47,7 @@ def pool(request) -> Iterator:
 @pytest.fixture
 def joined(pool, monkeypatch):
     for module in ("score", "sensitivities"):
-        monkeypatch.setattr(f"paley.pipeline.{module}.pool_of", lambda workers, ray: nullcontext(pool))
+        monkeypatch.setattr(f"paley.pipeline.{module}.pool_of", lambda *_, **__: nullcontext(pool))
 
 
 @pytest.fixture(scope="module")

@@ -75,6 +75,7 @@ def wanted(folder: Path, product: str) -> torch.Tensor:
         ("llama", "higgs-4", [], "dense"),
         ("llama", "higgs-3", [MIXED, "embedding=null", "head=null"], "packed"),
         ("llama", "rtn-w4g32a16", ["inputs={grid: int8}", "rotate=online", "weights.method=nearest"], "integer"),
+        ("llama", "higgs-4", ["rotate=folded"], "dense"),
         ("qwen tied", "higgs-4", [], "dense"),
         ("gemma tied", "higgs-4", ["embedding=null", "head=null"], "dense"),
         ("phi3", "higgs-4", [], "dense"),

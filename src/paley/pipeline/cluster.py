@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import torch
 
 from paley.core.errors import PaleyError, Setting
-from paley.pipeline.pool import Pool, begin
+from paley.pipeline.pool import Pool, again, begin
 
 __all__ = ["LOCAL", "Ray", "cluster", "fingerprint"]
 
@@ -42,6 +42,7 @@ class Ray:
 
     ray: Any
     workers: int
+    resumes: bool = True
 
     def run(self, task: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
         remote = self.ray.remote(num_cpus=1, max_retries=_RETRIES)(_run)
@@ -56,9 +57,7 @@ class Ray:
                 raise PaleyError(f"Ray: a worker cannot run the task ({_first_line(error.cause)})") from None
             raise error.cause from None
         except (errors.RayError, ConnectionError) as error:
-            raise PaleyError(
-                f"Ray: the work was lost ({_first_line(error)})", remedy=("go on with ", Setting("resume", True))
-            ) from None
+            raise PaleyError(f"Ray: the work was lost ({_first_line(error)})", remedy=again(self.resumes)) from None
         finally:
             for ref in waiting:
                 with suppress(Exception):  # the cluster may be gone
@@ -111,8 +110,10 @@ class Ray:
 
 
 @contextmanager
-def cluster(address: str, workers: int) -> Iterator[Pool]:
+def cluster(address: str, workers: int, *, resumes: bool = True) -> Iterator[Pool]:
     """The Ray cluster at `address`, HOST:PORT or auto; "local" starts one here with so many workers, for this run.
+
+    resumes: as of `paley.pipeline.pool.Processes`.
 
     Errors: PaleyError if `ray` is not installed, or if the address does not answer.
     """
@@ -133,7 +134,7 @@ def cluster(address: str, workers: int) -> Iterator[Pool]:
             remedy=("start a cluster (`ray start --head`), or leave ", Setting("ray_address"), " out"),
         ) from None
     try:
-        yield Ray(ray, int(ray.cluster_resources().get("CPU", 1)))
+        yield Ray(ray, int(ray.cluster_resources().get("CPU", 1)), resumes)
     finally:
         ray.shutdown()
 

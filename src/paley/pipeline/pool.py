@@ -21,7 +21,7 @@ import torch
 
 from paley.core.errors import PaleyError, Setting
 
-__all__ = ["Here", "Pool", "Processes", "begin", "check_shared", "pool_of"]
+__all__ = ["Here", "Pool", "Processes", "again", "begin", "check_shared", "pool_of"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -58,9 +58,10 @@ class Here:
 
 @dataclass(frozen=True)
 class Processes:
-    """Processes of this machine."""
+    """Processes of this machine. resumes: whether a run that ends can go on, which errors advise."""
 
     workers: int
+    resumes: bool = True
 
     def run(self, task: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
         if len(items) <= 1:
@@ -77,7 +78,7 @@ class Processes:
         except BrokenProcessPool:
             raise PaleyError(
                 f"one of the {self.workers} processes was ended from outside, as a system does that runs out of memory",
-                remedy=("go on with ", Setting("resume", True), " and fewer ", Setting("workers")),
+                remedy=(*again(self.resumes), " and" if self.resumes else " with", " fewer ", Setting("workers")),
             ) from None
         except BaseException:
             for process in set(active_children()) - set(others):  # at once: they may still import for seconds
@@ -98,13 +99,18 @@ def check_shared(workers: int, ray: str | None, device: str) -> None:
         )
 
 
-def pool_of(workers: int, ray: str | None = None) -> AbstractContextManager[Pool]:
+def pool_of(workers: int, ray: str | None = None, *, resumes: bool = True) -> AbstractContextManager[Pool]:
     """The pool for these settings, to be used in a `with`; ray: as of `paley.pipeline.cluster.cluster`."""
     if ray is not None:
         from paley.pipeline.cluster import cluster
 
-        return cluster(ray, workers)
-    return nullcontext(Here() if workers <= 1 else Processes(workers))
+        return cluster(ray, workers, resumes=resumes)
+    return nullcontext(Here() if workers <= 1 else Processes(workers, resumes))
+
+
+def again(resumes: bool) -> tuple[str | Setting, ...]:
+    """What to do after work was lost."""
+    return ("go on with ", Setting("resume", True)) if resumes else ("begin again",)
 
 
 @contextmanager

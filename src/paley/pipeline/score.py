@@ -83,7 +83,7 @@ def _shared(
         folders.append(source.path.resolve())
         fingerprint = source.fingerprint
         monitor.step()
-    with pool_of(workers, ray) as pool:
+    with pool_of(workers, ray, resumes=False) as pool:
         pool.check(*folders)
         original = str(folders[1]) if against is not None else ""
         return shared_score(str(folders[0]), original, fingerprint, blocks, pool, monitor)
