@@ -22,13 +22,13 @@ from torch import Tensor
 
 from paley.arch import Site, Sites
 from paley.arch.gguf import ROPE_FACTORS
-from paley.core.errors import PaleyError
+from paley.core.errors import PaleyError, Setting
 from paley.core.files import disk, write_atomic
 from paley.core.schemes import LinearScheme
 from paley.export.blocks import BLOCK, BlockType, fitting, pack
 from paley.export.folder import Exported, QuantizedFolder, place_for
 from paley.export.gguf_model import GgufModel
-from paley.export.gguf_refit import Refit, WrittenTensor, check_kind, decoded, experts_refused
+from paley.export.gguf_refit import Refit, WrittenTensor, check_kind, decoded
 from paley.export.gguf_tokenizer import tokenizer_keys
 from paley.format import spec
 from paley.format.checkpoint import Checkpoint
@@ -197,11 +197,16 @@ def _tensors(
         site = model.sites.get(name.removesuffix(spec.BIAS).removesuffix(spec.WEIGHT))
         if name.endswith(spec.BIAS) and (site is None or site.writes not in model.family.biased):
             raise PaleyError(f"{name}: GGUF has no place for this bias in a model of this family", remedy=_WAY_OUT)
-        if refit is not None and site is not None and not site.experts and name.endswith(spec.WEIGHT):
-            yield refit.tensor(_name(names, name), site, partial(checkpoint.tensor, name), model.row_order(site))
+        if refit is not None and site is not None and (site.experts or name.endswith(spec.WEIGHT)):
+            for part, order in (model.stacks(site) if site.experts else {site.name: model.row_order(site)}).items():
+                read = partial(_rows, checkpoint, name)
+                yield refit.tensor(_name(names, part + spec.WEIGHT), part, site, read, order)
             continue
         if site is not None and site.experts:
-            raise experts_refused(name)
+            raise PaleyError(
+                f"{name}: stacks of experts are written to GGUF from their codes, and this one has none",
+                remedy=("quantize it by a preset such as gguf-q4_0, or set ", Setting("kind", "Q4_K")),
+            )
         vector = len(checkpoint.shape(name)) == 1
         kind = torch.float32 if vector or site is None else checkpoint.dtype(name)  # None: also a router
         if kind not in _FLOATS:
@@ -211,6 +216,11 @@ def _tensors(
             _name(names, name), checkpoint.shape(name), _FLOATS[kind],
             partial(_plain, checkpoint, name, site, model), count * kind.itemsize,
         )  # fmt: skip
+
+
+def _rows(checkpoint: Checkpoint, name: str) -> Tensor:
+    """A weight [rows, columns]; of a stack the rows of one expert after the other."""
+    return checkpoint.tensor(name).flatten(0, -2)
 
 
 def _plain(checkpoint: Checkpoint, name: str, site: Site | None, model: GgufModel) -> Tensor:

@@ -16,7 +16,7 @@ from paley.core.errors import PaleyError, Setting, nearest_name
 from paley.export.k_quants import fit_q4_k, fit_q6_k
 from paley.export.plain import dequantize
 
-__all__ = ["KINDS", "Refit", "WrittenTensor", "check_kind", "decoded", "experts_refused"]
+__all__ = ["KINDS", "Refit", "WrittenTensor", "check_kind", "decoded"]
 
 # Type -> that of rows which no superblock divides, as in llama.cpp's quantizer, and that of embedding and head.
 KINDS = {"Q4_K": ("Q5_0", "Q6_K"), "Q6_K": ("Q8_0", "Q6_K"), "Q8_0": ("Q8_0", "Q8_0")}
@@ -43,19 +43,21 @@ class Refit:
     kind: str
     losses: dict[str, float] = field(default_factory=dict)
 
-    def tensor(self, name: str, site: Site, read: Callable[[], Tensor], order: Tensor | None) -> WrittenTensor:
-        """read() -> the weight; order: of its rows in the file."""
+    def tensor(
+        self, name: str, part: str, site: Site, read: Callable[[], Tensor], order: Tensor | None
+    ) -> WrittenTensor:  # fmt: skip
+        """read() -> the weight [rows, columns]; order: which of its rows the file has. part: what losses call it."""
         rows, columns = site.shape
+        rows = rows if order is None else len(order)
+        shape = (site.experts, rows // site.experts, columns) if site.experts else (rows, columns)
         kind, block, size = self._type(site)
         return WrittenTensor(
-            name, site.shape, kind, partial(self._data, site, read, order, kind), rows * columns // block * size
+            name, shape, kind, partial(self._data, part, read, order, kind), rows * columns // block * size
         )
 
     def check(self, sites: Sites) -> None:
         """Raises for a weight that no type holds, before anything is decoded."""
         for site in sites.weights:
-            if site.experts:
-                raise experts_refused(site.name)
             self._type(site)
 
     def notes(self) -> list[str]:
@@ -83,7 +85,7 @@ class Refit:
         """Values and bytes of a block."""
         return self.package.GGML_QUANT_SIZES[self.package.GGMLQuantizationType[kind]]
 
-    def _data(self, site: Site, read: Callable[[], Tensor], order: Tensor | None, kind: str) -> Tensor:
+    def _data(self, part: str, read: Callable[[], Tensor], order: Tensor | None, kind: str) -> Tensor:
         weight = read().float()
         weight = weight if order is None else weight[order]
         number, parts = self.package.GGMLQuantizationType[kind], []
@@ -94,16 +96,8 @@ class Refit:
             lost += float((back - some).double().square().sum())
             total += float(some.double().square().sum())
             parts.append(made)
-        self.losses[site.name] = lost / total if total else 0.0
+        self.losses[part] = lost / total if total else 0.0
         return torch.cat(parts)
-
-
-def experts_refused(name: str) -> PaleyError:
-    """Of a stack that is not in codes."""
-    return PaleyError(
-        f"{name}: stacks of experts are written to GGUF from their codes alone",
-        remedy="quantize them by a preset such as gguf-q4_0, and leave out a type",
-    )
 
 
 def check_kind(kind: str) -> None:
