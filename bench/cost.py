@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 import paley
 from paley.recipe import apply_settings, preset
 
-LAYERS, TOKENS = (2, 4, 8), (2048, 4096, 8192)
+LAYERS, TOKENS, WIDTHS = (2, 4, 8), (4096, 8192, 16384), (256, 512, 1024)
 SEQ_LEN = 256
 
 
@@ -72,7 +72,7 @@ def main() -> None:
     plans = {
         "by_layers": [(layers, 256, 4096) for layers in LAYERS],
         "by_tokens": [(2, 256, tokens) for tokens in TOKENS],
-        "by_size": [(4, hidden, 2048) for hidden in (256, 512)],
+        "by_size": [(2, hidden, 4096) for hidden in WIDTHS],
     }
     result = {**provenance(), **{group: [] for group in plans}}
     for group, sizes in plans.items():

@@ -8,7 +8,8 @@
 #include <cfloat>
 #include <cmath>
 #include <cstring>
-#include <memory>
+#include <optional>
+#include <vector>
 
 #include "parallel.h"
 #include "rounding.h"

@@ -5,7 +5,8 @@
 #include <cfloat>
 #include <cmath>
 #include <cstring>
-#include <memory>
+#include <optional>
+#include <vector>
 
 #include "parallel.h"
 #include "platform.h"

@@ -55,31 +55,32 @@ struct Range {
   }
 };
 
+// One at a time on a thread.
 class TokenRounder {
  public:
   explicit TokenRounder(const RoundingTask& task)
       : task_(task),
         how_(task.how),
         size_(task.how.table ? task.how.group_size : 0),
-        row_(new float[how_.out_dim]),
-        work_(new float[size_]),
-        other_(new float[size_]),
-        index_(new int32_t[size_ + W]) {
-    if (how_.dense) turn_.reset(new Turn(how_));
+        row_(room<float, 0>(how_.out_dim)),
+        work_(room<float, 1>(size_)),
+        other_(room<float, 2>(size_)),
+        index_(room<int32_t, 0>(size_ + W)) {
+    if (how_.dense) turn_.emplace(how_);
     if (!how_.table || how_.table->step > 0) return;
     const paley_table& table = *how_.table;
     while (last_ + 1 < table.n) last_ = 2 * last_ + 1;
-    edges_.reset(new float[std::max(last_, 16)]);
-    points_.reset(new float[std::max(last_ + 1, 16)]());
-    std::copy(table.edges, table.edges + table.n - 1, edges_.get());
-    std::fill(edges_.get() + table.n - 1, edges_.get() + std::max(last_, 16), INFINITY);
-    std::copy(table.points, table.points + table.n, points_.get());
+    const int edges = std::max(last_, 16), points = std::max(last_ + 1, 16);
+    edges_ = room<float, 3>(edges);
+    points_ = room<float, 4>(points);
+    std::fill(std::copy(table.edges, table.edges + table.n - 1, edges_), edges_ + edges, INFINITY);
+    std::fill(std::copy(table.points, table.points + table.n, points_), points_ + points, 0.0f);
   }
 
   void round(int64_t token) const {
     if (how_.back) return turn_back(token);
     const int wide = how_.out_dim;
-    float* row = how_.table ? row_.get() : task_.values + token * wide;
+    float* row = how_.table ? row_ : task_.values + token * wide;
     read(task_.x + token * how_.in_dim, row);
     if (turn_) turn_->apply(row);
     if (!how_.table) return;
@@ -132,7 +133,7 @@ class TokenRounder {
   }
 
   void turn_back(int64_t token) const {
-    float* row = row_.get();
+    float* row = row_;
     const float* x = task_.x + token * how_.out_dim;
     float* values = task_.values + token * how_.in_dim;
     std::copy(x, x + how_.out_dim, row);
@@ -143,7 +144,7 @@ class TokenRounder {
   Scale scale_of(const float* x) const {
     float scale, low = 0;
     if (how_.by_rms) {
-      float* squares = work_.get();
+      float* squares = work_;
       for (int i = 0; i < size_; ++i) squares[i] = x[i] * x[i];
       scale = std::sqrt(mean_of(squares, size_)) * how_.factor;
     } else {
@@ -189,13 +190,13 @@ class TokenRounder {
 
   // x [size] -> index_ [size]: the number of edges below each value.
   void search(const float* x, Scale scale) const {
-    float* y = work_.get();
+    float* y = work_;
     for (int i = 0; i < size_; ++i) {
       y[i] = x[i] / scale.scale;
       if (how_.affine) y[i] += scale.zero;
     }
     int i = 0;
-    for (; i + W <= size_; i += W) store(index_.get() + i, last_ < 16 ? below<true>(load(y + i)) : below<false>(load(y + i)));
+    for (; i + W <= size_; i += W) store(index_ + i, last_ < 16 ? below<true>(load(y + i)) : below<false>(load(y + i)));
     for (; i < size_; ++i) {
       int32_t at = 0;
       for (int32_t jump = (last_ + 1) / 2; jump; jump /= 2) at += y[i] > edges_[at + jump - 1] ? jump : 0;
@@ -208,7 +209,7 @@ class TokenRounder {
     Ints at = all(0);
     for (int32_t jump = (last_ + 1) / 2; jump; jump /= 2) {
       const Ints middle = add(at, all(jump - 1));
-      const Floats edge = FEW ? pick_of_16(edges_.get(), middle) : pick(edges_.get(), middle);
+      const Floats edge = FEW ? pick_of_16(edges_, middle) : pick(edges_, middle);
       at = select(greater(y, edge), add(at, all(jump)), at);
     }
     return at;
@@ -218,8 +219,8 @@ class TokenRounder {
   void look_up(float* points) const {
     int i = 0;
     for (; i + W <= size_; i += W) {
-      const Ints at = load(index_.get() + i);
-      store(points + i, last_ < 16 ? pick_of_16(points_.get(), at) : pick(points_.get(), at));
+      const Ints at = load(index_ + i);
+      store(points + i, last_ < 16 ? pick_of_16(points_, at) : pick(points_, at));
     }
     for (; i < size_; ++i) points[i] = points_[index_[i]];
   }
@@ -236,7 +237,7 @@ class TokenRounder {
 
   // points [size] -> the line through them that is nearest to x.
   void refit(const float* x, float* points) const {
-    float *a = work_.get(), *b = other_.get();
+    float *a = work_, *b = other_;
     std::copy(x, x + size_, a);
     const float middle = mean_of(a, size_);
     std::copy(points, points + size_, a);
@@ -255,9 +256,10 @@ class TokenRounder {
   const paley_rounding& how_;
   const int size_;    // values of a group
   int32_t last_ = 1;  // edges, filled up with infinities to 2^b - 1
-  std::unique_ptr<Turn> turn_;
-  std::unique_ptr<float[]> row_, work_, other_, edges_, points_;
-  std::unique_ptr<int32_t[]> index_;
+  std::optional<Turn> turn_;
+  float *const row_, *const work_, *const other_;
+  float *edges_ = nullptr, *points_ = nullptr;
+  int32_t* const index_;
 };
 
 void round(const RoundingTask& task) {

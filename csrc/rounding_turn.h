@@ -5,7 +5,16 @@
 
 constexpr int WD = W / 2;  // doubles in a vector
 
-// A Hadamard transform of one width.
+// Room of this thread for so many values, the same each time: a decoded token is rounded in many small calls, and
+// memory of its own for each would take as long. PURPOSE tells the rooms of one type apart.
+template <class Value, int PURPOSE>
+Value* room(int64_t count) {
+  thread_local std::vector<Value> kept;
+  if (static_cast<int64_t>(kept.size()) < count) kept.resize(count);
+  return kept.data();
+}
+
+// A Hadamard transform of one width; one at a time on a thread.
 class Turn {
  public:
   explicit Turn(const paley_rounding& how)
@@ -15,18 +24,18 @@ class Turn {
         stride_((how.m + 7) / 8 * 8),
         scale_(1 / std::sqrt(static_cast<double>(how.order))),
         dense_(how.dense),
-        from_(new double[wide_]),
-        to_(new double[wide_]) {}
+        from_(room<double, 0>(wide_)),
+        to_(room<double, 1>(wide_)) {}
 
   // x [wide], in place.
   void apply(float* x) const {
-    for (int block = 0; block < wide_; block += order_) on_steps(x + block, from_.get() + block);
+    for (int block = 0; block < wide_; block += order_) on_steps(x + block, from_ + block);
     const int rows = wide_ / m_;
     int row = 0;
     for (; row + 4 <= rows; row += 4) multiply<4>(row);
     for (; row < rows; ++row) multiply<1>(row);
-    for (int block = 0; block < wide_; block += order_) sylvester(to_.get() + block);
-    const double* y = to_.get();
+    for (int block = 0; block < wide_; block += order_) sylvester(to_ + block);
+    const double* y = to_;
     for (int i = 0; i < wide_; ++i) x[i] = static_cast<float>(y[i] * scale_);
   }
 
@@ -47,8 +56,8 @@ class Turn {
   // The rows [first, first + R) of [wide / m, m] times the dense matrix.
   template <int R>
   void multiply(int first) const {
-    const double* x = from_.get() + int64_t{first} * m_;
-    double* y = to_.get() + int64_t{first} * m_;
+    const double* x = from_ + int64_t{first} * m_;
+    double* y = to_ + int64_t{first} * m_;
     for (int i = 0; i < m_; i += 2 * WD) {
       if (i + WD < m_) {
         columns<R, 2>(x, y, i);
@@ -132,5 +141,5 @@ class Turn {
   const int wide_, order_, m_, stride_;
   const double scale_;
   const double* const dense_;
-  const std::unique_ptr<double[]> from_, to_;
+  double *const from_, *const to_;
 };

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import torch
 from bench.record import provenance, save
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,6 +21,7 @@ from paley.eval.reference import Reference
 from paley.model.calibrate import LayerReport
 from paley.model.loading import open_source
 from paley.model.problem import Problem
+from paley.model.reading import prepare_
 from paley.pipeline.accounting import parameter_count, quantized_bits
 from paley.pipeline.decide import Decision, decide
 from paley.pipeline.execute import execute
@@ -153,6 +155,7 @@ class Experiment:
         decided = time.time()
         made = execute(problem, self.blocks.calibration, None, Monitor(), "cpu")
         model, reports = made.model, made.reports
+        prepare_(model, "dense", torch.float32)  # else weights are decoded for each piece of text
         seconds = {"decide": round(decided - start, 1), "execute": round(time.time() - decided, 1)}
         score = evaluate(model, self.blocks.test, self.reference).to_dict()
         row = score | {"bits": quantized_bits(problem), "seconds": seconds}

@@ -48,6 +48,12 @@ run one by one, which is tried out first. Rotations are never folded, nothing is
 them. A small random model of each was quantized with `higgs-4` and with data-free `w4a8kv8`, saved and loaded, and gave
 the logits of the one in memory ({of}).
 
+A text can be read in several pieces, as a prompt, a chat and a question with answers are, if the model finds the state
+of one piece when it reads the next. Each model of these types is tried out when it is first asked to. transformers'
+`mamba`, `falcon_mamba`, `jamba` and `zamba` forget it if several tokens come, so Paley reads them one by one; `bamba`
+has to be told positions ([finding](../findings/transformers_mamba_forgets_its_state_between_pieces.sh)). Types without
+such a cache (`rwkv`, `xlnet`, `minimax`) and encoders (`bert`) read the whole text again for each token.
+
 With GPTQ and without:
 
 {works}

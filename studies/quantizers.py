@@ -1,7 +1,8 @@
-"""Quantizers of others, each in an interpreter of its own: weights of the linears to 4 bits in groups of 128.
+"""Quantizers of others, each in an interpreter of its own: weights of the linears to 4 bits in groups.
 
 python3 -m venv PEER; PEER/bin/pip install torch==2.13.0 auto-round==0.16.1 transformers==5.24.0, and in another one
-llmcompressor==0.14.0.1. They get the tokens that our recipes calibrate on, and give the weights back as floats.
+llmcompressor==0.14.0.1. They get the tokens that our recipes calibrate on, and give the weights back as floats. Groups
+are of 128 columns, in llm-compressor of 64: it refuses widths like 576 that a group does not divide.
 """
 
 from __future__ import annotations
@@ -50,8 +51,10 @@ from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 data = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
+weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 64}
+recipe = GPTQModifier(config_groups={"all": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"])
 oneshot(
-    model=model, dataset=data, recipe=GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"]),
+    model=model, dataset=data, recipe=recipe,
     num_calibration_samples=len(ids), max_seq_length=ids.shape[1], shuffle_calibration_samples=False,
 )
 """
@@ -59,7 +62,7 @@ oneshot(
 # Name of a row -> (what runs, bits of a weight with its group's scale).
 QUANTIZERS = {
     "AutoRound W4 g128, 200 steps": ("auto_round", _AUTO_ROUND, 4 + 16 / 128),
-    "llm-compressor GPTQ W4 g128": ("llm_compressor", _LLM_COMPRESSOR, 4 + 16 / 128),
+    "llm-compressor GPTQ W4 g64": ("llm_compressor", _LLM_COMPRESSOR, 4 + 16 / 64),
 }
 
 

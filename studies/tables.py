@@ -160,7 +160,14 @@ def main() -> None:
     lines = [HEAD]
     for model, r in measured("quality").items():
         lines += quality(model, r)
-    lines += tables_tasks.all_lines() + outer() + search_cost() + cost() + tables_weights.all_lines() + tables_binary.all_lines()
+    lines += (
+        tables_tasks.all_lines()
+        + outer()
+        + search_cost()
+        + cost()
+        + tables_weights.all_lines()
+        + tables_binary.all_lines()
+    )
     readme()
     OUT.write_text("\n".join(lines).rstrip() + "\n")
 

@@ -63,8 +63,8 @@ def all_lines() -> list[str]:
         "## Tasks",
         "",
         "Per cent right by lm-eval, through the packed KV cache, on the first documents of each task: acc_norm of",
-        "arc_easy, arc_challenge, hellaswag and piqa, acc of the others. *Lost*: the mean difference to the original on",
-        "the same documents, ± one standard error. `python -m studies.quality MODEL --task-data FOLDER --limit N`",
+        "arc_easy, arc_challenge, hellaswag and piqa, acc of the others. *Lost*: the mean difference to the original",
+        "on the same documents, ± one standard error. `python -m studies.quality MODEL --task-data FOLDER --limit N`",
         "",
         *tables,
     ]

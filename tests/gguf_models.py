@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import paley
+from paley.format.checkpoint import Checkpoint
 from paley.recipe import apply_settings, preset
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "LLAMA3",
     "SIZES",
     "byte_tokenizer",
+    "expert_of",
     "file_of",
     "quantized",
     "save",
@@ -132,3 +134,13 @@ def quantized(folder: Path, out: Path, *settings: str, name: str = "gguf-q4_0") 
 def file_of(folder: Path) -> Path:
     (file,) = folder.glob("*.gguf")
     return file
+
+
+def expert_of(plain: Checkpoint, expert: int, name: str) -> torch.Tensor:
+    """Of layer 1, whether the checkpoint holds stacks or single experts."""
+    place = "model.layers.1.mlp.experts."
+    if (single := f"{place}{expert}.{name}.weight") in plain:
+        return plain[single]
+    if name == "down_proj":
+        return plain[f"{place}down_proj"][expert]
+    return plain[f"{place}gate_up_proj"][expert].chunk(2)[name == "up_proj"]

@@ -21,7 +21,7 @@ FLOORS = {
     **dict.fromkeys(("recipe", "plan", "sensitivity", "data", "methods", "ops", "format", "kernels", "results"), 2),
     **dict.fromkeys(("model", "runtime"), 3),
     "eval": 4,
-    **dict.fromkeys(("pipeline", "hf", "export"), 5),
+    **dict.fromkeys(("pipeline", "hf", "export", "vllm_plugin"), 5),
     **dict.fromkeys(("cli", "serve", "report", "__init__", "paley_command"), 6),
 }
 

@@ -9,9 +9,9 @@ import paley
 from paley.core.metrics import kl_divergence
 from paley.core.schemes import AttentionScheme
 from paley.model.adapter import Adapter
-from paley.model.calibrate import set_attention_, wrap_
 from paley.model.loading import open_source
 from paley.model.rotation import rotate_
+from paley.model.wrapping import set_attention_, wrap_
 from paley.pipeline.resolve import resolve
 from paley.recipe import apply_settings, preset
 

@@ -6,15 +6,20 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from every_type import tiny_model
+from every_type import save_type, tiny_model
+from paley import hf
 from paley.core.errors import PaleyError
 from paley.core.schemes import ActivationScheme, AttentionScheme
 from paley.data import blocks_from_ids
 from paley.eval.perplexity import evaluate
 from paley.eval.reference import Reference
+from paley.eval.tasks import log_likelihoods
 from paley.model.adapter import Adapter
 from paley.model.attention import attach_schemes
 from paley.model.decoder import ModelDecoder, TextContext
+from paley.model.pieces import Pieces, pieces_of
+from paley.pipeline import quantize
+from paley.recipe import apply_settings, preset
 
 IDS = torch.randint(5, 127, (3, 21), generator=torch.Generator().manual_seed(0))
 BLOCKS = blocks_from_ids(IDS, "test", "some")
@@ -94,3 +99,64 @@ def test_texts_are_decoded_and_a_reading_that_fails_is_undone(kind, quantized):
     if isinstance(context, TextContext):
         context.truncate(7)
         assert context.length == 7
+
+
+PLAIN = ("test=null", "hadamard=16", "center_keys=false", "balance_keys=false", "diagonal=false")
+
+# Types whose scan forgets its state, which counts positions from each piece's beginning, with no cache, encoders; and
+# those that are right, with and without states.
+IN_PIECES = {
+    **dict.fromkeys(("mamba", "falcon_mamba", "jamba", "zamba"), Pieces(at_once=False)),
+    "bamba": Pieces(positions=True),
+    **dict.fromkeys(("rwkv", "minimax", "xlnet", "recurrent_gemma", "bert"), Pieces(cache=False)),
+    **dict.fromkeys(("gpt2", "lfm2", "falcon_h1", "qwen3_5_text", "mamba2", "granitemoehybrid"), Pieces()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", IN_PIECES)
+@torch.no_grad()
+def test_a_text_in_pieces_is_the_text(kind, caplog):
+    model, ids = tiny_model(kind), torch.randint(5, 127, (1, 24), generator=torch.Generator().manual_seed(1))
+    wanted, text = model(ids, use_cache=False).logits[0], ids[0].tolist()
+    decoder = ModelDecoder(model)
+    context = decoder.start()
+    for tokens in (text[:14], text[14:]):
+        (logits,) = decoder.read([(context, tokens)])
+        last = model(ids[:, : context.length], use_cache=False).logits[0, -1]
+        torch.testing.assert_close(logits, last, rtol=0, atol=1e-4 * float(wanted.std()))
+    # Three answers to a question are scored as one forward scores each.
+    texts = [(tuple(text[:14]), tuple(text[at : at + 4])) for at in (14, 16, 18)]
+    for (question, answer), (score, _) in zip(texts, log_likelihoods(model, texts), strict=True):
+        rows = model(torch.tensor([question + answer[:-1]]), use_cache=False).logits[0, 13:].log_softmax(-1)
+        assert score == pytest.approx(float(rows.gather(-1, torch.tensor(answer)[:, None]).sum()), abs=1e-4)
+    assert pieces_of(model) == IN_PIECES[kind]
+    said = [record for record in caplog.records if record.name == "paley.model.pieces"]
+    assert len(said) == (not IN_PIECES[kind].cache or not IN_PIECES[kind].at_once)
+
+
+@pytest.mark.parametrize(("kind", "wanted"), [("jamba", Pieces(at_once=False)), ("bamba", Pieces(positions=True))])
+@torch.no_grad()
+def test_a_quantized_cache_is_scored_as_one_forward_scores_it(kind, wanted):
+    model = tiny_model(kind)
+    scheme = AttentionScheme(ActivationScheme("int8"), ActivationScheme("int8"))
+    attach_schemes(model, {site.name.removesuffix(".keys"): scheme for site in Adapter(model).sites.of("keys")})
+    logits = model(IDS, use_cache=False).logits[:, :-1]  # attention rounds keys and values itself
+    by_hand = float(cross_entropy(logits.flatten(0, 1), IDS[:, 1:].flatten()))
+    assert evaluate(model, BLOCKS, chunk=10).nll == pytest.approx(by_hand, abs=2e-5)
+    assert pieces_of(model) == wanted
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted"),
+    [("lfm2", Pieces()), ("qwen3_5_moe_text", Pieces()), ("mamba", Pieces(at_once=False)),
+     ("bamba", Pieces(positions=True))],
+)  # fmt: skip
+@pytest.mark.parametrize("how", ["int4 inputs", "bfloat16"])
+def test_what_rounding_makes_of_small_differences_hides_no_fault(kind, wanted, how, tmp_path):
+    if how == "bfloat16":
+        assert pieces_of(tiny_model(kind).bfloat16()) == wanted
+        return
+    save_type(kind, tmp_path / "model")
+    recipe = apply_settings(preset("w4a4kv4"), ["weights.method=nearest", *PLAIN])
+    quantize(tmp_path / "model", recipe, output=tmp_path / "out")
+    assert pieces_of(hf.load(tmp_path / "out")) == wanted

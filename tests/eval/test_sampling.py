@@ -6,8 +6,11 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from every_type import tiny_model
 from paley.core.errors import PaleyError
+from paley.eval import sampling
 from paley.eval.sampling import sample_documents
+from paley.model.pieces import Pieces
 
 VOCAB, BOS, EOS = 260, 1, 2
 
@@ -53,6 +56,14 @@ def test_shape_bos_and_a_seed_that_decides(tiny_tokenizer):
     assert torch.equal(sample(model, tiny_tokenizer, tokens=7), ids[:, :7])
     others = sample(model, tiny_tokenizer, seed=1)
     assert not {tuple(row) for row in others.tolist()} & {tuple(row) for row in ids.tolist()}
+
+
+@pytest.mark.parametrize("kind", ["bamba", "jamba", "rwkv"])
+def test_models_that_cannot_go_on_from_a_cache_sample_all_the_same(kind, tiny_tokenizer, monkeypatch):
+    model = tiny_model(kind, vocab_size=VOCAB)
+    found = sample(model, tiny_tokenizer)
+    monkeypatch.setattr(sampling, "pieces_of", lambda _: Pieces(cache=False))
+    assert torch.equal(sample(model, tiny_tokenizer), found)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import torch
 
 import paley
 from command_line import paley_
+from every_type import tiny_model
 from paley.eval import tasks
 from paley.eval.tasks import TASKS, check_tasks, compare_tasks, log_likelihoods
 from paley.recipe import apply_settings
@@ -65,6 +66,15 @@ def test_likelihoods_are_those_of_one_forward_and_contexts_are_shared(two_bits):
         assert not greedy
     best = int(model(torch.tensor([[5, 6, 7]])).logits[0, -1].argmax())
     assert log_likelihoods(model, [((5, 6, 7), (best,))])[0][1]
+
+
+@pytest.mark.parametrize("kind", ["lfm2", "falcon_h1", "qwen3_5_text"])
+def test_each_answer_to_a_question_begins_from_the_states_of_the_question(kind):
+    """Layers with states beside others, and with states and attention in one."""
+    model = tiny_model(kind)
+    texts = [(tuple(range(10, 30)), (60 + i, 70, 80 + i)) for i in range(5)]
+    for (context, answer), (value, _) in zip(texts, log_likelihoods(model, texts), strict=True):
+        assert value == pytest.approx(plain(model, list(context), list(answer)), abs=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore")

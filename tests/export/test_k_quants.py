@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import paley
-from gguf_models import byte_tokenizer, file_of, quantized, save
+from gguf_models import byte_tokenizer, expert_of, file_of, quantized, save
 from llama_cpp import open_llama_cpp
 from paley.core.errors import PaleyError
 from paley.export.k_quants import fit_q4_k, fit_q6_k
+from paley.format.checkpoint import Checkpoint
 from paley.model.loading import open_source
 from paley.recipe import apply_settings, preset
 
@@ -91,6 +92,36 @@ def test_any_folder_becomes_a_file_of_a_type_and_the_loss_is_told(kind, tmp_path
     assert not list(tmp_path.glob(".gguf*/plain"))
 
 
+@pytest.mark.parametrize(("kind", "down"), [("q4_k", "Q5_0"), ("q6_k", "Q8_0"), ("q8_0", "Q8_0")])
+def test_stacks_of_experts_are_rounded_anew(kind, down, tmp_path):
+    """Gate and up of each expert come apart; rows of down have 64 values, which no superblock divides."""
+    model = save(tmp_path / "model", byte_tokenizer(), "qwen3_moe", hidden_size=256, num_hidden_layers=2)
+    out = paley.quantize(model, apply_settings(preset("higgs-4"), ["test=null"]), output=tmp_path / "out").output
+    made = paley.export_to(out, "gguf", output=tmp_path / "gguf", kind=kind)
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(file_of(made.output)).tensors}
+    plain = Checkpoint.open(paley.dequantize(out, output=tmp_path / "plain", dtype="float32").output)
+    most = {"q4_k": 0.008, "q6_k": 0.0006, "q8_0": 0.0001}[kind]
+    for part, name in (("gate", "gate_proj"), ("up", "up_proj"), ("down", "down_proj")):
+        theirs = found[f"blk.1.ffn_{part}_exps.weight"]
+        assert theirs.tensor_type.name == (down if part == "down" else kind.upper())
+        assert theirs.shape.tolist() == ([64, 256, 4] if part == "down" else [256, 64, 4])
+        stack = torch.from_numpy(gguf.dequantize(theirs.data, theirs.tensor_type).copy())
+        for expert in range(4):
+            ours = expert_of(plain, expert, name)
+            assert (stack[expert] - ours).square().sum() < most * ours.square().sum(), (part, expert)
+    assert found["blk.1.ffn_gate_inp.weight"].tensor_type.name == "F32"
+    (note,) = made.notes
+    assert note.startswith("16 weights are rounded anew")  # of two layers: four linears and three stacks; and two more
+
+
+def test_stacks_without_codes_ask_for_a_type(tmp_path):
+    model = save(tmp_path / "model", byte_tokenizer(), "qwen3_moe")
+    out = quantized(model, tmp_path / "out", 'overrides=[{pattern: "*.experts.*", keep: true}]')
+    with pytest.raises(PaleyError, match=r"this one has none; quantize it by a preset .*, or set kind=Q4_K"):
+        paley.export_to(out, "gguf", output=tmp_path / "gguf")
+    assert paley.export_to(out, "gguf", output=tmp_path / "gguf", kind="Q8_0").types["Q8_0"] > 0
+
+
 def test_a_type_that_is_none_or_of_another_format(tmp_path):
     with pytest.raises(PaleyError, match=r"kind: must be Q4_K, Q6_K, Q8_0, .* got 'Q4_M'; did you mean"):
         export_gguf_of(tmp_path, "Q4_M")
@@ -107,6 +138,24 @@ def test_a_tokenizer_that_gguf_cannot_say_is_refused_before_any_work(tmp_path, m
     (out / "tokenizer.json").write_text((out / "tokenizer.json").read_text().replace('"BPE"', '"WordLevel"'))
     with pytest.raises(PaleyError, match="no tokenizer can be loaded here"):
         paley.export_to(out, "gguf", output=tmp_path / "gguf", kind="Q8_0")
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "complaint"),
+    [
+        ("llama", {"intermediate_size": 72}, r"down_proj: no type of GGUF that Q4_K stands for has rows of 72 values"),
+    ],
+)
+def test_weights_that_no_type_holds_are_refused_before_any_work(family, sizes, complaint, tmp_path, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("decoded before it was refused")
+
+    monkeypatch.setattr("paley.export.gguf.decoded", never)
+    model = save(tmp_path / "model", byte_tokenizer(), family, **sizes)
+    keep = ('overrides=[{pattern: "*.down_proj", keep: true}]',) if sizes else ()
+    with pytest.raises(PaleyError, match=complaint):
+        paley.export_to(quantized(model, tmp_path / "out", *keep), "gguf", output=tmp_path / "gguf", kind="Q4_K")
+    assert not (tmp_path / "gguf").exists()
 
 
 def export_gguf_of(folder, kind):

@@ -160,9 +160,9 @@ def test_rounding_at_run_time_is_refused_or_dropped(rounding, tmp_path):
     assert not (tmp_path / "plain").exists()
     made = dequantize(rounding, output=tmp_path / "plain", weights_only=True)
     assert [what.split(" to ")[0] for what in made.dropped] == [
-        "14 linear inputs", "2 layers' cached keys", "2 layers' cached values",
+        "rounding of 14 linear inputs", "rounding of 2 layers' cached keys", "rounding of 2 layers' cached values",
     ]  # fmt: skip
-    assert "Dropped: 14 linear inputs" in (tmp_path / "plain" / "README.md").read_text()
+    assert "Dropped: rounding of 14 linear inputs" in (tmp_path / "plain" / "README.md").read_text()
     model = paley.load(rounding, product="dense")
     for module in model.modules():  # the same model, rounding nothing as it runs
         if isinstance(module, QuantLinear):
@@ -526,3 +526,12 @@ def test_the_verb_refuses_by_name_and_drops_aloud(rounding, tmp_path):
     code, out, _ = run("dequantize", rounding, "--output", tmp_path / "plain", "--weights-only")
     assert code == 0
     assert "dropped: rounding of 14 linear inputs to " in out
+
+
+def test_what_is_left_out_and_no_rounding_is_not_called_one(tmp_path, tiny_tokenizer):
+    """A tied pair on a widened stream: what its final norm leaves out."""
+    model = save_tiny(tmp_path / "model", tiny_tokenizer, qwen=True)
+    recipe = apply_settings(preset("higgs-4"), ["test=null", "rotate=folded", "expand_mlp=auto", "expand=12"])
+    out = quantize(model, recipe, output=tmp_path / "out").output
+    _, shown, _ = run("dequantize", out, "--output", tmp_path / "plain", "--weights-only")
+    assert "dropped: errors outside of 48 of the stream's 60 directions, in the final norm" in shown

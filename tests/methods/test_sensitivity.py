@@ -88,7 +88,7 @@ def test_planted_slopes_are_found():
 def test_a_settled_ranking_costs_a_quarter():
     delta, calls = planted(0.01)
     rounds: list[int] = []
-    slopes = measure_slopes(list(PLANTED), delta, on_round=rounds.append)
+    slopes = measure_slopes(list(PLANTED), delta, on_round=lambda trials: rounds.append(len(trials)))
     assert rounds == [4 * len(PLANTED)]
     assert len(calls) == len(set(calls)) == 4 * len(PLANTED)
     assert sorted(slopes, key=lambda name: slopes[name].alpha) == list(PLANTED)
@@ -98,7 +98,7 @@ def test_close_slopes_are_measured_further_and_only_they(monkeypatch):
     monkeypatch.setitem(PLANTED, "slot 5", PLANTED["slot 6"] * 1.001)
     delta, calls = planted(0.05)
     rounds: list[int] = []
-    slopes = measure_slopes(list(PLANTED), delta, agreement=0.9995, on_round=rounds.append)
+    slopes = measure_slopes(list(PLANTED), delta, agreement=0.9995, on_round=lambda trials: rounds.append(len(trials)))
     assert len(slopes["slot 5"].levels) == len(slopes["slot 6"].levels) == 15
     assert len(slopes["slot 0"].levels) == len(slopes["slot 11"].levels) == 4
     assert sum(rounds) == len(calls) == sum(len(slope.levels) for slope in slopes.values())

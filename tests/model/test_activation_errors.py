@@ -10,9 +10,9 @@ from paley.core.schemes import ActivationScheme, AttentionScheme, LinearScheme, 
 from paley.core.transforms import Transform
 from paley.model.activation_errors import measure_errors
 from paley.model.adapter import Adapter, Block
-from paley.model.calibrate import set_attention_, wrap_
 from paley.model.kv_cache import PackedKVCache, cache_argument
 from paley.model.linear import QuantLinear
+from paley.model.wrapping import set_attention_, wrap_
 from paley.ops.inputs import round_input
 
 IDS = torch.randint(50, (2, 40), generator=torch.Generator().manual_seed(0))

@@ -11,11 +11,12 @@ from paley.core.metrics import rel_error
 from paley.core.schemes import ActivationScheme, AttentionScheme, LinearScheme, Schemes, WeightScheme
 from paley.core.transforms import Transform
 from paley.model.adapter import Adapter
-from paley.model.calibrate import ModelQuantizer, wrap_
+from paley.model.calibrate import ModelQuantizer
 from paley.model.capture import BlockRunner, capture_inputs
 from paley.model.embedding import QuantEmbedding
 from paley.model.fold import rotate_input_
 from paley.model.linear import QuantLinear
+from paley.model.wrapping import wrap_
 from paley.ops.matmul import CALIBRATION
 
 

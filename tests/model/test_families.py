@@ -15,11 +15,11 @@ from paley.core.schemes import ActivationScheme, AttentionScheme, LinearScheme, 
 from paley.core.transforms import Transform
 from paley.model.adapter import Adapter
 from paley.model.attention import attach_schemes
-from paley.model.calibrate import wrap_
 from paley.model.capture import BlockRunner
 from paley.model.compared import ComparedBlock
 from paley.model.key_statistics import KeySettler
 from paley.model.kv_cache import PackedKVCache, cache_argument
+from paley.model.wrapping import wrap_
 from paley.ops import attention as op
 
 IDS = torch.randint(4, 61, (3, 23), generator=torch.Generator().manual_seed(0))

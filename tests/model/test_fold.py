@@ -11,8 +11,8 @@ from paley.core.schemes import AttentionScheme, LinearScheme, Schemes
 from paley.core.transforms import Transform
 from paley.model.adapter import Adapter
 from paley.model.attention import register
-from paley.model.calibrate import wrap_
 from paley.model.rotation import decide_turning, rotate_
+from paley.model.wrapping import wrap_
 
 FOLDING = [kind for kind in CONFIGS if FAMILIES[kind].why_stream_is_fixed() is None]
 

@@ -15,12 +15,12 @@ from paley.core.transforms import Transform
 from paley.methods.nearest import quantize_nearest
 from paley.methods.sensitivity import fit_slope, measure_slopes, noise_levels
 from paley.model.adapter import Adapter
-from paley.model.calibrate import wrap_
 from paley.model.capture import BlockRunner
 from paley.model.fold import fold_norms_
 from paley.model.loading import open_source
 from paley.model.rotation import rotate_
 from paley.model.sensitivity import KINDS, NoiseProbe, add_noise, noise_sites
+from paley.model.wrapping import wrap_
 
 DOWN = "model.layers.1.mlp.down_proj"
 METRICS = ("kl", "perplexity")

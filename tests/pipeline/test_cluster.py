@@ -75,7 +75,7 @@ def test_what_a_task_raises_comes_out(ray_pool):
 def test_workers_of_another_paley_arerefused(ray_pool, tmp_path, monkeypatch):
     monkeypatch.setattr(clusters, "fingerprint", lambda: "Paley 0.0.1 (00000000)")
     with pytest.raises(PaleyError, match=r"runs Paley .*, but this is Paley 0\.0\.1 .*install the same"):
-        ray_pool.check(tmp_path)
+        ray_pool.check(output=tmp_path)
     with pytest.raises(PaleyError, match=r"runs Paley .*, but this is Paley 0\.0\.1"):
         list(ray_pool.run(refuse, [3]))
     assert not list(tmp_path.iterdir())
@@ -83,7 +83,7 @@ def test_workers_of_another_paley_arerefused(ray_pool, tmp_path, monkeypatch):
 
 def test_a_folder_that_a_node_does_not_see_is_named(ray_pool, tmp_path):
     with pytest.raises(PaleyError, match=r"does not see /nowhere; put model and output on storage"):
-        ray_pool.check(Path("/nowhere"), tmp_path)
+        ray_pool.check(Path("/nowhere"), output=tmp_path)
 
 
 @pytest.mark.parametrize(

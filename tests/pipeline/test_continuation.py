@@ -37,6 +37,22 @@ def test_a_stop_string_is_no_part_of_the_text(tiny_tokenizer):
     assert paley.generate(model, ">", stop=["three!"]).text == "one two three"
 
 
+def test_a_stop_string_in_what_was_held_back_is_the_reason_of_the_end(tiny_tokenizer):
+    """Half a character is told when nothing more comes."""
+    model, _ = scripted_model(tiny_tokenizer, "ab€")
+    made = paley.generate(model, ">", stop=["b\ufffd"], max_new_tokens=3)
+    assert (made.text, made.finish) == ("a", "stop")
+    assert paley.generate(model, ">", stop=["b\ufffd!"], max_new_tokens=3).finish == "length"
+
+
+def test_drawn_tokens_have_the_text_that_they_add(tiny_tokenizer):
+    model, decoder = scripted_model(tiny_tokenizer, "é€")
+    text = Continuation(model, tiny_tokenizer(">")["input_ids"], sampling=Sampling(), max_new_tokens=4)
+    while text.finish is None:
+        step(decoder, [text])
+    assert [(drawn.text, drawn.offset) for drawn in text.drawn] == [("", 0), ("é", 0), ("", 1), ("\ufffd", 1)]
+
+
 def test_a_long_prompt_is_read_in_pieces(tiny_tokenizer):
     model, decoder = scripted_model(tiny_tokenizer, "x")
     prompt = "p" * 600 + ">"
@@ -65,7 +81,7 @@ def test_chances_are_told_if_wanted(tiny_tokenizer):
     step(decoder, [text])
     (drawn,) = text.drawn
     assert drawn.logprob == pytest.approx(-math.log(1 + 259 * math.exp(-20.0)), abs=1e-9)
-    assert drawn.top[0] == (drawn.token, drawn.logprob)
+    assert drawn.top[0] == (drawn.token, drawn.logprob, drawn.text)
     assert len(drawn.top) == 2
 
 

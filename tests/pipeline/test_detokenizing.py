@@ -67,6 +67,17 @@ def test_a_text_that_goes_on_keeps_its_first_space(sentencepiece_like):
     assert "".join(pieces(sentencepiece_like, lone)) == sentencepiece_like.decode(lone) == " a"
 
 
+def test_what_a_token_would_add_is_what_it_adds(sentencepiece_like, tiny_tokenizer):
+    """Spaces of words, as a token alone has none, and characters of several tokens."""
+    for tokenizer in (sentencepiece_like, tiny_tokenizer):
+        text = Detokenizer(tokenizer)
+        for token in tokenizer("a b éb 世")["input_ids"]:
+            would = text.would_add(token)
+            assert would.replace("\ufffd", "") == text.add(token)
+    text = Detokenizer(tiny_tokenizer)
+    assert (text.would_add(2), text.name(2), text.name(tiny_tokenizer("a")["input_ids"][0])) == ("", "</s>", "")
+
+
 @pytest.mark.parametrize("special", [8, 9, 30])
 def test_a_character_after_many_special_tokens_is_whole(tiny_tokenizer, special):
     ids = tiny_tokenizer("世👋")["input_ids"]

@@ -47,6 +47,6 @@ def dequantize_verb(
     rows = [("bytes on disk", f"{made.quantized_bytes:,}", f"{made.bytes:,}"), *cost.rows()]
     display.show(display.table(("", "quantized", "plain"), rows))
     for what in made.dropped:
-        line(f"dropped: rounding of {what}")
+        line(f"dropped: {what}")
     line(f"written to {made.output}")
     line(f"next: {shell('generate', str(made.output), 'Once upon a time')}")

@@ -26,12 +26,17 @@ def eval_verb(
     task_data: options.TaskData = None,
     limit: options.Limit = None,
     device: options.Device = "cpu",
+    workers: options.Workers = 1,
+    ray: options.Ray = False,
+    ray_address: options.RayAddress = None,
     as_json: options.Json = False,
 ) -> None:
     """Measure perplexity through the quantized cache and, against the original, what was lost.
 
     Without --data the text is what the model's plan set apart for testing, or for other models the test part
     of Python's own documentation. A text that the plan was tuned on is refused.
+
+    With --workers or --ray, sequences are shared; each worker holds the model and uses one thread.
 
     With --tasks it answers questions instead, those of lm-eval (`pip install "paley[tasks]"`) on files in
     --task-data, through the quantized cache, too.
@@ -42,7 +47,14 @@ def eval_verb(
     from paley.cli.progress import watching
 
     start = time.monotonic()
+    cluster = options.cluster(ray, ray_address)
     if tasks is not None:
+        if workers > 1 or cluster is not None:
+            raise PaleyError(
+                Setting("tasks"),
+                ": are answered by one process",
+                remedy=("leave ", Setting("workers"), " and --ray out"),
+            )
         _tasks(model, against, tasks, task_data, limit, device, as_json)
         return
     for name, value in (("task_data", task_data), ("limit", limit)):
@@ -50,8 +62,9 @@ def eval_verb(
             raise PaleyError(Setting(name), ": is for tasks", remedy=("name some with ", Setting("tasks")))
     with watching() as monitor:
         result = paley.score(
-            model, against, data=data, sequences=sequences, seq_len=seq_len, device=device, monitor=monitor
-        )
+            model, against, data=data, sequences=sequences, seq_len=seq_len, device=device, workers=workers,
+            ray=cluster, monitor=monitor,
+        )  # fmt: skip
     cost = display.Cost(time.monotonic() - start, peak_memory())
     if as_json:
         display.emit({"model": model, "against": against, **asdict(cost), **result.to_dict()})

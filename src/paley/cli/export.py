@@ -65,7 +65,7 @@ def export_verb(
     if made.types:
         line("tensors: " + ", ".join(f"{kind} × {count}" for kind, count in made.types.items()))
     for what in made.dropped:
-        line(f"dropped: rounding of {what}")
+        line(f"dropped: {what}")
     for what in made.notes:
         line(f"not exact: {what}")
     line(f"written to {made.output}")

@@ -69,6 +69,7 @@ __all__ = [
     "Tune",
     "WeightsOnly",
     "Workers",
+    "cluster",
 ]
 
 _HOW, _TEXT = "What to do", "Texts"
@@ -162,7 +163,7 @@ DryRun = Annotated[
     typer.Option("--dry-run", help="Only estimate time, memory and size here, and make nothing.", is_eager=True),
 ]
 Device = Annotated[str, _option("--device", "cpu or cuda.")]
-Workers = Annotated[int, _option("--workers", "Processes that share the weights of a data-free recipe.", min=1)]
+Workers = Annotated[int, _option("--workers", "Processes that share what can be shared.", min=1)]
 Ray = Annotated[bool, _option("--ray", "Share it by Ray, started here with --workers processes.", panel=_CLUSTER)]
 RayAddress = Annotated[
     str | None,
@@ -217,3 +218,8 @@ PromptTokens = Annotated[int, _option("--prompt-tokens", "Tokens of the prompt."
 NewTokens = Annotated[int, _option("--new-tokens", "Tokens read one by one.", "N", _BENCH)]
 Rounds = Annotated[int, _option("--rounds", "Rounds, after one that warms up.", "N", _BENCH)]
 Threads = Annotated[int | None, _option("--threads", "Threads; as many as PyTorch takes by default.", "N", _BENCH)]
+
+
+def cluster(ray: bool, address: str | None) -> str | None:
+    """What --ray and --ray-address say together, as of `paley.quantize`."""
+    return address or ("local" if ray else None)

@@ -102,7 +102,7 @@ def quantize_verb(
                 overwrite=overwrite,
                 device=check_device(device),
                 workers=workers,
-                ray=ray_address or ("local" if ray else None),
+                ray=options.cluster(ray, ray_address),
                 monitor=monitor,
             )
     except KeyboardInterrupt:

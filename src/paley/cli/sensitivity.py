@@ -54,6 +54,9 @@ def sensitivity_verb(
     levels: Annotated[int, typer.Option("--levels", help="Noise levels of a slot, at most.")] = LEVELS,
     seed: Annotated[int, typer.Option("--seed", help="Draws the noise, and the text's order.")] = 0,
     device: options.Device = "cpu",
+    workers: options.Workers = 1,
+    ray: options.Ray = False,
+    ray_address: options.RayAddress = None,
     resume: options.Resume = False,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
@@ -61,7 +64,8 @@ def sensitivity_verb(
     """Measure how much each layer matters: what noise in it adds to the model's loss, per relative squared error.
 
     The slopes belong to the model and serve every budget of `paley quantize`. Finished trials are kept in
-    OUT.partial.jsonl until all are there, and a stopped run goes on with --resume.
+    OUT.partial.jsonl until all are there, and a stopped run goes on with --resume. With --workers or --ray, trials are
+    shared; each worker holds the model and uses one thread.
 
     Example: `paley sensitivity ./llama --output alpha.json`
     """
@@ -85,7 +89,7 @@ def sensitivity_verb(
             found = measure_sensitivity(
                 model, metric=metric, source=text, sequences=sequences, seq_len=seq_len,
                 kinds=KINDS if activations else ("weight",), fold=fold, levels=levels, seed=seed, device=device,
-                monitor=monitor, progress_file=partial,
+                workers=workers, ray=options.cluster(ray, ray_address), monitor=monitor, progress_file=partial,
             )  # fmt: skip
     except KeyboardInterrupt:
         say(how_to_resume(ctx, partial))

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor
 
-__all__ = ["kl_divergence", "rel_error"]
+__all__ = ["kl_divergence", "rel_error", "rel_error_of"]
 
 
 def rel_error(x: Tensor, y: Tensor) -> float:
     """||x - y||^2 / ||x||^2; if x is zero, the largest |y|, which is 0 if both are zero."""
-    norm = float(x.double().square().sum())
-    return float((x.double() - y.double()).square().sum()) / norm if norm else float(y.abs().max())
+    return rel_error_of([(x, y)])
+
+
+def rel_error_of(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """As `rel_error`, of tensors that come in parts, (x, y) each, so that not all of both is there at once."""
+    norm = off = most = 0.0
+    for x, y in pairs:
+        norm += float(x.double().square().sum())
+        off += float((x.double() - y.double()).square().sum())
+        most = max(most, float(y.abs().max()))
+    return off / norm if norm else most
 
 
 def kl_divergence(logits: Tensor, other: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -24,25 +25,56 @@ from paley.model.kv_cache import PackedKVCache, PackedKVLayer, cache_argument
 from paley.model.pages import Turns, one_after_another
 from paley.results import EvalResult
 
-__all__ = ["EvalResult", "evaluate", "token_scores"]
+__all__ = ["BATCH", "EvalResult", "Means", "evaluate", "sequence_means", "summary", "token_scores"]
+
+BATCH = 8  # sequences of one forward
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Means:
+    """What `evaluate` measured of some sequences, before it is summed up.
+
+    columns float64 [1 or 3, sequences]: nats and, with a reference, KL and agreement. kv_bytes: of a cached token.
+    """
+
+    columns: Tensor
+    kv_bytes: float
+    kv_bytes_at_16_bits: float
+
+
 def evaluate(
     model: PreTrainedModel,
     blocks: TokenBlocks,
     reference: Reference | None = None,
     *,
     chunk: int = CHUNK,
-    batch: int = 8,
+    batch: int = BATCH,
     progress: Callable[[int, int], None] | None = None,
     turns: Turns = one_after_another,
 ) -> EvalResult:
     """Position t predicts token t + 1 of each block; blocks must have role test.
 
-    With quantized keys or values, `chunk` tokens at a time pass through a fresh PackedKVCache per batch; else
-    there is one forward per batch. progress is called with (sequences done, all sequences). turns: as of Reference.of.
+    With quantized keys or values, `chunk` tokens at a time pass through a fresh PackedKVCache per batch, or all at once
+    if the model has no row, as some types cannot go on from a cache; else there is one forward per batch. progress is
+    called with (sequences done, all sequences). turns: as of Reference.of.
     """
+    means = sequence_means(model, blocks, reference, chunk=chunk, batch=batch, progress=progress, turns=turns)
+    return summary(blocks, means, None if reference is None else reference.nll)
+
+
+@torch.no_grad()
+def sequence_means(
+    model: PreTrainedModel,
+    blocks: TokenBlocks,
+    reference: Reference | None = None,
+    *,
+    chunk: int = CHUNK,
+    batch: int = BATCH,
+    progress: Callable[[int, int], None] | None = None,
+    turns: Turns = one_after_another,
+    first: int = 0,
+) -> Means:
+    """As `evaluate`, before it is summed up. first: the number of the first sequence, which errors name."""
     require(blocks, "test")
     check_scorable(model, blocks, batch, chunk)
     if reference is not None:
@@ -57,7 +89,7 @@ def evaluate(
         ids = blocks.ids[sequences].to(adapter.device)
         cache = PackedKVCache(model) if cached else None
         scores = _score(model, ids, cache, chunk, reference, sequences)
-        check_finite(scores[0], at, blocks.source)
+        check_finite(scores[0], first + at, blocks.source)
         if cache is not None:
             kv_bytes = _kv_bytes_per_token(cache, len(ids))
         if progress is not None:
@@ -66,11 +98,11 @@ def evaluate(
 
     turns([adapter.try_out])
     columns = turns([partial(run, at) for at in range(0, len(blocks.ids), batch)])
-    return _summary(blocks, torch.cat(columns, 1), reference, kv_bytes, at_16_bits)
+    return Means(torch.cat(columns, 1), kv_bytes, at_16_bits)
 
 
 @torch.no_grad()
-def token_scores(model: PreTrainedModel, blocks: TokenBlocks, reference: Reference, *, batch: int = 8) -> Tensor:
+def token_scores(model: PreTrainedModel, blocks: TokenBlocks, reference: Reference, *, batch: int = BATCH) -> Tensor:
     """float32 [3, sequences, seq_len - 1]: nats, KL and agreement of each token, as `evaluate` averages them."""
     require(blocks, "test")
     check_scorable(model, blocks, batch, CHUNK)
@@ -121,7 +153,7 @@ def _hidden(model: PreTrainedModel, ids: Tensor, cache: PackedKVCache | None, ch
     if cache is None:  # the last token is read all the same: what Reference.of ran then agrees to the bit
         yield adapter.head_input(ids, use_cache=False)[:, :-1]
         return
-    for piece in ids[:, :-1].split(chunk, 1):
+    for piece in ids[:, :-1].split(ids.shape[1] if adapter.architecture.walked else chunk, 1):
         yield adapter.head_input(piece, use_cache=True, **cache_argument(model, cache))
 
 
@@ -155,17 +187,16 @@ def _fitting(reference: Reference, model: PreTrainedModel, blocks: TokenBlocks) 
     return reference.to(adapter.device)
 
 
-def _summary(
-    blocks: TokenBlocks, means: Tensor, reference: Reference | None, kv_bytes: float, kv_at_16_bits: float
-) -> EvalResult:
-    """means float64 [1 or 3, sequences] of each sequence -> the result."""
+def summary(blocks: TokenBlocks, measured: Means, original_nll: Tensor | None = None) -> EvalResult:
+    """original_nll [sequences, seq_len - 1]: the original's, if it was compared with."""
+    means = measured.columns
     nll, nll_stderr = _mean_and_stderr(means[0])
     perplexity = math.exp(nll) if nll < 700 else math.inf
     # Delta method: d exp(nll) = exp(nll) d nll.
     perplexity_stderr = None if nll_stderr is None or perplexity == math.inf else perplexity * nll_stderr
     compared: dict[str, float | None] = {}
-    if reference is not None:
-        original = reference.nll.double().mean(1)
+    if original_nll is not None:
+        original = original_nll.double().mean(1)
         compared["reference_nll"] = float(original.mean())
         for name, column in (("gap", means[0] - original), ("kl", means[1]), ("top1", means[2])):
             mean, compared[f"{name}_stderr"] = _mean_and_stderr(column)
@@ -179,8 +210,8 @@ def _summary(
         nll_stderr=nll_stderr,
         perplexity=perplexity,
         perplexity_stderr=perplexity_stderr,
-        kv_cache_bytes_per_token=kv_bytes,
-        kv_cache_bytes_per_token_at_16_bits=kv_at_16_bits,
+        kv_cache_bytes_per_token=measured.kv_bytes,
+        kv_cache_bytes_per_token_at_16_bits=measured.kv_bytes_at_16_bits,
         **compared,
     )
 

@@ -18,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from paley.core.errors import PaleyError, Setting
 from paley.eval.scoring import check_mode
 from paley.model.kv_cache import cache_argument
+from paley.model.pieces import pieces_of
 
 __all__ = ["sample_documents"]
 
@@ -77,11 +78,12 @@ def _sample_batch(model: PreTrainedModel, generators: list[torch.Generator], tok
     ids[:, :start] = torch.tensor(frame.opening)
     forced, joints = [deque[int]() for _ in generators], [cycle(frame.joints) for _ in generators]
     now = [next(joint) for joint in joints]
-    read = ids[:, :start]
+    read = 0
     for t in range(start, tokens):
-        logits = model(read.to(model.device), use_cache=True, logits_to_keep=1, **cache_argument(model, cache)).logits
+        logits = _next_logits(model, cache, ids[:, :t].to(model.device), read)
+        read = t
         # On the CPU: its generators give the same numbers whatever the model's device.
-        below = logits[:, -1].float().softmax(-1).cpu().cumsum(-1, dtype=torch.float64)
+        below = logits.float().softmax(-1).cpu().cumsum(-1, dtype=torch.float64)
         if not below[:, -1].isfinite().all():
             raise PaleyError(
                 f"sampling: the model's logits are NaN or infinite at position {t - 1}; look for NaN in its "
@@ -96,8 +98,17 @@ def _sample_batch(model: PreTrainedModel, generators: list[torch.Generator], tok
                 if ended:
                     now[row] = next(joints[row])
             ids[row, t] = forced[row].popleft()
-        read = ids[:, t : t + 1]
     return ids
+
+
+def _next_logits(model: PreTrainedModel, cache: DynamicCache, ids: Tensor, read: int) -> Tensor:
+    """ids [batch, tokens], of which the cache has read so many -> [batch, vocabulary]."""
+    pieces, logits = pieces_of(model), ids.new_empty(0)
+    if not pieces.cache:
+        return model(ids, use_cache=False).logits[:, -1]
+    for part, more in pieces.parts(ids[:, read:], read):
+        logits = model(part, use_cache=True, logits_to_keep=1, **more, **cache_argument(model, cache)).logits[:, -1]
+    return logits
 
 
 def _documents(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> _Frame:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paley.core.errors import PaleyError, Setting, nearest_name
@@ -26,6 +27,7 @@ from paley.core.reading import read_text
 from paley.eval.scoring import CHUNK
 from paley.model.kv_cache import PackedKVCache, cache_argument
 from paley.model.loading import context_of
+from paley.model.pieces import pieces_of
 
 __all__ = ["TASKS", "TaskScore", "check_tasks", "compare_tasks", "run_tasks"]
 
@@ -230,7 +232,8 @@ def log_likelihoods(
 ) -> list[tuple[float, bool]]:
     """texts of (context, answer), tokens of both -> (log-likelihood of the answer, whether it is what is likeliest).
 
-    Each context is read once through a cache, in pieces; answers are read behind it one after the other.
+    Each context is read once through a cache, in pieces; answers are read behind it one after the other. A model that
+    cannot go on from a cache reads context and answer at once.
     """
     limit = context_of(model.config)
     found: list[tuple[float, bool]] = [(0.0, False)] * len(texts)
@@ -240,16 +243,8 @@ def log_likelihoods(
         by_context.setdefault(context[-keep:], []).append(index)
     done = 0
     for context, indices in by_context.items():
-        cache = PackedKVCache(model)
-        for piece in torch.tensor([context[:-1]], device=model.device, dtype=torch.int64).split(CHUNK, 1):
-            if piece.shape[1]:
-                model.base_model(piece, use_cache=True, **cache_argument(model, cache))
-        mark = cache.mark()
-        for index in indices:
-            answer = texts[index][1]
-            ids = torch.tensor([[context[-1], *answer[:-1]]], device=model.device)
-            logits = model(ids, use_cache=True, **cache_argument(model, cache)).logits[0].float()
-            cache.rewind(mark)
+        answers = [texts[index][1] for index in indices]
+        for index, answer, logits in zip(indices, answers, _logits(model, context, answers), strict=True):
             wanted = torch.tensor(answer, device=logits.device)
             logs = logits.log_softmax(-1).gather(-1, wanted[:, None])
             found[index] = float(logs.double().sum()), bool((logits.argmax(-1) == wanted).all())
@@ -257,3 +252,26 @@ def log_likelihoods(
         if progress is not None:
             progress(done, len(texts))
     return found
+
+
+def _logits(model: PreTrainedModel, context: tuple[int, ...], answers: Sequence[tuple[int, ...]]) -> Iterator[Tensor]:
+    """float32 [tokens, vocabulary] that predict each answer."""
+    pieces, device = pieces_of(model), model.device
+    if not pieces.cache:
+        for answer in answers:
+            ids = torch.tensor([[*context, *answer[:-1]]], device=device)
+            yield model(ids, use_cache=False).logits[0, len(context) - 1 :].float()
+        return
+    cache, start = PackedKVCache(model), len(context) - 1
+    known = cache_argument(model, cache)
+    read = torch.tensor([context[:-1]], device=device, dtype=torch.int64)
+    step = CHUNK if pieces.at_once else max(start, 1)
+    for at in range(0, start, step):
+        for part, more in pieces.parts(read[:, at : at + step], at):
+            model.base_model(part, use_cache=True, **more, **known)
+    mark = cache.mark()
+    for answer in answers:
+        ids = torch.tensor([[context[-1], *answer[:-1]]], device=device)
+        rows = [model(part, use_cache=True, **more, **known).logits[0] for part, more in pieces.parts(ids, start)]
+        cache.rewind(mark)
+        yield torch.cat(rows).float()

@@ -36,7 +36,7 @@ class Exported:
 
 @dataclass(frozen=True)
 class QuantizedFolder:
-    """A checked folder. dropped: what it rounds while it runs, which is to be left out."""
+    """A checked folder. dropped: what it does while it runs, which is to be left out."""
 
     path: Path
     stored: Checkpoint
@@ -62,7 +62,7 @@ class QuantizedFolder:
                 where=path,
                 remedy=(Setting("weights_only", True), " leaves that out, and keeps the weights"),
             )
-        return cls(path, stored, section, (*rounded, *left_out))
+        return cls(path, stored, section, (*(f"rounding of {what}" for what in rounded), *left_out))
 
     @property
     def grids(self) -> str:

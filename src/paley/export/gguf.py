@@ -22,13 +22,13 @@ from torch import Tensor
 
 from paley.arch import Site, Sites
 from paley.arch.gguf import ROPE_FACTORS
-from paley.core.errors import PaleyError
+from paley.core.errors import PaleyError, Setting
 from paley.core.files import disk, write_atomic
 from paley.core.schemes import LinearScheme
 from paley.export.blocks import BLOCK, BlockType, fitting, pack
 from paley.export.folder import Exported, QuantizedFolder, place_for
 from paley.export.gguf_model import GgufModel
-from paley.export.gguf_refit import GgufTensor, Refit, check_kind, decoded
+from paley.export.gguf_refit import Refit, WrittenTensor, check_kind, decoded
 from paley.export.gguf_tokenizer import tokenizer_keys
 from paley.format import spec
 from paley.format.checkpoint import Checkpoint
@@ -79,7 +79,9 @@ def export_gguf(
     if kind is not None:
         check_kind(kind)
     config = read_config(folder)
-    GgufModel.of(config, f"{folder}/config.json")  # before anything is decoded
+    model, refit = GgufModel.of(config, f"{folder}/config.json"), None if kind is None else Refit(package, kind)
+    if refit is not None:
+        refit.check(model.sites)
     _check_carried(source)
     tokenizer = tokenizer_keys(folder, config.vocab_size)
     try:
@@ -89,10 +91,8 @@ def export_gguf(
             model = GgufModel.of(config, f"{folder}/config.json")
             checkpoint = join_tie(folder, source.stored if kind is None else Checkpoint.open(plain), model.sites)
             names = package.get_tensor_name_map(_architecture(package, model), config.num_hidden_layers)
-            kinds, refit = {}, Refit(package, kind or "")
-            if kind is None:
-                kinds = _kinds(source, checkpoint, model.sites)
-            tensors = list(_tensors(source, checkpoint, model, kinds, names, refit if kind is not None else None))
+            kinds = _kinds(source, checkpoint, model.sites) if kind is None else {}
+            tensors = list(_tensors(source, checkpoint, model, kinds, names, refit))
             label = kind or _label(kinds)
             file = work.new / f"model-{label}.gguf"
             work.new.mkdir()
@@ -172,10 +172,10 @@ def _tensors(
     kinds: dict[str, BlockType],
     names: Any,
     refit: Refit | None,
-) -> Iterator[GgufTensor]:
+) -> Iterator[WrittenTensor]:
     """What the file holds, in the order of the checkpoint's names; raises for a tensor that GGUF has no place for."""
     if (factors := model.rope_factors()) is not None:
-        yield GgufTensor(ROPE_FACTORS, tuple(factors.shape), "F32", lambda: _bytes(factors), factors.nbytes)
+        yield WrittenTensor(ROPE_FACTORS, tuple(factors.shape), "F32", lambda: _bytes(factors), factors.nbytes)
     taken = {f"{attention}.{part}" for attention in source.section.attentions for part in MEAN_KEYS}
     for name, kind in kinds.items():
         taken |= {name + part for part in spec.PARTS}
@@ -186,7 +186,7 @@ def _tensors(
         for part, order in parts.items():
             count = site.shape[0] if order is None else len(order)
             shape = (site.experts, count // site.experts, site.shape[1]) if site.experts else (count, site.shape[1])
-            yield GgufTensor(
+            yield WrittenTensor(
                 _name(names, part + spec.WEIGHT), shape, kind.name,
                 partial(_coded, checkpoint, source.section.linears[name], site, kind, order),
                 math.prod(shape) // BLOCK * kind.block_bytes,
@@ -197,21 +197,30 @@ def _tensors(
         site = model.sites.get(name.removesuffix(spec.BIAS).removesuffix(spec.WEIGHT))
         if name.endswith(spec.BIAS) and (site is None or site.writes not in model.family.biased):
             raise PaleyError(f"{name}: GGUF has no place for this bias in a model of this family", remedy=_WAY_OUT)
-        if refit is not None and site is not None and not site.experts and name.endswith(spec.WEIGHT):
-            yield refit.tensor(_name(names, name), site, partial(checkpoint.tensor, name), model.row_order(site))
+        if refit is not None and site is not None and (site.experts or name.endswith(spec.WEIGHT)):
+            for part, order in (model.stacks(site) if site.experts else {site.name: model.row_order(site)}).items():
+                read = partial(_rows, checkpoint, name)
+                yield refit.tensor(_name(names, part + spec.WEIGHT), part, site, read, order)
             continue
         if site is not None and site.experts:
-            raise PaleyError(f"{name}: stacks of experts are written to GGUF from their codes alone",
-                             remedy="quantize them by a preset such as gguf-q4_0, and leave out a type")  # fmt: skip
+            raise PaleyError(
+                f"{name}: stacks of experts are written to GGUF from their codes, and this one has none",
+                remedy=("quantize it by a preset such as gguf-q4_0, or set ", Setting("kind", "Q4_K")),
+            )
         vector = len(checkpoint.shape(name)) == 1
         kind = torch.float32 if vector or site is None else checkpoint.dtype(name)  # None: also a router
         if kind not in _FLOATS:
             raise PaleyError(f"{name}: must be {', '.join(_FLOATS.values())}", got=str(kind), remedy=_WAY_OUT)
         count = math.prod(checkpoint.shape(name))
-        yield GgufTensor(
+        yield WrittenTensor(
             _name(names, name), checkpoint.shape(name), _FLOATS[kind],
             partial(_plain, checkpoint, name, site, model), count * kind.itemsize,
         )  # fmt: skip
+
+
+def _rows(checkpoint: Checkpoint, name: str) -> Tensor:
+    """A weight [rows, columns]; of a stack the rows of one expert after the other."""
+    return checkpoint.tensor(name).flatten(0, -2)
 
 
 def _plain(checkpoint: Checkpoint, name: str, site: Site | None, model: GgufModel) -> Tensor:
@@ -272,7 +281,7 @@ def _add_keys(package: Any, writer: Any, model: GgufModel, tokenizer: dict[str, 
             writer.add_key_value(key, value, kind)
 
 
-def _write(package: Any, writer: Any, tensors: list[GgufTensor], on_tensor: Callable[[int, str], None]) -> None:
+def _write(package: Any, writer: Any, tensors: list[WrittenTensor], on_tensor: Callable[[int, str], None]) -> None:
     """The file, one tensor in memory at a time."""
     for tensor in tensors:
         kind = getattr(package.GGMLQuantizationType, tensor.kind)
@@ -293,10 +302,14 @@ _NO_NUMPY_TYPE: Any = None  # the package looks at it only where no type of ggml
 
 
 def _exported(
-    output: Path, source: QuantizedFolder, tensors: list[GgufTensor], kinds: dict[str, BlockType], refit: Refit
+    output: Path,
+    source: QuantizedFolder,
+    tensors: list[WrittenTensor],
+    kinds: dict[str, BlockType],
+    refit: Refit | None,
 ) -> Exported:
     types = Counter(tensor.kind for tensor in tensors)
-    notes = refit.notes()
+    notes = [] if refit is None else refit.notes()
     if offset := sum(kind.zero is None for kind in kinds.values()):
         notes.append(f"offsets of {offset} weights are rounded to float16: by at most 2^-11 of an offset")
     size = sum(tensor.nbytes for tensor in tensors)

@@ -78,7 +78,7 @@ def fit_q6_k(weight: Tensor) -> Tensor:
         d = torch.where(after < before, d_new, d)
         codes = torch.where((after < before)[..., None], codes_new, codes)
     c = (codes + 32).to(torch.uint8).reshape(*codes.shape[:2], 2, 4, 32)  # halves of 128, four runs of 32 in each
-    low = torch.cat([c[..., 0:2, :] & 15 | (c[..., 2:4, :] & 15) << 4], -2).flatten(2)
+    low = (c[..., 0:2, :] & 15 | (c[..., 2:4, :] & 15) << 4).flatten(2)
     high = c[..., 0, :] >> 4 | c[..., 1, :] >> 4 << 2 | c[..., 2, :] >> 4 << 4 | c[..., 3, :] >> 4 << 6
     return torch.cat([low, high.flatten(2), s.to(torch.int8).view(torch.uint8), _bytes(d)], -1).flatten(1)
 

@@ -21,6 +21,7 @@ __all__ = [
     "LEVELS",
     "Delta",
     "Slope",
+    "Trial",
     "clamp_slopes",
     "fit_slope",
     "level_order",
@@ -31,6 +32,7 @@ __all__ = [
 
 # delta(site, t, draw): the loss added by noise of relative size t in `site`; `draw` picks the noise.
 Delta = Callable[[str, float, int], float]
+Trial = tuple[str, float, int]  # what delta is called with
 
 MIN_LEVELS = 3
 MAX_T = 4.0**-0.85  # the theorem's linear range: t^2 <= 4^-1.7
@@ -110,7 +112,7 @@ def measure_slopes(
     *,
     levels: int = LEVELS,
     agreement: float | None = AGREEMENT,
-    on_round: Callable[[int], None] = lambda trials: None,
+    on_round: Callable[[Sequence[Trial]], None] = lambda trials: None,
 ) -> dict[str, Slope]:
     """Measures few levels first, and more if the ranking needs them -> each site's slope.
 
@@ -119,7 +121,8 @@ def measure_slopes(
     with the measured ones (None: never). The correlation is 1 - 6 sum d^2 / (n (n^2 - 1)), with d a site's change of
     rank. Only sites whose mean d^2 exceeds an even share are measured further.
 
-    delta is called with the level as its draw. on_round gets the number of trials about to be made.
+    delta is called with the level as its draw. on_round gets the trials that are about to be made, one after the other:
+    whoever shares them makes them then, and delta only tells what came out.
     """
     times, order = noise_levels(levels), level_order(levels)
     measured: dict[str, list[tuple[float, float]]] = {site: [] for site in sites}
@@ -127,7 +130,7 @@ def measure_slopes(
     todo, done = list(sites), 0
     rounds = [levels] if agreement is None else [max(2, -(-levels // 4)), -(-levels // 2), levels]
     for wanted in dict.fromkeys(rounds):
-        on_round(len(todo) * (wanted - done))
+        on_round([(site, times[level], level) for site in todo for level in order[done:wanted]])
         for site in todo:
             measured[site] += [(times[j] ** 2, _finite(site, delta, times, j)) for j in order[done:wanted]]
             slopes[site] = fit_slope(measured[site])

@@ -64,8 +64,8 @@ class InputStatistics:
         """damp: added to gram's diagonal, as a share of its mean. All linears that read these inputs share it."""
         if damp not in self._metrics:
             gram = self.gram.double()
-            ridge = damp * max(float(gram.diagonal().mean()), 1e-12)
-            self._metrics[damp] = Metric(gram + ridge * torch.eye(len(gram)).to(gram))
+            gram.diagonal().add_(damp * max(float(gram.diagonal().mean()), 1e-12))
+            self._metrics[damp] = Metric(gram)
         return self._metrics[damp]
 
     def target(self, weight: Tensor, damp: float, compensate: bool, rows: slice = slice(None)) -> Tensor:
@@ -95,27 +95,30 @@ class Metric:
     """
 
     def __init__(self, gram: Tensor):
-        self._given, self.diagonal = gram, gram.diagonal().float()
+        self._gram, self.diagonal = gram, gram.diagonal().float()
 
     @functools.cached_property
-    def _factored(self) -> tuple[Tensor, Tensor, float]:
-        return _factored(self._given)
+    def _factored(self) -> tuple[Tensor, float]:
+        """-> spread, raised; from here on `_gram` has what was added. All in float64 goes but that: it is large."""
+        self._gram, factor, raised = _factored(self._gram)
+        inverse = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+        return torch.linalg.solve_triangular(factor, inverse, upper=True, out=inverse).float(), raised
 
     @property
     def raised(self) -> float:
         """What had to be added to the diagonal to make G positive definite, as a share of its mean; else 0."""
-        return self._factored[2]
+        return self._factored[1]
 
     @functools.cached_property
     def gram(self) -> Tensor:
         """G with that, float32 [in, in]."""
-        return self._factored[0].float()
+        _ = self._factored
+        return self._gram.float()
 
-    @functools.cached_property
+    @property
     def spread(self) -> Tensor:
         """U float32 [in, in], upper triangular, with G^-1 = U^T U: its rows say where a column's error should go."""
-        factor = self._factored[1]
-        return torch.linalg.solve_triangular(factor, torch.eye(len(factor)).to(factor), upper=True).float()
+        return self._factored[0]
 
     @property
     def inverse_diagonal(self) -> Tensor:
@@ -124,7 +127,8 @@ class Metric:
 
     def ordered(self, order: Tensor) -> Metric:
         """Of the columns in another order."""
-        return Metric(self._factored[0][order][:, order])
+        _ = self._factored
+        return Metric(self._gram[order][:, order])
 
 
 def _add(sums: Tensor | None, left: Tensor, right: Tensor, upper: bool = False) -> Tensor:

@@ -11,39 +11,42 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from paley.arch import Site
 from paley.core.errors import PaleyError
-from paley.core.metrics import rel_error
+from paley.core.metrics import rel_error, rel_error_of
 from paley.core.rounding import Quantized, check_range, joined
-from paley.core.schemes import AttentionScheme, LinearScheme, Schemes
+from paley.core.schemes import LinearScheme, Schemes
 from paley.format.spec import DIAGONAL, check_outliers
 from paley.methods.diagonal import balance, strength_for
 from paley.methods.gptq import quantize_gptq
 from paley.methods.nearest import quantize_nearest, quantize_turned
 from paley.methods.statistics import InputStatistics
-from paley.model.adapter import Adapter, Block
-from paley.model.attention import attach_schemes
+from paley.model.adapter import Block
 from paley.model.capture import BlockRunner, capture_inputs
 from paley.model.coded import Coded
 from paley.model.compared import ComparedBlock
 from paley.model.embedding import QuantEmbedding
-from paley.model.experts import QuantExperts, register_experts, use_experts_
+from paley.model.experts import QuantExperts
 from paley.model.gathered import GatheredBlock
 from paley.model.key_statistics import KeySettler
 from paley.model.linear import QuantLinear
-from paley.model.reading import share_inputs_, tie_head_
-from paley.model.stacks import Stack, Turned, put_
+from paley.model.reading import tie_head_
+from paley.model.stacks import put_
+from paley.model.wrapping import set_input_
 from paley.ops.matmul import CALIBRATION
 
-__all__ = ["LayerReport", "ModelQuantizer", "set_attention_", "set_input_", "wrap_", "wrap_block_", "wrap_outer_"]
+__all__ = ["LayerReport", "ModelQuantizer"]
 
 OnLayer = Callable[["LayerReport"], None]
 Place = Callable[[str, Tensor], Tensor]
 _NOTHING: Mapping[str, Tensor] = {}
+_VALUES = 2**22  # of a weight that are decoded at a time
+_ENERGY_TOKENS = 2048  # that the size of a channel is measured on, for its diagonal
 
 
 @dataclass(frozen=True)
@@ -58,59 +61,6 @@ class LayerReport:
     rel_error: float
     quantized: Quantized | None
     experts: tuple[float, ...] = ()
-
-
-def wrap_(adapter: Adapter, schemes: Schemes) -> None:
-    """Puts a QuantLinear with its run-time transform in place of every linear; nothing is rounded yet."""
-    wrap_outer_(adapter, schemes)
-    for block in adapter.blocks:
-        wrap_block_(adapter, block, schemes)
-
-
-def wrap_outer_(adapter: Adapter, schemes: Schemes) -> None:
-    """What `wrap_` does outside of the blocks: to the head, and to what calls attention."""
-    attach_schemes(adapter.model, schemes.attentions)
-    for block in adapter.blocks:
-        set_attention_(adapter, block, None)
-    register_experts()
-    head = adapter.sites.head
-    if head.stored_as == head.name and schemes.linears[head.name].transform is not None:
-        _wrap_linear_(adapter, head, schemes)
-
-
-def wrap_block_(adapter: Adapter, block: Block, schemes: Schemes) -> None:
-    """What `wrap_` does to one block."""
-    for site in block.linears():
-        _wrap_linear_(adapter, site, schemes)
-    share_inputs_(adapter, block.index)
-
-
-def _wrap_linear_(adapter: Adapter, site: Site, schemes: Schemes) -> None:
-    linear, scheme = adapter.module(site.module), schemes.linears[site.name]
-    if scheme == LinearScheme() and not isinstance(linear, nn.Linear):
-        return  # as it is loaded again
-    bare = LinearScheme(transform=scheme.transform, diagonal=scheme.diagonal)
-    if isinstance(linear, Stack):
-        put_(adapter.model, site.module, QuantExperts.from_stack(linear, bare, None, name=site.name))
-        use_experts_(adapter.model)
-    elif isinstance(linear, nn.Linear | Turned):
-        put_(adapter.model, site.module, QuantLinear.from_linear(linear, bare, None, name=site.name))
-    else:
-        raise PaleyError(f"{site.name}: is a {type(linear).__name__}, expected a linear layer")
-
-
-def set_input_(linear: nn.Module, scheme: LinearScheme | None) -> None:
-    """Makes a linear round its input as `scheme` says, or not at all; its weight and transform stay."""
-    if scheme == LinearScheme() and not isinstance(linear, QuantLinear | QuantExperts):
-        return
-    assert isinstance(linear, QuantLinear | QuantExperts)
-    linear.set_input_(None if scheme is None else scheme.input)
-
-
-def set_attention_(adapter: Adapter, block: Block, scheme: AttentionScheme | None) -> None:
-    """Of all that a block has."""
-    for path in block.attentions:
-        adapter.module(path).kv_scheme = scheme
 
 
 class ModelQuantizer:
@@ -252,29 +202,38 @@ class ModelQuantizer:
 
     def _balance(self, block: Block, known: Mapping[str, Tensor]) -> None:
         """Gives the linears of each input the diagonal that balances what weights and inputs lose."""
-        for site in block.inputs():
-            linears = {name: self.adapter.module(name) for name in site.readers if self.linears[name].diagonal}
-            if not linears:
-                continue
-            if (diagonal := next((known[n + DIAGONAL] for n in linears if n + DIAGONAL in known), None)) is None:
-                strength = strength_for(self.linears[name] for name in linears)
-                diagonal = self._diagonal(block, list(linears.values()), strength)
-            for linear in linears.values():
+        groups = [[name for name in site.readers if self.linears[name].diagonal] for site in block.inputs()]
+        groups = [names for names in groups if names]
+        settled = [next((known[n + DIAGONAL] for n in names if n + DIAGONAL in known), None) for names in groups]
+        missing = [names for names, diagonal in zip(groups, settled, strict=True) if diagonal is None]
+        energies = self._energies(block, [names[0] for names in missing]) if missing else {}
+        for names, diagonal in zip(groups, settled, strict=True):
+            linears = [self.adapter.module(name) for name in names]
+            if diagonal is None:
+                weight = torch.cat([linear.plain_weight() for linear in linears])
+                strength = strength_for(self.linears[name] for name in names)
+                diagonal = balance(energies[names[0]].sqrt(), weight, strength)
+            for linear in linears:
                 linear.scale_columns_(diagonal)
 
-    def _diagonal(self, block: Block, linears: list[QuantLinear], strength: float) -> Tensor:
-        """-> float16 [in]: what `balance` makes of the size of each channel of the input, and of each column."""
+    def _energies(self, block: Block, names: Sequence[str]) -> dict[str, Tensor]:
+        """-> of linears in order of computation, sums of squares of each channel read [in], float64."""
+        linears = {name: self.adapter.module(name) for name in names}
         if self.original is None:
-            raise PaleyError(f"{linears[0].name}: a diagonal needs calibration text; set diagonal=false")
-        energy = torch.zeros(linears[0].plain_width, dtype=torch.float64, device=self.original.device)
+            raise PaleyError(f"{names[0]}: a diagonal needs calibration text; set diagonal=false")
+        found = {
+            name: torch.zeros(linear.plain_width, dtype=torch.float64, device=self.original.device)
+            for name, linear in linears.items()
+        }
 
-        def add(_: str, x: Tensor) -> None:
-            energy.add_(x.double().square().sum(0))
+        def add(name: str, x: Tensor) -> None:
+            found[name].add_(x.square().sum(0, dtype=torch.float64))
 
-        with capture_inputs({"input": linears[0]}, add):
-            for hidden in self.original[: 4 * self.runner.batch].split(self.runner.batch):
-                self.runner.until(linears[0], block.module, block.index, hidden)
-        return balance(energy.sqrt(), torch.cat([linear.plain_weight() for linear in linears]), strength)
+        with capture_inputs(linears, add):
+            enough = -(-_ENERGY_TOKENS // self.original.shape[1])
+            for hidden in self.original[:enough].split(self.runner.batch):
+                self.runner.until(linears[names[-1]], block.module, block.index, hidden)
+        return found
 
     def _quantize_embedding(self, site: Site, q: Quantized | None) -> LayerReport:
         """Rows are rounded to nearest: what looks them up has no inputs to calibrate on."""
@@ -345,9 +304,9 @@ class ModelQuantizer:
         assert isinstance(linear, Coded)
         assert scheme.weight is not None
         weight = linear.dequantize()
-        check_range(weight, scheme.weight.grid, site.name)
         if not scheme.calibrated:
-            return quantize_nearest(weight, scheme.weight, where=site.name)
+            return quantize_turned(weight, scheme.weight, None, site.name)[0]
+        check_range(weight, scheme.weight.grid, site.name)
         if statistics is None:
             raise PaleyError(
                 f"{site.name}: its scheme needs calibration text, and none of the recipe's own does; set the recipe's "
@@ -391,11 +350,18 @@ class ModelQuantizer:
             put_(self.adapter.model, site.module, made)
             made.prepare_("packed")
             errors = tuple(rel_error(linear.matrix(e), made.matrix(e)) for e in range(made.experts))
-            return LayerReport(site.name, rel_error(linear.dequantize(), made.dequantize()), q, errors)
+            return LayerReport(site.name, _error(linear, made), q, errors)
         assert isinstance(linear, QuantLinear)
         made = QuantLinear.from_linear(linear, self.linears[site.name], q, name=site.name)
         made.shared_input = linear.shared_input
         made.prepare_(CALIBRATION if site.kind == "linear" and self.original is not None else "packed")
         self.adapter.model.set_submodule(site.module, made)
         linear.retire_()
-        return LayerReport(site.name, rel_error(linear.dequantize(), made.dequantize()), q)
+        return LayerReport(site.name, _error(linear, made), q)
+
+
+def _error(linear: Any, made: Any) -> float:
+    """||W - Ŵ||² / ||W||² of two weights [rows, width], some rows at a time."""
+    few = max(1, _VALUES // made.width)
+    parts = (slice(start, start + few) for start in range(0, made.rows, few))
+    return rel_error_of((linear.dequantize(rows=part), made.dequantize(rows=part)) for part in parts)

@@ -1,4 +1,4 @@
-"""A decoder on a transformers model: each context is a PackedKVCache, if the model takes one."""
+"""A decoder on a transformers model: each context is a PackedKVCache, if the model can go on from one."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from paley.core.errors import PaleyError
-from paley.model.kv_cache import PackedKVCache, cache_argument, takes_cache
+from paley.model.kv_cache import PackedKVCache, cache_argument
 from paley.model.loading import context_of
+from paley.model.pieces import pieces_of
 
 __all__ = ["ModelContext", "ModelDecoder", "TextContext"]
 
@@ -48,7 +49,7 @@ class ModelContext:
 
 
 class TextContext:
-    """One text of a model that takes no cache of transformers' kind (RWKV, XLNet): its tokens, read again each time."""
+    """One text of a model that cannot go on from a cache (RWKV, XLNet, BERT): its tokens, read again each time."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
@@ -92,7 +93,7 @@ class ModelDecoder:
 
     def start(self) -> ModelContext | TextContext:
         """An empty context."""
-        return ModelContext(self.model) if takes_cache(self.model) else TextContext()
+        return ModelContext(self.model) if pieces_of(self.model).cache else TextContext()
 
     @torch.no_grad()
     def read(self, parts: Sequence[tuple[Any, Sequence[int]]]) -> Tensor:
@@ -119,8 +120,10 @@ class ModelDecoder:
             ids = torch.tensor([[*context.tokens, *tokens]], device=self.model.device)
             return self.model(ids, use_cache=False).logits[0, -1].float().cpu()
         ids = torch.tensor([list(tokens)], device=self.model.device)
-        cache = cache_argument(self.model, context.cache)
-        return self.model(ids, use_cache=True, logits_to_keep=1, **cache).logits[0, -1].float().cpu()
+        cache, logits = cache_argument(self.model, context.cache), torch.empty(1, 1, 0)
+        for part, more in pieces_of(self.model).parts(ids, context.length):
+            logits = self.model(part, use_cache=True, logits_to_keep=1, **more, **cache).logits
+        return logits[0, -1].float().cpu()
 
     def _check(self, parts: Sequence[tuple[ModelContext | TextContext, Sequence[int]]]) -> None:
         if not parts or len({id(context) for context, _ in parts}) < len(parts):

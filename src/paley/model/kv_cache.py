@@ -260,7 +260,7 @@ class PackedHybridLayer(LinearAttentionLayer, PackedKVLayer):
 
     def rewind(self, mark: Any) -> None:
         packed, states = mark
-        vars(self).update({name: value for name, value in states.items() if isinstance(value, dict)})
+        vars(self).update({name: _copied(value) for name, value in states.items() if isinstance(value, dict)})
         PackedKVLayer.rewind(self, packed)
 
     def reorder_cache(self, beam_idx: Any) -> None:
@@ -304,13 +304,16 @@ class PackedKVCache(Cache):
         return [layer.mark() if isinstance(layer, PackedKVLayer) else _held(layer) for layer in self.layers]
 
     def rewind(self, mark: list[Any]) -> None:
-        """Undoes the updates since a mark, also in layers with a window, and those of a forward that stopped midway."""
+        """Undoes the updates since a mark, also in layers with a window, and those of a forward that stopped midway.
+
+        A mark can be gone back to again and again: states of it are copied each time.
+        """
         for layer, held in zip(self.layers, mark, strict=True):
             if isinstance(layer, PackedKVLayer):
                 layer.rewind(held)
             else:
                 vars(layer).clear()
-                vars(layer).update(held)
+                vars(layer).update(_copies(held))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
@@ -332,7 +335,11 @@ class PackedKVCache(Cache):
 
 def _held(layer: Any) -> States:
     """The attributes of a layer of transformers': keys and values are replaced by updates, states are overwritten."""
-    return {name: _copied(value) if isinstance(value, dict) else value for name, value in vars(layer).items()}
+    return _copies(vars(layer))
+
+
+def _copies(attributes: States) -> States:
+    return {name: _copied(value) if isinstance(value, dict) else value for name, value in attributes.items()}
 
 
 def _copied(states: dict[int, Any]) -> dict[int, Any]:

@@ -23,7 +23,7 @@ from paley.model.stacks import module_at, put_
 from paley.model.walk import sites_of
 from paley.ops.inputs import SharedInput
 
-__all__ = ["build_", "prepare_", "share_inputs_", "tie_", "tie_head_"]
+__all__ = ["build_", "prepare_", "share_input_", "share_inputs_", "tie_", "tie_head_"]
 
 
 def build_(model: PreTrainedModel, spec: QuantizationConfig) -> None:
@@ -159,9 +159,14 @@ def share_inputs_(adapter: Adapter, block: int | None = None) -> None:
         readers = [adapter.module(path) for path in site.readers]
         if len(readers) < 2 or not all(isinstance(reader, QuantLinear) for reader in readers):
             continue
-        shared = SharedInput(len(readers))
-        diagonals = [reader.diagonal for reader in readers]
-        for reader in readers:
-            reader.shared_input = shared
-            if reader.diagonal is not None:
-                reader.diagonal_key = next(i for i, d in enumerate(diagonals) if _equal(d, reader.diagonal))
+        share_input_(readers)
+
+
+def share_input_(readers: list[QuantLinear]) -> None:
+    """These linears read one input, one after the other."""
+    shared = SharedInput(len(readers))
+    diagonals = [reader.diagonal for reader in readers]
+    for reader in readers:
+        reader.shared_input = shared
+        if reader.diagonal is not None:
+            reader.diagonal_key = next(i for i, d in enumerate(diagonals) if _equal(d, reader.diagonal))

@@ -16,9 +16,9 @@ from torch import Tensor
 from paley.arch import Site, Sites
 from paley.core.schemes import ActivationScheme, AttentionScheme, LinearScheme, Schemes
 from paley.methods.gbs import Outcome, Score, bracket_search, gradual_search, local_search
-from paley.model.calibrate import set_attention_, set_input_
 from paley.model.capture import BlockRunner
 from paley.model.trials import Objective, Prefix
+from paley.model.wrapping import set_attention_, set_input_
 from paley.plan import Trial
 from paley.recipe.models import Search
 

@@ -17,10 +17,18 @@ from torch import Tensor, nn
 
 from paley.model.capture import BlockRunner
 
-__all__ = ["Steps"]
+__all__ = ["KEPT", "Steps", "held"]
 
 KEPT = 2**30  # bytes that the forwards of one block may hold while they stand still
-_HELD = 10  # times the hidden states, about: residual, the product of an MLP, and what attention has made
+
+
+def held(hidden: int, widest: int) -> int:
+    """Bytes a token, about, that a forward holds as it stands still, of float32.
+
+    hidden: width of the residual stream, which it holds beside what a norm and attention have made of it. widest: of
+    all inputs, which is that of the MLP's last linear most often.
+    """
+    return 4 * (4 * hidden + widest)
 
 
 class Steps:
@@ -42,7 +50,9 @@ class Steps:
         self._hidden, self._batches, self._runner = hidden, hidden.split(runner.batch), runner
         self._forward = partial(module, **runner.arguments(index, hidden.shape[1]))
         self._module, self._stops, self._watched, self._behind = module, tuple(stops), tuple(watched), behind
-        kept = KEPT // (_HELD * self._batches[0].nbytes) if self._stops else 0
+        widths: list[Any] = [module.get_submodule(name).in_features for name in self._stops]
+        batch = self._batches[0]
+        kept = KEPT // (batch.shape[0] * batch.shape[1] * held(batch.shape[2], max(widths))) if self._stops else 0
         self._passes = [_Pass(self._forward, batch) for batch in self._batches[:kept]]
         self._undo = ExitStack()
 

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import logging
 import os
+import re
 import secrets
 import socket
 import sys
@@ -23,7 +24,7 @@ from typing import Any, TypeVar
 import torch
 
 from paley.core.errors import PaleyError, Setting
-from paley.pipeline.pool import Pool, begin
+from paley.pipeline.pool import Pool, again, begin
 
 __all__ = ["LOCAL", "Ray", "cluster", "fingerprint"]
 
@@ -41,6 +42,7 @@ class Ray:
 
     ray: Any
     workers: int
+    resumes: bool = True
 
     def run(self, task: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
         remote = self.ray.remote(num_cpus=1, max_retries=_RETRIES)(_run)
@@ -55,19 +57,18 @@ class Ray:
                 raise PaleyError(f"Ray: a worker cannot run the task ({_first_line(error.cause)})") from None
             raise error.cause from None
         except (errors.RayError, ConnectionError) as error:
-            raise PaleyError(
-                f"Ray: the work was lost ({_first_line(error)})", remedy=("go on with ", Setting("resume", True))
-            ) from None
+            raise PaleyError(f"Ray: the work was lost ({_first_line(error)})", remedy=again(self.resumes)) from None
         finally:
             for ref in waiting:
                 with suppress(Exception):  # the cluster may be gone
                     self.ray.cancel(ref, force=True)
 
-    def check(self, *folders: Path) -> None:
+    def check(self, *folders: Path, output: Path | None = None) -> None:
         """As of Pool; every node is asked."""
-        token = folders[-1] / f".seen-{secrets.token_hex(4)}"
-        token.write_text("")
-        paths = [str(folder) for folder in (*folders[:-1], token)]
+        token = None if output is None else output / f".seen-{secrets.token_hex(4)}"
+        if token is not None:
+            token.write_text("")
+        paths = [str(path) for path in (*folders, token) if path is not None]
         strategy = self.ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
         look = self.ray.remote(num_cpus=0, max_retries=_RETRIES)(_look)
         try:
@@ -79,19 +80,24 @@ class Ray:
                 for node in nodes
             }
             for address, answer in asked.items():
-                found, unseen = self._answer(address, answer)
-                if found != fingerprint():
-                    raise PaleyError(
-                        f"Ray: node {address} runs {found}, but this is {fingerprint()}",
-                        remedy="install the same Paley and PyTorch on all nodes",
-                    )
-                if unseen:
-                    raise PaleyError(
-                        f"Ray: node {address} does not see {unseen.removesuffix(token.name)}",
-                        remedy=("put model and ", Setting("output"), " on storage that all nodes share"),
-                    )
+                self._check_node(address, *self._answer(address, answer), output)
         finally:
-            token.unlink(missing_ok=True)
+            if token is not None:
+                token.unlink(missing_ok=True)
+
+    def _check_node(self, address: str, runs: str, unseen: str, output: Path | None) -> None:
+        if runs != fingerprint():
+            raise PaleyError(
+                f"Ray: node {address} runs {runs}, but this is {fingerprint()}",
+                remedy="install the same Paley and PyTorch on all nodes",
+            )
+        if unseen:
+            where = unseen if output is None else re.sub(r"\.seen-\w+$", "", unseen)
+            also = () if output is None else (" and ", Setting("output"))
+            raise PaleyError(
+                f"Ray: node {address} does not see {where}",
+                remedy=("put model", *also, " on storage that all nodes share"),
+            )
 
     def _answer(self, address: str, answer: Any) -> tuple[str, str]:
         try:
@@ -104,8 +110,10 @@ class Ray:
 
 
 @contextmanager
-def cluster(address: str, workers: int) -> Iterator[Pool]:
+def cluster(address: str, workers: int, *, resumes: bool = True) -> Iterator[Pool]:
     """The Ray cluster at `address`, HOST:PORT or auto; "local" starts one here with so many workers, for this run.
+
+    resumes: as of `paley.pipeline.pool.Processes`.
 
     Errors: PaleyError if `ray` is not installed, or if the address does not answer.
     """
@@ -126,7 +134,7 @@ def cluster(address: str, workers: int) -> Iterator[Pool]:
             remedy=("start a cluster (`ray start --head`), or leave ", Setting("ray_address"), " out"),
         ) from None
     try:
-        yield Ray(ray, int(ray.cluster_resources().get("CPU", 1)))
+        yield Ray(ray, int(ray.cluster_resources().get("CPU", 1)), resumes)
     finally:
         ray.shutdown()
 

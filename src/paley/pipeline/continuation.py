@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,18 +16,32 @@ from paley.pipeline.detokenizing import Detokenizer, StopFinder
 from paley.pipeline.opening import TextModel
 from paley.pipeline.sampling import Sampler, Sampling, log_probabilities
 
-__all__ = ["Constraint", "ContextPool", "Continuation", "Drawn", "check_room", "step"]
+__all__ = ["Chance", "Constraint", "ContextPool", "Continuation", "Drawn", "check_room", "step"]
 
 _PIECE = 256  # tokens of a prompt read at once: Ctrl-C, and other texts, wait no longer
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """A token that was drawn; logprob and top (token, logprob) if they were wanted."""
+class Chance(NamedTuple):
+    """A token that could have been drawn; text: what it would have added, or the name of a special token."""
 
     token: int
+    logprob: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A token that was drawn; logprob, and the likeliest ones, if they were wanted.
+
+    text: what it added; a character of several tokens is the last one's, and a special token has its name. offset: its
+    place in the answer, of which a stop string and what follows it are cut off.
+    """
+
+    token: int
+    text: str = ""
+    offset: int = 0
     logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
+    top: tuple[Chance, ...] = ()
 
 
 class Constraint(Protocol):
@@ -64,6 +78,7 @@ class Continuation:
         self.reused_tokens = self.context.length
         self.finish: Literal["stop", "length"] | None = None
         self.drawn: list[Drawn] = []
+        self._length = 0  # characters of all tokens drawn
         self.began, self.first, self.last = time.perf_counter(), 0.0, 0.0
         self._ends, self._most, self._logprobs = model.ends, max_new_tokens, logprobs
         self._constraint = constraint
@@ -87,15 +102,34 @@ class Continuation:
         self.last = time.perf_counter()
         self.first = self.first or self.last
         self.ids.append(token)
-        self.drawn.append(
-            Drawn(token) if self._logprobs is None else _with_chances(logits, token, self._logprobs)
-        )  # fmt: skip
-        text = "" if token in self._ends else self._stops.add(self._text.add(token))
-        if complete or token in self._ends or self._stops.found is not None:
+        chances = None if self._logprobs is None else self._chances(logits, token, self._logprobs)
+        ended = complete or token in self._ends
+        piece = "" if token in self._ends else self._text.add(token)
+        last = ended or len(self.drawn) + 1 >= self._most
+        if last:
+            piece += self._text.finish()
+        self._note(token, piece, chances)
+        text = self._stops.add(piece)
+        if ended or self._stops.found is not None:
             self.finish = "stop"
-        elif len(self.drawn) >= self._most:
+        elif last:
             self.finish = "length"
-        return text + self.rest() if self.finish else text
+        return text + self._stops.finish() if self.finish else text
+
+    def _chances(self, logits: Tensor, token: int, most: int) -> tuple[float, list[Chance]]:
+        """-> the token's log-probability, and the likeliest tokens, with the text that each would add."""
+        own, others = log_probabilities(logits, token, most)
+        return own, [Chance(*each, self._text.would_add(each[0]) or self._text.name(each[0])) for each in others]
+
+    def _note(self, token: int, piece: str, chances: tuple[float, list[Chance]] | None) -> None:
+        text, offset = piece or self._text.name(token), self._length
+        self._length += len(piece)
+        if chances is None:
+            self.drawn.append(Drawn(token, text, offset))
+            return
+        own, others = chances
+        top = tuple(each._replace(text=text) if each.token == token else each for each in others)
+        self.drawn.append(Drawn(token, text, offset, own, top))
 
     def _draw(self, logits: Tensor) -> tuple[int, bool]:
         """-> a token, and whether the constraint lets nothing follow it."""
@@ -105,7 +139,7 @@ class Continuation:
         return token, self._constraint.take(token)
 
     def rest(self) -> str:
-        """The text that was held back, when nothing more will come."""
+        """The text that was held back, if the text is left before it is finished."""
         if self._stops.found is not None:
             return ""
         text = self._stops.add(self._text.finish())
@@ -115,11 +149,6 @@ class Continuation:
     def read_ids(self) -> list[int]:
         """What the context has read."""
         return self.ids[: self.context.length]
-
-
-def _with_chances(logits: Tensor, token: int, top: int) -> Drawn:
-    own, others = log_probabilities(logits, token, top)
-    return Drawn(token, own, tuple(others))
 
 
 def step(decoder: Decoder, texts: Sequence[Continuation]) -> list[str]:
@@ -173,7 +202,10 @@ class ContextPool:
         return self._decoder.start()
 
     def put(self, context: Context, ids: list[int]) -> None:
-        """Keeps a context that has read `ids`."""
+        """Keeps a context that has read `ids`, if these are any."""
+        if not ids:
+            context.close()
+            return
         self._kept.append((context, ids))
         while len(self._kept) > self._most:
             self._kept.pop(0)[0].close()

@@ -20,6 +20,7 @@ from paley.model.search import ClipSearch
 from paley.ops.matmul import EXACT
 from paley.pipeline.execute import prepare_, quantize_steps
 from paley.pipeline.monitor import Monitor
+from paley.pipeline.pool import Pool
 from paley.pipeline.run_directory import RunDirectory
 from paley.pipeline.sensitivities import measure_for, some_blocks
 from paley.pipeline.texts import Texts
@@ -45,17 +46,18 @@ def decide(
     monitor: Monitor,
     device: str,
     sensitivity: Sensitivity | None = None,
+    pool: Pool | None = None,
 ) -> Decision:
     """The problem's schemes, with grids allocated and clip ratios searched if it asks for that.
 
-    sensitivity: what grids are allocated by; measured now unless given. The search sees weights quantized under the
-    recipe's own clip ratios; executing the plan calibrates them anew under the found ones.
+    sensitivity: what grids are allocated by; measured now unless given, by the pool. The search sees weights quantized
+    under the recipe's own clip ratios; executing the plan calibrates them anew under the found ones.
     """
     for note in problem.notes:
         monitor.note(note)
     decision = Decision(problem.schemes)
     if problem.budget is not None:
-        sensitivity = sensitivity or measure_for(problem, run, monitor, device)
+        sensitivity = sensitivity or measure_for(problem, run, monitor, device, pool)
         errors = measure_errors_for(problem, sensitivity, monitor, device)
         sensitivity = balanced(problem, sensitivity, monitor, device)
         decision = decide_under_budget(problem, sensitivity, errors, monitor)

@@ -36,27 +36,33 @@ class Detokenizer:
         self._held.append(token)
         text = self._text()
         self._broken = self._broken + 1 if text.endswith(_BROKEN) else 0
-        if not text and self._is_special(token):
+        if not text and self.name(token):
             self._held.pop()
         return "" if 0 < self._broken <= _PATIENCE else self._give(text)
+
+    def would_add(self, token: int) -> str:
+        """The text that a token would have if it came next, with U+FFFD for half a character."""
+        return self._text(token)
+
+    def name(self, token: int) -> str:
+        """Of a special token, which has no text; "" of others."""
+        shown = cast(
+            str, self._tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        )
+        return "" if self._decode([token]) else shown
 
     def finish(self) -> str:
         """-> the text of all tokens that are held back."""
         return self._give(self._text()) if self._held else ""
 
-    def _text(self) -> str:
-        whole = self._decode(self._before + self._held)
+    def _text(self, *more: int) -> str:
+        whole = self._decode([*self._before, *self._held, *more])
         return whole[len(self._decode(self._before)) :]
 
     def _give(self, text: str) -> str:
         if text:
             self._before, self._held, self._broken = self._held, [], 0
         return text
-
-    def _is_special(self, token: int) -> bool:
-        """Whether it has a text only where special tokens are shown."""
-        shown = self._tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return bool(shown) and not self._decode([token])
 
     def _decode(self, ids: list[int]) -> str:
         return cast(str, self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -23,7 +23,7 @@ from paley.model.problem import Problem
 from paley.model.steps import KEPT
 from paley.model.tuning import ACTIVATIONS, activation_bytes
 from paley.pipeline import peak
-from paley.pipeline.costs import COSTS, FLOAT, Text, Tuned, count_tokens
+from paley.pipeline.costs import COSTS, Text, Tuned, count_tokens
 from paley.pipeline.machine import free_memory, multiplications
 from paley.pipeline.monitor import duration
 from paley.pipeline.resolve import resolve
@@ -212,14 +212,14 @@ class _Work:
         """Every block: two forwards, sums, and what GPTQ does to each weight."""
         text, schemes = self.recipe.calibration, self.problem.schemes
         tokens = count_tokens(text)
-        held = COSTS.held * FLOAT * tokens * self.sites.head.shape[1]
-        anew = COSTS.anew * max(0.0, 1 - KEPT / held)  # what is not held begins anew for each input
+        # What is not held begins anew for each input.
+        anew = COSTS.anew * max(0.0, 1 - KEPT / (tokens * peak.held_by_a_token(self.problem)))
         forward = self._forward(tokens, text.seq_len, rounded=True, product=self.calibrating)
         total = 2 * (1 + anew) * forward + tokens * self._turned(2.0)
         centered = any(s.center_keys and s.keys is not None for s in schemes.attentions.values())
         if centered or any(s.diagonal for s in schemes.linears.values()):
             some = min(tokens, 32 * text.seq_len)
-            total += COSTS.anew * self._forward(some, text.seq_len, rounded=False, product=self.calibrating)
+            total += self._forward(some, text.seq_len, rounded=False, product=self.calibrating)
         for site in self.sites.of("input"):
             readers = [self.sites[name] for name in site.readers if self.sites[name].kind == "linear"]
             readers = [reader for reader in readers if schemes.linears[reader.name].calibrated]

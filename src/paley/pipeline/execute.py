@@ -22,13 +22,14 @@ from paley.format.dtypes import cast_to_store
 from paley.format.header import read_metadata
 from paley.format.writer import write_tensors
 from paley.model.adapter import Adapter, Block
-from paley.model.calibrate import LayerReport, ModelQuantizer, wrap_block_, wrap_outer_
+from paley.model.calibrate import LayerReport, ModelQuantizer
 from paley.model.capture import BlockRunner
 from paley.model.fold import fold_part_
 from paley.model.key_statistics import KeySettler
 from paley.model.problem import Problem
 from paley.model.replay import runner_of
 from paley.model.rotation import fold_, rotate_inputs_
+from paley.model.wrapping import wrap_block_, wrap_outer_
 from paley.pipeline.machine import give_back
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.reuse import Kept

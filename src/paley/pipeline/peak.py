@@ -10,13 +10,13 @@ from paley import kernels
 from paley.core.defaults import SELF
 from paley.core.errors import Setting
 from paley.methods.tuning import PIECE
+from paley.model import steps
 from paley.model.problem import Problem
-from paley.model.steps import KEPT
 from paley.model.tuning import ACTIVATIONS, activation_bytes
 from paley.pipeline.costs import COSTS, FLOAT, Text, count_tokens
 from paley.recipe import Recipe
 
-__all__ = ["cached", "in_memory", "memory", "states"]
+__all__ = ["cached", "held_by_a_token", "in_memory", "memory", "states"]
 
 
 def in_memory(recipe: Recipe, *, decided: bool, measured: bool) -> tuple[str | Setting, ...]:
@@ -28,6 +28,12 @@ def in_memory(recipe: Recipe, *, decided: bool, measured: bool) -> tuple[str | S
     if recipe.budget is not None and not decided and not measured:
         return ("measure the sensitivities where the model fits into memory, and give them: ", Setting("sensitivity"))
     return ()
+
+
+def held_by_a_token(problem: Problem) -> int:
+    """Bytes of one forward through a block, as it stands still while a linear is quantized."""
+    widest = max((problem.shape(site)[-1] for site in problem.sites.of("linear")), default=0)
+    return steps.held(problem.sites.head.shape[1], widest)
 
 
 def _tuning_memory(problem: Problem, recipe: Recipe, whole: float) -> float:
@@ -91,7 +97,8 @@ def memory(
         held = COSTS.outer * outer + COSTS.block * block + COSTS.squares * one
         if not problem.source.has_pages or recipe.tune is not None:
             held = max(held, unpaged)
-        found.append(held + 2 * hidden + 2 * min(KEPT, COSTS.held * hidden))
+        stands = min(steps.KEPT, count_tokens(recipe.calibration) * held_by_a_token(problem))
+        found.append(held + 2 * hidden + 2 * stands)
     if recipe.tune is not None:
         found.append(_tuning_memory(problem, recipe, whole))
     return math.ceil(COSTS.base + max(found))

@@ -21,7 +21,7 @@ import torch
 
 from paley.core.errors import PaleyError, Setting
 
-__all__ = ["Here", "Pool", "Processes", "begin", "pool_of"]
+__all__ = ["Here", "Pool", "Processes", "again", "begin", "check_shared", "pool_of"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -37,8 +37,8 @@ class Pool(Protocol):
         """The results, as they come. Errors: what a task raises; PaleyError for workers that are lost for good."""
         ...
 
-    def check(self, *folders: Path) -> None:
-        """Raises unless all workers run this Paley and see these folders, to the last of which this one may write."""
+    def check(self, *folders: Path, output: Path | None = None) -> None:
+        """Raises unless all workers run this Paley and see these folders, and `output`, to which this one may write."""
         ...
 
 
@@ -52,15 +52,16 @@ class Here:
         with _one_thread():
             yield from map(task, items)
 
-    def check(self, *folders: Path) -> None:
+    def check(self, *folders: Path, output: Path | None = None) -> None:
         """It sees what it sees."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """Processes of this machine."""
+    """Processes of this machine. resumes: whether a run that ends can go on, which errors advise."""
 
     workers: int
+    resumes: bool = True
 
     def run(self, task: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
         if len(items) <= 1:
@@ -77,7 +78,7 @@ class Processes:
         except BrokenProcessPool:
             raise PaleyError(
                 f"one of the {self.workers} processes was ended from outside, as a system does that runs out of memory",
-                remedy=("go on with ", Setting("resume", True), " and fewer ", Setting("workers")),
+                remedy=(*again(self.resumes), " and" if self.resumes else " with", " fewer ", Setting("workers")),
             ) from None
         except BaseException:
             for process in set(active_children()) - set(others):  # at once: they may still import for seconds
@@ -86,17 +87,30 @@ class Processes:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def check(self, *folders: Path) -> None:
+    def check(self, *folders: Path, output: Path | None = None) -> None:
         """As of Here: they are on this machine."""
 
 
-def pool_of(workers: int, ray: str | None = None) -> AbstractContextManager[Pool]:
+def check_shared(workers: int, ray: str | None, device: str) -> None:
+    """Raises where work is to be shared that a GPU is to do."""
+    if (workers > 1 or ray is not None) and device != "cpu":
+        raise PaleyError(
+            Setting("device", device), ": workers compute on the CPU", remedy=("leave ", Setting("workers"), " out")
+        )
+
+
+def pool_of(workers: int, ray: str | None = None, *, resumes: bool = True) -> AbstractContextManager[Pool]:
     """The pool for these settings, to be used in a `with`; ray: as of `paley.pipeline.cluster.cluster`."""
     if ray is not None:
         from paley.pipeline.cluster import cluster
 
-        return cluster(ray, workers)
-    return nullcontext(Here() if workers <= 1 else Processes(workers))
+        return cluster(ray, workers, resumes=resumes)
+    return nullcontext(Here() if workers <= 1 else Processes(workers, resumes))
+
+
+def again(resumes: bool) -> tuple[str | Setting, ...]:
+    """What to do after work was lost."""
+    return ("go on with ", Setting("resume", True)) if resumes else ("begin again",)
 
 
 @contextmanager

@@ -114,7 +114,7 @@ def quantize(
     with run.open(key, resume=resume, overwrite=overwrite):
         if not (resume and run.finished) and not (run.checkpoint / RESULTS).exists():
             with pool_of(workers, ray) as pool:
-                pool.check(source.path, run.path)
+                pool.check(source.path, output=run.path)
                 _make(problem, wanted, plan, sensitivity, run, monitor, device, pool, earlier, exact, paged=paged)
         if run.checkpoint.exists():
             run.sweep()
@@ -218,7 +218,7 @@ def _make(
     texts = gather(recipe, source, device, monitor, run)
     run.check_texts(texts.hashes)
     original = _original(source, texts.test, run, monitor, device, paged=paged) if texts.test is not None else None
-    plan = plan or _plan(problem, recipe, texts, sensitivity, run, monitor, device)
+    plan = plan or _plan(problem, recipe, texts, sensitivity, run, monitor, device, pool)
     problem = problem.with_schemes(Schemes(plan.linears, plan.attentions))
     kept = None if base is None else base.kept(problem, texts.hashes, exact=exact, tuned=recipe.tune is not None)
     tuned = frozenset[str]()
@@ -317,10 +317,11 @@ def _plan(
     run: RunDirectory,
     monitor: Monitor,
     device: str,
+    pool: Pool,
 ) -> Plan:
     file = run.path / "plan.json"
     if not file.exists():
-        plan = _as_plan(problem, recipe, decide(problem, texts, run, monitor, device, sensitivity))
+        plan = _as_plan(problem, recipe, decide(problem, texts, run, monitor, device, sensitivity, pool))
         if recipe.budget is not None and not plan.trace:
             monitor.note(f"budget: predicted loss {plan.predicted_loss:.4f}")
         plan.save(file)

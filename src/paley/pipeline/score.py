@@ -13,6 +13,8 @@ from paley.model.folders import load_tokenizer, resolve
 from paley.model.loading import check_seq_len, context_of, open_source, read_config
 from paley.pipeline.any_model import check_device, load_any
 from paley.pipeline.monitor import Monitor
+from paley.pipeline.pool import check_shared, pool_of
+from paley.pipeline.score_tasks import shared_score
 from paley.pipeline.texts import SELF, check_vocabulary, is_tuned_on, test_blocks
 from paley.plan import VERSION, Plan
 from paley.recipe import Recipe, Test
@@ -31,18 +33,24 @@ def score(
     sequences: int | None = None,
     seq_len: int | None = None,
     device: str = "cpu",
+    workers: int = 1,
+    ray: str | None = None,
     monitor: Monitor | None = None,
 ) -> EvalResult:
     """Scores a quantized folder, or any model; against: the original, measured first, and gone by then.
 
     data: a text file, `pydoc`, or `hub:DATASET[:CONFIG][:SPLIT]`. Without it the text is what the model's plan set
-    apart for testing, for other models the test part of Python's documentation. Errors: PaleyError, also for a text
-    that the model was tuned on, as its plan says.
+    apart for testing, for other models the test part of Python's documentation. workers: processes that share the
+    sequences, each with a model in memory and one thread; ray: the cluster whose workers do, as of `paley.quantize`.
+    Errors: PaleyError, also for a text that the model was tuned on, as its plan says.
     """
     monitor = monitor or Monitor()
     check_device(device)
+    check_shared(workers, ray, device)
     with renaming(_ARGUMENTS):
         blocks = scored_text(model, data, sequences, seq_len, monitor)
+    if workers > 1 or ray is not None:
+        return _shared(model, against, blocks, workers, ray, monitor)
     reference = None
     if against is not None:
         monitor.stage("measuring the original", 1)
@@ -61,6 +69,24 @@ def score(
         seen = done
 
     return evaluate(loaded, blocks, reference, progress=advance)
+
+
+def _shared(
+    model: str | Path, against: str | Path | None, blocks: TokenBlocks, workers: int, ray: str | None, monitor: Monitor
+) -> EvalResult:
+    """As of `score`, by workers, which see the folders by their whole paths."""
+    folders, fingerprint = [resolve(str(model)).resolve()], ""
+    if against is not None:
+        monitor.stage("checking the checkpoint", 1)
+        source = open_source(against)
+        check_origin(model, against, source.fingerprint)
+        folders.append(source.path.resolve())
+        fingerprint = source.fingerprint
+        monitor.step()
+    with pool_of(workers, ray, resumes=False) as pool:
+        pool.check(*folders)
+        original = str(folders[1]) if against is not None else ""
+        return shared_score(str(folders[0]), original, fingerprint, blocks, pool, monitor)
 
 
 def _plan(file: Path, data: str | None) -> Plan | None:

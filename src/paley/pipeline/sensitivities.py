@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,15 +16,14 @@ from paley.core.errors import PaleyError, renaming
 from paley.data import TokenBlocks, blocks_from_ids, token_blocks
 from paley.eval.sampling import sample_documents
 from paley.format.journal import open_journal
-from paley.methods.sensitivity import AGREEMENT, LEVELS, Delta, measure_slopes, noise_levels
-from paley.model.adapter import Adapter
-from paley.model.fold import fold_norms_
+from paley.methods.sensitivity import AGREEMENT, LEVELS, Trial, measure_slopes, noise_levels
 from paley.model.loading import Source, check_seq_len, context_of, open_source
 from paley.model.problem import Problem
-from paley.model.replay import runner_of
-from paley.model.sensitivity import KINDS, NoiseProbe, noise_kind
+from paley.model.sensitivity import KINDS, noise_kind, noise_sites
 from paley.model.trials import Metric
 from paley.pipeline.monitor import Monitor
+from paley.pipeline.pool import Here, Pool, check_shared, pool_of
+from paley.pipeline.probing import NO_NOISE, Found, Probing, trials
 from paley.pipeline.run_directory import RunDirectory
 from paley.pipeline.texts import SELF, check_vocabulary
 from paley.sensitivity import MeasuredSlot, MeasuredText, Sensitivity
@@ -51,6 +51,8 @@ def measure_sensitivity(
     levels: int = LEVELS,
     seed: int = 0,
     device: str = "cpu",
+    workers: int = 1,
+    ray: str | None = None,
     monitor: Monitor | None = None,
     progress_file: str | Path | None = None,
 ) -> Sensitivity:
@@ -59,9 +61,11 @@ def measure_sensitivity(
     source: `self` (text that the model samples), as in `paley.data.documents`, or `random` (uniform random tokens:
     no data at all, metric kl only). seq_len: None takes 512, or what the model reads if that is less. fold: as recipes
     that rotate have it, with the norms' gains in the weights and noise of one size for rows that they mix. Finished
-    trials are kept in progress_file, and taken from it where it exists.
+    trials are kept in progress_file, and taken from it where it exists. workers: processes that share the trials, each
+    with the model in memory and one thread; ray: the cluster whose workers do, as of `paley.quantize`.
     """
     monitor = monitor or Monitor()
+    check_shared(workers, ray, device)
     if source == RANDOM and metric != "kl":
         raise PaleyError(f"sensitivity: the {metric} of random tokens means nothing; use metric kl, or a text")
     noise_levels(levels)  # refused before anything is read
@@ -75,10 +79,12 @@ def measure_sensitivity(
         check_seq_len(opened.config, {"calibration.seq_len": seq_len})
         blocks = _blocks(opened, source, sequences, seq_len, seed, device)
     monitor.step()
-    return measure_on(
-        opened, blocks, metric=metric, kinds=kinds, fold=fold, levels=levels, seed=seed, device=device,
-        monitor=monitor, progress_file=progress_file,
-    )  # fmt: skip
+    with pool_of(workers, ray) as pool:
+        pool.check(opened.path)
+        return measure_on(
+            opened, blocks, metric=metric, kinds=kinds, fold=fold, levels=levels, seed=seed, device=device, pool=pool,
+            monitor=monitor, progress_file=progress_file,
+        )  # fmt: skip
 
 
 def measure_on(
@@ -92,34 +98,50 @@ def measure_on(
     agreement: float | None = AGREEMENT,
     seed: int = 0,
     device: str = "cpu",
+    pool: Pool | None = None,
     monitor: Monitor | None = None,
     progress_file: str | Path | None = None,
 ) -> Sensitivity:
-    """As `measure_sensitivity`, on given tokens; agreement: see `measure_slopes`."""
+    """As `measure_sensitivity`, on given tokens; agreement: see `measure_slopes`. pool: who makes the trials."""
     monitor = monitor or Monitor()
-    adapter = Adapter(source.load(device=device))
-    if fold:
-        fold_norms_(adapter)
-    runner, ids = runner_of(adapter), blocks.ids.to(device)
-    probe = NoiseProbe(runner, ids, metric=metric, kinds=kinds, rotated=fold, seed=seed)
     settings = {
         "fingerprint": source.fingerprint, "metric": metric, "sha256": blocks.sha256, "folded": fold,
         "levels": levels, "seed": seed, "noise": "rows",
     }  # fmt: skip
-    rounds: list[int] = []
+    sites = noise_sites(source.sites, kinds)
+    job = Probing(
+        str(source.path), source.fingerprint, blocks.ids, metric, tuple(kinds), fold, seed, device,
+        key=json.dumps([settings, list(kinds)]),
+    )  # fmt: skip
+    rounds, baselines = list[int](), list[float]()
+    with _journal(progress_file, settings) as (known, keep), trials(job, source, pool or Here()) as make:
 
-    def on_round(trials: int) -> None:
-        rounds.append(trials)
-        monitor.stage("measuring sensitivities" if len(rounds) == 1 else f"measuring close ones, {len(rounds)}", trials)
+        def told(slot: str, t: float, draw: int) -> None:
+            monitor.step(f"{slot}  t² {t * t:.4f}  {metric} {known[slot, draw]:+.5f}")
 
-    with _remembering(probe.delta, progress_file, settings) as remembered:
+        def on_round(wanted: Sequence[Trial]) -> None:
+            rounds.append(len(wanted))
+            name = "measuring sensitivities" if len(rounds) == 1 else f"measuring close ones, {len(rounds)}"
+            monitor.stage(name, len(wanted))
+            new = [trial for trial in wanted if (trial[0], trial[2]) not in known]
+            for trial in wanted:
+                if trial not in new:
+                    told(*trial)
+            for found in make(new):
+                keep(found)
+                baselines[:] = [found.baseline]
+                told(found.slot, found.t, found.draw)
+                if not math.isfinite(found.delta):  # which ends the measurement
+                    break
 
         def delta(slot: str, t: float, draw: int) -> float:
-            value = remembered(slot, t, draw)
-            monitor.step(f"{slot}  t² {t * t:.4f}  {metric} {value:+.5f}")
-            return value
+            if (slot, draw) not in known:
+                keep(next(iter(make([(slot, t, draw)]))))
+            return known[slot, draw]
 
-        slopes = measure_slopes(list(probe.sites), delta, levels=levels, agreement=agreement, on_round=on_round)
+        slopes = measure_slopes(list(sites), delta, levels=levels, agreement=agreement, on_round=on_round)
+        if not baselines:  # all trials were known
+            baselines = [next(iter(make([NO_NOISE]))).baseline]
     return Sensitivity(
         fingerprint=source.fingerprint,
         model_type=source.config.model_type,
@@ -127,11 +149,10 @@ def measure_on(
         text=MeasuredText(source=blocks.source, sha256=blocks.sha256, tokens=blocks.ids.numel()),
         folded=fold,
         seed=seed,
-        baseline=probe.baseline,
+        baseline=baselines[0],
         slots={
             name: MeasuredSlot(
-                kind=noise_kind(probe.sites[name]), numel=probe.sites[name].numel, alpha=slope.alpha,
-                stderr=slope.stderr,
+                kind=noise_kind(sites[name]), numel=sites[name].numel, alpha=slope.alpha, stderr=slope.stderr,
                 clamped=slope.clamped, levels=slope.levels,
             )
             for name, slope in slopes.items()
@@ -140,29 +161,28 @@ def measure_on(
 
 
 @contextmanager
-def _remembering(delta: Delta, file: str | Path | None, settings: dict[str, Any]) -> Iterator[Delta]:
-    """delta that takes known trials from the journal `file`, and appends new ones; a kill loses the trial at work."""
-    if file is None:
-        yield delta
-        return
-    with open_journal(file, settings, _trial, what="measurement") as journal:
-        known = dict(journal.entries)
+def _journal(
+    file: str | Path | None, settings: dict[str, Any]
+) -> Iterator[tuple[dict[tuple[str, int], float], Callable[[Found], None]]]:
+    """-> what is known of each slot and draw, and what adds to it; a journal `file` keeps it if the run is killed."""
+    with nullcontext() if file is None else open_journal(file, settings, _trial, what="measurement") as journal:
+        known = {} if journal is None else dict(journal.entries)
 
-        def remembered(slot: str, t: float, draw: int) -> float:
-            if (slot, draw) not in known:
-                known[slot, draw] = value = delta(slot, t, draw)
-                if math.isfinite(value):
-                    journal.append({"slot": slot, "level": draw, "delta": value})
-            return known[slot, draw]
+        def keep(found: Found) -> None:
+            known[found.slot, found.draw] = found.delta
+            if journal is not None and math.isfinite(found.delta):
+                journal.append({"slot": found.slot, "level": found.draw, "delta": found.delta})
 
-        yield remembered
+        yield known, keep
 
 
 def _trial(entry: dict[str, Any]) -> tuple[tuple[str, int], float]:
     return (str(entry["slot"]), int(entry["level"])), float(entry["delta"])
 
 
-def measure_for(problem: Problem, run: RunDirectory | None, monitor: Monitor, device: str) -> Sensitivity:
+def measure_for(
+    problem: Problem, run: RunDirectory | None, monitor: Monitor, device: str, pool: Pool | None = None
+) -> Sensitivity:
     """The slopes that the problem's budget needs, measured as it says; the run directory keeps finished trials."""
     budget = problem.budget
     assert budget is not None
@@ -172,7 +192,8 @@ def measure_for(problem: Problem, run: RunDirectory | None, monitor: Monitor, de
         blocks = _blocks(problem.source, budget.source, budget.sequences, budget.seq_len, problem.seed, device)
     return measure_on(
         problem.source, blocks, metric=budget.metric, kinds=kinds, fold=problem.folded, levels=budget.levels,
-        seed=problem.seed, device=device, monitor=monitor, progress_file=run.path / "slopes.jsonl" if run else None,
+        seed=problem.seed, device=device, monitor=monitor, pool=pool if device == "cpu" else None,
+        progress_file=run.path / "slopes.jsonl" if run else None,
     )  # fmt: skip
 
 

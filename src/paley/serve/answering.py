@@ -112,8 +112,7 @@ class Answering:
             gone.cancel()
             collecting.cancel()
             self._finish()
-        counts = usage(self.jobs, len(self.prompts))
-        return await asyncio.to_thread(self.shape.whole, choices, counts)  # which decodes each token of logprobs
+        return self.shape.whole(choices, usage(self.jobs, len(self.prompts)))
 
     async def _collect(self, choices: list[Choice]) -> None:
         async for place, event in self._all():
@@ -125,7 +124,6 @@ class Answering:
 
     async def stream(self) -> AsyncIterator[str]:
         """Server-sent events; an error is one as well, and the last. Ends the jobs if the client goes away."""
-        texts = [""] * len(self.jobs)
         opened: set[int] = set()
         try:
             async for place, event in self._all():
@@ -136,8 +134,7 @@ class Answering:
                     yield _sse(self._without_counts(opening))
                 opened.add(place)
                 if event.text or event.finish or self.chances is not None:
-                    yield _sse(self._without_counts(self.shape.chunk(place, event, texts[place])))
-                texts[place] += event.text
+                    yield _sse(self._without_counts(self.shape.chunk(place, event)))
             if self.body.wants_usage:
                 yield _sse(self.shape.counts(usage(self.jobs, len(self.prompts))))
             yield "data: [DONE]\n\n"

@@ -111,7 +111,7 @@ def create_app(models: Mapping[str, TextModel], *, api_key: str | None = None, l
                 grammar = await asyncio.to_thread(grammars[body.model].of, schema)
             except PaleyError as error:
                 raise ApiError(400, str(error), param="response_format") from None
-        shape = ChatShape(body.model, model.tokenizer, body.chances)
+        shape = ChatShape(body.model, body.chances)
         return await answer(request, body, shape, [ids], body.most, body.chances, grammar)
 
     @app.post("/v1/completions")
@@ -126,7 +126,7 @@ def create_app(models: Mapping[str, TextModel], *, api_key: str | None = None, l
             ]
         except PaleyError as error:
             raise ApiError(400, str(error), param="prompt") from None
-        shape = CompletionShape(body.model, model.tokenizer, body.chances)
+        shape = CompletionShape(body.model, body.chances)
         return await answer(request, body, shape, prompts, body.most, body.chances)
 
     def entry(name: str) -> dict[str, Any]:

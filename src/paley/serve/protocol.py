@@ -94,7 +94,7 @@ class TextPart(BaseModel):
 
 
 class ChatMessage(BaseModel):
-    """`developer` is what newer clients call `system`."""
+    """`developer` is what newer clients call `system`; templates may read `name`, and most do not."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -105,7 +105,8 @@ class ChatMessage(BaseModel):
     def plain(self) -> dict[str, str]:
         """As chat templates take it."""
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+        named = {} if self.name is None else {"name": self.name}
+        return {"role": "system" if self.role == "developer" else self.role, "content": content} | named
 
 
 class JsonSchema(BaseModel):

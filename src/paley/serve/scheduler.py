@@ -232,12 +232,13 @@ class Scheduler:
     def _end(self, job: Job, text: Continuation, error: Exception | None = None) -> None:
         """Frees the slot; the context is kept for a text that goes on, unless something went wrong with it."""
         self._running.remove((job, text))
-        if error is None:
-            self._pool.put(text.context, text.read_ids)
-            self._seconds += 0.1 * (time.monotonic() - job.submitted - self._seconds)
-        else:
+        if error is not None:
             text.context.close()
             _tell(job, Event(error=error))
+            return
+        self._pool.put(text.context, text.read_ids)
+        if not job.cancelled:  # it tells nothing of how long answers take
+            self._seconds += 0.1 * (time.monotonic() - job.submitted - self._seconds)
 
     def _fail_all(self, error: Exception) -> None:
         with self._changed:

@@ -6,11 +6,9 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from paley.pipeline.continuation import Drawn
+from paley.pipeline.continuation import Chance, Drawn
 from paley.serve.scheduler import Event, Job
 
 __all__ = ["ChatShape", "Choice", "CompletionShape", "Shape", "usage"]
@@ -42,8 +40,8 @@ class Shape:
 
     prefix, whole_object, chunk_object = "", "", ""
 
-    def __init__(self, model: str, tokenizer: PreTrainedTokenizerBase, chances: int | None):
-        self._model, self._tokenizer, self._chances = model, tokenizer, chances
+    def __init__(self, model: str, chances: int | None):
+        self._model, self._chances = model, chances
         self._id, self._created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
 
     def whole(self, choices: Sequence[Choice], counts: dict[str, Any]) -> dict[str, Any]:
@@ -55,8 +53,8 @@ class Shape:
         """A chunk before all others of a choice."""
         return None
 
-    def chunk(self, index: int, event: Event, before: str) -> dict[str, Any]:
-        """One event of a choice; before: its text so far."""
+    def chunk(self, index: int, event: Event) -> dict[str, Any]:
+        """One event of a choice."""
         raise NotImplementedError
 
     def counts(self, counts: dict[str, Any]) -> dict[str, Any]:
@@ -71,9 +69,6 @@ class Shape:
     def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
         raise NotImplementedError
 
-    def _token(self, token: int) -> str:
-        return cast(str, self._tokenizer.decode([token], clean_up_tokenization_spaces=False))
-
 
 class ChatShape(Shape):
     """Of /v1/chat/completions."""
@@ -83,7 +78,7 @@ class ChatShape(Shape):
     def opening(self, index: int) -> dict[str, Any]:
         return self._delta(index, {"role": "assistant", "content": ""}, None, None)
 
-    def chunk(self, index: int, event: Event, before: str) -> dict[str, Any]:
+    def chunk(self, index: int, event: Event) -> dict[str, Any]:
         delta = {"content": event.text} if event.text or event.finish is None else {}
         return self._delta(index, delta, self._logprobs(event.drawn), event.finish)
 
@@ -99,14 +94,8 @@ class ChatShape(Shape):
     def _logprobs(self, drawn: Sequence[Drawn]) -> dict[str, Any] | None:
         if self._chances is None:
             return None
-        content = [
-            self._entry(d.token, d.logprob) | {"top_logprobs": [self._entry(*entry) for entry in d.top]} for d in drawn
-        ]
+        content = [_entry(d) | {"top_logprobs": [_entry(each) for each in d.top]} for d in drawn]
         return {"content": content, "refusal": None}
-
-    def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
-        text = self._token(token)
-        return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
 
 
 class CompletionShape(Shape):
@@ -114,24 +103,33 @@ class CompletionShape(Shape):
 
     prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
 
-    def chunk(self, index: int, event: Event, before: str) -> dict[str, Any]:
+    def chunk(self, index: int, event: Event) -> dict[str, Any]:
         part = Choice(event.text, list(event.drawn), event.finish)
-        return self._envelope(self.chunk_object, [self._choice(index, part, len(before))])
+        return self._envelope(self.chunk_object, [self._choice(index, part)])
 
-    def _choice(self, index: int, choice: Choice, offset: int = 0) -> dict[str, Any]:
-        logprobs = self._logprobs(choice.drawn, offset)
+    def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        logprobs = self._logprobs(choice.drawn)
         return {"text": choice.text, "index": index, "logprobs": logprobs, "finish_reason": choice.finish}
 
-    def _logprobs(self, drawn: Sequence[Drawn], offset: int) -> dict[str, Any] | None:
+    def _logprobs(self, drawn: Sequence[Drawn]) -> dict[str, Any] | None:
         if self._chances is None:
             return None
-        tokens, offsets = [self._token(d.token) for d in drawn], []
-        for token in tokens:
-            offsets.append(offset)
-            offset += len(token)
         return {
-            "tokens": tokens,
+            "tokens": [d.text for d in drawn],
             "token_logprobs": [d.logprob for d in drawn],
-            "top_logprobs": [{self._token(token): logprob for token, logprob in d.top} for d in drawn],
-            "text_offset": offsets,
+            "top_logprobs": [_likeliest(d) for d in drawn],
+            "text_offset": [d.offset for d in drawn],
         }
+
+
+def _entry(token: Drawn | Chance) -> dict[str, Any]:
+    text = token.text
+    return {"token": text, "logprob": token.logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
+
+
+def _likeliest(drawn: Drawn) -> dict[str, float]:
+    """By text, as the protocol has it: of tokens with the same text the likelier one, which comes first."""
+    found: dict[str, float] = {}
+    for each in drawn.top:
+        found.setdefault(each.text, each.logprob)
+    return found
