@@ -17,8 +17,8 @@ from paley.core.transforms import Transform
 from paley.methods.binary import fit_centroids
 
 __all__ = [
-    "Error", "gaussian_error", "gaussian_spread", "quantize_nearest", "quantize_turned", "turned_parts",
-    "weight_scales",
+    "Error", "gaussian_error", "gaussian_spread", "quantize_nearest", "quantize_turned", "turned_error",
+    "turned_parts", "weight_scales",
 ]  # fmt: skip
 
 _SHRINK_STEPS = 80  # clip ratios 1.00, 0.99, ... 0.21, as in GPTQ's reference runs
@@ -196,11 +196,31 @@ def turned_parts(
 ) -> Iterator[tuple[Quantized, Error]]:
     """As `quantize_turned`, a few rows at a time, each with its own error."""
     check_range(weight, scheme.grid, where)
-    for rows in weight.split(max(1, _CHUNK // weight.shape[1])):
-        rows = (rows.double() if transform is None else transform.apply(rows.double())).float()
+    for rows in _turned(weight, transform):
         part = quantize_nearest(rows, scheme, where)
-        error = float(torch.linalg.vector_norm(part.dequantize() - rows)) ** 2
-        yield part, Error(error, float(torch.linalg.vector_norm(rows)) ** 2)
+        yield part, _error(part, rows)
+
+
+def turned_error(weight: Tensor, q: Quantized, transform: Transform | None) -> float:
+    """The relative squared error of `quantize_turned`, of codes that are there already."""
+    total, start = Error(), 0
+    for rows in _turned(weight, transform):
+        some = slice(start, start + len(rows))
+        zeros = None if q.zeros is None else q.zeros[some]
+        total.add(_error(replace(q, codes=q.codes[some], scales=q.scales[some], zeros=zeros), rows))
+        start += len(rows)
+    return total.relative
+
+
+def _turned(weight: Tensor, transform: Transform | None) -> Iterator[Tensor]:
+    """weight · Tᵀ, float32, a few rows at a time."""
+    for rows in weight.split(max(1, _CHUNK // weight.shape[1])):
+        yield (rows.double() if transform is None else transform.apply(rows.double())).float()
+
+
+def _error(part: Quantized, rows: Tensor) -> Error:
+    squared = float(torch.linalg.vector_norm(part.dequantize() - rows)) ** 2
+    return Error(squared, float(torch.linalg.vector_norm(rows)) ** 2)
 
 
 @dataclass

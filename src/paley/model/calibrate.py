@@ -24,7 +24,7 @@ from paley.core.schemes import LinearScheme, Schemes
 from paley.format.spec import DIAGONAL, check_outliers
 from paley.methods.diagonal import balance, strength_for
 from paley.methods.gptq import quantize_gptq
-from paley.methods.nearest import quantize_nearest, quantize_turned
+from paley.methods.nearest import quantize_nearest, quantize_turned, turned_error
 from paley.methods.statistics import InputStatistics
 from paley.model.adapter import Block
 from paley.model.capture import BlockRunner, capture_inputs
@@ -239,8 +239,10 @@ class ModelQuantizer:
         """Rows are rounded to nearest: what looks them up has no inputs to calibrate on."""
         embedding, scheme = self.adapter.embedding, self.linears[site.name]
         assert scheme.weight is not None
-        fresh, error = quantize_turned(embedding.weight, scheme.weight, scheme.transform, site.name)
-        q = q or fresh  # the same again, if a stopped run had it
+        if q is None:
+            q, error = quantize_turned(embedding.weight, scheme.weight, scheme.transform, site.name)
+        else:
+            error = turned_error(embedding.weight, q, scheme.transform)
         stream = embedding.stream if isinstance(embedding, QuantEmbedding) else None
         made = QuantEmbedding.around(embedding, stream, scheme, q, name=site.name).float()
         self.adapter.model.set_submodule(site.module, made)
