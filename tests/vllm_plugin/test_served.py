@@ -103,6 +103,32 @@ def test_a_traced_model_computes_the_same(tmp_path, tiny_tokenizer):
     assert (theirs - wanted(out, "dense")).abs().max() < 1e-4
 
 
+PARSE = """
+import json, sys
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+section = json.load(open(sys.argv[1]))["quantization_config"]
+config = CompressedTensorsConfig.from_config(section)
+schemes = {name: scheme["weights"] for name, scheme in config.target_scheme_map.items()}
+plain = {name: [args.num_bits, args.group_size, args.symmetric] for name, args in schemes.items()}
+print(json.dumps({"format": config.quant_format, "ignore": config.ignore, "schemes": plain}))
+"""
+
+
+def test_vllm_parses_what_export_writes_for_compressed_tensors(tmp_path, tiny_tokenizer):
+    """By its own CompressedTensorsConfig; that needs no plugin."""
+    model = save_tiny(tmp_path / "model", tiny_tokenizer, **(SIZES | {"intermediate_size": 256}))
+    settings = ["test=null", "weights.method=nearest", 'overrides=[{pattern: "*.1.mlp.*", weight: {grid: int8}}]']
+    out = paley.quantize(model, apply_settings(preset("ct-w4g128"), settings), output=tmp_path / "out").output
+    made = paley.export_to(out, "compressed-tensors", output=tmp_path / "ct").output
+    command = [sys.executable, "-c", PARSE, str(made / "config.json")]
+    with (tmp_path / "output").open("w") as output:
+        subprocess.run(command, stdin=subprocess.DEVNULL, stdout=output, check=True, timeout=900)
+    found = json.loads((tmp_path / "output").read_text().splitlines()[-1])
+    assert (found["format"], found["ignore"]) == ("pack-quantized", ["lm_head"])
+    assert set(map(tuple, found["schemes"].values())) == {(4, 128, True), (8, None, True)}
+    assert found["schemes"]["model.layers.1.mlp.down_proj"] == [8, None, True]  # a scale for each row
+
+
 def test_what_vllm_cannot_hold_is_one_sentence(tmp_path, tiny_tokenizer):
     model = save_tiny(tmp_path / "model", tiny_tokenizer, **SIZES)
     recipe = apply_settings(preset("higgs-4"), [*WEIGHTS, "keys={grid: int4}"])
