@@ -232,7 +232,7 @@ def log_likelihoods(
 ) -> list[tuple[float, bool]]:
     """texts of (context, answer), tokens of both -> (log-likelihood of the answer, whether it is what is likeliest).
 
-    Each context is read once through a cache, in pieces; answers are read behind it one after the other. A model that
+    Each context is read once through a cache, in pieces; its answers are read behind it side by side. A model that
     cannot go on from a cache reads context and answer at once.
     """
     limit = context_of(model.config)
@@ -269,9 +269,11 @@ def _logits(model: PreTrainedModel, context: tuple[int, ...], answers: Sequence[
     for at in range(0, start, step):
         for part, more in pieces.parts(read[:, at : at + step], at):
             model.base_model(part, use_cache=True, **more, **known)
-    mark = cache.mark()
-    for answer in answers:
-        ids = torch.tensor([[context[-1], *answer[:-1]]], device=device)
-        rows = [model(part, use_cache=True, **more, **known).logits[0] for part, more in pieces.parts(ids, start)]
-        cache.rewind(mark)
-        yield torch.cat(rows).float()
+    cache.reorder_cache(torch.zeros(len(answers), dtype=torch.int64))  # the context once for each answer
+    longest = max(map(len, answers))  # nothing looks at what stands behind an answer
+    ids = torch.tensor(
+        [[context[-1], *answer[:-1], *[0] * (longest - len(answer))] for answer in answers], device=device
+    )
+    rows = [model(part, use_cache=True, **more, **known).logits for part, more in pieces.parts(ids, start)]
+    for answer, logits in zip(answers, torch.cat(rows, 1), strict=True):
+        yield logits[: len(answer)].float()
