@@ -41,15 +41,13 @@ class Costs:
     sampled: float = 2.5  # times the products of a token that the model writes
     loop: tuple[float, ...] = (0.0, 1500.0, 3000.0, 9000.0, 16_000.0)  # a weight and pass of GPTQ, by its grid's p
     nearest: float = 5000.0  # a weight rounded to the nearest point
-    trellis: float = (
-        30_000.0  # a code of a sequential grid looked at; 17,000 on that machine, 43,000 on a Sapphire Rapids
-    )
+    trellis: float = 30_000.0  # a code of a sequential grid looked at; 17,000 to 43,000 on three machines
     packed: float = 4500.0  # a weight's codes packed, decoded and kept
     written: float = 450.0  # a weight's codes in the new checkpoint
     factor: float = 3.5  # of n³: the Hessian's Cholesky factor and its inverse, float64
     target: float = 11.0  # of out · in²: target, feedback, first residual
     sweep: float = 3.0  # of out · in²: a refit of scales and a descent
-    bfloat16: float = 0.55  # times a float32 product, where the machine multiplies bfloat16
+    bfloat16: float = 0.4  # times a float32 product, where the machine multiplies bfloat16; .27 to .55 on three
     anew: float = 1.6  # forwards of a block, to each of its inputs from the beginning
     torch: float = 15.0  # times as long as the native library
     read: float = 500.0  # a byte of the original, as the model is loaded
