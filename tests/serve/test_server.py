@@ -17,7 +17,6 @@ from urllib.parse import urlsplit
 import pytest
 
 from paley.core.errors import PaleyError
-from paley.pipeline.continuation import Chance, Drawn
 from paley.pipeline.conversation import chat_ids
 from paley.pipeline.detokenizing import Detokenizer
 from paley.pipeline.sampling import Sampling
@@ -25,7 +24,6 @@ from paley.serve import Limits, create_app
 from paley.serve.protocol import ChatMessage
 from paley.serve.run import listen, run
 from paley.serve.scheduler import Busy, Job, Scheduler
-from paley.serve.shapes import Choice, CompletionShape
 from scripted_decoder import chatting, scripted_model
 
 CHAT = "/v1/chat/completions"
@@ -48,15 +46,6 @@ def get(url: str, path: str, **headers: str) -> tuple[int, str]:
     found = response.read().decode()
     connection.close()
     return response.status, found
-
-
-def stream(url: str, path: str, body: dict) -> list[dict]:
-    """The chunks of an answer."""
-    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=30)
-    connection.request("POST", path, json.dumps(body | {"stream": True}), {"Content-Type": "application/json"})
-    lines = connection.getresponse().read().decode().split("\n\n")
-    connection.close()
-    return [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
 
 
 def asking(text: str, **more: object) -> dict:
@@ -219,29 +208,6 @@ def test_logprobs_are_decoded_beside_the_event_loop(serve, monkeypatch):
     status, found, _ = post(serve().url, "/v1/completions", asking("a>", logprobs=5))
     assert (status, found["choices"][0]["logprobs"]["tokens"][:3]) == (200, ["y", "e", "s"])
     assert on_loop == []
-
-
-def test_tokens_and_offsets_of_logprobs_belong_to_the_text(serve):
-    """Characters of several tokens, and text that is held back until it is no stop string."""
-    url = serve("aé世ENxENDy").url
-    body = asking("a>", logprobs=1, stop=["END"])
-    made = post(url, "/v1/completions", body)[1]["choices"][0]
-    text, logprobs = made["text"], made["logprobs"]
-    assert text == "aé世ENx"
-    assert "".join(logprobs["tokens"]) == "aé世ENxEND"
-    assert logprobs["tokens"][:7] == ["a", "", "é", "", "", "世", "E"]
-    assert logprobs["text_offset"] == [0, 1, 1, 2, 2, 2, 3, 4, 5, 6, 7, 8]
-    assert [list(top) for top in logprobs["top_logprobs"]] == [[token] for token in logprobs["tokens"]]
-    parts = [part["choices"][0] for part in stream(url, "/v1/completions", body) if part["choices"]]
-    assert "".join(part["text"] for part in parts) == text
-    for name, values in logprobs.items():
-        assert [each for part in parts for each in (part["logprobs"] or {name: []})[name]] == values
-
-
-def test_of_tokens_with_the_same_text_the_likelier_is_told():
-    drawn = Drawn(7, "a", 0, -0.1, (Chance(7, -0.1, "a"), Chance(8, -2.5, "b"), Chance(9, -3.0, "a")))
-    made = CompletionShape("m", 3).whole([Choice("a", [drawn], "stop")], {})["choices"][0]
-    assert made["logprobs"]["top_logprobs"] == [{"a": -0.1, "b": -2.5}]
 
 
 def test_templates_read_the_name_of_a_message(tiny_tokenizer):
