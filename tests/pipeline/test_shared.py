@@ -13,7 +13,7 @@ import torch
 
 import paley
 from paley.core.errors import PaleyError
-from paley.pipeline import probing, score_tasks
+from paley.pipeline import probing, shared_scores
 from paley.pipeline.cluster import LOCAL, cluster
 from paley.pipeline.pool import Here, Processes
 from tiny_models import higgs, save_tiny
@@ -91,17 +91,17 @@ def test_a_worker_that_sees_other_weights_stops_it(made):
     job = probing.Probing(str(made.model), "other", torch.ones(1, 4).long(), "kl", ("weight",), False, 0, "cpu", "a")
     with pytest.raises(PaleyError, match="a worker sees other weights here"):
         list(Here().run(probing.make_trial, [(job, probing.NO_NOISE)]))
-    batch = score_tasks.Batch(str(made.out), str(made.model), "other", "text", 0, torch.ones(1, 4).long().numpy())
+    batch = shared_scores.Batch(str(made.out), str(made.model), "other", "text", 0, torch.ones(1, 4).long().numpy())
     with pytest.raises(PaleyError, match="a worker sees other weights here"):
-        list(Here().run(score_tasks.measure_original, [batch]))
+        list(Here().run(shared_scores.measure_original, [batch]))
 
 
 def test_a_worker_holds_one_model(made, monkeypatch):
-    monkeypatch.setattr(score_tasks, "_HELD", {})
+    monkeypatch.setattr(shared_scores, "_HELD", {})
     for what, kept in (("original", 1), ("head", 1), ("model", 2), ("original", 1)):
-        score_tasks._hold(what, "a", lambda: "made")
-        assert len(score_tasks._HELD) == kept
-    assert score_tasks._hold("original", "a", pytest.fail) == "made"
+        shared_scores._hold(what, "a", lambda: "made")
+        assert len(shared_scores._HELD) == kept
+    assert shared_scores._hold("original", "a", pytest.fail) == "made"
 
 
 @pytest.mark.parametrize("how", [{"workers": 2}, {"ray": LOCAL}])

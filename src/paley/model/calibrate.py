@@ -205,34 +205,42 @@ class ModelQuantizer:
         groups = [[name for name in site.readers if self.linears[name].diagonal] for site in block.inputs()]
         groups = [names for names in groups if names]
         settled = [next((known[n + DIAGONAL] for n in names if n + DIAGONAL in known), None) for names in groups]
-        missing = [names for names, diagonal in zip(groups, settled, strict=True) if diagonal is None]
-        energies = self._energies(block, [names[0] for names in missing]) if missing else {}
+        missing = [names[0] for names, diagonal in zip(groups, settled, strict=True) if diagonal is None]
+        energies = {}
+        if missing:
+            if self.original is None:
+                raise PaleyError(f"{missing[0]}: a diagonal needs calibration text; set diagonal=false")
+            linears = {name: self.adapter.module(name) for name in missing}
+            sequences = -(-_ENERGY_TOKENS // self.original.shape[1])
+            energies = self._energies(block.module, block.index, linears, sequences)
         for names, diagonal in zip(groups, settled, strict=True):
-            linears = [self.adapter.module(name) for name in names]
+            alike = [self.adapter.module(name) for name in names]
             if diagonal is None:
-                weight = torch.cat([linear.plain_weight() for linear in linears])
+                weight = torch.cat([linear.plain_weight() for linear in alike])
                 strength = strength_for(self.linears[name] for name in names)
                 diagonal = balance(energies[names[0]].sqrt(), weight, strength)
-            for linear in linears:
+            for linear in alike:
                 linear.scale_columns_(diagonal)
 
-    def _energies(self, block: Block, names: Sequence[str]) -> dict[str, Tensor]:
-        """-> of linears in order of computation, sums of squares of each channel read [in], float64."""
-        linears = {name: self.adapter.module(name) for name in names}
-        if self.original is None:
-            raise PaleyError(f"{names[0]}: a diagonal needs calibration text; set diagonal=false")
-        found = {
-            name: torch.zeros(linear.plain_width, dtype=torch.float64, device=self.original.device)
-            for name, linear in linears.items()
-        }
+    def _energies(
+        self, module: nn.Module, index: int, linears: Mapping[str, QuantLinear], sequences: int,
+        read: Callable[[QuantLinear, Tensor], Tensor] = lambda _, x: x,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """-> of some linears of a block, sums of squares of each channel, float64 [in].
+
+        In the original, on so many sequences of the text; read(linear, x): what of its input counts.
+        """
+        assert self.original is not None
+        found: dict[str, Tensor] = {}
 
         def add(name: str, x: Tensor) -> None:
-            found[name].add_(x.square().sum(0, dtype=torch.float64))
+            energy = read(linears[name], x).square().sum(0, dtype=torch.float64)
+            found[name] = found[name] + energy if name in found else energy
 
-        with capture_inputs(linears, add):
-            enough = -(-_ENERGY_TOKENS // self.original.shape[1])
-            for hidden in self.original[:enough].split(self.runner.batch):
-                self.runner.until(linears[names[-1]], block.module, block.index, hidden)
+        for name, linear in linears.items():
+            add(name, self.original.new_zeros(1, linear.plain_width))
+        with capture_inputs(dict(linears), add):
+            self.runner.run(module, index, self.original[:sequences])
         return found
 
     def _quantize_embedding(self, site: Site, q: Quantized | None) -> LayerReport:
@@ -281,6 +289,7 @@ class ModelQuantizer:
 
     def _choose_outliers(self, block: Block, reference: nn.Module, known: Mapping[str, Quantized]) -> None:
         """Gives each linear without codes the columns of most energy, by what it reads in the original."""
+        linears: dict[str, QuantLinear] = {}
         for site in block.linears():
             scheme = self.linears[site.name]
             if not scheme.outliers or site.name in known:
@@ -290,16 +299,15 @@ class ModelQuantizer:
             check_outliers(site.name, scheme.outliers, linear.in_features)
             if self.original is None:
                 raise PaleyError(f"{site.name}: outliers need calibration text; set outliers=0")
-            energy = torch.zeros(linear.in_features, dtype=torch.float64, device=self.original.device)
-
-            def add(_: str, x: Tensor, linear: QuantLinear = linear, energy: Tensor = energy) -> None:
-                energy.add_(linear.round_input(x).double().square().sum(0))
-
-            with capture_inputs({"input": linear}, add):
-                for hidden in self.original[: 4 * self.runner.batch].split(self.runner.batch):
-                    self.runner.until(linear, reference, block.index, hidden)
-            columns = energy.topk(scheme.outliers).indices.sort().values
-            self.adapter.module(site.module).outlier_columns = columns.int()
+            linears[site.name] = linear
+        if not linears:
+            return
+        energies = self._energies(
+            reference, block.index, linears, 4 * self.runner.batch, lambda linear, x: linear.round_input(x)
+        )
+        for name, energy in energies.items():
+            columns = energy.topk(self.linears[name].outliers).indices.sort().values
+            self.adapter.module(self.adapter.sites[name].module).outlier_columns = columns.int()
 
     def _codes(self, site: Site, statistics: InputStatistics | None) -> Quantized:
         linear, scheme = self.adapter.module(site.module), self.linears[site.name]

@@ -14,7 +14,7 @@ from paley.model.loading import check_seq_len, context_of, open_source, read_con
 from paley.pipeline.any_model import check_device, load_any
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.pool import check_shared, pool_of
-from paley.pipeline.score_tasks import shared_score
+from paley.pipeline.shared_scores import shared_score
 from paley.pipeline.texts import SELF, check_vocabulary, is_tuned_on, test_blocks
 from paley.plan import VERSION, Plan
 from paley.recipe import Recipe, Test
