@@ -122,7 +122,7 @@ def test_damping_is_raised_until_the_hessian_is_positive_definite(caplog):
     s = statistics(inputs, reference)
     values, vectors = torch.linalg.eigh(s.gram.double())
     values[0] = -0.05 * values.mean()
-    s.gram = (vectors * values @ vectors.T).float()
+    s._gram = (vectors * values @ vectors.T).float()
     metric = s.metric(0.01)
     assert metric.raised == 0.1
     mean = float((s.gram.diagonal().double() * 1.01).mean())
@@ -152,7 +152,7 @@ def test_damping_is_raised_until_the_hessian_is_positive_definite(caplog):
 def test_a_hopeless_hessian_is_refused_with_its_layer(spoil, said):
     weight, inputs, reference = problem()
     s = statistics(inputs, reference)
-    spoil(s._upper)
+    spoil(s._gram)
     with pytest.raises(PaleyError, match=f"model.layers.7.mlp.up_proj: gptq: .*{said}"):
         quantize_gptq(weight, s, WeightScheme("int4"), where="model.layers.7.mlp.up_proj")
 

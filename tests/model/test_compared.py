@@ -52,7 +52,7 @@ def expected(pair: ComparedBlock, runner: BlockRunner, site, compensate: str):
     local, block, original = pair._block.local(site.module), plain_copy(pair._block.module), plain_copy(pair._reference)
     norm = pair._block.local(site.norm) if compensate == "residual_stream" and site.adds_to_stream else None
     gram, aim = 0, 0
-    for batch in zip(pair._hidden.split(2), pair._original.split(2), strict=True):
+    for batch in zip(pair._now._batches, pair._then._batches, strict=True):
         parts = []
         for module, hidden in zip((block, original), batch, strict=True):
             linear, seen = module.get_submodule(local), {}
@@ -89,9 +89,9 @@ def test_statistics_are_those_of_whole_forwards(of, compensate, kept, monkeypatc
     statistics, checked = ComparedBlock.statistics, []
 
     def check(self, site, groups):
+        wanted = [expected(self, quantizer.runner, alike[0], compensate) for alike in groups]  # the original goes on
         sums = statistics(self, site, groups)
-        for alike, found in sums.items():
-            gram, target = expected(self, quantizer.runner, alike[0], compensate)
+        for (alike, found), (gram, target) in zip(sums.items(), wanted, strict=True):
             torch.testing.assert_close(found.gram.double(), gram, rtol=1e-3, atol=3e-4 * float(gram.abs().max()))
             weight = self._reference.get_submodule(self._block.local(alike[0].module)).dequantize()
             torch.testing.assert_close(found.target(weight, 0.01, True).double(), target, rtol=0, atol=2e-3)
@@ -107,6 +107,25 @@ def test_statistics_are_those_of_whole_forwards(of, compensate, kept, monkeypatc
     runner = BlockRunner(adapter, batch=2)
     assert torch.equal(quantizer.hidden, runner.suffix(0, runner.embed(IDS)))
     assert_clean(adapter)
+
+
+def test_the_original_ends_where_nothing_more_is_wanted_of_it(monkeypatch):
+    """It stands still no longer than its last input is compared; what it makes is that of a whole forward."""
+    adapter = small_adapter()
+    quantizer = quantizer_of(adapter, make_schemes(adapter))
+    read, statistics, left = quantizer.original.clone(), ComparedBlock.statistics, []
+
+    def count(self, site, groups):
+        found = statistics(self, site, groups)
+        left.append(sum(not one.dead for one in self._then._passes))
+        if not left[-1]:
+            assert torch.equal(self._then._out, quantizer.runner.run(plain_copy(self._reference), 0, read))
+        return found
+
+    monkeypatch.setattr(ComparedBlock, "statistics", count)
+    quantizer.block(0, {})
+    assert left[-1] == 0
+    assert min(left[:-1]) == len(read.split(quantizer.runner.batch))
 
 
 @pytest.fixture(autouse=True)

@@ -30,7 +30,8 @@ class InputStatistics:
 
     def __init__(self) -> None:
         self.tokens = 0
-        self._upper: Tensor | None = None  # half of gram, without what mirrors it
+        self._gram: Tensor | None = None
+        self._has_lower = False  # of gram; sums are taken of the half above the diagonal
         self.cross: Tensor | None = None
         self.aim: Tensor | None = None
         self._metrics: dict[float, Metric] = {}
@@ -40,8 +41,7 @@ class InputStatistics:
         x = inputs.float()
         self.tokens += len(x)
         self._metrics.clear()
-        self.__dict__.pop("gram", None)
-        self._upper = _add(self._upper, x, x, upper=True)
+        self._gram, self._has_lower = _add(self._gram, x, x, upper=True), False
         if reference is not None:
             self.cross = _add(self.cross, reference.float(), x)
         if outputs is not None:
@@ -50,22 +50,23 @@ class InputStatistics:
     @property
     def damping(self) -> float:
         """How much of its mean to add to gram's diagonal: the fewer tokens a column has, the less they are trusted."""
-        assert self._upper is not None
-        return min(MOST, max(LEAST, PER_TOKEN * len(self._upper) / self.tokens))
+        assert self._gram is not None
+        return min(MOST, max(LEAST, PER_TOKEN * len(self._gram) / self.tokens))
 
-    @functools.cached_property
+    @property
     def gram(self) -> Tensor:
         """Xᵀ X [in, in]."""
-        if self._upper is None:
+        if self._gram is None:
             raise PaleyError("gptq: no input was seen; run the calibration text through the layer first")
-        return self._upper.triu() + self._upper.triu(1).T
+        if not self._has_lower:
+            self._gram, self._has_lower = self._gram.triu() + self._gram.triu(1).T, True
+        return self._gram
 
     def metric(self, damp: float) -> Metric:
         """damp: added to gram's diagonal, as a share of its mean. All linears that read these inputs share it."""
         if damp not in self._metrics:
-            gram = self.gram.double()
-            gram.diagonal().add_(damp * max(float(gram.diagonal().mean()), 1e-12))
-            self._metrics[damp] = Metric(gram)
+            mean = float(self.gram.diagonal().mean(dtype=torch.float64))
+            self._metrics[damp] = Metric(self.gram, damp * max(mean, 1e-12))
         return self._metrics[damp]
 
     def target(self, weight: Tensor, damp: float, compensate: bool, rows: slice = slice(None)) -> Tensor:
@@ -89,31 +90,40 @@ class InputStatistics:
 
 
 class Metric:
-    """A damped gram matrix G [in, in], float64 when it comes, and what GPTQ needs of it, computed once and when needed.
+    """A damped gram matrix [in, in], and what GPTQ needs of it, computed once and when needed, from float64.
 
-    diagonal [in]: of G as it came. Errors of all else: PaleyError if G is not finite, or RAISED is not enough.
+    Errors of all else than `diagonal`: PaleyError if the matrix is not finite, or RAISED is not enough.
     """
 
-    def __init__(self, gram: Tensor):
-        self._gram, self.diagonal = gram, gram.diagonal().float()
+    def __init__(self, gram: Tensor, added: float = 0.0):
+        """gram float32 [in, in]; added: to its diagonal."""
+        self._sums, self._added = gram, added
+
+    @property
+    def diagonal(self) -> Tensor:
+        """[in]"""
+        return (self._sums.diagonal().double() + self._added).float()
 
     @functools.cached_property
     def _factored(self) -> tuple[Tensor, float]:
-        """-> spread, raised; from here on `_gram` has what was added. All in float64 goes but that: it is large."""
-        self._gram, factor, raised = _factored(self._gram)
+        """-> spread, raised."""
+        factor, more, raised = _factored(self._sums, self._added)
+        self._added += more
         inverse = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
         return torch.linalg.solve_triangular(factor, inverse, upper=True, out=inverse).float(), raised
 
     @property
     def raised(self) -> float:
-        """What had to be added to the diagonal to make G positive definite, as a share of its mean; else 0."""
+        """What had to be added to the diagonal to make it positive definite, as a share of its mean; else 0."""
         return self._factored[1]
 
     @functools.cached_property
     def gram(self) -> Tensor:
-        """G with that, float32 [in, in]."""
+        """G, the matrix with all that was added, float32."""
         _ = self._factored
-        return self._gram.float()
+        gram = self._sums.clone()
+        gram.diagonal().copy_(self.diagonal)
+        return gram
 
     @property
     def spread(self) -> Tensor:
@@ -127,8 +137,7 @@ class Metric:
 
     def ordered(self, order: Tensor) -> Metric:
         """Of the columns in another order."""
-        _ = self._factored
-        return Metric(self._gram[order][:, order])
+        return Metric(self._sums[order][:, order], self._added)
 
 
 def _add(sums: Tensor | None, left: Tensor, right: Tensor, upper: bool = False) -> Tensor:
@@ -139,8 +148,8 @@ def _add(sums: Tensor | None, left: Tensor, right: Tensor, upper: bool = False) 
     return product(left.T, right.T, sums, upper=upper)
 
 
-def _factored(gram: Tensor) -> tuple[Tensor, Tensor, float]:
-    """gram float64 [in, in] -> G, R upper triangular with G = R R^T, and what was added to G's diagonal for that.
+def _factored(gram: Tensor, added: float) -> tuple[Tensor, float, float]:
+    """-> R float64, upper triangular with gram + added = R R^T; what it took more than `added`, also as a share.
 
     Of a matrix read backwards, the Cholesky factor backwards is such an R.
     """
@@ -149,11 +158,13 @@ def _factored(gram: Tensor) -> tuple[Tensor, Tensor, float]:
             "gptq: what it reads is NaN or infinite on the calibration text",
             remedy=("look for NaN in the weights before it, or use another text (", Setting("calibration.source"), ")"),
         )
+    mean = float(gram.diagonal().mean(dtype=torch.float64)) + added
     for share in (0.0, *RAISED):
-        damped = gram + share * gram.diagonal().mean() * torch.eye(len(gram)).to(gram) if share else gram
-        backwards, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        backwards = gram.flip(0, 1).double()
+        backwards.diagonal().add_(added + share * mean)
+        backwards, failed = torch.linalg.cholesky_ex(backwards)
         if not failed:
-            return damped, backwards.flip(0, 1), share
+            return backwards.flip(0, 1), share * mean, share
     raise PaleyError(
         f"gptq: the Hessian is not positive definite, even with {RAISED[-1]:g} of its mean added to its diagonal",
         remedy=(

@@ -68,13 +68,13 @@ class ModelQuantizer:
 
     ids [sequences, seq_len]: the calibration tokens; None if no weight needs any. compensate: as in Recipe.
     keys: what measures keys, and balances them, before a block's weights are quantized.
-    begin: called with each block before its turn, if blocks are wrapped only then. place(name, hidden states) -> where
-    those behind the block are written: that very tensor, unless the run keeps both.
+    begin: called before the turn of each block, and with None before the head's, if they are wrapped only then.
+    place(name, hidden states) -> where those behind the block are written: that very tensor, unless the run keeps both.
     """
 
     def __init__(
         self, runner: BlockRunner, ids: Tensor | None, schemes: Schemes, *, compensate: str,
-        keys: KeySettler | None = None, begin: Callable[[Block], None] = lambda _: None,
+        keys: KeySettler | None = None, begin: Callable[[Block | None], None] = lambda _: None,
         place: Place = lambda _, hidden: hidden,
     ):  # fmt: skip
         self.runner, self.adapter, self.ids, self.keys, self.begin = runner, runner.adapter, ids, keys, begin
@@ -139,7 +139,7 @@ class ModelQuantizer:
                         replace_by(site, self._expert_codes(block, site) if by_expert else
                                    self._codes(site, statistics.get(alike)))  # fmt: skip
             if both is not None:
-                self.hidden, self.original = both.finish(self.place)
+                self.hidden, self.original = both.finish()
         for linear in self._wrapped(block):
             linear.prepare_("packed")
         for module in reference.modules():
@@ -174,6 +174,7 @@ class ModelQuantizer:
     @torch.no_grad()
     def head(self, known: Mapping[str, Quantized], on_layer: OnLayer = lambda _: None) -> list[LayerReport]:
         """Quantizes an untied head, calibrated on what the final norm makes of the last hidden states."""
+        self.begin(None)
         site = self.adapter.sites.head
         if site.stored_as != site.name or self.linears[site.name].weight is None:
             return []
@@ -264,8 +265,10 @@ class ModelQuantizer:
         if self.hidden is None or self.original is None:
             return nullcontext()
         if self.adapter.architecture.walked:
-            return GatheredBlock(self.runner, block, reference, self.hidden, self.original, inputs)
-        return ComparedBlock(self.runner, block, reference, self.hidden, self.original, inputs, self.compensate)
+            return GatheredBlock(self.runner, block, reference, self.hidden, self.original, inputs, self.place)
+        return ComparedBlock(
+            self.runner, block, reference, self.hidden, self.original, inputs, self.compensate, self.place
+        )
 
     def _alike(self, site: Site, known: Mapping[str, Quantized]) -> list[tuple[Site, ...]]:
         """The linears that read an input and wait for codes, those together that round it alike."""

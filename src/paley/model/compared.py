@@ -23,21 +23,27 @@ class ComparedBlock:
 
     def __init__(
         self, runner: BlockRunner, block: Block, reference: nn.Module, hidden: Tensor, original: Tensor,
-        inputs: Sequence[Site], compensate: str,
+        inputs: Sequence[Site], compensate: str, place: Callable[[str, Tensor], Tensor],
     ):  # fmt: skip
         """hidden, original [sequences, seq_len, hidden]: what the two read. compensate: as in Recipe.
 
-        inputs: those that statistics are wanted of, in order of computation.
+        inputs: those that statistics are wanted of, in order of computation. place: as of `ModelQuantizer`; the
+        original's states may change once the last of the statistics are there.
         """
         self._block, self._reference, self._compensate = block, reference, compensate
         adapter = runner.adapter
-        self._hidden, self._original, self._sites = hidden, original, adapter.sites
+        self._sites = adapter.sites
         self._added = adapter.architecture.number(adapter.model.config, "residual_multiplier", 1.0)
         names = [self._first(site) for site in inputs]
         norms = {norm for site in inputs if (norm := self._norm(site)) is not None}
-        self._now = Steps(runner, block.module, block.index, hidden, names, norms)
-        compared = names if self._compares else []
-        self._then = Steps(runner, reference, block.index, original, compared, norms, behind=True)
+        self._now = Steps(
+            runner, block.module, block.index, hidden, names, norms, out=place("hidden", hidden)
+        )  # fmt: skip
+        self._then = Steps(
+            runner, reference, block.index, original, names if self._compares else [], norms, waits=False,
+            behind={self._first(site) for site in inputs if self._norm(site) is not None},
+            out=place("original", original),
+        )  # fmt: skip
 
     def __enter__(self) -> Self:
         with ExitStack() as undo:
@@ -100,7 +106,7 @@ class ComparedBlock:
         for (x, seen), (x_then, seen_then) in zip(now, self._then.inputs(name), strict=True):
             yield x, seen, x_then, seen_then
 
-    def finish(self, place: Callable[[str, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """-> the hidden states after the block, and the original's; place: as of `ModelQuantizer`."""
-        original = self._then.finish(out=place("original", self._original))
-        return self._now.finish(out=place("hidden", self._hidden)), original
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """-> the hidden states after the block, and the original's."""
+        original = self._then.finish()
+        return self._now.finish(), original

@@ -21,6 +21,7 @@ from paley.model.embedding import QuantEmbedding, rescale_
 
 __all__ = ["StreamBack", "fold_norms_", "fold_part_", "parts", "rotate_input_", "scale_keys_"]
 
+_VALUES = 2**24  # of a weight that are in float64 at a time
 Part = int | None  # the number of a block; None: what is outside of the blocks
 
 
@@ -30,8 +31,10 @@ def _set(linear: Any, name: str, value: Tensor) -> None:
 
 
 def _map_inputs_(linear: Any, f: Callable[[Tensor], Tensor]) -> None:
-    """weight [out, in] <- f along its rows."""
-    _set(linear, "weight", f(linear.weight.double()))
+    """weight [out, in] <- f along its rows, some at a time, for float64 takes four times the memory of 16 bits."""
+    weight = linear.weight
+    few = max(1, _VALUES * len(weight) // max(1, weight.numel()))
+    _set(linear, "weight", torch.cat([f(rows.double()).to(weight.dtype) for rows in weight.split(few)]))
     if isinstance(linear, nn.Embedding):
         linear.embedding_dim = linear.weight.shape[1]
     elif hasattr(linear, "hidden_dim"):  # a router

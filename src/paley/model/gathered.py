@@ -23,10 +23,10 @@ class GatheredBlock:
 
     def __init__(
         self, runner: BlockRunner, block: Block, reference: nn.Module, hidden: Tensor, original: Tensor,
-        inputs: Sequence[Site],
+        inputs: Sequence[Site], place: Callable[[str, Tensor], Tensor],
     ):  # fmt: skip
         self._runner, self._block, self._reference = runner, block, reference
-        self._hidden, self._original = hidden, original
+        self._hidden, self._original, self._place = hidden, original, place
         self._sums = {site.readers[0]: InputStatistics() for site in inputs}
 
     def __enter__(self) -> Self:
@@ -48,8 +48,8 @@ class GatheredBlock:
     def statistics(self, site: Site, groups: Iterable[tuple[Site, ...]]) -> dict[tuple[Site, ...], InputStatistics]:
         return {alike: self._sums[alike[0].name] for alike in groups}
 
-    def finish(self, place: Callable[[str, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """-> the hidden states after the block, and the original's; place: as of `ModelQuantizer`."""
-        run, index = self._runner.run, self._block.index
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """-> the hidden states after the block, and the original's."""
+        run, index, place = self._runner.run, self._block.index, self._place
         hidden = run(self._block.module, index, self._hidden, out=place("hidden", self._hidden))
         return hidden, run(self._reference, index, self._original, out=place("original", self._original))

@@ -6,7 +6,7 @@ them in turn, and the frames of the forward keep what has been computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, Self
@@ -40,16 +40,20 @@ class Steps:
 
     def __init__(
         self, runner: BlockRunner, module: nn.Module, index: int, hidden: Tensor,
-        stops: Iterable[str] = (), watched: Iterable[str] = (), *, behind: bool = False,
+        stops: Iterable[str] = (), watched: Iterable[str] = (), *, behind: Collection[str] = (),
+        out: Tensor, waits: bool = True,
     ):  # fmt: skip
-        """hidden [sequences, seq_len, hidden]; stops: names of linears within the module, in order of computation.
+        """hidden, out [sequences, seq_len, hidden]: what the block reads, and where its result goes, may be the same.
 
-        watched: names of modules; what they last read comes with each stop. behind: the stops are behind the linears,
-        whose outputs come, too, under their names.
+        stops: names of linears within the module, in order of computation. watched: names of modules; what they last
+        read comes with each stop. behind: stops that are behind the linears, whose outputs come, too, under their
+        names. waits: at the last stop, for its linear to be replaced; else each forward ends there at once.
         """
-        self._hidden, self._batches, self._runner = hidden, hidden.split(runner.batch), runner
+        self._out, self._runner = out, runner
+        self._batches, self._targets = (x.split(runner.batch) for x in (hidden, out))
         self._forward = partial(module, **runner.arguments(index, hidden.shape[1]))
         self._module, self._stops, self._watched, self._behind = module, tuple(stops), tuple(watched), behind
+        self._waits, self._ended = waits, False
         widths: list[Any] = [module.get_submodule(name).in_features for name in self._stops]
         batch = self._batches[0]
         kept = KEPT // (batch.shape[0] * batch.shape[1] * held(batch.shape[2], max(widths))) if self._stops else 0
@@ -63,7 +67,7 @@ class Steps:
                 undo.callback(hook.remove)
             for name in self._stops:
                 linear: Any = self._module.get_submodule(name)
-                linear.forward = partial(_stop, self._module, name, linear, linear.forward, self._behind)
+                linear.forward = partial(_stop, self._module, name, linear, linear.forward, name in self._behind)
                 undo.callback(_let_go, linear)
             for one in self._passes:
                 undo.callback(one.end)
@@ -77,17 +81,20 @@ class Steps:
     @torch.no_grad()
     def inputs(self, stop: str) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Goes on to a stop -> of each batch what is read there [batch, seq_len, in], and what was seen on the way."""
-        for one in self._all():
+        self._ended = stop == self._stops[-1] and not self._waits
+        for one, target in zip(self._all(), self._targets, strict=True):
             yield one.go_on(stop), one.seen
+            if self._ended:
+                one.finish(target)
 
     @torch.no_grad()
-    def finish(self, out: Tensor | None = None) -> Tensor:
-        """To the end -> what the block makes of hidden; written into `out` where given (may be `hidden` itself)."""
-        out = torch.empty_like(self._hidden) if out is None else out
-        for one, target in zip(self._all(), out.split(self._runner.batch), strict=True):
-            target.copy_(one.go_on(None))
-        self._runner.work += self._hidden.shape[0] * self._hidden.shape[1]
-        return out
+    def finish(self) -> Tensor:
+        """To the end -> what the block makes of hidden."""
+        if not self._ended:
+            for one, target in zip(self._all(), self._targets, strict=True):
+                one.finish(target)
+        self._runner.work += self._out.shape[0] * self._out.shape[1]
+        return self._out
 
     def _all(self) -> Iterator[_Pass]:
         yield from self._passes
@@ -116,6 +123,11 @@ class _Pass(greenlet):
                 return reached
             if reached[0] == stop:
                 return reached[1]
+
+    def finish(self, out: Tensor) -> None:
+        """To the end; lets go of all that was held."""
+        out.copy_(self.go_on(None))
+        self.seen.clear()
 
     def end(self) -> None:
         """Gives up a forward that stands still; its own frames would keep it alive for good."""

@@ -14,22 +14,27 @@ from paley.model.linear import QuantLinear
 from paley.model.reading import share_inputs_
 from paley.model.stacks import Stack, Turned, put_
 
-__all__ = ["set_attention_", "set_input_", "wrap_", "wrap_block_", "wrap_outer_"]
+__all__ = ["attach_", "set_attention_", "set_input_", "wrap_", "wrap_block_", "wrap_head_"]
 
 
 def wrap_(adapter: Adapter, schemes: Schemes) -> None:
     """Puts a QuantLinear with its run-time transform in place of every linear; nothing is rounded yet."""
-    wrap_outer_(adapter, schemes)
+    attach_(adapter, schemes)
+    wrap_head_(adapter, schemes)
     for block in adapter.blocks:
         wrap_block_(adapter, block, schemes)
 
 
-def wrap_outer_(adapter: Adapter, schemes: Schemes) -> None:
-    """What `wrap_` does outside of the blocks: to the head, and to what calls attention."""
+def attach_(adapter: Adapter, schemes: Schemes) -> None:
+    """What `wrap_` does to what calls attention, and experts."""
     attach_schemes(adapter.model, schemes.attentions)
     for block in adapter.blocks:
         set_attention_(adapter, block, None)
     register_experts()
+
+
+def wrap_head_(adapter: Adapter, schemes: Schemes) -> None:
+    """What `wrap_` does to the head."""
     head = adapter.sites.head
     if head.stored_as == head.name and schemes.linears[head.name].transform is not None:
         _wrap_linear_(adapter, head, schemes)

@@ -29,7 +29,7 @@ from paley.model.key_statistics import KeySettler
 from paley.model.problem import Problem
 from paley.model.replay import runner_of
 from paley.model.rotation import fold_, rotate_inputs_
-from paley.model.wrapping import wrap_block_, wrap_outer_
+from paley.model.wrapping import attach_, wrap_block_, wrap_head_
 from paley.pipeline.machine import give_back
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.reuse import Kept
@@ -68,7 +68,10 @@ def execute(
     fold_part_(adapter, problem.rotation, None)
     _prepare_outer_(problem, adapter)
 
-    def begin(block: Block) -> None:
+    def begin(block: Block | None) -> None:
+        if block is None:
+            _prepare_head_(problem, adapter)
+            return
         if pages is not None:
             pages.bring_(block.index)
         fold_part_(adapter, problem.rotation, block.index)
@@ -98,17 +101,26 @@ def prepare_(problem: Problem, adapter: Adapter) -> None:
     _prepare_outer_(problem, adapter)
     for block in adapter.blocks:
         _prepare_block_(problem, adapter, block)
+    _prepare_head_(problem, adapter)
 
 
 def _prepare_outer_(problem: Problem, adapter: Adapter) -> None:
-    """What is not in a block: embedding, final norm, head."""
+    """What is in no block: embedding and final norm."""
+    blocks = f"{adapter.architecture.blocks}."
+    later = blocks if adapter.sites.tied else (blocks, f"{adapter.sites.head.module}.")
+    _cast_(problem, ((n, p) for n, p in adapter.model.named_parameters() if not n.startswith(later)))
+    attach_(adapter, problem.schemes)
+
+
+def _prepare_head_(problem: Problem, adapter: Adapter) -> None:
     head = adapter.sites.head
-    if head.stored_as == head.name and head.name in problem.inputs():
+    if adapter.sites.tied:
+        return
+    if head.name in problem.inputs():
         adapter.head.float()  # 16 bits would round what is turned
     rotate_inputs_(adapter, [head], problem.inputs())
-    blocks = f"{adapter.architecture.blocks}."
-    _cast_(problem, ((n, p) for n, p in adapter.model.named_parameters() if not n.startswith(blocks)))
-    wrap_outer_(adapter, problem.schemes)
+    _cast_(problem, ((f"{head.module}.{n}", p) for n, p in adapter.head.named_parameters()))
+    wrap_head_(adapter, problem.schemes)
 
 
 def _prepare_block_(problem: Problem, adapter: Adapter, block: Block) -> None:
@@ -138,7 +150,7 @@ def quantize_steps(
     run: RunDirectory | None,
     stage: str,
     monitor: Monitor,
-    begin: Callable[[Block], None] = lambda _: None,
+    begin: Callable[[Block | None], None] = lambda _: None,
     end: Callable[[Block], None] = lambda _: None,
     states: States | None = None,
     kept: Kept | None = None,
