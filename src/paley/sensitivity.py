@@ -36,7 +36,8 @@ class MeasuredText(_Frozen):
 
 
 class MeasuredSlot(_Frozen):
-    """numel: entries of a weight; for other kinds, values a token. levels: pairs of t^2 and the loss that it added.
+    """numel: entries of a weight; for other kinds, values a token. levels: pairs of t^2 and the loss that it added;
+    none where alpha is of gradients, the slope of small noise.
 
     clamped: the measured slope was not positive; alpha is a small number instead.
     """

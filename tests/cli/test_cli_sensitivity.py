@@ -59,6 +59,15 @@ def test_tables_file_and_what_to_type_next(model, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["alpha.json"]
 
 
+def test_gradients_tell_of_kl_and_share_nothing(model, tmp_path):
+    args = ["sensitivity", model, "--output", tmp_path / "alpha.json", *SIZES]
+    bad = paley_(*args, "--metric", "perplexity", "--method", "gradients", code=2)
+    assert "gradients tell of kl, not of perplexity; use --method noise" in bad.err
+    bad = paley_(*args, "--workers", "2", code=2)
+    assert "workers share trials of noise; add --method noise" in bad.err
+    assert not list(tmp_path.iterdir())
+
+
 def test_json_is_one_object_that_holds_the_file(model, tmp_path):
     output = tmp_path / "alpha.json"
     args = [model, "--output", output, "--metric", "perplexity", *SIZES, "--fold", "--json"]
@@ -73,7 +82,7 @@ def test_json_is_one_object_that_holds_the_file(model, tmp_path):
 
 def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(model, tmp_path, monkeypatch):
     output, partial = tmp_path / "alpha.json", tmp_path / "alpha.json.partial.jsonl"
-    args = [model, "--text", "random", *SIZES, "--output"]
+    args = [model, "--text", "random", *SIZES, "--method", "noise", "--output"]
     paley_("sensitivity", *args, tmp_path / "whole.json")
     delta, calls = NoiseProbe.delta, []
 

@@ -23,7 +23,7 @@ def test_workers_and_what_they_are_not_for(tmp_path, tiny_tokenizer):
     assert "--tasks: are answered by one process; leave --workers and --ray out" in bad.err
     for verb in (
         ["eval", out, *sizes],
-        ["sensitivity", model, "--output", tmp_path / "alpha.json", "--text", "random"],
+        ["sensitivity", model, "--output", tmp_path / "alpha.json", "--text", "random", "--method", "noise"],
     ):
         bad = paley_(*verb, "--ray-address", "nonsense", code=2)
         assert ("Ray is not installed" if NO_RAY else "'nonsense' is no address; give HOST:PORT") in bad.err

@@ -16,7 +16,7 @@ from paley.model.sensitivity import NoiseProbe
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.sensitivities import measure_sensitivity, random_ids
 
-SMALL = {"source": "random", "sequences": 2, "seq_len": 24}
+SMALL = {"source": "random", "sequences": 2, "seq_len": 24, "method": "noise"}
 DOWN = "model.layers.1.mlp.down_proj"
 
 

@@ -19,7 +19,7 @@ from paley.pipeline.pool import Here, Processes
 from tiny_models import higgs, save_tiny
 
 SCORED = {"sequences": 19, "seq_len": 24}  # three batches, the last of them smaller
-MEASURED = {"source": "random", "sequences": 2, "seq_len": 24, "levels": 4}
+MEASURED = {"source": "random", "sequences": 2, "seq_len": 24, "levels": 4, "method": "noise"}
 
 
 @pytest.fixture(scope="module", autouse=True)

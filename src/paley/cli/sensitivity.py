@@ -51,6 +51,10 @@ def sensitivity_verb(
     fold: Annotated[
         bool, typer.Option(help="Measure with the norms' gains in the weights, as recipes that rotate have it.")
     ] = False,
+    method: Annotated[
+        Literal["gradients", "noise"] | None,
+        typer.Option("--method", help="gradients: minutes, for kl alone, the default there; noise: hours."),
+    ] = None,
     levels: Annotated[int, typer.Option("--levels", help="Noise levels of a slot, at most.")] = LEVELS,
     seed: Annotated[int, typer.Option("--seed", help="Draws the noise, and the text's order.")] = 0,
     device: options.Device = "cpu",
@@ -63,9 +67,9 @@ def sensitivity_verb(
 ) -> None:
     """Measure how much each layer matters: what noise in it adds to the model's loss, per relative squared error.
 
-    The slopes belong to the model and serve every budget of `paley quantize`. Finished trials are kept in
-    OUT.partial.jsonl until all are there, and a stopped run goes on with --resume. With --workers or --ray, trials are
-    shared; each worker holds the model and uses one thread.
+    The slopes belong to the model and serve every budget of `paley quantize`. With --method noise, finished trials are
+    kept in OUT.partial.jsonl until all are there, and a stopped run goes on with --resume; with --workers or --ray they
+    are shared, and each worker holds the model and uses one thread.
 
     Example: `paley sensitivity ./llama --output alpha.json`
     """
@@ -88,8 +92,9 @@ def sensitivity_verb(
         with watching() as monitor:
             found = measure_sensitivity(
                 model, metric=metric, source=text, sequences=sequences, seq_len=seq_len,
-                kinds=KINDS if activations else ("weight",), fold=fold, levels=levels, seed=seed, device=device,
-                workers=workers, ray=options.cluster(ray, ray_address), monitor=monitor, progress_file=partial,
+                kinds=KINDS if activations else ("weight",), fold=fold, method=method, levels=levels, seed=seed,
+                device=device, workers=workers, ray=options.cluster(ray, ray_address), monitor=monitor,
+                progress_file=partial,
             )  # fmt: skip
     except KeyboardInterrupt:
         say(how_to_resume(ctx, partial))
@@ -125,7 +130,7 @@ def _show(found: Sensitivity, cost: Cost) -> None:
 
     steepest = sorted(found.slots.items(), key=lambda item: -item[1].alpha)
     rows = [
-        (name, slot.kind, with_error(slot.alpha, slot.stderr, ".4g"), f"{len(slot.levels)}")
+        (name, slot.kind, with_error(slot.alpha, slot.stderr, ".4g"), f"{len(slot.levels) or ''}")
         for name, slot in steepest[:_SHOWN]
     ]
     display.show(display.table((f"largest of {len(steepest)} slopes", "", "alpha", "levels"), rows, left=2))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,12 +21,14 @@ __all__ = [
     "AGREEMENT",
     "LEVELS",
     "Delta",
+    "Method",
     "Slope",
     "Trial",
     "clamp_slopes",
     "fit_slope",
     "level_order",
     "measure_slopes",
+    "method_for",
     "noise_levels",
     "rank_shifts",
 ]
@@ -33,6 +36,7 @@ __all__ = [
 # delta(site, t, draw): the loss added by noise of relative size t in `site`; `draw` picks the noise.
 Delta = Callable[[str, float, int], float]
 Trial = tuple[str, float, int]  # what delta is called with
+Method = Literal["gradients", "noise"]
 
 MIN_LEVELS = 3
 MAX_T = 4.0**-0.85  # the theorem's linear range: t^2 <= 4^-1.7
@@ -43,12 +47,20 @@ _RESAMPLES = 512
 
 @dataclass(frozen=True)
 class Slope:
-    """alpha and its standard error; levels: the (t^2, delta) behind them, ascending; clamped: see `clamp_slopes`."""
+    """alpha and its standard error; clamped: see `clamp_slopes`.
+
+    levels: the (t^2, delta) behind them, ascending; none where gradients are.
+    """
 
     alpha: float
     stderr: float
     levels: tuple[tuple[float, float], ...]
     clamped: bool = False
+
+
+def method_for(metric: str) -> Method:
+    """The quickest way to a metric's slopes: gradients tell of KL alone."""
+    return "gradients" if metric == "kl" else "noise"
 
 
 def noise_levels(count: int = LEVELS) -> list[float]:

@@ -32,6 +32,15 @@ class Turned(_View):
     def weight(self) -> Tensor:
         return self.conv.weight.mT
 
+    @property
+    def held(self) -> nn.Parameter:
+        """What holds the weight."""
+        return self.conv.weight
+
+    def as_weight(self, like: Tensor) -> Tensor:
+        """A tensor like `held`, a gradient for example -> [out, in]."""
+        return like.mT
+
     @weight.setter
     def weight(self, value: Tensor) -> None:
         self.conv.weight = nn.Parameter(value.detach().mT.contiguous(), requires_grad=False)
@@ -64,8 +73,16 @@ class Stack(_View):
 
     @property
     def weight(self) -> Tensor:
-        stack = getattr(self.owner, self.name)
-        return (stack.mT if self.owner.is_transposed else stack).reshape(-1, self.in_features)
+        return self.as_weight(self.held)
+
+    @property
+    def held(self) -> nn.Parameter:
+        """What holds the weights."""
+        return getattr(self.owner, self.name)
+
+    def as_weight(self, like: Tensor) -> Tensor:
+        """A tensor like `held`, a gradient for example -> [E · out, in]."""
+        return (like.mT if self.owner.is_transposed else like).reshape(-1, self.in_features)
 
     @weight.setter
     def weight(self, value: Tensor) -> None:

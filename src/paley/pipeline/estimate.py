@@ -18,6 +18,7 @@ from paley.core.defaults import SELF
 from paley.core.errors import PaleyError, Setting
 from paley.core.trellis import TrellisGrid
 from paley.eval.scoring import CHUNK
+from paley.methods.sensitivity import method_for
 from paley.methods.trellis import AHEAD, KEEP
 from paley.model.problem import Problem
 from paley.model.steps import KEPT
@@ -276,9 +277,11 @@ class _Work:
         return knobs * (2 + search.trials) * (0.5 * self._scored(search, 1, rounded=True))
 
     def _slopes(self) -> float:
-        """Each weight at each noise level, through half of the model on average, and its logits."""
+        """There and back once; of noise, each weight at each level through half of the model on average. And logits."""
         budget = self.problem.budget
         assert budget is not None
+        if (budget.method or method_for(budget.metric)) == "gradients":
+            return 3 * self._scored(budget, 1, rounded=False)
         return len(self.sites.weights) * budget.levels * (0.5 * self._scored(budget, 1, rounded=False))
 
 

@@ -9,12 +9,13 @@ import torch
 from paley import kernels
 from paley.core.defaults import SELF
 from paley.core.errors import Setting
+from paley.methods.sensitivity import method_for
 from paley.methods.tuning import PIECE
 from paley.model import steps
 from paley.model.problem import Problem
 from paley.model.tuning import ACTIVATIONS, activation_bytes
 from paley.pipeline.costs import COSTS, FLOAT, Text, count_tokens
-from paley.recipe import Recipe
+from paley.recipe import Budget, Recipe
 
 __all__ = ["cached", "held_by_a_token", "in_memory", "memory", "states"]
 
@@ -50,6 +51,15 @@ def _tuning_memory(problem: Problem, recipe: Recipe, whole: float) -> float:
     return known + max(COSTS.loaded * whole, tuned + held + logits)
 
 
+def _gradients_memory(problem: Problem, budget: Budget) -> float:
+    """Of one sequence: what blocks leave for the way back, logits and their chances, and the largest gradient."""
+    if (budget.method or method_for(budget.metric)) != "gradients":
+        return 0.0
+    largest = max(site.numel for site in problem.sites.weights)
+    logits = budget.seq_len * problem.sites.head.shape[0]
+    return activation_bytes(problem, budget.seq_len) + FLOAT * (largest + COSTS.chances * logits)
+
+
 def cached(problem: Problem, text: Text) -> int:
     """Bytes of the caches of a whole text, as all of it passes through a paged model together; 0 if none is rounded."""
     sites = list(problem.sites.of("keys", "values"))
@@ -81,6 +91,8 @@ def memory(
     block = FLOAT * max(blocks)
     if in_memory(recipe, decided=decided, measured=measured):
         found.append(COSTS.decided * whole)
+        if recipe.budget is not None and not measured:
+            found.append(whole + _gradients_memory(problem, recipe.budget))
     if recipe.test is not None:
         hidden = FLOAT * count_tokens(recipe.test) * sites.head.shape[1]
         held = COSTS.scored * whole

@@ -12,11 +12,24 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from paley.core.errors import PaleyError, renaming
+from paley.core.errors import PaleyError, Setting, renaming
 from paley.data import TokenBlocks, blocks_from_ids, token_blocks
 from paley.eval.sampling import sample_documents
 from paley.format.journal import open_journal
-from paley.methods.sensitivity import AGREEMENT, LEVELS, Trial, measure_slopes, noise_levels
+from paley.methods.sensitivity import (
+    AGREEMENT,
+    LEVELS,
+    Method,
+    Slope,
+    Trial,
+    clamp_slopes,
+    measure_slopes,
+    method_for,
+    noise_levels,
+)
+from paley.model.adapter import Adapter
+from paley.model.curvature import gradient_slopes
+from paley.model.fold import fold_norms_
 from paley.model.loading import Source, check_seq_len, context_of, open_source
 from paley.model.problem import Problem
 from paley.model.sensitivity import KINDS, noise_kind, noise_sites
@@ -48,6 +61,7 @@ def measure_sensitivity(
     seq_len: int | None = None,
     kinds: Collection[str] = ("weight",),
     fold: bool = False,
+    method: Method | None = None,
     levels: int = LEVELS,
     seed: int = 0,
     device: str = "cpu",
@@ -60,12 +74,20 @@ def measure_sensitivity(
 
     source: `self` (text that the model samples), as in `paley.data.documents`, or `random` (uniform random tokens:
     no data at all, metric kl only). seq_len: None takes 512, or what the model reads if that is less. fold: as recipes
-    that rotate have it, with the norms' gains in the weights and noise of one size for rows that they mix. Finished
-    trials are kept in progress_file, and taken from it where it exists. workers: processes that share the trials, each
-    with the model in memory and one thread; ray: the cluster whose workers do, as of `paley.quantize`.
+    that rotate have it, with the norms' gains in the weights and noise of one size for rows that they mix.
+
+    method: `gradients` takes one backward pass a sequence for all sites (metric kl only: slopes of small noise);
+    `noise` many forward passes for each. None: gradients for kl. Of noise alone: levels; finished trials, which are
+    kept in progress_file and taken from it where it exists; workers, processes that share the trials, each with the
+    model in memory and one thread; ray, the cluster whose workers do, as of `paley.quantize`.
     """
     monitor = monitor or Monitor()
     check_shared(workers, ray, device)
+    method = method or method_for(metric)
+    if method == "gradients" and metric != "kl":
+        raise PaleyError(f"sensitivity: gradients tell of kl, not of {metric}; use ", Setting("method", "noise"))
+    if method == "gradients" and (workers > 1 or ray is not None):
+        raise PaleyError("sensitivity: workers share trials of noise; add ", Setting("method", "noise"))
     if source == RANDOM and metric != "kl":
         raise PaleyError(f"sensitivity: the {metric} of random tokens means nothing; use metric kl, or a text")
     noise_levels(levels)  # refused before anything is read
@@ -82,8 +104,8 @@ def measure_sensitivity(
     with pool_of(workers, ray) as pool:
         pool.check(opened.path)
         return measure_on(
-            opened, blocks, metric=metric, kinds=kinds, fold=fold, levels=levels, seed=seed, device=device, pool=pool,
-            monitor=monitor, progress_file=progress_file,
+            opened, blocks, metric=metric, kinds=kinds, fold=fold, method=method, levels=levels, seed=seed,
+            device=device, pool=pool, monitor=monitor, progress_file=progress_file,
         )  # fmt: skip
 
 
@@ -94,6 +116,7 @@ def measure_on(
     metric: Metric,
     kinds: Collection[str] = ("weight",),
     fold: bool = False,
+    method: Method | None = None,
     levels: int = LEVELS,
     agreement: float | None = AGREEMENT,
     seed: int = 0,
@@ -104,17 +127,60 @@ def measure_on(
 ) -> Sensitivity:
     """As `measure_sensitivity`, on given tokens; agreement: see `measure_slopes`. pool: who makes the trials."""
     monitor = monitor or Monitor()
+    if (method or method_for(metric)) == "gradients":
+        slopes, baseline = _by_gradients(source, blocks, kinds, fold, seed, device, monitor), 0.0
+    else:
+        slopes, baseline = _by_noise(
+            source, blocks, metric, kinds, fold, levels, agreement, seed, device, pool or Here(), monitor, progress_file
+        )
+    sites = noise_sites(source.sites, kinds)
+    return Sensitivity(
+        fingerprint=source.fingerprint,
+        model_type=source.config.model_type,
+        metric=metric,
+        text=MeasuredText(source=blocks.source, sha256=blocks.sha256, tokens=blocks.ids.numel()),
+        folded=fold,
+        seed=seed,
+        baseline=baseline,
+        slots={
+            name: MeasuredSlot(
+                kind=noise_kind(sites[name]), numel=sites[name].numel, alpha=slope.alpha, stderr=slope.stderr,
+                clamped=slope.clamped, levels=slope.levels,
+            )
+            for name, slope in slopes.items()
+        },
+    )  # fmt: skip
+
+
+def _by_gradients(
+    source: Source, blocks: TokenBlocks, kinds: Collection[str], fold: bool, seed: int, device: str, monitor: Monitor
+) -> dict[str, Slope]:
+    noise_sites(source.sites, kinds)  # refused before anything is read
+    monitor.stage("measuring sensitivities", len(blocks.ids))
+    adapter = Adapter(source.load(device=device))
+    if fold:
+        fold_norms_(adapter)
+    found = gradient_slopes(
+        adapter, blocks.ids.to(device), kinds, rotated=fold, seed=seed, on_sequence=monitor.step
+    )  # fmt: skip
+    return clamp_slopes(found)
+
+
+def _by_noise(
+    source: Source, blocks: TokenBlocks, metric: Metric, kinds: Collection[str], fold: bool, levels: int,
+    agreement: float | None, seed: int, device: str, pool: Pool, monitor: Monitor, progress_file: str | Path | None,
+) -> tuple[dict[str, Slope], float]:  # fmt: skip
+    """-> slopes, and the loss without noise."""
     settings = {
         "fingerprint": source.fingerprint, "metric": metric, "sha256": blocks.sha256, "folded": fold,
         "levels": levels, "seed": seed, "noise": "rows",
     }  # fmt: skip
-    sites = noise_sites(source.sites, kinds)
     job = Probing(
         str(source.path), source.fingerprint, blocks.ids, metric, tuple(kinds), fold, seed, device,
         key=json.dumps([settings, list(kinds)]),
     )  # fmt: skip
     rounds, baselines = list[int](), list[float]()
-    with _journal(progress_file, settings) as (known, keep), trials(job, source, pool or Here()) as make:
+    with _journal(progress_file, settings) as (known, keep), trials(job, source, pool) as make:
 
         def told(slot: str, t: float, draw: int) -> None:
             monitor.step(f"{slot}  t² {t * t:.4f}  {metric} {known[slot, draw]:+.5f}")
@@ -139,25 +205,11 @@ def measure_on(
                 keep(next(iter(make([(slot, t, draw)]))))
             return known[slot, draw]
 
+        sites = noise_sites(source.sites, kinds)
         slopes = measure_slopes(list(sites), delta, levels=levels, agreement=agreement, on_round=on_round)
         if not baselines:  # all trials were known
             baselines = [next(iter(make([NO_NOISE]))).baseline]
-    return Sensitivity(
-        fingerprint=source.fingerprint,
-        model_type=source.config.model_type,
-        metric=metric,
-        text=MeasuredText(source=blocks.source, sha256=blocks.sha256, tokens=blocks.ids.numel()),
-        folded=fold,
-        seed=seed,
-        baseline=baselines[0],
-        slots={
-            name: MeasuredSlot(
-                kind=noise_kind(sites[name]), numel=sites[name].numel, alpha=slope.alpha, stderr=slope.stderr,
-                clamped=slope.clamped, levels=slope.levels,
-            )
-            for name, slope in slopes.items()
-        },
-    )  # fmt: skip
+    return slopes, baselines[0]
 
 
 @contextmanager
@@ -191,7 +243,8 @@ def measure_for(
     with renaming(_OF_BUDGET):
         blocks = _blocks(problem.source, budget.source, budget.sequences, budget.seq_len, problem.seed, device)
     return measure_on(
-        problem.source, blocks, metric=budget.metric, kinds=kinds, fold=problem.folded, levels=budget.levels,
+        problem.source, blocks, metric=budget.metric, kinds=kinds, fold=problem.folded, method=budget.method,
+        levels=budget.levels,
         seed=problem.seed, device=device, monitor=monitor, pool=pool if device == "cpu" else None,
         progress_file=run.path / "slopes.jsonl" if run else None,
     )  # fmt: skip

@@ -103,7 +103,8 @@ class Budget(_Frozen):
     weights: stored bits for each weight of the quantized linears, scales included. size: bytes of all tensors on disk.
     kv, inputs: bits for each cached value, and for each value that a linear reads. read: bytes read to generate a token
     with `context` tokens in the cache, quantized or not. grids: candidates for weights, `keep` for unquantized; null:
-    all grids of the same kind as the recipe's. Slopes come from a file, or are measured on `source` (see Sensitivity).
+    all grids of the same kind as the recipe's. Slopes come from a file, or are measured on `source` (see Sensitivity),
+    by gradients unless the method is noise or the metric is not kl.
     A budget counts the model's own widths, and cannot be combined with expansion.
     """
 
@@ -118,6 +119,7 @@ class Budget(_Frozen):
     source: Text = "self"
     sequences: Positive = 16
     seq_len: SeqLen = 512
+    method: Literal["gradients", "noise"] | None = None
     levels: Annotated[int, Field(ge=3)] = 15
 
     @model_validator(mode="after")

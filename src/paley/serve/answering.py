@@ -18,6 +18,8 @@ from paley.serve.shapes import Choice, Shape, usage
 
 __all__ = ["Answering", "check_choices", "check_prompt"]
 
+_PAUSE = 0.01  # seconds: nobody reads faster, and what client and server do for each piece takes time from the model
+
 
 def check_choices(scheduler: Scheduler, prompts: int, n: int) -> None:
     """Raises for more answers than one request may have, or than ever fit; needs no tokens yet."""
@@ -145,11 +147,21 @@ class Answering:
         return chunk | {"usage": None} if self.body.wants_usage else chunk
 
     async def _all(self) -> AsyncIterator[tuple[int, Event]]:
+        """The first event as it comes; then those of one answer together that came within a _PAUSE."""
         left = len(self.jobs)
         while left:
-            place, event = await self.events.get()
-            left -= event.finish is not None or event.error is not None
-            yield place, event
+            came = [await self.events.get()]
+            while not self.events.empty():
+                came.append(self.events.get_nowait())
+            found: dict[tuple[int, bool], Event] = {}
+            for place, event in came:
+                key = place, event.error is not None
+                found[key] = found[key] + event if key in found else event
+            for (place, _), event in found.items():
+                left -= event.finish is not None or event.error is not None
+                yield place, event
+            if left:
+                await asyncio.sleep(_PAUSE)
 
     def _finish(self) -> None:
         self.scheduler.cancel(self.jobs)  # those that have ended do not mind

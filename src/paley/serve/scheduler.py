@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from paley.core.errors import PaleyError
@@ -44,6 +44,9 @@ class Event:
     drawn: tuple[Drawn, ...] = ()
     finish: Literal["stop", "length"] | None = None
     error: Exception | None = None
+
+    def __add__(self, later: Event) -> Event:
+        return replace(later, text=self.text + later.text, drawn=self.drawn + later.drawn)
 
 
 @dataclass(eq=False)
