@@ -254,6 +254,15 @@ def test_keys_or_values_alone_are_no_name(name, meant):
         preset(name)
 
 
+def test_a_fraction_of_input_bits_is_a_budget():
+    made, whole = preset("w4a4.5kv4"), preset("w4a5kv4")
+    assert whole.budget is None
+    assert made.budget is not None
+    assert made.budget.inputs == 4.5
+    assert made.model_copy(update={"budget": None}) == whole
+    assert preset("w4a4.0kv4") == preset("w4a4kv4")
+
+
 def test_the_facts_of_gbs():
     recipe = preset("gbs-w3a4kv2")
     assert recipe.weights is not None
@@ -326,6 +335,9 @@ def test_sixteen_bits_leave_unquantized():
         ("rtn-w1a4", r"W1 and the method bwa need each other"),
         ("bwa-w2a4", r"W1 and the method bwa need each other"),
         ("w4a4kv12", r"KV12 has no grid"),
+        ("w4a1.5", r"A1\.5 has no grid"),
+        ("w4a8.5", r"A8\.5 has no grid"),
+        ("w1a4.5", r"W1 takes whole bits of inputs, as in w1a5"),
         ("w4", r"^preset 'w4': .* did you mean 'w4a16'\? Names are \[METHOD-\]W<bits>.*, see `paley presets`$"),
         ("w4x16", r"did you mean 'w4a16'\?"),
         ("quarot-w4a4kx4", r"did you mean 'quarot-w4a4kv4'\?"),

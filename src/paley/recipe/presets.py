@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from dataclasses import replace
 from importlib import resources
@@ -27,12 +28,16 @@ __all__ = ["LISTED", "MEASURED", "as_recipe", "examples", "measured", "preset", 
 PATTERN = "[METHOD-]W<bits>[G<group size>]A<bits>[KV<bits> or K<bits>V<bits>][E<bits>][H<bits>]"
 GRAMMAR = (
     f"{PATTERN}, for example w3a3kv3, w4g64a16e6h6, w4a16k4v2 or "
-    "quarot-w4a4kv4; w1a4 or w1a16: binary weights with a grouping bit, KV4 unless said otherwise; "
+    "quarot-w4a4kv4; w4a4.5kv4: 4.5 bits of inputs on average, by a budget; "
+    "w1a4 or w1a16: binary weights with a grouping bit, KV4 unless said otherwise; "
     "or (higgs|balanced)-<bits>[E<bits>][H<bits>], for example balanced-4 or higgs-3.25: weights alone, without data"
 )
 _CACHE = r"(?:kv(?P<kv>\d{1,4})|k(?P<k>\d{1,4})v(?P<v>\d{1,4}))?"
 _OUTER = r"(?:e(?P<e>\d{1,4}))?(?:h(?P<h>\d{1,4}))?"
-NAME = re.compile(rf"(?:(?P<method>.+)-)?w(?P<w>\d{{1,4}})(?:g(?P<group>\d{{1,6}}))?a(?P<a>\d{{1,4}}){_CACHE}{_OUTER}")
+NAME = re.compile(
+    rf"(?:(?P<method>.+)-)?w(?P<w>\d{{1,4}})(?:g(?P<group>\d{{1,6}}))?"
+    rf"a(?P<a>\d{{1,4}}(?:\.\d{{1,4}})?){_CACHE}{_OUTER}"
+)
 WEIGHTS_ONLY = re.compile(rf"(?P<method>higgs|balanced)-(?P<bits>\d{{1,2}}(?:\.\d{{1,4}})?){_OUTER}")
 LETTERS = ("w", "g", "a", "kv", "k", "v", "e", "h")
 DEFAULT_METHOD, BINARY_METHOD = "paley", "bwa"
@@ -107,7 +112,7 @@ def examples() -> list[str]:
 def preset(name: str) -> Recipe:
     """A name such as 'w3a3kv3', 'w4g64a16', 'quarot-w4a4kv4', 'w1a4', 'higgs-3.25' or 'gguf-q4_0' -> recipe.
 
-    16 bits are unquantized.
+    16 bits are unquantized. A fraction of input bits, as in 'w4a4.5kv4', is their mean under a budget.
     """
     if (exact := name.strip().lower()) in TARGETS:
         return validate(Recipe, target(exact), f"preset {name!r}")
@@ -126,25 +131,29 @@ def preset(name: str) -> Recipe:
     if method not in files:
         near = nearest_name(method, files) or f"; did you mean {_meant(name)!r}?"
         raise PaleyError(f"preset {name!r}: unknown method {method!r}{near} Methods are {', '.join(sorted(files))}")
-    bits = {part: int(match[part] or UNQUANTIZED) for part in ("w", "a")}
+    inputs = float(match["a"])  # a fraction is a budget
+    bits = {"w": int(match["w"]), "a": math.ceil(inputs)}
     bits |= {part: int(match[part] or match["kv"] or UNQUANTIZED) for part in ("k", "v")}
     outer = UNQUANTIZED if method in AS_PUBLISHED or bits["w"] == UNQUANTIZED else max(_OUTER_BITS, bits["w"])
     bits |= {part: int(match[part] or outer) for part in ("e", "h")}
     if binary != (method == BINARY_METHOD):
         raise PaleyError(f"preset {name!r}: W1 and the method {BINARY_METHOD} need each other, as in w1a4")
+    if binary and inputs != bits["a"]:
+        raise PaleyError(f"preset {name!r}: W1 takes whole bits of inputs, as in w1a{bits['a']}")
     if binary and not (match["kv"] or match["k"]) and bits["a"] != UNQUANTIZED:
         bits |= {"k": 4, "v": 4}
-    for part, value in bits.items():
+    for part, value in (bits | {"a": inputs}).items():
         if binary and part == "w":
             continue
         if not (MIN_BITS <= value <= MAX_BITS or value == UNQUANTIZED):
             letters = "KV" if part in ("k", "v") and match["kv"] else part.upper()
             raise PaleyError(
-                f"preset {name!r}: {letters}{value} has no grid; bits are {MIN_BITS} to {MAX_BITS}, "
+                f"preset {name!r}: {letters}{value:g} has no grid; bits are {MIN_BITS} to {MAX_BITS}, "
                 f"or {UNQUANTIZED} for unquantized"
             )
     data = yaml_value(files[method].read_text(encoding="utf-8"), f"preset {method}")
-    return validate(Recipe, _fill(data, bits, match["group"], name), f"preset {name!r}")
+    recipe = validate(Recipe, _fill(data, bits, match["group"], name), f"preset {name!r}")
+    return recipe if inputs == bits["a"] else under_budget(recipe, inputs=inputs)
 
 
 def _fill(data: dict[str, Any], bits: dict[str, int], group: str | None, name: str) -> dict[str, Any]:
