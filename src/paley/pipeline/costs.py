@@ -54,7 +54,6 @@ class Costs:
 
     # Bytes.
     base: float = 0.45 * 2**30  # of Python, torch and transformers
-    outer: float = 1.0  # times embedding and head in float32, as blocks are calibrated
     block: float = 3.0  # times the largest block in float32, then
     squares: float = 8.0  # times the largest Gram matrix in float32, then
     model: float = 1.5  # times the float32 model, then, if its blocks cannot be read by themselves; it waits in 16 bits

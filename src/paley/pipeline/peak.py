@@ -31,6 +31,13 @@ def in_memory(recipe: Recipe, *, decided: bool, measured: bool) -> tuple[str | S
     return ()
 
 
+def _standing(problem: Problem, tokens: int) -> float:
+    """What forwards of a block and of its original hold: both until the last input, which the original does not wait at."""
+    last = held_by_a_token(problem)
+    before = steps.held(problem.sites.head.shape[1], 0)
+    return max(min(steps.KEPT, tokens * last), 2 * min(steps.KEPT, tokens * before))
+
+
 def held_by_a_token(problem: Problem) -> int:
     """Bytes of one forward through a block, as it stands still while a linear is quantized."""
     widest = max((problem.shape(site)[-1] for site in problem.sites.of("linear")), default=0)
@@ -106,11 +113,10 @@ def memory(
     else:
         hidden = FLOAT * count_tokens(recipe.calibration) * sites.head.shape[1]
         one = max((FLOAT * math.prod(problem.shape(site)[1:]) ** 2 for site in sites.of("linear")), default=0)
-        held = COSTS.outer * outer + COSTS.block * block + COSTS.squares * one
+        held = (1.0 if problem.folded else 0.5) * outer + COSTS.block * block + COSTS.squares * one
         if not problem.source.has_pages or recipe.tune is not None:
             held = max(held, unpaged)
-        stands = min(steps.KEPT, count_tokens(recipe.calibration) * held_by_a_token(problem))
-        found.append(held + 2 * hidden + 2 * stands)
+        found.append(held + 2 * hidden + _standing(problem, count_tokens(recipe.calibration)))
     if recipe.tune is not None:
         found.append(_tuning_memory(problem, recipe, whole))
     return math.ceil(COSTS.base + max(found))
