@@ -1,10 +1,11 @@
 """The linearity theorem on whole models: writes studies/results/linearity-MODEL.json.
 
-python -m studies.linearity MODEL [--text FILE] [--calibration 16] [--test 96] [--processes 1] [--stretched]
+python -m studies.linearity MODEL [--text FILE] [--calibration 16] [--test 96] [--processes 1] [--stretched] [--kl]
 python -m studies.linearity MODEL --slopes [--calibration 16]
 Slopes on text, on text that the model samples itself and on random tokens; then random and uniform allocations of the
 two-dimensional grids to the linears (HIGGS, weights alone), and for each the predicted sum of alpha t^2, t^2 the grid's
-own, beside the measured KL and growth of perplexity on test text. --slopes: only the slopes, beside the rows that a
+own, beside the measured KL and growth of perplexity on test text. --kl: without perplexity, whose slopes want noise and
+hours on a real model; those of KL are by gradients. --slopes: only the slopes, beside the rows that a
 model's files have. --stretched: scales as our preset has them, their error t^2 / (1 - t^2); into a file of its own.
 `linearity_figure` draws the files.
 """
@@ -127,7 +128,7 @@ def summary(result: dict) -> dict:
     rows, t2 = result["rows"], result["t2"]
     of = {key: np.array([found["slopes"][n][0] for n in result["linears"]]) for key, found in result["slopes"].items()}
     found: dict = {}
-    for metric in ("kl", "perplexity"):
+    for metric in dict.fromkeys(SLOPES[name] for name in result["slopes"]):
         for values in rows.values():
             values[f"{metric}_predicted"] = float(of[f"{metric}, text"] @ [t2[g] for g in values["grids"].split()])
         columns = ("grid_bits", metric, f"{metric}_predicted", f"{metric}_stderr")
@@ -207,6 +208,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--slopes", action="store_true", help="renew the slopes of existing files")
     parser.add_argument("--stretched", action="store_true", help="scales by `unbiased` instead of `rms`")
+    parser.add_argument("--kl", action="store_true", help="KL alone, its slopes by gradients")
     arguments = parser.parse_args()
     subject = Subject.of(arguments)
     if arguments.slopes:
@@ -216,7 +218,7 @@ def main() -> None:
     source, blocks, reference, _ = setting(*where)
     linears = source.sites.of("linear")
     sizes = {site.name: site.numel for site in linears}
-    rows = allocations(sizes)
+    rows, wanted = allocations(sizes), [name for name in SLOPES if SLOPES[name] == "kl" or not arguments.kl]
     result: dict = {
         "model": subject.name, "command": " ".join(["python -m studies.linearity", *sys.argv[1:]]),
         **provenance(), "test": blocks.test.source, "sequences": len(blocks.test.ids),
@@ -227,13 +229,13 @@ def main() -> None:
     }  # fmt: skip
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.processes, spawn, torch.set_num_threads, (1,)) as pool:
-        jobs = {pool.submit(slopes, name, *where): ("slopes", name) for name in SLOPES}
+        jobs = {pool.submit(slopes, name, *where): ("slopes", name) for name in wanted}
         jobs |= {pool.submit(row, name, chosen, *where): ("rows", name) for name, chosen in rows.items()}
         for job in as_completed(jobs):
             kind, name = jobs[job]
             result[kind][name] = job.result()
             print(kind, name, job.result().get("kl", ""), flush=True)
-    result["slopes"] = {name: result["slopes"][name] for name in SLOPES}
+    result["slopes"] = {name: result["slopes"][name] for name in wanted}
     result["rows"] = {name: result["rows"][name] for name in rows}
     save(result)
     print(json.dumps(result["summary"], indent=1))

@@ -117,25 +117,27 @@ def linearity() -> list[str]:
         "| | " + " | ".join(found) + " |",
         "|---" * (len(found) + 1) + "|",
     ]
-    rows: dict[str, list[str]] = {"rank correlation, 30 random ones of 3 to 5 bits": []}
-    for summary in found.values():
+    rows: dict[str, dict[str, str]] = {}
+    for model, summary in found.items():
         kl = summary["kl"]
-        rows["rank correlation, 30 random ones of 3 to 5 bits"].append(f"{kl['spearman']:.3f}")
-        rows.setdefault("the same of the growth of perplexity", []).append(f"{summary['perplexity']['spearman']:.3f}")
-        rows.setdefault("correlation of logs, mean bits regressed out", []).append(
-            f"{kl['pearson of logs, bits regressed out']:.3f}"
-        )
+        cells = {"rank correlation, 30 random ones of 3 to 5 bits": f"{kl['spearman']:.3f}"}
+        if "perplexity" in summary:
+            cells["the same of the growth of perplexity"] = f"{summary['perplexity']['spearman']:.3f}"
+        cells["correlation of logs, mean bits regressed out"] = f"{kl['pearson of logs, bits regressed out']:.3f}"
         for bits, (ratio, count) in kl["median ratio by bits"].items():
-            rows.setdefault(f"measured / predicted, {bits} bits", []).append(f"{ratio:.2f} ({count})")
-        for pair, rank in summary["rank correlations of slopes"].items():
-            rows.setdefault(f"slopes: {pair}", []).append(f"{rank:.3f}")
+            cells[f"measured / predicted, {bits} bits"] = f"{ratio:.2f} ({count})"
+        cells |= {f"slopes: {pair}": f"{rank:.3f}" for pair, rank in summary["rank correlations of slopes"].items()}
         for grid in ("p2n256", "p2n64", "p2n16"):
             layers = summary[f"rel_error / that of Gaussian weights - 1, {grid}"]
             beyond = f"{layers['beyond 3% and 3 standard errors']} of {layers['layers']}"
-            rows.setdefault(f"layers' error / Gaussians' − 1, {grid}: mean, largest, beyond 3% and chance", []).append(
+            cells[f"layers' error / Gaussians' − 1, {grid}: mean, largest, beyond 3% and chance"] = (
                 f"{layers['mean']:+.1%}, {layers['largest']:+.1%}, {beyond}"
             )
-    return [*lines, *(f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items()), ""]
+        for name, cell in cells.items():
+            rows.setdefault(name, {})[model] = cell
+    for name, row in rows.items():
+        lines.append(f"| {name} | " + " | ".join(row.get(model, "") for model in found) + " |")
+    return [*lines, ""]
 
 
 def sensitivities() -> list[str]:
