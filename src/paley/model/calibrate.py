@@ -46,6 +46,7 @@ OnLayer = Callable[["LayerReport"], None]
 Place = Callable[[str, Tensor], Tensor]
 _NOTHING: Mapping[str, Tensor] = {}
 _VALUES = 2**22  # of a weight that are decoded at a time
+_OUTLIER_SEQUENCES = 32  # that outliers are chosen by
 _ENERGY_TOKENS = 2048  # that the size of a channel is measured on, for its diagonal
 
 
@@ -306,7 +307,7 @@ class ModelQuantizer:
         if not linears:
             return
         energies = self._energies(
-            reference, block.index, linears, 4 * self.runner.batch, lambda linear, x: linear.round_input(x)
+            reference, block.index, linears, _OUTLIER_SEQUENCES, lambda linear, x: linear.round_input(x)
         )
         for name, energy in energies.items():
             columns = energy.topk(self.linears[name].outliers).indices.sort().values

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from paley.model.adapter import Adapter
 from paley.model.outputs import Stop
 
-__all__ = ["BlockRunner", "capture_inputs"]
+__all__ = ["BATCH", "BlockRunner", "capture_inputs"]
+
+BATCH = 4  # sequences at a time: what a block makes of more leaves the processor's caches before it is read again
 
 
 class BlockRunner:
@@ -22,7 +24,7 @@ class BlockRunner:
     `work` counts block-forwards times tokens: the unit in which searches are compared.
     """
 
-    def __init__(self, adapter: Adapter, batch: int = 8):
+    def __init__(self, adapter: Adapter, batch: int = BATCH):
         self.adapter = adapter
         self.batch = batch
         self.work = 0

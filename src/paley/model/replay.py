@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from paley.core.errors import PaleyError, Setting
 from paley.model.adapter import Adapter
-from paley.model.capture import BlockRunner, capture_inputs
+from paley.model.capture import BATCH, BlockRunner, capture_inputs
 from paley.model.outputs import Stop
 
 __all__ = ["Replay", "runner_of"]
@@ -25,7 +25,7 @@ _TRIED = 24  # tokens
 _NEAR = 1e-3  # of the largest logit
 
 
-def runner_of(adapter: Adapter, batch: int = 8) -> BlockRunner:
+def runner_of(adapter: Adapter, batch: int = BATCH) -> BlockRunner:
     """What runs an adapter's blocks."""
     return Replay(adapter, batch) if adapter.architecture.walked else BlockRunner(adapter, batch)
 
@@ -42,7 +42,7 @@ class _Call:
 class Replay(BlockRunner):
     """As BlockRunner. Errors: PaleyError for blocks that need more than hidden states and what follows from shapes."""
 
-    def __init__(self, adapter: Adapter, batch: int = 8):
+    def __init__(self, adapter: Adapter, batch: int = BATCH):
         super().__init__(adapter, batch)
         self._calls: dict[tuple[int, int], list[_Call]] = {}
         self._tried = False

@@ -15,6 +15,7 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
+from paley.core.memory import give_back
 from paley.model.capture import BlockRunner
 
 __all__ = ["KEPT", "Steps", "held"]
@@ -86,6 +87,8 @@ class Steps:
             yield one.go_on(stop), one.seen
             if self._ended:
                 one.finish(target)
+        if self._ended:
+            give_back()
 
     @torch.no_grad()
     def finish(self) -> Tensor:

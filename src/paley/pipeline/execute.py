@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from paley.arch import Site
+from paley.core.memory import give_back
 from paley.core.rounding import Quantized
 from paley.data import TokenBlocks
 from paley.format import spec
@@ -30,7 +31,6 @@ from paley.model.problem import Problem
 from paley.model.replay import runner_of
 from paley.model.rotation import fold_, rotate_inputs_
 from paley.model.wrapping import attach_, wrap_block_, wrap_head_
-from paley.pipeline.machine import give_back
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.reuse import Kept
 from paley.pipeline.run_directory import RunDirectory

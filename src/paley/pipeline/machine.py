@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import time
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["free_memory", "give_back", "multiplications"]
+__all__ = ["free_memory", "multiplications"]
 
 _SHAPE = (2048, 576, 1536)  # of a small model's linears, for a batch of tokens
 _PROBE = 0.3  # seconds
@@ -33,15 +32,6 @@ def multiplications() -> float:
         torch.mm(x, weight)
         count += 1
     return 2 * tokens * width * out * count / taken
-
-
-def give_back() -> None:
-    """Returns memory to the system that this process has freed; glibc keeps it in pieces otherwise. Elsewhere nothing.
-
-    After a block of SmolLM2-135M that is .45 of 1.6 GB.
-    """
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def free_memory(root: Path = Path("/")) -> int | None:

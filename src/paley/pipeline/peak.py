@@ -32,7 +32,7 @@ def in_memory(recipe: Recipe, *, decided: bool, measured: bool) -> tuple[str | S
 
 
 def _standing(problem: Problem, tokens: int) -> float:
-    """What forwards of a block and of its original hold: both until the last input, which the original does not wait at."""
+    """What forwards of a block and of its original hold: both up to the last input, where the original goes on."""
     last = held_by_a_token(problem)
     before = steps.held(problem.sites.head.shape[1], 0)
     return max(min(steps.KEPT, tokens * last), 2 * min(steps.KEPT, tokens * before))

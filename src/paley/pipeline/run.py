@@ -10,6 +10,7 @@ import torch
 
 from paley.core.errors import PaleyError
 from paley.core.files import write_atomic
+from paley.core.memory import give_back
 from paley.core.schemes import Schemes
 from paley.data import TokenBlocks
 from paley.eval.perplexity import evaluate
@@ -27,7 +28,6 @@ from paley.pipeline.card import model_card
 from paley.pipeline.decide import Decision, decide
 from paley.pipeline.estimate import Estimate, check_memory, estimate_run, faster
 from paley.pipeline.execute import execute
-from paley.pipeline.machine import give_back
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.paged import page_original
 from paley.pipeline.pool import Pool, pool_of

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from paley import kernels
 from paley.core.errors import PaleyError
+from paley.core.memory import give_back
 from paley.data import TokenBlocks
 from paley.eval.reference import Reference
 from paley.format.dtypes import cast_to_store
@@ -19,7 +20,6 @@ from paley.methods.tuning import rate_at
 from paley.model.adapter import Adapter
 from paley.model.problem import Problem
 from paley.model.tuning import ACTIVATIONS, Tuner, activation_bytes
-from paley.pipeline.machine import give_back
 from paley.pipeline.monitor import Monitor
 from paley.recipe import Tune
 
