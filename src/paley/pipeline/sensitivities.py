@@ -21,11 +21,13 @@ from paley.model.loading import Source, check_seq_len, context_of, open_source
 from paley.model.problem import Problem
 from paley.model.sensitivity import KINDS, noise_kind, noise_sites
 from paley.model.trials import Metric
+from paley.pipeline.machine import free_memory
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.pool import Here, Pool, check_shared, pool_of
 from paley.pipeline.probing import NO_NOISE, Found, Probing, trials
 from paley.pipeline.run_directory import RunDirectory
 from paley.pipeline.texts import SELF, check_vocabulary
+from paley.pipeline.worker_memory import of_trials
 from paley.sensitivity import MeasuredSlot, MeasuredText, Sensitivity
 
 __all__ = ["RANDOM", "measure_for", "measure_on", "measure_sensitivity", "random_ids", "some_blocks"]
@@ -80,7 +82,6 @@ def measure_sensitivity(
         blocks = _blocks(opened, source, sequences, seq_len, seed, device)
     monitor.step()
     with pool_of(workers, ray) as pool:
-        pool.check(opened.path)
         return measure_on(
             opened, blocks, metric=metric, kinds=kinds, fold=fold, levels=levels, seed=seed, device=device, pool=pool,
             monitor=monitor, progress_file=progress_file,
@@ -103,7 +104,7 @@ def measure_on(
     progress_file: str | Path | None = None,
 ) -> Sensitivity:
     """As `measure_sensitivity`, on given tokens; agreement: see `measure_slopes`. pool: who makes the trials."""
-    monitor = monitor or Monitor()
+    monitor, pool = monitor or Monitor(), pool or Here()
     settings = {
         "fingerprint": source.fingerprint, "metric": metric, "sha256": blocks.sha256, "folded": fold,
         "levels": levels, "seed": seed, "noise": "rows",
@@ -113,8 +114,9 @@ def measure_on(
         str(source.path), source.fingerprint, blocks.ids, metric, tuple(kinds), fold, seed, device,
         key=json.dumps([settings, list(kinds)]),
     )  # fmt: skip
+    paged = _checked_memory(job, source, blocks, pool, monitor)
     rounds, baselines = list[int](), list[float]()
-    with _journal(progress_file, settings) as (known, keep), trials(job, source, pool or Here()) as make:
+    with _journal(progress_file, settings) as (known, keep), trials(job, source, pool, paged=paged) as make:
 
         def told(slot: str, t: float, draw: int) -> None:
             monitor.step(f"{slot}  t² {t * t:.4f}  {metric} {known[slot, draw]:+.5f}")
@@ -158,6 +160,24 @@ def measure_on(
             for name, slope in slopes.items()
         },
     )  # fmt: skip
+
+
+def _checked_memory(job: Probing, source: Source, blocks: TokenBlocks, pool: Pool, monitor: Monitor) -> bool:
+    """-> whether this process is to hold a block at a time. Raises if workers, or this process, need too much."""
+    own_head, pages = "weight" in job.kinds and job.metric == "kl", job.can_page(source)
+    whole, paged = (of_trials(source.sites, blocks, paged=p, own_head=own_head) for p in (False, True))
+    pool.check(source.path, memory=paged if pages else whole)
+    free = free_memory()
+    if not isinstance(pool, Here) or job.device != "cpu" or free is None or whole <= free:
+        return False
+    if not pages or paged > free:
+        raise PaleyError(
+            f"memory: sensitivities need about {(paged if pages else whole) / 2**30:.1f} GiB, and {free / 2**30:.1f} "
+            "GiB are free",
+            remedy="use fewer or shorter sequences, or a machine with more memory",
+        )
+    monitor.note("memory does not hold the model: it is measured block by block")
+    return True
 
 
 @contextmanager
