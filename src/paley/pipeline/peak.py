@@ -26,7 +26,7 @@ def in_memory(recipe: Recipe, *, decided: bool, measured: bool) -> tuple[str | S
     if recipe.search.method != "none" and not decided:
         return ("leave the search out: ", Setting("search.method", "none"))
     if recipe.budget is not None and not decided and not measured:
-        return ("measure the sensitivities where the model fits into memory, and give them: ", Setting("sensitivity"))
+        return ("measure the sensitivities first, and give them: ", Setting("sensitivity"))
     return ()
 
 
