@@ -65,7 +65,7 @@ def sensitivity_verb(
 
     The slopes belong to the model and serve every budget of `paley quantize`. Finished trials are kept in
     OUT.partial.jsonl until all are there, and a stopped run goes on with --resume. With --workers or --ray, trials are
-    shared; each worker holds the model and uses one thread.
+    shared; each worker uses one thread, and holds a block of the model, or with --fold all of it.
 
     Example: `paley sensitivity ./llama --output alpha.json`
     """

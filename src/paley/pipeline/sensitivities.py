@@ -64,7 +64,7 @@ def measure_sensitivity(
     no data at all, metric kl only). seq_len: None takes 512, or what the model reads if that is less. fold: as recipes
     that rotate have it, with the norms' gains in the weights and noise of one size for rows that they mix. Finished
     trials are kept in progress_file, and taken from it where it exists. workers: processes that share the trials, each
-    with the model in memory and one thread; ray: the cluster whose workers do, as of `paley.quantize`.
+    with a block of the model in memory and one thread; ray: the cluster whose workers do, as of `paley.quantize`.
     """
     monitor = monitor or Monitor()
     check_shared(workers, ray, device)
