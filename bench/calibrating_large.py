@@ -1,9 +1,11 @@
 """GPTQ of a checkpoint larger than the memory used for it: writes bench/results/calibrating-large.json.
 
-python -m bench.calibrating_large FOLDER --text T [--layers 28] [--kills 3] [--alone] [--keep]
+python -m bench.calibrating_large FOLDER --text T [--layers 28] [--kills 3] [--parts N] [--alone] [--keep]
 Makes a random LLaMA with the widths of Llama-3.2-3B in FOLDER (bfloat16, shards of 1 GB) and calibrates it, one block
 at a time from the disk: killed (SIGKILL) at drawn moments and resumed, then once left alone. Measured: seconds, peak
 memory of the process, and that the bytes are the same. --alone: without the kills. A script that was stopped goes on.
+Two thirds of the default recipe's time at these widths are left out: GPTQ aims at the weights, without diagonals and
+sweeps.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from bench.streaming import digest, make, run
 from paley.format.checkpoint import Checkpoint
 
 PRESET = "vectors-w4a16"
-SETTINGS = ["calibration.sequences=4", "calibration.seq_len=256", "weights.sweeps=1"]
+SETTINGS = [
+    "calibration.sequences=4", "calibration.seq_len=256", "weights.sweeps=0", "compensate=plain", "diagonal=false",
+]  # fmt: skip
 
 
 def command(model: Path, output: Path, text: Path) -> list[str]:
@@ -37,7 +41,8 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--kills", type=int, default=3)
-    parser.add_argument("--life", type=float, default=900, help="longest time before a kill, in seconds")
+    parser.add_argument("--life", type=float, default=280, help="longest time before a kill, in seconds")
+    parser.add_argument("--parts", type=int, help="end after so many runs of the command; the next call goes on")
     parser.add_argument("--alone", action="store_true")
     parser.add_argument("--keep", action="store_true", help="leave the folder as it is at the end")
     arguments = parser.parse_args()
@@ -48,13 +53,18 @@ def main() -> None:
         **provenance(), "parameters": Checkpoint.open(model).nbytes // 2, "layers": arguments.layers,
         "preset": PRESET, "settings": SETTINGS, "runs": {},
     }  # fmt: skip
+    left = arguments.parts
     for name, kills in {"killed": 0 if arguments.alone else arguments.kills, "alone": 0}.items():
         if name == "killed" and arguments.alone:
             continue
         parts = result["runs"].setdefault(name, [])
-        output, draw = arguments.folder / name, random.Random(f"{name} {len(parts)}")
+        output = arguments.folder / name
         while not output.exists():
-            life = draw.uniform(0.2, 1) * arguments.life if len(parts) < kills else None
+            if left == 0:
+                return
+            left = None if left is None else left - 1
+            share = random.Random(f"{name} {len(parts)}").uniform(0.2, 1)
+            life = share * arguments.life if len(parts) < kills else None
             parts.append(run(command(model, output, arguments.text), life))
             kept = len(list(output.with_name(f"{name}.run").glob("final/block-*")))
             parts[-1] |= {"killed": not output.exists(), "blocks_kept": kept}

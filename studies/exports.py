@@ -1,6 +1,6 @@
 """Exports of a real model, opened by the tools they are made for: studies/results/exports-MODEL.json.
 
-python -m studies.exports MODEL --text FILE [--tokens N] [--only RE]
+python -m studies.exports MODEL --text FILE [--tokens N] [--greedy N] [--only RE]
 Needs `pip install ik-llama-cpp-python==0.1.5 gguf compressed-tensors mlx[cpu] mlx-lm`. Weights are rounded to nearest,
 as only the way of the codes is looked at. Each row compares the tool's logits with those of `paley.load` on the folder:
 KL, share of equal top tokens, and how many tokens of a greedy text are the same.
@@ -32,7 +32,6 @@ PRESETS = {  # preset -> targets
     "mlx-4": ("mlx",), "mlx-8": ("mlx",),
 }  # fmt: skip
 QUICK = ["test=null", "weights.method=nearest", "weights.scale_search=absmax", "fit_groups=true"]
-GREEDY = 16
 Logits = Callable[[list[int]], Tensor]  # ids -> [tokens, vocabulary]
 
 
@@ -79,21 +78,21 @@ def mlx(folder: Path, tokens: int) -> Iterator[Logits]:
 TOOLS = {"gguf": llama_cpp, "compressed-tensors": transformers, "plain": transformers, "mlx": mlx}
 
 
-def greedy(logits: Logits, ids: list[int]) -> list[int]:
-    for _ in range(GREEDY):
+def greedy(logits: Logits, ids: list[int], count: int) -> list[int]:
+    for _ in range(count):
         ids = [*ids, int(logits(ids)[-1].argmax())]
-    return ids[-GREEDY:]
+    return ids[-count:]
 
 
 @torch.no_grad()
-def compared(ours: Logits, theirs: Logits, ids: list[int]) -> dict:
+def compared(ours: Logits, theirs: Logits, ids: list[int], count: int) -> dict:
     p, q = (logits(ids).double().log_softmax(-1) for logits in (ours, theirs))
     kl = (p.exp() * (p - q)).sum(-1)
-    texts = [greedy(logits, ids[:24]) for logits in (ours, theirs)]
-    same = next((i for i, pair in enumerate(zip(*texts, strict=True)) if pair[0] != pair[1]), GREEDY)
+    texts = [greedy(logits, ids[:24], count) for logits in (ours, theirs)]
+    same = next((i for i, pair in enumerate(zip(*texts, strict=True)) if pair[0] != pair[1]), count)
     return {
         "kl": float(kl.mean()), "kl_stderr": float(kl.std() / len(kl) ** 0.5), "tokens": len(ids),
-        "top1_agreement": float((p.argmax(-1) == q.argmax(-1)).double().mean()), "greedy_same": same, "greedy": GREEDY,
+        "top1_agreement": float((p.argmax(-1) == q.argmax(-1)).double().mean()), "greedy_same": same, "greedy": count,
     }  # fmt: skip
 
 
@@ -102,6 +101,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="checkpoint folder")
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=256, help="of the text, 256 by default")
+    parser.add_argument("--greedy", type=int, default=16, help="tokens to write; mlx on a CPU takes seconds for each")
     parser.add_argument("--only", default="", help="rows that this expression finds; others stay as they were")
     arguments = parser.parse_args()
     file = RESULTS / f"exports-{arguments.model.name}.json"
@@ -121,12 +121,14 @@ def main() -> None:
                 start = time.time()
                 made = paley.export_to(out, to, output=Path(place, to))
                 row = {"bytes": made.bytes, "types": dict(made.types), "notes": list(made.notes)}
-                with TOOLS[to](made.output, arguments.tokens + GREEDY) as theirs:
+                with TOOLS[to](made.output, arguments.tokens + arguments.greedy) as theirs:
                     ours = lambda ids, model=model: model(torch.tensor([ids]), use_cache=False).logits[0].float()  # noqa: E731
-                    row |= compared(ours, theirs, ids)
+                    row |= compared(ours, theirs, ids, arguments.greedy)
                 result["rows"][f"{name} {to}"] = row
                 save(result, file)
-                told = f"KL {row['kl']:.2e} top-1 {row['top1_agreement']:.3f} greedy {row['greedy_same']}/{GREEDY}"
+                told = (
+                    f"KL {row['kl']:.2e} top-1 {row['top1_agreement']:.3f} greedy {row['greedy_same']}/{row['greedy']}"
+                )
                 print(f"{name} {to} {told} {row['bytes']:,} bytes {time.time() - start:.0f} s", flush=True)
 
 

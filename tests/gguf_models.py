@@ -48,6 +48,7 @@ EXPERTS = {
         "Qwen3MoeConfig",
         {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True},
     ),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 SLIDES = ["sliding_attention"] * 5 + ["full_attention"]
 FAMILIES = {

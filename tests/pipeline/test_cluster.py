@@ -54,14 +54,14 @@ def _alone(folder: Path, output: Path) -> Path:
 
 def test_a_worker_that_is_killed_loses_its_task_alone(ray_pool, tmp_path):
     items = [(number, str(tmp_path)) for number in range(6)]
-    results, killed = dict[int, int](), 0
+    results, killed = dict[int, int](), set[int]()
     for number, square in ray_pool.run(slow_square, items):
         results[number] = square
-        marks = {int(file.name.split("-")[0]): int(file.name.split("-")[1]) for file in tmp_path.iterdir()}
-        at_work = [pid for other, pid in marks.items() if other not in results]
-        if at_work and killed < 2:
+        marks = [tuple(map(int, file.name.split("-"))) for file in tmp_path.iterdir()]
+        at_work = [pid for other, pid in marks if other not in results and pid not in killed]
+        if at_work and len(killed) < 2:
             os.kill(at_work[0], signal.SIGKILL)
-            killed += 1
+            killed.add(at_work[0])
     assert killed
     assert results == {number: number * number for number in range(6)}
     assert len(list(tmp_path.iterdir())) > 6  # begun again

@@ -87,6 +87,10 @@ GGUF: Mapping[str, GgufFamily] = {
         },
         fixed={"norm_topk_prob": True, "mlp_only_layers": [], "decoder_sparse_step": 1},
     ),
+    "mixtral": GgufFamily(
+        "llama", "interleaved",
+        keys={"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
+    ),
     "granite": GgufFamily(
         "granite", "interleaved", biased=_QKV, keys=_GRANITE, always={"rope.scaling.finetuned": True},
     ),

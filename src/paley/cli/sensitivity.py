@@ -69,7 +69,7 @@ def sensitivity_verb(
 
     The slopes belong to the model and serve every budget of `paley quantize`. With --method noise, finished trials are
     kept in OUT.partial.jsonl until all are there, and a stopped run goes on with --resume; with --workers or --ray they
-    are shared, and each worker holds the model and uses one thread.
+    are shared: each worker uses one thread, and holds a block of the model, or with --fold all of it.
 
     Example: `paley sensitivity ./llama --output alpha.json`
     """

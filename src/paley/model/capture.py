@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,17 +17,21 @@ __all__ = ["BATCH", "BlockRunner", "capture_inputs"]
 
 BATCH = 4  # sequences at a time: what a block makes of more leaves the processor's caches before it is read again
 
+LOGITS = 2**24  # that exist at a time in each tensor of them: 64 MB
+
 
 class BlockRunner:
     """Hidden states [sequences, seq_len, hidden] through an adapter's blocks, `batch` sequences at a time.
 
-    `work` counts block-forwards times tokens: the unit in which searches are compared.
+    `work` counts block-forwards times tokens: the unit in which searches are compared. held(index): while open, that
+    block is in memory, if not all of them are.
     """
 
     def __init__(self, adapter: Adapter, batch: int = BATCH):
         self.adapter = adapter
         self.batch = batch
         self.work = 0
+        self.held: Callable[[int], AbstractContextManager[Any]] = nullcontext
         self._kwargs: dict[int, list[dict]] = {}
 
     @torch.no_grad()
@@ -46,7 +50,8 @@ class BlockRunner:
     @torch.no_grad()
     def block(self, index: int, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """What block `index` makes of its inputs; written into `out` where given (may be `hidden` itself)."""
-        return self.run(self.adapter.blocks[index].module, index, hidden, out)
+        with self.held(index):
+            return self.run(self.adapter.blocks[index].module, index, hidden, out)
 
     @torch.no_grad()
     def run(self, module: nn.Module, index: int, hidden: Tensor, out: Tensor | None = None) -> Tensor:
@@ -85,6 +90,10 @@ class BlockRunner:
     def logits(self, hidden: Tensor, head: nn.Module | None = None) -> Tensor:
         """Outputs of the last block [..., hidden] -> logits [..., vocab], by the model's head or another."""
         return self.adapter.finish((self.adapter.head if head is None else head)(self.adapter.norm(hidden)))
+
+    def few_tokens(self, hidden: Tensor) -> Sequence[Tensor]:
+        """Outputs of the last block [sequences, seq_len, hidden] -> parts for `logits`, whose logits are small."""
+        return hidden.flatten(0, 1).split(max(1, LOGITS // self.adapter.sites.head.shape[0]))
 
     @torch.no_grad()
     def head_input(self, hidden: Tensor, head: nn.Module) -> Tensor:

@@ -6,7 +6,8 @@ so that each block is read once for all of them: one stands still where a block 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from greenlet import getcurrent, greenlet
@@ -51,6 +52,17 @@ class Pages:
                     put_tensor_(block.module, name, self._read(f"{block.name}.{name}", tensor))
             self._here.add(index)
             self._ready(block)
+
+    @contextmanager
+    def held(self, index: int) -> Iterator[None]:
+        """While open, a block is in memory, for more than one forward."""
+        before = index in self._here
+        self.bring_(index)
+        try:
+            yield
+        finally:
+            if not before:
+                self.drop_(index)
 
     def drop_(self, index: int) -> None:
         """Takes a block's values out of memory."""

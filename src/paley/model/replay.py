@@ -6,7 +6,7 @@ other. That this is the model is tried out first, on a text of its own: what dep
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -93,6 +93,10 @@ class Replay(BlockRunner):
                 return model(input_ids=ids, use_cache=False).logits
         finally:
             model.set_submodule(row.head, own)
+
+    def few_tokens(self, hidden: Tensor) -> Sequence[Tensor]:
+        """Single sequences, as the model is run on whole ones."""
+        return hidden.split(1)
 
     @torch.no_grad()
     def head_input(self, hidden: Tensor, head: nn.Module) -> Tensor:

@@ -13,7 +13,7 @@ import copy
 import hashlib
 import math
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -114,9 +114,10 @@ class NoiseProbe:
         """What noise of relative size t at a site adds to the loss; the model is then as before, bit for bit."""
         site, losses = self.sites[name], []
         before = None if site.block is None else self._prefix.before(site.block)
-        for sign in self._signs:
-            with self.noise(name, sign * t, draw):
-                losses.append(self._objective(self._hidden(site, before)))
+        with nullcontext() if site.block is None else self.runner.held(site.block):  # where noise may go
+            for sign in self._signs:
+                with self.noise(name, sign * t, draw):
+                    losses.append(self._objective(self._hidden(site, before)))
         return sum(losses) / len(losses) - self.baseline
 
     def _hidden(self, site: Site, before: Tensor | None) -> Tensor:

@@ -19,7 +19,7 @@ __all__ = ["Metric", "Objective", "Prefix"]
 
 Metric = Literal["kl", "perplexity"]
 
-_KEEP_BYTES = 2**29
+KEPT = 2**29  # bytes of the original's logits, of the first tokens
 
 
 class Prefix:
@@ -57,26 +57,29 @@ class Objective:
     @torch.no_grad()
     def __call__(self, hidden: Tensor) -> float:
         """hidden [sequences, seq_len, hidden]: outputs of the last block."""
-        total, tokens = 0.0, 0
-        for i, (h, ids) in enumerate(zip(*(t.split(self.runner.batch) for t in (hidden, self.ids)), strict=True)):
-            logits = self.runner.logits(h)[:, :-1]
+        last = torch.zeros_like(self.ids, dtype=torch.bool)
+        last[:, -1] = True  # which no token follows
+        total, start = 0.0, 0
+        last, targets = last.flatten(), self.ids.roll(-1, 1).flatten()
+        for i, part in enumerate(self.runner.few_tokens(hidden)):
+            logits = self.runner.logits(part).flatten(0, -2)
+            here = slice(start, start := start + len(logits))
             if self.metric == "kl":
                 losses = kl_divergence(self._original(i), logits)
             else:
-                losses = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-            total += float(losses.double().sum())
-            tokens += losses.numel()
-        mean = total / tokens
+                losses = cross_entropy(logits, targets[here], reduction="none")
+            total += float(losses.double()[~last[here]].sum())
+        mean = total / int((~last).sum())
         if self.metric == "kl":
             return mean
         return math.inf if mean >= 700 else math.exp(mean)  # exp would raise
 
-    def _original(self, batch: int) -> Tensor:
-        """The original's logits [sequences, seq_len - 1, vocab] of a batch; kept where they are small."""
-        if batch in self._kept:
-            return self._kept[batch]
+    def _original(self, part: int) -> Tensor:
+        """The original's logits [tokens, vocab] of a part of the tokens."""
+        if part in self._kept:
+            return self._kept[part]
         assert self.reference is not None
-        logits = self.runner.logits(self.reference.split(self.runner.batch)[batch], self._head)[:, :-1]
-        if sum(kept.nbytes for kept in self._kept.values()) + logits.nbytes <= _KEEP_BYTES:
-            self._kept[batch] = logits
+        logits = self.runner.logits(self.runner.few_tokens(self.reference)[part], self._head).flatten(0, -2)
+        if sum(kept.nbytes for kept in self._kept.values()) + logits.nbytes <= KEPT:
+            self._kept[part] = logits
         return logits

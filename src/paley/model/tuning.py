@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
+from paley.arch import Sites
 from paley.core.grids import AnyGrid
 from paley.core.rounding import storable
 from paley.core.schemes import LinearScheme
 from paley.methods.tuning import Adam, kl_backward
 from paley.model.adapter import Adapter
 from paley.model.linear import QuantLinear
-from paley.model.problem import Problem
 from paley.ops.inputs import round_input
 from paley.ops.matmul import input_key
 
@@ -35,9 +35,9 @@ _SMALL = 1e-2  # of a root mean square
 _FEW = 16  # tokens whose logits tell the size of what the head's bias is added to
 
 
-def activation_bytes(problem: Problem, seq_len: int) -> int:
+def activation_bytes(sites: Sites, seq_len: int) -> int:
     """About what one sequence leaves in all blocks for the way back."""
-    return 4 * _HELD * seq_len * sum(sum(site.shape) for site in problem.sites.of("linear"))
+    return 4 * _HELD * seq_len * sum(sum(site.shape) for site in sites.of("linear"))
 
 
 class Scaled:

@@ -24,7 +24,8 @@ from typing import Any, TypeVar
 import torch
 
 from paley.core.errors import PaleyError, Setting
-from paley.pipeline.pool import Pool, again, begin
+from paley.pipeline.machine import free_memory
+from paley.pipeline.pool import Pool, again, begin, check_fit
 
 __all__ = ["LOCAL", "Ray", "cluster", "fingerprint"]
 
@@ -38,11 +39,12 @@ _RETRIES = 10  # of a task whose worker was lost
 
 @dataclass(frozen=True)
 class Ray:
-    """A cluster that this process is connected to."""
+    """A cluster that this process is connected to; local: of this machine alone, started for this run."""
 
     ray: Any
     workers: int
     resumes: bool = True
+    local: bool = False
 
     def run(self, task: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
         remote = self.ray.remote(num_cpus=1, max_retries=_RETRIES)(_run)
@@ -63,7 +65,7 @@ class Ray:
                 with suppress(Exception):  # the cluster may be gone
                     self.ray.cancel(ref, force=True)
 
-    def check(self, *folders: Path, output: Path | None = None) -> None:
+    def check(self, *folders: Path, output: Path | None = None, memory: int = 0) -> None:
         """As of Pool; every node is asked."""
         token = None if output is None else output / f".seen-{secrets.token_hex(4)}"
         if token is not None:
@@ -73,14 +75,14 @@ class Ray:
         look = self.ray.remote(num_cpus=0, max_retries=_RETRIES)(_look)
         try:
             nodes = [node for node in self.ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-            asked = {
-                node["NodeManagerAddress"]: look.options(
-                    scheduling_strategy=strategy(node["NodeID"], soft=False)
-                ).remote(paths)
-                for node in nodes
-            }
-            for address, answer in asked.items():
-                self._check_node(address, *self._answer(address, answer), output)
+            asked = [
+                look.options(scheduling_strategy=strategy(node["NodeID"], soft=False)).remote(paths) for node in nodes
+            ]
+            for node, reference in zip(nodes, asked, strict=True):
+                address = node["NodeManagerAddress"]
+                runs, unseen, free = self._answer(address, reference)
+                self._check_node(address, runs, unseen, output)
+                self._check_memory(address, int(node["Resources"]["CPU"]), memory, free)
         finally:
             if token is not None:
                 token.unlink(missing_ok=True)
@@ -99,7 +101,20 @@ class Ray:
                 remedy=("put model", *also, " on storage that all nodes share"),
             )
 
-    def _answer(self, address: str, answer: Any) -> tuple[str, str]:
+    def _check_memory(self, address: str, cores: int, memory: int, free: int | None) -> None:
+        """Raises if a node takes more tasks at a time than its memory holds: one for each of its cores."""
+        if self.local:
+            check_fit(cores, memory, free)
+        elif free is not None and cores * memory > free:
+            most, each = free // memory, memory / 2**30
+            way_out = f"start Ray there with --num-cpus {most}" if most else "use nodes with more memory"
+            raise PaleyError(
+                f"memory: {cores} workers of node {address} need about {each:.1f} GiB each, and {free / 2**30:.1f} GiB "
+                "are free there",
+                remedy=way_out,
+            )
+
+    def _answer(self, address: str, answer: Any) -> tuple[str, str, int | None]:
         try:
             return self.ray.get(answer)
         except self.ray.exceptions.RayError as error:  # it has no Paley, or another Python
@@ -134,7 +149,7 @@ def cluster(address: str, workers: int, *, resumes: bool = True) -> Iterator[Poo
             remedy=("start a cluster (`ray start --head`), or leave ", Setting("ray_address"), " out"),
         ) from None
     try:
-        yield Ray(ray, int(ray.cluster_resources().get("CPU", 1)), resumes)
+        yield Ray(ray, int(ray.cluster_resources().get("CPU", 1)), resumes, address == LOCAL)
     finally:
         ray.shutdown()
 
@@ -176,9 +191,9 @@ def _run(wanted: str, task: Callable[[Any], Any], item: Any) -> Any:
     return task(item)
 
 
-def _look(paths: list[str]) -> tuple[str, str]:
-    """-> (what a node runs, the first of the paths that it does not see)."""
-    return fingerprint(), next((path for path in paths if not Path(path).exists()), "")
+def _look(paths: list[str]) -> tuple[str, str, int | None]:
+    """-> (what a node runs, the first of the paths that it does not see, bytes of memory that are free there)."""
+    return fingerprint(), next((path for path in paths if not Path(path).exists()), ""), free_memory()
 
 
 def _first_line(error: Exception) -> str:

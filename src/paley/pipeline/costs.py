@@ -62,7 +62,6 @@ class Costs:
     scored: float = 2.4  # the same, as it is scored
     scored_paged: float = 2.4  # times embedding, head and the largest block, as it is scored block by block
     tensor: float = 1.0  # times the largest float32 tensor, as weights are streamed
-    chances: float = 3.0  # times the logits of a sequence, as gradients begin there
     coded: float = 0.5  # times the float32 model: its codes, and the embedding in floats
     loaded: float = 1.3  # the same, of the original as it is measured
     pieces: float = 8.0  # times the logits that exist at a time, as a model is tuned

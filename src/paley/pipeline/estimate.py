@@ -265,7 +265,7 @@ class _Work:
         """Forward, back, and the logits of both models; where blocks run twice, one forward more."""
         assert self.recipe.tune is not None
         text, head = self._tuned(self.recipe.tune.epochs), self.sites.head
-        passes = 2 + self.calibrating * (1 + (activation_bytes(self.problem, text.seq_len) > ACTIVATIONS))
+        passes = 2 + self.calibrating * (1 + (activation_bytes(self.problem.sites, text.seq_len) > ACTIVATIONS))
         forward = self._forward(count_tokens(text), text.seq_len, rounded=True, product=self.calibrating)
         logits = 6 * self.calibrating * head.numel + 4 * COSTS.logit * head.shape[0]
         return passes * forward + count_tokens(text) * logits

@@ -15,7 +15,8 @@ from paley.model import steps
 from paley.model.problem import Problem
 from paley.model.tuning import ACTIVATIONS, activation_bytes
 from paley.pipeline.costs import COSTS, FLOAT, Text, count_tokens
-from paley.recipe import Budget, Recipe
+from paley.pipeline.worker_memory import of_gradients
+from paley.recipe import Recipe
 
 __all__ = ["cached", "held_by_a_token", "in_memory", "memory", "states"]
 
@@ -27,7 +28,7 @@ def in_memory(recipe: Recipe, *, decided: bool, measured: bool) -> tuple[str | S
     if recipe.search.method != "none" and not decided:
         return ("leave the search out: ", Setting("search.method", "none"))
     if recipe.budget is not None and not decided and not measured:
-        return ("measure the sensitivities where the model fits into memory, and give them: ", Setting("sensitivity"))
+        return ("measure the sensitivities first, and give them: ", Setting("sensitivity"))
     return ()
 
 
@@ -49,22 +50,13 @@ def _tuning_memory(problem: Problem, recipe: Recipe, whole: float) -> float:
     assert recipe.tune is not None
     sites, seq_len = problem.sites, recipe.calibration.seq_len
     row = FLOAT * seq_len * sites.head.shape[1]
-    held = activation_bytes(problem, seq_len)
+    held = activation_bytes(problem.sites, seq_len)
     if held > ACTIVATIONS:
         held = held // max(1, sites.blocks) + 2 * sites.blocks * row
     logits = COSTS.pieces * FLOAT * max(PIECE, sites.head.shape[0])
     known = recipe.tune.sequences * row + FLOAT * sites.head.numel + COSTS.coded * whole
     tuned = COSTS.coded * whole + (0.5 if kernels.multiplies_bfloat16(torch.device("cpu")) else 1.0) * whole
     return known + max(COSTS.loaded * whole, tuned + held + logits)
-
-
-def _gradients_memory(problem: Problem, budget: Budget) -> float:
-    """Of one sequence: what blocks leave for the way back, logits and their chances, and the largest gradient."""
-    if (budget.method or method_for(budget.metric)) != "gradients":
-        return 0.0
-    largest = max(site.numel for site in problem.sites.weights)
-    logits = budget.seq_len * problem.sites.head.shape[0]
-    return activation_bytes(problem, budget.seq_len) + FLOAT * (largest + COSTS.chances * logits)
 
 
 def cached(problem: Problem, text: Text) -> int:
@@ -98,8 +90,9 @@ def memory(
     block = FLOAT * max(blocks)
     if in_memory(recipe, decided=decided, measured=measured):
         found.append(COSTS.decided * whole)
-        if recipe.budget is not None and not measured:
-            found.append(whole + _gradients_memory(problem, recipe.budget))
+        budget = recipe.budget
+        if budget is not None and not measured and (budget.method or method_for(budget.metric)) == "gradients":
+            found.append(of_gradients(sites, budget.seq_len) - COSTS.base)
     if recipe.test is not None:
         hidden = FLOAT * count_tokens(recipe.test) * sites.head.shape[1]
         held = COSTS.scored * whole

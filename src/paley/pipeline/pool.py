@@ -20,8 +20,9 @@ from typing import Protocol, TypeVar
 import torch
 
 from paley.core.errors import PaleyError, Setting
+from paley.pipeline.machine import free_memory
 
-__all__ = ["Here", "Pool", "Processes", "again", "begin", "check_shared", "pool_of"]
+__all__ = ["Here", "Pool", "Processes", "again", "begin", "check_fit", "check_shared", "pool_of"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -37,8 +38,11 @@ class Pool(Protocol):
         """The results, as they come. Errors: what a task raises; PaleyError for workers that are lost for good."""
         ...
 
-    def check(self, *folders: Path, output: Path | None = None) -> None:
-        """Raises unless all workers run this Paley and see these folders, and `output`, to which this one may write."""
+    def check(self, *folders: Path, output: Path | None = None, memory: int = 0) -> None:
+        """Raises unless all workers run this Paley and see these folders, and `output`, to which this one may write.
+
+        memory: bytes that each worker takes; raises where there are too many for what is free.
+        """
         ...
 
 
@@ -52,8 +56,8 @@ class Here:
         with _one_thread():
             yield from map(task, items)
 
-    def check(self, *folders: Path, output: Path | None = None) -> None:
-        """It sees what it sees."""
+    def check(self, *folders: Path, output: Path | None = None, memory: int = 0) -> None:
+        """It sees what it sees, and takes what there is."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,9 @@ class Processes:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def check(self, *folders: Path, output: Path | None = None) -> None:
-        """As of Here: they are on this machine."""
+    def check(self, *folders: Path, output: Path | None = None, memory: int = 0) -> None:
+        """They are on this machine."""
+        check_fit(self.workers, memory, free_memory())
 
 
 def check_shared(workers: int, ray: str | None, device: str) -> None:
@@ -97,6 +102,17 @@ def check_shared(workers: int, ray: str | None, device: str) -> None:
         raise PaleyError(
             Setting("device", device), ": workers compute on the CPU", remedy=("leave ", Setting("workers"), " out")
         )
+
+
+def check_fit(workers: int, memory: int, free: int | None) -> None:
+    """Raises if so many workers of this machine, each with so many bytes, need more than is free; None: unknown."""
+    if free is None or workers * memory <= free:
+        return
+    most, each = free // memory, memory / 2**30
+    raise PaleyError(
+        f"memory: {workers} workers need about {each:.1f} GiB each, and {free / 2**30:.1f} GiB are free",
+        remedy=("use ", Setting("workers", most)) if most > 1 else ("leave ", Setting("workers"), " out"),
+    )
 
 
 def pool_of(workers: int, ray: str | None = None, *, resumes: bool = True) -> AbstractContextManager[Pool]:

@@ -51,28 +51,37 @@ class Probing:
     device: str
     key: str
 
-    def probe(self, source: Source) -> NoiseProbe:
-        adapter = Adapter(source.load(device=self.device))
+    def probe(self, source: Source, *, paged: bool) -> NoiseProbe:
+        """paged: one block at a time is read and held; what it finds is the same to the bit."""
+        adapter = Adapter(source.load(device=self.device, blocks=not paged))
+        runner = runner_of(adapter)
+        if paged:
+            runner.held = source.pages(adapter).held
         if self.fold:
             fold_norms_(adapter)
         ids = self.ids.to(self.device)
-        return NoiseProbe(
-            runner_of(adapter), ids, metric=self.metric, kinds=self.kinds, rotated=self.fold, seed=self.seed
-        )
+        return NoiseProbe(runner, ids, metric=self.metric, kinds=self.kinds, rotated=self.fold, seed=self.seed)
+
+    def can_page(self, source: Source) -> bool:
+        """Whether a block can be measured as the file holds it: gains are folded into all of them at once."""
+        return source.has_pages and not self.fold and self.device == "cpu"
 
 
 _HELD: dict[str, NoiseProbe] = {}  # of one job at a time
 
 
 def make_trial(item: tuple[Probing, Trial]) -> Found:
-    """In a worker, which opens the model once. Errors: PaleyError, also if it sees other weights than the driver."""
+    """In a worker, which opens the model once, and holds a block of it if it can.
+
+    Errors: PaleyError, also if it sees other weights than the driver.
+    """
     job, trial = item
     if job.key not in _HELD:
         _HELD.clear()
         source = open_source(job.model)
         if source.fingerprint != job.fingerprint:
             raise PaleyError(f"{job.model}: a worker sees other weights here; put the model on storage that all share")
-        _HELD[job.key] = job.probe(source)
+        _HELD[job.key] = job.probe(source, paged=job.can_page(source))
     return _made(_HELD[job.key], trial)
 
 
@@ -81,10 +90,13 @@ def _made(probe: NoiseProbe, trial: Trial) -> Found:
 
 
 @contextmanager
-def trials(job: Probing, source: Source, pool: Pool) -> Iterator[Callable[[Sequence[Trial]], Iterable[Found]]]:
-    """-> what makes trials, as they come; source: of the job's model, for a pool that is this process."""
+def trials(
+    job: Probing, source: Source, pool: Pool, *, paged: bool = False
+) -> Iterator[Callable[[Sequence[Trial]], Iterable[Found]]]:
+    """-> what makes trials, as they come; source: of the job's model, for a pool that is this process; paged: as of
+    `Probing.probe`, there."""
     if isinstance(pool, Here):
-        probe = job.probe(source)
+        probe = job.probe(source, paged=paged)
         yield lambda wanted: (_made(probe, trial) for trial in wanted)
         return
     try:

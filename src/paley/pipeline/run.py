@@ -38,6 +38,7 @@ from paley.pipeline.saving import Stored, load_stored, sample_logits, save_check
 from paley.pipeline.streaming import stream_checkpoint
 from paley.pipeline.texts import Texts, fit_lengths, gather
 from paley.pipeline.tune import tune_
+from paley.pipeline.worker_memory import of_tensors
 from paley.plan import Plan
 from paley.recipe import Recipe, as_recipe
 from paley.recipe.sources import relative_source
@@ -114,7 +115,8 @@ def quantize(
     with run.open(key, resume=resume, overwrite=overwrite):
         if not (resume and run.finished) and not (run.checkpoint / RESULTS).exists():
             with pool_of(workers, ray) as pool:
-                pool.check(source.path, output=run.path)
+                each = of_tensors(source.sites) if problem.is_data_free else 0
+                pool.check(source.path, output=run.path, memory=each)
                 _make(problem, wanted, plan, sensitivity, run, monitor, device, pool, earlier, exact, paged=paged)
         if run.checkpoint.exists():
             run.sweep()

@@ -10,12 +10,14 @@ from paley.data import TokenBlocks
 from paley.eval.perplexity import EvalResult, evaluate
 from paley.eval.reference import Reference
 from paley.model.folders import load_tokenizer, resolve
-from paley.model.loading import check_seq_len, context_of, open_source, read_config
+from paley.model.loading import check_seq_len, context_of, empty_model, open_source, read_config
+from paley.model.walk import sites_of
 from paley.pipeline.any_model import check_device, load_any
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.pool import check_shared, pool_of
 from paley.pipeline.shared_scores import shared_score
 from paley.pipeline.texts import SELF, check_vocabulary, is_tuned_on, test_blocks
+from paley.pipeline.worker_memory import of_scores
 from paley.plan import VERSION, Plan
 from paley.recipe import Recipe, Test
 
@@ -84,7 +86,8 @@ def _shared(
         fingerprint = source.fingerprint
         monitor.step()
     with pool_of(workers, ray, resumes=False) as pool:
-        pool.check(*folders)
+        sites = sites_of(empty_model(read_config(folders[0])))
+        pool.check(*folders, memory=of_scores(sites, blocks, compared=against is not None))
         original = str(folders[1]) if against is not None else ""
         return shared_score(str(folders[0]), original, fingerprint, blocks, pool, monitor)
 

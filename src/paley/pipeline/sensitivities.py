@@ -34,11 +34,13 @@ from paley.model.loading import Source, check_seq_len, context_of, open_source
 from paley.model.problem import Problem
 from paley.model.sensitivity import KINDS, noise_kind, noise_sites
 from paley.model.trials import Metric
+from paley.pipeline.machine import free_memory
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.pool import Here, Pool, check_shared, pool_of
 from paley.pipeline.probing import NO_NOISE, Found, Probing, trials
 from paley.pipeline.run_directory import RunDirectory
 from paley.pipeline.texts import SELF, check_vocabulary
+from paley.pipeline.worker_memory import of_gradients, of_trials
 from paley.sensitivity import MeasuredSlot, MeasuredText, Sensitivity
 
 __all__ = ["RANDOM", "measure_for", "measure_on", "measure_sensitivity", "random_ids", "some_blocks"]
@@ -78,8 +80,8 @@ def measure_sensitivity(
 
     method: `gradients` takes one backward pass a sequence for all sites (metric kl only: slopes of small noise);
     `noise` many forward passes for each. None: gradients for kl. Of noise alone: levels; finished trials, which are
-    kept in progress_file and taken from it where it exists; workers, processes that share the trials, each with the
-    model in memory and one thread; ray, the cluster whose workers do, as of `paley.quantize`.
+    kept in progress_file and taken from it where it exists; workers, processes that share the trials, each with a
+    block of the model in memory and one thread; ray, the cluster whose workers do, as of `paley.quantize`.
     """
     monitor = monitor or Monitor()
     check_shared(workers, ray, device)
@@ -102,7 +104,6 @@ def measure_sensitivity(
         blocks = _blocks(opened, source, sequences, seq_len, seed, device)
     monitor.step()
     with pool_of(workers, ray) as pool:
-        pool.check(opened.path)
         return measure_on(
             opened, blocks, metric=metric, kinds=kinds, fold=fold, method=method, levels=levels, seed=seed,
             device=device, pool=pool, monitor=monitor, progress_file=progress_file,
@@ -156,6 +157,12 @@ def _by_gradients(
     source: Source, blocks: TokenBlocks, kinds: Collection[str], fold: bool, seed: int, device: str, monitor: Monitor
 ) -> dict[str, Slope]:
     noise_sites(source.sites, kinds)  # refused before anything is read
+    needed, free = of_gradients(source.sites, blocks.ids.shape[1]), free_memory()
+    if device == "cpu" and free is not None and needed > free:
+        raise PaleyError(
+            f"memory: gradients need about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free",
+            remedy=("take shorter sequences, or ", Setting("method", "noise"), ", which holds a block at a time"),
+        )
     monitor.stage("measuring sensitivities", len(blocks.ids))
     adapter = Adapter(source.load(device=device))
     if fold:
@@ -179,8 +186,9 @@ def _by_noise(
         str(source.path), source.fingerprint, blocks.ids, metric, tuple(kinds), fold, seed, device,
         key=json.dumps([settings, list(kinds)]),
     )  # fmt: skip
+    paged = _checked_memory(job, source, blocks, pool, monitor)
     rounds, baselines = list[int](), list[float]()
-    with _journal(progress_file, settings) as (known, keep), trials(job, source, pool) as make:
+    with _journal(progress_file, settings) as (known, keep), trials(job, source, pool, paged=paged) as make:
 
         def told(slot: str, t: float, draw: int) -> None:
             monitor.step(f"{slot}  t² {t * t:.4f}  {metric} {known[slot, draw]:+.5f}")
@@ -210,6 +218,24 @@ def _by_noise(
         if not baselines:  # all trials were known
             baselines = [next(iter(make([NO_NOISE]))).baseline]
     return slopes, baselines[0]
+
+
+def _checked_memory(job: Probing, source: Source, blocks: TokenBlocks, pool: Pool, monitor: Monitor) -> bool:
+    """-> whether this process is to hold a block at a time. Raises if workers, or this process, need too much."""
+    own_head, pages = "weight" in job.kinds and job.metric == "kl", job.can_page(source)
+    whole, paged = (of_trials(source.sites, blocks, paged=p, own_head=own_head) for p in (False, True))
+    pool.check(source.path, memory=paged if pages else whole)
+    free = free_memory()
+    if not isinstance(pool, Here) or job.device != "cpu" or free is None or whole <= free:
+        return False
+    if not pages or paged > free:
+        raise PaleyError(
+            f"memory: sensitivities need about {(paged if pages else whole) / 2**30:.1f} GiB, and {free / 2**30:.1f} "
+            "GiB are free",
+            remedy="use fewer or shorter sequences, or a machine with more memory",
+        )
+    monitor.note("memory does not hold the model: it is measured block by block")
+    return True
 
 
 @contextmanager

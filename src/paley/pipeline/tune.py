@@ -55,7 +55,7 @@ def tune_(
         return cast_to_store(name, value, problem.dtype).to(value.dtype)
 
     generator = torch.Generator().manual_seed(settings.seed)
-    held = activation_bytes(problem, blocks.ids.shape[1])
+    held = activation_bytes(problem.sites, blocks.ids.shape[1])
     with Tuner(adapter, dtype=dtype, keep=keep, whole=held <= ACTIVATIONS) as tuner:
         order = torch.cat([torch.randperm(count, generator=generator) for _ in range(settings.epochs)])
         for step, at in enumerate(order.tolist()):

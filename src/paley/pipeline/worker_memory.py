@@ -1,0 +1,70 @@
+"""What a measurement holds at its peak, here or in a worker, by which too large ones are refused before any work."""
+
+from __future__ import annotations
+
+from paley.arch import Sites
+from paley.data import TokenBlocks
+from paley.eval.perplexity import BATCH
+from paley.model.capture import LOGITS
+from paley.model.trials import KEPT
+from paley.model.tuning import activation_bytes
+from paley.pipeline.costs import COSTS, FLOAT
+
+__all__ = ["of_gradients", "of_scores", "of_tensors", "of_trials"]
+
+_CHANCES = 3  # tensors of logits as gradients begin there
+_LOGITS = 8  # tensors of logits that a comparison has at a time
+_NOISY = 4  # a weight as it was, its noise, that by its size, and the sum
+_ACTIVATIONS = 6  # what a block holds of a batch: times the hidden states, and the widest input
+
+
+def of_tensors(sites: Sites) -> int:
+    """Of a worker that quantizes weights, tensor by tensor."""
+    return round(COSTS.base + COSTS.tensor * FLOAT * max(site.numel for site in sites.weights))
+
+
+def of_trials(sites: Sites, blocks: TokenBlocks, *, paged: bool, own_head: bool) -> int:
+    """Of a process that makes trials of a sensitivity. own_head: noise goes into the head, so that a copy is kept."""
+    held = _whole(sites)
+    if paged:
+        held = _outer(sites) + max(_block(sites, index) for index in range(sites.blocks))
+    tokens, row = blocks.ids.numel(), FLOAT * sites.head.shape[1]
+    noise = _NOISY * FLOAT * max(site.numel for site in sites.weights)
+    values = tokens * sites.head.shape[0]
+    logits = min(KEPT, FLOAT * values) + _LOGITS * FLOAT * min(LOGITS, values)
+    states = 3 * tokens * row + _ACTIVATIONS * _batch(blocks) * (row + FLOAT * _widest(sites))
+    return round(COSTS.base + held + own_head * FLOAT * sites.head.numel + max(noise, logits) + states)
+
+
+def of_gradients(sites: Sites, seq_len: int) -> int:
+    """Of a measurement by gradients: the model, and of one sequence what blocks leave for the way back, and logits."""
+    largest, logits = max(site.numel for site in sites.weights), seq_len * sites.head.shape[0]
+    held = _whole(sites) + activation_bytes(sites, seq_len) + FLOAT * (largest + _CHANCES * logits)
+    return round(COSTS.base + held)
+
+
+def of_scores(sites: Sites, blocks: TokenBlocks, *, compared: bool) -> int:
+    """Of a worker that scores batches of a text through a model, and through the original if it is compared with."""
+    states = (2 + _ACTIVATIONS) * _batch(blocks) * FLOAT * (sites.head.shape[1] + _widest(sites))
+    return round(COSTS.base + _whole(sites) * (1 + COSTS.coded) + compared * FLOAT * sites.head.numel + states)
+
+
+def _batch(blocks: TokenBlocks) -> int:
+    """Tokens that pass through a block together."""
+    return min(BATCH, len(blocks.ids)) * blocks.ids.shape[1]
+
+
+def _whole(sites: Sites) -> int:
+    return FLOAT * sum(site.numel for site in sites.weights)
+
+
+def _outer(sites: Sites) -> int:
+    return FLOAT * sum(site.numel for site in sites.weights if site.block is None)
+
+
+def _block(sites: Sites, index: int) -> int:
+    return FLOAT * sum(site.numel for site in sites.of("linear", block=index))
+
+
+def _widest(sites: Sites) -> int:
+    return max((site.shape[-1] for site in sites.of("linear")), default=0)
