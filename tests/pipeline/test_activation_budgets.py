@@ -85,6 +85,16 @@ def test_inputs_are_measured_under_the_recipes_rotations(made, name, settings):
     assert all(0 < error < 1 for error in found.table.values())
 
 
+def test_a_budget_for_inputs_alone_leaves_the_cache_as_it_is(made):
+    problem = resolve(made.source, recipe("budget.source=random", name="w4a4.5kv4"))
+    slopes = made.slopes.model_copy(update={"folded": problem.folded})
+    plan = decide(problem, NO_TEXTS, None, Monitor(), "cpu", slopes)
+    assert plan.schemes.attentions == problem.schemes.attentions
+    inputs = [plan.schemes.linears[site.name].input for site in made.source.sites.of("linear")]
+    assert len({scheme.grid for scheme in inputs}) > 1
+    assert all(scheme.weight == plan.schemes.linears[name].weight for name, scheme in problem.schemes.linears.items())
+
+
 def test_weights_alone_need_no_pass(made, monkeypatch):
     monkeypatch.setattr(deciding, "measure_errors", None)
     problem = resolve(made.source, recipe("budget={weights: 4}"))

@@ -147,7 +147,7 @@ def _budgeted(problem: Problem, errors: Errors) -> list[Item]:
     """The items that one of the budget's limits is about."""
     assert problem.budget is not None
     kinds = {kind for resource in _limits(problem.budget) for kind in resource.kinds}
-    return [item for item in items(problem, errors) if item.kind in kinds]
+    return list(items(problem, errors, kinds))
 
 
 def _within_linear_range(found: list[Item], amounts: dict[Resource, int], context: int) -> list[Item]:

@@ -7,7 +7,7 @@ t^2 of a weight is that of Gaussian values, which rotation makes of it; of keys,
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -65,16 +65,19 @@ class Item:
         return replace(self, bits={name: bits for name, bits in self.bits.items() if self.errors[name] <= limit})
 
 
-def items(problem: Problem, errors: Errors) -> Iterator[Item]:
-    """Every site that is quantized, in the order of computation."""
+def items(problem: Problem, errors: Errors, kinds: Collection[str]) -> Iterator[Item]:
+    """Every site of these kinds that is quantized, in the order of computation; errors: of no other kinds."""
     schemes, stored = problem.schemes, {site.name for site in problem.sites.weights}
     for site in problem.sites.values():
-        if site.name in stored and schemes.linears[site.name].weight is not None:
-            yield _weight_item(problem, site)
-        elif site.kind == "input":
+        kind = noise_kind(site)
+        if kind not in kinds:
+            continue
+        if kind == "input":
             yield from _input_items(problem, site, errors)
-        elif site.kind in ("keys", "values"):
+        elif kind != "weight":
             yield from _cache_items(problem, site, errors)
+        elif site.name in stored and schemes.linears[site.name].weight is not None:
+            yield _weight_item(problem, site)
 
 
 def kept(scheme: LinearScheme) -> LinearScheme:
