@@ -1,6 +1,6 @@
 // Attention over packed keys and values, once for each instruction set: included inside a namespace after
-// steps_body.h. The tokens of a page are scored and weighed at a time. float16 is read as it is; codes are decoded to
-// floats first, unless `Integers` multiplies them themselves.
+// steps_body.h. A segment's tokens are scored page by page, then weighed page by page. float16 is read as it is; codes
+// are decoded to floats first, unless `Integers` multiplies them themselves.
 
 constexpr int64_t HALF_MAX = 65504;
 
@@ -129,7 +129,7 @@ inline void decode(const Side& side, uint8_t* half, int32_t head, int64_t from, 
 PALEY_INLINE F value_at(const float* from, int64_t at) { return load(from + at); }
 PALEY_INLINE F value_at(const uint16_t* from, int64_t at) { return from_half(from + at); }
 
-// scores [R, PAGE] of L V keys: keys [width, PAGE].
+// scores [R, SEGMENT] of L V keys: keys [width, PAGE].
 template <int R, int V, class T>
 PALEY_INLINE void score_tile(const float* q, int64_t stride, const T* keys, int64_t width, float* scores) {
   F found[R][V];
@@ -145,7 +145,7 @@ PALEY_INLINE void score_tile(const float* q, int64_t stride, const T* keys, int6
     }
   }
   for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < V; ++v) store(scores + r * PAGE + L * v, found[r][v]);
+    for (int v = 0; v < V; ++v) store(scores + r * SEGMENT + L * v, found[r][v]);
   }
 }
 
@@ -156,15 +156,15 @@ PALEY_INLINE void score_rows(const float* q, int64_t stride, const T* keys, int6
   for (; from < to; from += L) score_tile<R, 1>(q, stride, keys + from, width, scores + from);
 }
 
-// scores [rows, PAGE] of the tokens [from, to), multiples of LANES.
+// scores [rows, SEGMENT] of the tokens [from, to), multiples of LANES.
 template <class T>
 void score(const float* q, int32_t rows, int64_t stride, const T* keys, int64_t width, int64_t from, int64_t to,
            float* scores) {
   constexpr int R = L / 4;  // as many as registers hold
   int32_t r = 0;
-  for (; r + R <= rows; r += R) score_rows<R>(q + r * stride, stride, keys, width, from, to, scores + r * PAGE);
+  for (; r + R <= rows; r += R) score_rows<R>(q + r * stride, stride, keys, width, from, to, scores + r * SEGMENT);
   q += r * stride;
-  scores += r * PAGE;
+  scores += r * SEGMENT;
   if constexpr (R == 4) {
     if (rows - r == 3) return score_rows<3>(q, stride, keys, width, from, to, scores);
     if (rows - r == 2) return score_rows<2>(q, stride, keys, width, from, to, scores);
@@ -172,7 +172,7 @@ void score(const float* q, int32_t rows, int64_t stride, const T* keys, int64_t 
   if (r < rows) score_rows<1>(q, stride, keys, width, from, to, scores);
 }
 
-// scores [R, PAGE] of the tokens [from, to), a multiple of 4 of them, += q [R, stride] table [PAGE, stride]
+// scores [R, SEGMENT] of the tokens [from, to), a multiple of 4 of them, += q [R, stride] table [PAGE, stride]
 template <int R>
 PALEY_INLINE void add_scores_of(const float* q, const float* table, int64_t stride, int64_t from, int64_t to,
                                 float* scores) {
@@ -192,7 +192,7 @@ PALEY_INLINE void add_scores_of(const float* q, const float* table, int64_t stri
     float more[R][4];
     sums<R>(found, more[0], 4);
     for (int r = 0; r < R; ++r) {
-      for (int k = 0; k < 4; ++k) scores[r * PAGE + j + k] += more[r][k];
+      for (int k = 0; k < 4; ++k) scores[r * SEGMENT + j + k] += more[r][k];
     }
   }
 }
@@ -201,11 +201,11 @@ inline void add_scores(const float* q, int32_t rows, const float* table, int64_t
                        float* scores) {
   constexpr int R = L / 4;
   int32_t r = 0;
-  for (; r + R <= rows; r += R) add_scores_of<R>(q + r * stride, table, stride, from, to, scores + r * PAGE);
-  for (; r < rows; ++r) add_scores_of<1>(q + r * stride, table, stride, from, to, scores + r * PAGE);
+  for (; r + R <= rows; r += R) add_scores_of<R>(q + r * stride, table, stride, from, to, scores + r * SEGMENT);
+  for (; r < rows; ++r) add_scores_of<1>(q + r * stride, table, stride, from, to, scores + r * SEGMENT);
 }
 
-// sums [R, L V] += weights [R, PAGE] values [count, L V]: enough sums at a time that none waits for its last one.
+// sums [R, L V] += weights [R, SEGMENT] values [count, L V]: enough sums at a time that none waits for its last one.
 template <int R, int V, class T>
 PALEY_INLINE void weigh_columns(const float* weights, const T* values, int64_t width, int64_t count, float* to,
                                 int64_t stride) {
@@ -217,7 +217,7 @@ PALEY_INLINE void weigh_columns(const float* weights, const T* values, int64_t w
     F value[V];
     for (int v = 0; v < V; ++v) value[v] = value_at(values, j * width + L * v);
     for (int r = 0; r < R; ++r) {
-      const F weight = all(weights[r * PAGE + j]);
+      const F weight = all(weights[r * SEGMENT + j]);
       for (int v = 0; v < V; ++v) found[r][v] = fused(weight, value[v], found[r][v]);
     }
   }
@@ -226,7 +226,7 @@ PALEY_INLINE void weigh_columns(const float* weights, const T* values, int64_t w
   }
 }
 
-// sums [R, stride] += weights [R, PAGE] values [count, width]; what is behind a row adds to sums that nobody reads.
+// sums [R, stride] += weights [R, SEGMENT] values [count, width]; what is behind a row adds to sums that nobody reads.
 template <int R, class T>
 PALEY_INLINE void weigh_rows(const float* weights, const T* values, int64_t width, int64_t count, float* to,
                              int64_t stride) {
@@ -240,94 +240,114 @@ template <class T>
 void weigh(const float* weights, int32_t rows, const T* values, int64_t width, int64_t count, float* to,
            int64_t stride) {
   int32_t r = 0;
-  for (; r + 4 <= rows; r += 4) weigh_rows<4>(weights + r * PAGE, values, width, count, to + r * stride, stride);
-  weights += r * PAGE;
+  for (; r + 4 <= rows; r += 4) weigh_rows<4>(weights + r * SEGMENT, values, width, count, to + r * stride, stride);
+  weights += r * SEGMENT;
   to += r * stride;
   if (rows - r == 3) return weigh_rows<3>(weights, values, width, count, to, stride);
   if (rows - r == 2) return weigh_rows<2>(weights, values, width, count, to, stride);
   if (rows - r == 1) return weigh_rows<1>(weights, values, width, count, to, stride);
 }
 
-// scores [to] of one query, to a multiple of L -> weights exp(score - most) in place, 0 for those beyond [low, high);
-// most, total and sums follow a greatest score that grows.
-PALEY_INLINE void soften(float* scores, int64_t low, int64_t high, int64_t to, float& most, float& total, float* sums,
-                         int64_t width) {
+// scores [from, to) of one query, multiples of L -> weights exp(score - most) in place, 0 for those beyond [low, high),
+// and their sum.
+PALEY_INLINE void soften(float* scores, int64_t from, int64_t to, int64_t low, int64_t high, float& most,
+                         float& total) {
+  most = -INFINITY;
+  total = 0.0f;
   if (low >= high) {
-    std::fill_n(scores, to, 0.0f);
+    std::fill(scores + from, scores + to, 0.0f);
     return;
   }
-  for (int64_t j = 0; j < low; ++j) scores[j] = -INFINITY;
-  for (int64_t j = high; j < to; ++j) scores[j] = -INFINITY;
-  F top = load(scores);
-  for (int64_t j = L; j < to; j += L) top = greatest(top, load(scores + j));
-  float lanes[L], now = most;
+  std::fill(scores + from, scores + low, -INFINITY);
+  std::fill(scores + high, scores + to, -INFINITY);
+  F top = load(scores + from);
+  for (int64_t j = from + L; j < to; j += L) top = greatest(top, load(scores + j));
+  float lanes[L];
   store(lanes, top);
-  for (float lane : lanes) now = lane > now ? lane : now;
-  if (now == -INFINITY) now = 0.0f;  // all of them are NaN, and stay it
-  if (now > most) {
-    float factor[L];
-    store(factor, exponential(all(most - now)));
-    total *= factor[0];
-    for (int64_t i = 0; i < width; i += L) store(sums + i, load(sums + i) * all(factor[0]));
-    most = now;
-  }
+  for (float lane : lanes) most = lane > most ? lane : most;
+  if (most == -INFINITY) most = 0.0f;  // all of them are NaN, and stay it
   F found = all(0.0f);
-  for (int64_t j = 0; j < to; j += L) {
+  for (int64_t j = from; j < to; j += L) {
     const F weight = exponential(load(scores + j) - all(most));
     store(scores + j, weight);
     found += weight;
   }
-  total += sum(found);
+  total = sum(found);
+}
+
+// Asks for the codes of a page before they are needed.
+PALEY_INLINE void fetch(const Side& side, uint8_t* half, int32_t head) {
+  const uint8_t* codes = side.codes(half, head);
+  for (int64_t at = 0; at < PAGE * side.row_bytes; at += 64) __builtin_prefetch(codes + at);
+  for (int32_t g = 0; g < side.groups; ++g) {
+    for (int64_t at = 0; at < PAGE; at += 32) __builtin_prefetch(side.scales_of(half, head, g) + at);
+    if (side.affine) __builtin_prefetch(side.zeros_of(half, head, g));
+  }
 }
 
 template <class Integers>
 void attend_with(const AttendTask& task) {
   const Side &keys = *task.keys, &values = *task.values;
-  const int64_t wide = std::max(keys.padded, values.padded);
-  float *tile = task.scratch, *scores = tile + PAGE * wide;
-  Integers integers(task, scores + MAX_ROWS * PAGE);
-  for (int32_t r = 0; r < task.rows; ++r) task.most[r] = -INFINITY, task.total[r] = 0.0f;
-  std::fill_n(task.sums, int64_t{task.rows} * values.padded, 0.0f);
-  int64_t seen_low = task.end, seen_high = task.begin;  // what any query sees
+  const int64_t origin = task.begin, page_0 = origin / PAGE;  // places below are counted from there
+  int64_t low = task.end, high = origin;                      // what any query sees
   for (int32_t r = 0; r < task.rows; ++r) {
-    const int64_t low = task.window ? task.at[r] - task.window + 1 : 0;
-    seen_low = std::min(seen_low, low);
-    seen_high = std::max(seen_high, task.at[r] + 1);
+    low = std::min(low, task.window ? std::max(origin, task.at[r] - task.window + 1) : origin);
+    high = std::max(high, std::min(task.end, task.at[r] + 1));
   }
-  for (int64_t block = task.begin / PAGE * PAGE; block < task.end; block += PAGE) {
-    const int64_t low = std::max({block, task.begin, seen_low}) - block;
-    const int64_t high = std::min({block + PAGE, task.end, seen_high}) - block;
-    if (low >= high) continue;
-    const int64_t from = low / LANES * LANES, to = (high + LANES - 1) / LANES * LANES;
-    const Page& page = task.pages[block / PAGE];
-    uint8_t *key_half = page.keys.get(), *value_half = page.values.get();
-    if (integers.scores(key_half, from, to, scores)) {
+  low -= origin;
+  high -= origin;
+  std::fill_n(task.sums, int64_t{task.rows} * values.padded, 0.0f);
+  std::fill_n(task.most, task.rows, -INFINITY);
+  std::fill_n(task.total, task.rows, 0.0f);
+  if (low >= high) return;
+  float *tile = task.scratch, *scores = tile + PAGE * std::max(keys.padded, values.padded);
+  Integers integers(task, scores + MAX_ROWS * SEGMENT);
+  const int64_t from = low / LANES * LANES, to = (high + LANES - 1) / LANES * LANES;
+
+  for (int64_t block = from / PAGE * PAGE; block < to; block += PAGE) {
+    const Page* page = task.pages + page_0 + block / PAGE;
+    if (block + PAGE < to) fetch(keys, page[1].keys.get(), task.head);
+    if (block < low + PAGE) fetch(values, page[0].values.get(), task.head);
+    const int64_t begin = std::max(from - block, int64_t{0}), end = std::min(to - block, PAGE);
+    uint8_t* half = page->keys.get();
+    float* mine = scores + block;
+    if (integers.takes_keys()) {
+      integers.score(half, begin, end, mine);
     } else if (keys.bits == 16) {
-      const auto* halves = reinterpret_cast<const uint16_t*>(keys.codes(key_half, task.head));
-      score(task.queries, task.rows, keys.padded, halves, keys.width, from, to, scores);
+      const auto* halves = reinterpret_cast<const uint16_t*>(keys.codes(half, task.head));
+      score(task.queries, task.rows, keys.padded, halves, keys.width, begin, end, mine);
     } else {
-      decode(keys, key_half, task.head, from, to, tile);
-      score(task.queries, task.rows, keys.padded, tile, keys.width, from, to, scores);
+      decode(keys, half, task.head, begin, end, tile);
+      score(task.queries, task.rows, keys.padded, tile, keys.width, begin, end, mine);
     }
     if (task.base) {
-      add_scores(task.base, task.rows, task.table + block * task.base_width, task.base_width, low / 4 * 4, high,
-                 scores);
+      const int64_t last = std::min(high - block, PAGE);
+      add_scores(task.base, task.rows, task.table + (origin + block) * task.base_width, task.base_width, begin, last,
+                 mine);
     }
-    for (int32_t r = 0; r < task.rows; ++r) {
-      float* mine = scores + r * PAGE;
-      if (task.base && block == 0 && low == 0) mine[0] += task.first[r];
-      if (task.cap > 0) cap(mine + from, to - from, task.cap);
-      const int64_t begin = std::max(low, task.window ? task.at[r] - task.window + 1 - block : 0);
-      const int64_t end = std::min(high, task.at[r] + 1 - block);
-      soften(mine, begin, end, to, task.most[r], task.total[r], task.sums + int64_t{r} * values.padded, values.padded);
-    }
-    if (integers.weigh(value_half, scores, from, to)) {
-    } else if (values.bits == 16) {
-      const auto* halves = reinterpret_cast<const uint16_t*>(values.codes(value_half, task.head));
-      weigh(scores + low, task.rows, halves + low * values.width, values.width, high - low, task.sums, values.padded);
+  }
+
+  for (int32_t r = 0; r < task.rows; ++r) {
+    float* mine = scores + r * SEGMENT;
+    if (task.base && origin == 0 && low == 0) mine[0] += task.first[r];
+    if (task.cap > 0) cap(mine + from, to - from, task.cap);
+    const int64_t begin = std::max(low, task.window ? task.at[r] - task.window + 1 - origin : 0);
+    soften(mine, from, to, begin, std::min(high, task.at[r] + 1 - origin), task.most[r], task.total[r]);
+  }
+
+  if (integers.takes_values()) return integers.weigh(page_0, scores, from, to);
+  for (int64_t block = from / PAGE * PAGE; block < high; block += PAGE) {
+    const Page* page = task.pages + page_0 + block / PAGE;
+    if (block + PAGE < high) fetch(values, page[1].values.get(), task.head);
+    const int64_t begin = std::max(low - block, int64_t{0}), count = std::min(high - block, PAGE) - begin;
+    const float* weights = scores + block + begin;
+    uint8_t* half = page->values.get();
+    if (values.bits == 16) {
+      const auto* halves = reinterpret_cast<const uint16_t*>(values.codes(half, task.head)) + begin * values.width;
+      weigh(weights, task.rows, halves, values.width, count, task.sums, values.padded);
     } else {
-      decode(values, value_half, task.head, low, high, tile);
-      weigh(scores + low, task.rows, tile + low * values.padded, values.padded, high - low, task.sums, values.padded);
+      decode(values, half, task.head, begin, begin + count, tile);
+      weigh(weights, task.rows, tile + begin * values.padded, values.padded, count, task.sums, values.padded);
     }
   }
 }
@@ -335,8 +355,10 @@ void attend_with(const AttendTask& task) {
 // For processors that multiply no bytes: every code becomes a float.
 struct NoIntegers {
   NoIntegers(const AttendTask&, float*) {}
-  static bool scores(uint8_t*, int64_t, int64_t, float*) { return false; }
-  static bool weigh(uint8_t*, const float*, int64_t, int64_t) { return false; }
+  static bool takes_keys() { return false; }
+  static bool takes_values() { return false; }
+  static void score(uint8_t*, int64_t, int64_t, float*) {}
+  static void weigh(int64_t, const float*, int64_t, int64_t) {}
 };
 
 void join(float* most, float* total, float* to, float more_most, float more_total, const float* more, int32_t width) {

@@ -140,7 +140,7 @@ struct Rows {
   const float *step, *beside;
 };
 
-// scores [R, PAGE] of 16 T tokens
+// scores [R, SEGMENT] of 16 T tokens
 template <int B, int R, int T>
 PALEY_INLINE void score_codes(const Side& side, uint8_t* half, int32_t head, const Rows& q, int64_t token,
                               float* scores) {
@@ -169,26 +169,31 @@ PALEY_INLINE void score_codes(const Side& side, uint8_t* half, int32_t head, con
   }
   for (int r = 0; r < R; ++r) {
     for (int t = 0; t < T; ++t) {
-      store(scores + r * PAGE + token + LANES * t, (F)_mm512_mul_ps(total[r][t], _mm512_set1_ps(q.step[r])));
+      store(scores + r * SEGMENT + token + LANES * t, (F)_mm512_mul_ps(total[r][t], _mm512_set1_ps(q.step[r])));
     }
   }
 }
 
-// sums [R, padded] += weights times values, of the columns 16 z .. 16 (z + Z)
+// sums [R, padded] = weights times values, of the columns 16 z .. 16 (z + Z). pages: the first one of the segment.
 template <int B, int R, int Z>
-PALEY_INLINE void weigh_codes(const Side& side, const uint8_t* codes, const Rows& weights, int64_t z, int64_t from,
-                              int64_t to, float* sums) {
-  const Planes<B> planes(codes, side.padded / OCT, 4 * OCT);
+PALEY_INLINE void weigh_codes(const Side& side, const Page* pages, int32_t head, const Rows& weights, int64_t z,
+                              int64_t from, int64_t to, float* sums) {
   Sums<bytes_of(B), R, Z> found;
-  for (int64_t token = from; token < to; token += 4) {
-    __m512i values[Z];
-    PALEY_UNROLL for (int k = 0; k < Z; ++k) values[k] = planes.values(z + k, token * side.row_bytes);
-    found.add(values, weights.bytes + token, weights.row, weights.byte);
+  for (int64_t block = from / PAGE * PAGE; block < to; block += PAGE) {
+    const Page* page = pages + block / PAGE;
+    if (z == 0 && block + PAGE < to) fetch(side, page[1].values.get(), head);
+    const Planes<B> planes(side.codes(page->values.get(), head), side.padded / OCT, 4 * OCT);
+    const int64_t end = std::min(to - block, PAGE);
+    for (int64_t token = std::max(from - block, int64_t{0}); token < end; token += 4) {
+      __m512i values[Z];
+      PALEY_UNROLL for (int k = 0; k < Z; ++k) values[k] = planes.values(z + k, token * side.row_bytes);
+      found.add(values, weights.bytes + block + token, weights.row, weights.byte);
+    }
   }
   PALEY_UNROLL for (int r = 0; r < R; ++r) {
     PALEY_UNROLL for (int k = 0; k < Z; ++k) {
-      float* mine = sums + int64_t{r} * side.padded + LANES * (z + k);
-      store(mine, load(mine) + fused((F)found.total(r, k), all(weights.step[r]), all(weights.beside[r])));
+      store(sums + int64_t{r} * side.padded + LANES * (z + k),
+            fused((F)found.total(r, k), all(weights.step[r]), all(weights.beside[r])));
     }
   }
 }
@@ -202,42 +207,41 @@ struct Integers {
         w_beside(w_step + MAX_ROWS),
         q_bytes(reinterpret_cast<int8_t*>(w_beside + MAX_ROWS)),
         w_bytes(q_bytes + MOST_BYTES * MAX_ROWS * of.keys->padded) {
-    if (takes(*task.keys, QUAD * parts_together(task.keys->bits))) round_queries();
+    if (takes_keys()) round_queries();
   }
 
-  // scores [rows, PAGE] of the tokens [from, to), multiples of 16; -> whether they are taken.
-  bool scores(uint8_t* half, int64_t from, int64_t to, float* found) const {
-    const Side& side = *task.keys;
-    if (!takes(side, QUAD * parts_together(side.bits))) return false;
-    switch (side.bits) {
-      case 2: score_all<2>(half, from, to, found); break;
-      case 3: score_all<3>(half, from, to, found); break;
-      case 4: score_all<4>(half, from, to, found); break;
-      case 5: score_all<5>(half, from, to, found); break;
-      case 6: score_all<6>(half, from, to, found); break;
-      case 7: score_all<7>(half, from, to, found); break;
-      default: score_all<8>(half, from, to, found); break;
+  bool takes_keys() const { return takes(*task.keys, QUAD * parts_together(task.keys->bits)); }
+  bool takes_values() const { return takes(*task.values, LANES); }
+
+  // scores [rows, SEGMENT] of the tokens [from, to) of a page, multiples of 16.
+  void score(uint8_t* half, int64_t from, int64_t to, float* scores) const {
+    switch (task.keys->bits) {
+      case 2: return score_all<2>(half, from, to, scores);
+      case 3: return score_all<3>(half, from, to, scores);
+      case 4: return score_all<4>(half, from, to, scores);
+      case 5: return score_all<5>(half, from, to, scores);
+      case 6: return score_all<6>(half, from, to, scores);
+      case 7: return score_all<7>(half, from, to, scores);
+      default: return score_all<8>(half, from, to, scores);
     }
-    return true;
   }
 
-  // Adds values by the weights [rows, PAGE] of the tokens [from, to); -> whether they are taken.
-  bool weigh(uint8_t* half, const float* weights, int64_t from, int64_t to) {
+  // task.sums by the weights [rows, SEGMENT] of the places [from, to) of the segment that begins at a page.
+  void weigh(int64_t page, const float* weights, int64_t from, int64_t to) {
     const Side& side = *task.values;
-    if (!takes(side, LANES)) return false;
+    const Page* pages = task.pages + page;
     for (int32_t g = 0; g < side.groups; ++g) {
-      round_weights(half, g, weights, from, to);
+      round_weights(pages, g, weights, from, to);
       switch (side.bits) {
-        case 2: weigh_all<2>(half, g, from, to); break;
-        case 3: weigh_all<3>(half, g, from, to); break;
-        case 4: weigh_all<4>(half, g, from, to); break;
-        case 5: weigh_all<5>(half, g, from, to); break;
-        case 6: weigh_all<6>(half, g, from, to); break;
-        case 7: weigh_all<7>(half, g, from, to); break;
-        default: weigh_all<8>(half, g, from, to); break;
+        case 2: weigh_all<2>(pages, g, from, to); break;
+        case 3: weigh_all<3>(pages, g, from, to); break;
+        case 4: weigh_all<4>(pages, g, from, to); break;
+        case 5: weigh_all<5>(pages, g, from, to); break;
+        case 6: weigh_all<6>(pages, g, from, to); break;
+        case 7: weigh_all<7>(pages, g, from, to); break;
+        default: weigh_all<8>(pages, g, from, to); break;
       }
     }
-    return true;
   }
 
  private:
@@ -268,15 +272,15 @@ struct Integers {
     }
   }
 
-  void round_weights(uint8_t* half, int32_t g, const float* weights, int64_t from, int64_t to) {
+  void round_weights(const Page* pages, int32_t g, const float* weights, int64_t from, int64_t to) {
     const Side& side = *task.values;
     for (int64_t r = 0; r < task.rows; ++r) {
-      float product[PAGE];
+      float product[SEGMENT];
       __m512 most = _mm512_setzero_ps(), beside = _mm512_setzero_ps();
       for (int64_t t = from; t < to; t += LANES) {
-        const __m512 weight = (__m512)load(weights + r * PAGE + t);
+        const __m512 weight = (__m512)load(weights + r * SEGMENT + t);
         __m512 scale, start;  // where nothing is seen they may be anything
-        parameters(side, half, task.head, g, t, scale, start);
+        parameters(side, pages[t / PAGE].values.get(), task.head, g, t % PAGE, scale, start);
         const __mmask16 some = _mm512_cmp_ps_mask(weight, _mm512_setzero_ps(), _CMP_NEQ_UQ);
         const __m512 mine = _mm512_maskz_mul_ps(some, weight, scale);
         beside = _mm512_fmadd_ps(mine, start, beside);
@@ -288,7 +292,7 @@ struct Integers {
       w_beside[r] = sum((F)beside);
       for (int64_t t = from; t < to; t += LANES) {
         const __m512i whole = _mm512_cvtps_epi32((__m512)(load(product + t) * all(factor)));
-        put_bytes(whole, bytes_of(side.bits), w_bytes + r * PAGE + t, MAX_ROWS * PAGE);
+        put_bytes(whole, bytes_of(side.bits), w_bytes + r * SEGMENT + t, MAX_ROWS * SEGMENT);
       }
     }
   }
@@ -304,30 +308,29 @@ struct Integers {
   }
 
   template <int B>
-  void score_all(uint8_t* half, int64_t from, int64_t to, float* found) const {
+  void score_all(uint8_t* half, int64_t from, int64_t to, float* scores) const {
     const Side& side = *task.keys;
     each_rows([&](auto rows, int32_t r) {
       const Rows q{q_bytes + int64_t{r} * side.padded, side.padded, MAX_ROWS * side.padded, q_step + r,
                    q_sums + r * side.groups};
       int64_t t = from;
       for (; t + 2 * LANES <= to; t += 2 * LANES) {
-        score_codes<B, rows, 2>(side, half, task.head, q, t, found + r * PAGE);
+        score_codes<B, rows, 2>(side, half, task.head, q, t, scores + r * SEGMENT);
       }
-      if (t < to) score_codes<B, rows, 1>(side, half, task.head, q, t, found + r * PAGE);
+      if (t < to) score_codes<B, rows, 1>(side, half, task.head, q, t, scores + r * SEGMENT);
     });
   }
 
   template <int B>
-  void weigh_all(uint8_t* half, int32_t g, int64_t from, int64_t to) const {
+  void weigh_all(const Page* pages, int32_t g, int64_t from, int64_t to) const {
     const Side& side = *task.values;
     each_rows([&](auto rows, int32_t r) {
-      const Rows weights{w_bytes + r * PAGE, PAGE, MAX_ROWS * PAGE, w_step + r, w_beside + r};
+      const Rows weights{w_bytes + r * SEGMENT, SEGMENT, MAX_ROWS * SEGMENT, w_step + r, w_beside + r};
       float* sums = task.sums + int64_t{r} * side.padded;
       int64_t z = g * (side.group / LANES);
       const int64_t end = z + side.group / LANES;
-      const uint8_t* codes = side.codes(half, task.head);
-      for (; z + 2 <= end; z += 2) weigh_codes<B, rows, 2>(side, codes, weights, z, from, to, sums);
-      if (z < end) weigh_codes<B, rows, 1>(side, codes, weights, z, from, to, sums);
+      for (; z + 2 <= end; z += 2) weigh_codes<B, rows, 2>(side, pages, task.head, weights, z, from, to, sums);
+      if (z < end) weigh_codes<B, rows, 1>(side, pages, task.head, weights, z, from, to, sums);
     });
   }
 
@@ -335,5 +338,5 @@ struct Integers {
   // Of queries and of weights: scales [rows], sums of integers [rows, groups], what is added [rows]; bytes.
   float *q_step, *q_sums, *w_step, *w_beside;
   int8_t *q_bytes;  // [byte, row, padded]
-  int8_t *w_bytes;  // [byte, row, PAGE]
+  int8_t *w_bytes;  // [byte, row, SEGMENT]
 };

@@ -27,8 +27,8 @@ struct PlainTask {
   float factor;
 };
 
-// Attention of `rows` queries to the positions [begin, end) of one head of a context, within a segment. Query r is of
-// the token at position `at[r]`, and sees the positions (at[r] - window, at[r]].
+// Attention of `rows` queries to the positions [begin, end) of one head of a context, of a segment that starts at
+// `begin`. Query r is of the token at position `at[r]`, and sees the positions (at[r] - window, at[r]].
 struct AttendTask {
   const Side* keys;
   const Side* values;
@@ -73,11 +73,11 @@ struct Steps {
                int32_t width);
 };
 
-// A page of decoded values and scores; of integers (attention_integers.h) three floats and the sums of groups of each
+// A page of decoded values, and scores; for integers (attention_integers.h) three floats and the sums of groups of each
 // row, and three bytes of each value and weight.
 inline int64_t attend_scratch(const Side& keys, const Side& values) {
   const int64_t wide = keys.padded > values.padded ? keys.padded : values.padded;
-  return PAGE * wide + MAX_ROWS * (PAGE + 3 + keys.groups + 3 * (keys.padded + PAGE) / 4);
+  return PAGE * wide + MAX_ROWS * (SEGMENT + 3 + keys.groups + 3 * (keys.padded + SEGMENT) / 4);
 }
 
 extern const Steps STEPS_PORTABLE;
