@@ -27,8 +27,9 @@ std::vector<T> copied(const T* from, int32_t count) {
   return std::vector<T>(from, from + count);
 }
 
-Side side_of(const paley_side& how, int32_t heads) {
+Side side_of(const paley_side& how, int32_t heads, bool is_keys) {
   Side side{};
+  side.is_keys = is_keys;
   side.heads = heads;
   side.width = how.width;
   side.bits = how.bits;
@@ -113,7 +114,7 @@ Engine::Engine(const paley_model& m, int threads_wanted, int32_t level)
   }
   for (const paley_embedding& e : embeddings_) check(e.weight && e.width > 0 && e.rows >= m.vocabulary);
   for (const paley_attention& how : copied(m.attention, m.attentions)) {
-    Attention a{how, side_of(how.key_side, how.kv_heads), side_of(how.value_side, how.kv_heads)};
+    Attention a{how, side_of(how.key_side, how.kv_heads, true), side_of(how.value_side, how.kv_heads, false)};
     check(how.layer == static_cast<int32_t>(attentions_.size()) && how.heads % how.kv_heads == 0 && how.window >= 0);
     check(how.heads / how.kv_heads <= MAX_ROWS);
     wire(how.queries, int64_t{how.heads} * how.size);

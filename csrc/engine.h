@@ -57,6 +57,7 @@ struct Part {
 struct Scratch {
   std::vector<float> floats, attention, rows, joined;
   std::vector<uint8_t> codes, zeros;
+  std::vector<uint16_t> halves;
   std::vector<int64_t> positions;
 };
 

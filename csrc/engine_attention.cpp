@@ -68,24 +68,27 @@ void Engine::put_row(const Attention& a, const Row& row, const float* k, const f
 
 void Engine::put_side(const Side& side, const paley_rounding* how, const float* x, uint8_t* half, int64_t place,
                       Scratch& own) {
+  const auto halves = [&](const float* values, int32_t count) {
+    own.halves.resize(count);
+    steps_.put_half(values, count, own.halves.data());
+    return own.halves.data();
+  };
   if (side.bits == 16) {
-    for (int32_t head = 0; head < side.heads; ++head) {
-      steps_.put_half(x + int64_t{head} * side.width, side.width, side.row(half, head, place));
-    }
+    const uint16_t* stored = halves(x, side.heads * side.width);
+    for (int32_t head = 0; head < side.heads; ++head) side.put_halves(half, head, place, stored + head * side.width);
     return;
   }
   own.codes.resize(static_cast<size_t>(side.heads) * side.width);
   own.zeros.resize(static_cast<size_t>(side.heads) * side.groups);
   own.floats.resize(static_cast<size_t>(side.heads) * side.groups);
   round(*how, x, side.heads, nullptr, nullptr, own.codes.data(), own.floats.data(), own.zeros.data());
+  const uint16_t* scales = halves(own.floats.data(), side.heads * side.groups);
   for (int32_t head = 0; head < side.heads; ++head) {
-    pack_bits(own.codes.data() + int64_t{head} * side.width, side.width, side.bits, side.row(half, head, place),
-              side.row_bytes);
-    steps_.put_half(own.floats.data() + int64_t{head} * side.groups, side.groups,
-                    reinterpret_cast<uint8_t*>(side.scale(half, head, place)));
+    side.put_codes(half, head, place, own.codes.data() + int64_t{head} * side.width);
     for (int32_t g = 0; g < side.groups; ++g) {
       const int64_t at = int64_t{head} * side.groups + g;
-      if (side.affine) side.zero(half, head, place)[g] = own.zeros[at];
+      side.scales_of(half, head, g)[place] = scales[at];
+      if (side.affine) side.zeros_of(half, head, g)[place] = own.zeros[at];
     }
   }
 }

@@ -1,26 +1,59 @@
 #include "kv_cache.h"
 
+#include <algorithm>
+#include <cstring>
+
 namespace paley {
 
 void Side::lay_out() {
   padded = (width + LANES - 1) / LANES * LANES;
   groups = bits == 16 ? 0 : width / group;
-  row_bytes = bits == 16 ? int64_t{2} * width : (int64_t{width} * bits + 7) / 8;
+  row_bytes = 0;
+  for (const int32_t p : {8, 4, 2, 1}) {
+    if (bits != 16 && bits & p) {
+      row_bytes += is_keys ? 4 * plane_units((width + QUAD - 1) / QUAD, p) : OCT * plane_units(padded / OCT, p);
+    }
+  }
+  if (bits == 16) row_bytes = int64_t{2} * width;
   const int64_t rows = heads * PAGE;
   scales = (rows * row_bytes + ROOM + 1) / 2 * 2;
-  zeros = scales + rows * groups * 2;
-  bytes = zeros + (affine ? rows * groups : 0) + ROOM;
+  zeros = scales + int64_t{heads} * groups * PAGE * 2;
+  bytes = zeros + (affine ? int64_t{heads} * groups * PAGE : 0) + ROOM;
 }
 
-void pack_bits(const uint8_t* codes, int32_t n, int32_t bits, uint8_t* to, int64_t bytes) {
-  uint64_t held = 0;
-  int32_t count = 0;
-  int64_t at = 0;
-  for (int32_t i = 0; i < n; ++i) {
-    held |= uint64_t{codes[i]} << count;
-    for (count += bits; count >= 8; count -= 8, held >>= 8) to[at++] = static_cast<uint8_t>(held);
+void Side::put_codes(uint8_t* half, int32_t head, int64_t place, const uint8_t* row) const {
+  uint8_t* to = codes(half, head) + (is_keys ? 4 * place : place / 4 * 4 * row_bytes + place % 4);
+  const int64_t together = is_keys ? QUAD : OCT, parts = (is_keys ? width + QUAD - 1 : padded) / together;
+  int32_t below = 0;  // bits of the planes before
+  for (const int32_t p : {8, 4, 2, 1}) {
+    if (!(bits & p)) continue;
+    for (int64_t unit = 0; unit < plane_units(parts, p); ++unit) {
+      uint8_t held[OCT] = {};
+      for (int32_t shift = 0; shift < 8; shift += p) {
+        const int64_t first = (unit * 8 + shift) / p * together, last = std::min<int64_t>(first + together, width);
+        for (int64_t i = first; i < last; ++i) {
+          held[i - first] |= static_cast<uint8_t>((row[i] >> below & ((1 << p) - 1)) << shift);
+        }
+      }
+      if (is_keys) {
+        std::memcpy(to, held, QUAD);
+        to += 4 * PAGE;
+      } else {
+        for (int64_t i = 0; i < OCT; ++i) to[4 * i] = held[i];
+        to += 4 * OCT;
+      }
+    }
+    below += p;
   }
-  if (at < bytes) to[at] = static_cast<uint8_t>(held);
+}
+
+void Side::put_halves(uint8_t* half, int32_t head, int64_t place, const uint16_t* row) const {
+  auto* to = reinterpret_cast<uint16_t*>(codes(half, head));
+  if (!is_keys) {
+    std::copy_n(row, width, to + place * width);
+    return;
+  }
+  for (int32_t i = 0; i < width; ++i) to[i * PAGE + place] = row[i];
 }
 
 }  // namespace paley

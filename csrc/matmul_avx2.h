@@ -46,6 +46,7 @@ struct CodeTables {
       const int count = kind == PALEY_PAIRS4 ? 1 : kind == PALEY_PAIRS6 ? 4 : 16;
       for (int i = 0; i < 2 * count; ++i) sixteens[i / count][i % count] = biased(twice(table + 16 * i));
     }
+    for (int i = 0; i < 4 && kind == PALEY_TABLE6; ++i) sixteens[0][i] = biased(twice(table + 16 * i));
     for (int i = 0; i < 16 && is_trellis(kind); ++i) {
       halves[i / 4 % 2][i / 8 * 4 + i % 4] = twice(table + 16 * i);
       if (i < 8) sixteens[0][i] = biased(twice(table + 256 + 16 * i));
@@ -143,6 +144,12 @@ PALEY_INLINE void decode_at(const CodeTables& tables, const uint8_t* block, __m2
     const __m256i codes = load_bytes(block + STEP * 64 + V * 32);
     w0 = _mm256_shuffle_epi8(tables.first, low_bits(codes, 4));
     w1 = _mm256_shuffle_epi8(tables.first, low_bits(right<4>(codes), 4));
+  } else if constexpr (KIND == PALEY_TABLE6) {
+    const __m256i codes = load_bytes(block + STEP * 64 + V * 32);
+    const __m256i high = right<4 * (STEP % 2)>(load_bytes(block + 256 + STEP / 2 * 64 + V * 32));
+    const __m256i even[4] = {to_top<0>(high), to_top<1>(high)}, odd[4] = {to_top<2>(high), to_top<3>(high)};
+    w0 = pick<4>(tables.sixteens[0], low_bits(codes, 4), even);
+    w1 = pick<4>(tables.sixteens[0], low_bits(right<4>(codes), 4), odd);
   } else if constexpr (KIND == PALEY_TABLE2) {
     const __m256i codes = low_bits(right<4 * (STEP % 2)>(load_bytes(block + STEP / 2 * 64 + V * 32)), 4);
     w0 = _mm256_shuffle_epi8(tables.first, codes);

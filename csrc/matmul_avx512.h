@@ -28,6 +28,7 @@ struct CodeTables {
       const __m128i quarters = _mm_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
       second = _mm512_shuffle_epi8(first, _mm512_broadcast_i32x4(quarters));
     }
+    if (kind == PALEY_TABLE6) wide[0][0] = biased(load_bytes(table));
     for (int i = 0; i < 2; ++i) {
       if (kind == PALEY_PAIRS4) wide[i][0] = biased(_mm512_broadcast_i32x4(load_rows(table + 16 * i)));
       if (kind == PALEY_PAIRS6) wide[i][0] = biased(load_bytes(table + 64 * i));
@@ -123,6 +124,15 @@ PALEY_INLINE void decode_at(const CodeTables& tables, const uint8_t* block, __m5
     const __m512i codes = load_bytes(block + STEP * 64);
     w0 = _mm512_shuffle_epi8(tables.first, low_bits(codes, 4));
     w1 = _mm512_shuffle_epi8(tables.first, low_bits(right<4>(codes), 4));
+  } else if constexpr (KIND == PALEY_TABLE6) {  // permutations read the lower six bits of an index
+    const __m512i codes = load_bytes(block + STEP * 64), high = load_bytes(block + 256 + STEP / 2 * 64);
+    const __m512i even = STEP % 2 ? high : _mm512_slli_epi16(high, 4);
+    const __m512i odd = STEP % 2 ? right<2>(high) : _mm512_slli_epi16(high, 2);
+    const __m512i low = _mm512_set1_epi8(15);
+    constexpr int FIRST_OR_SECOND = 0xCA;  // by the bits of `low`
+    w0 = _mm512_permutexvar_epi8(_mm512_ternarylogic_epi32(low, codes, even, FIRST_OR_SECOND), tables.wide[0][0]);
+    w1 = _mm512_permutexvar_epi8(_mm512_ternarylogic_epi32(low, right<4>(codes), odd, FIRST_OR_SECOND),
+                                 tables.wide[0][0]);
   } else if constexpr (KIND == PALEY_TABLE2) {
     const __m512i codes = low_bits(right<4 * (STEP % 2)>(load_bytes(block + STEP / 2 * 64)), 4);
     w0 = _mm512_shuffle_epi8(tables.first, codes);

@@ -28,6 +28,7 @@ void matmul(const MatmulTask& task) {
     case PALEY_TABLE2: return product<PALEY_TABLE2, false>(task);
     case PALEY_TABLE3: return product<PALEY_TABLE3, false>(task);
     case PALEY_TABLE4: return product<PALEY_TABLE4, false>(task);
+    case PALEY_TABLE6: return product<PALEY_TABLE6, false, false>(task);
     case PALEY_OWN2: return product<PALEY_OWN2, false, false>(task);
     case PALEY_PAIRS4: return product<PALEY_PAIRS4, false, false>(task);
     case PALEY_PAIRS6: return product<PALEY_PAIRS6, false, false>(task);

@@ -66,6 +66,7 @@ constexpr int64_t block_bytes(Kind kind, bool fine) {
     case PALEY_PAIRS6: return 192;
     case PALEY_TABLE4:
     case PALEY_PAIRS8: return 256;
+    case PALEY_TABLE6: return 384;
     case PALEY_BYTES: return fine ? 256 : 512;
     case PALEY_WORDS: return 512;
     case PALEY_LOOK8:
@@ -87,6 +88,7 @@ constexpr int64_t table_bytes(Kind kind) {
     case PALEY_TABLE2:
     case PALEY_TABLE3:
     case PALEY_TABLE4: return 16;
+    case PALEY_TABLE6: return 64;
     case PALEY_PAIRS4: return 2 * 16;
     case PALEY_PAIRS6: return 2 * 64;
     case PALEY_PAIRS8: return 2 * 256;

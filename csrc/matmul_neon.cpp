@@ -22,6 +22,7 @@ struct CodeTables {
 
   CodeTables(Kind kind, const uint8_t* table) : first(vdupq_n_u8(0)), wide{}, table(table), points(table) {
     if (kind <= PALEY_TABLE4) first = vld1q_u8(table);
+    for (int at = 0; kind == PALEY_TABLE6 && at < 64; at += 16) wide[0][0].val[at / 16] = vld1q_u8(table + at);
     const int bytes = kind == PALEY_PAIRS4 ? 16 : kind == PALEY_PAIRS6 ? 64 : kind == PALEY_PAIRS8 ? 256 : 0;
     for (int at = 0; at < 2 * bytes; at += 16) {
       wide[at / bytes][at % bytes / 64].val[at % bytes % 64 / 16] = vld1q_u8(table + at);
@@ -89,6 +90,12 @@ struct Lanes {
     if constexpr (KIND == PALEY_TABLE4) {
       const uint8x16_t codes = vld1q_u8(block + STEP * 64 + 16 * v);
       a = vqtbl1q_u8(tables.first, low_bits(codes, 4)), b = vqtbl1q_u8(tables.first, right<4>(codes));
+    } else if constexpr (KIND == PALEY_TABLE6) {
+      const uint8x16_t codes = vld1q_u8(block + STEP * 64 + 16 * v);
+      const uint8x16_t high = right<4 * (STEP % 2)>(vld1q_u8(block + 256 + STEP / 2 * 64 + 16 * v));
+      a = vorrq_u8(low_bits(codes, 4), vshlq_n_u8(low_bits(high, 2), 4));
+      b = vorrq_u8(right<4>(codes), vshlq_n_u8(low_bits(right<2>(high), 2), 4));
+      a = vqtbl4q_u8(tables.wide[0][0], a), b = vqtbl4q_u8(tables.wide[0][0], b);
     } else if constexpr (KIND == PALEY_TABLE2 || KIND == PALEY_TABLE3 || KIND == PALEY_OWN2) {
       const uint8x16_t codes = right<4 * (STEP % 2)>(vld1q_u8(block + STEP / 2 * 64 + 16 * v));
       a = low_bits(codes, 2), b = low_bits(right<2>(codes), 2);

@@ -43,6 +43,9 @@ PALEY_INLINE void put_code(uint8_t* block, int d, int r, int i, uint32_t code) {
     case PALEY_TABLE3:
       put_bits(block + step / 2 * 64 + single, 4 * (step % 2) + 2 * odd, code & 3);
       return put_bits(block + 128 + single, d, code >> 2);
+    case PALEY_TABLE6:
+      put_bits(block + step * 64 + single, 4 * odd, code & 15);
+      return put_bits(block + 256 + step / 2 * 64 + single, d % 4 * 2, code >> 4);
     case PALEY_PAIRS4: return put_bits(block + step / 2 * 64 + pair, 4 * (step % 2), code);
     case PALEY_PAIRS6:
       put_bits(block + step / 2 * 64 + pair, 4 * (step % 2), code & 15);
@@ -90,7 +93,7 @@ void put_table(const MatrixSource& s, uint8_t* table) {
 
 bool good_values(const MatrixSource& s) {
   static constexpr int32_t most[] = {4, 8, 16, 4, 16, 64, 256, 256, 512, 1024, 4096, 1 << 20, 1 << 20,
-                                     2, 8, 4, 32, 8, 128, 16, 32};
+                                     2, 8, 4, 32, 8, 128, 16, 32, 64};
   if (s.points < 1 || s.points > most[static_cast<int>(s.kind)]) return false;
   if (is_trellis(kind_of(s))) {
     const auto inside = [](int16_t low, int16_t high) { return [=](int16_t x) { return x >= low && x <= high; }; };
@@ -228,6 +231,7 @@ PackGroup packer(Kind kind) {
     case PALEY_TABLE2: return pack_codes<PALEY_TABLE2>;
     case PALEY_TABLE3: return pack_codes<PALEY_TABLE3>;
     case PALEY_TABLE4: return pack_codes<PALEY_TABLE4>;
+    case PALEY_TABLE6: return pack_codes<PALEY_TABLE6>;
     case PALEY_OWN2: return pack_codes<PALEY_OWN2>;
     case PALEY_PAIRS4: return pack_codes<PALEY_PAIRS4>;
     case PALEY_PAIRS6: return pack_codes<PALEY_PAIRS6>;

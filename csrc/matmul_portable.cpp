@@ -140,6 +140,9 @@ struct Lanes {
         int code;
         if constexpr (KIND == PALEY_TABLE4) {
           code = block[step * 64 + at] >> 4 * odd & 15;
+        } else if constexpr (KIND == PALEY_TABLE6) {
+          code = block[step * 64 + at] >> 4 * odd & 15;
+          code |= (block[256 + step / 2 * 64 + at] >> d % 4 * 2 & 3) << 4;
         } else {
           code = block[step / 2 * 64 + at] >> (4 * (step % 2) + 2 * odd) & 3;
           if (KIND == PALEY_TABLE3) code |= (block[128 + at] >> d & 1) << 2;

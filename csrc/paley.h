@@ -207,7 +207,8 @@ enum paley_matrix_kind {
   PALEY_TRELLIS3_5 = 18,
   PALEY_TRELLIS4 = 19,
   PALEY_TRELLIS5 = 20,
-  PALEY_KINDS = 21,
+  PALEY_TABLE6 = 21,  // as TABLE4, of 64 points
+  PALEY_KINDS = 22,
 };
 
 // What paley_pack_matrix makes a blob of. A value is table_scale * scale * (point - zero).

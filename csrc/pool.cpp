@@ -1,5 +1,6 @@
 #include "pool.h"
 
+#include <algorithm>
 #include <chrono>
 #include <condition_variable>
 #include <utility>
@@ -15,6 +16,7 @@ namespace paley {
 namespace {
 
 using Clock = std::chrono::steady_clock;
+using std::chrono::milliseconds;
 constexpr uint32_t CLOSED = 1u << 31;
 constexpr auto PATIENCE = std::chrono::microseconds(100);  // a sleeping thread needs some 50 to come back
 
@@ -78,10 +80,11 @@ Pool::~Pool() {
 }
 
 void Pool::run(int64_t count, Call call, const void* data) {
-  if (workers_.empty() || count <= 1) {
+  if (workers_.empty() || count <= 1 || alone()) {
     for (int64_t item = 0; item < count; ++item) call(data, item, 0);
     return;
   }
+  const Clock::time_point start = Clock::now();
   call_ = call;
   data_ = data;
   count_ = count;
@@ -91,12 +94,28 @@ void Pool::run(int64_t count, Call call, const void* data) {
   if (asleep_.load()) wake(job_);
   take(0);
   state_.fetch_or(CLOSED);
-  if (!spin([this] { return state_.load(std::memory_order_acquire) == CLOSED; })) {
-    waiting_.store(true);
-    for (uint32_t state; (state = state_.load()) != CLOSED;) sleep_while(state_, state);
-    waiting_.store(false);
-  }
+  if (!spin([this] { return state_.load(std::memory_order_acquire) == CLOSED; })) wait(start);
   if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
+}
+
+bool Pool::alone() {
+  if (!is_alone_) return false;
+  is_alone_ = Clock::now() < alone_until_;
+  return is_alone_;
+}
+
+// Sleeps until the last worker has left. If most of a job's time went by so, the next ones are done without workers.
+void Pool::wait(Clock::time_point start) {
+  const Clock::time_point asleep = Clock::now();
+  waiting_.store(true);
+  for (uint32_t state; (state = state_.load()) != CLOSED;) sleep_while(state_, state);
+  waiting_.store(false);
+  const Clock::time_point end = Clock::now();
+  if (end - asleep < asleep - start) return;
+  const bool again = end - alone_until_ < alone_for_;  // soon after the last time
+  alone_for_ = again ? std::min<Clock::duration>(2 * alone_for_, milliseconds(200)) : milliseconds(20);
+  alone_until_ = end + alone_for_;
+  is_alone_ = true;
 }
 
 void Pool::take(int thread) {

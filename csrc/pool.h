@@ -5,6 +5,7 @@
 #include <stdint.h>
 
 #include <atomic>
+#include <chrono>
 #include <exception>
 #include <mutex>
 #include <thread>
@@ -32,7 +33,11 @@ class Pool {
  private:
   using Call = void (*)(const void* data, int64_t item, int thread);
 
+  using Clock = std::chrono::steady_clock;
+
   void run(int64_t count, Call call, const void* data);
+  bool alone();
+  void wait(Clock::time_point start);
   void take(int thread);
   bool enter();
   void leave();
@@ -45,6 +50,10 @@ class Pool {
   std::mutex lock_;
   std::exception_ptr error_;
   std::atomic<bool> stop_{false};
+  // While another process has a core, who shares it with that one is waited for longer than its help is worth.
+  bool is_alone_ = false;  // the caller works alone until then, next time for longer
+  Clock::time_point alone_until_{};
+  Clock::duration alone_for_{};
   alignas(64) std::atomic<uint32_t> job_{0};  // its number
   std::atomic<int32_t> asleep_{0};            // workers that must be woken for a job
   alignas(64) std::atomic<int64_t> next_{0};

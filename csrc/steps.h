@@ -27,8 +27,8 @@ struct PlainTask {
   float factor;
 };
 
-// Attention of `rows` queries to the positions [begin, end) of one head of a context, less than SEGMENT of them and
-// within a segment. Query r is of the token at position `at[r]`, and sees the positions (at[r] - window, at[r]].
+// Attention of `rows` queries to the positions [begin, end) of one head of a context, of a segment that starts at
+// `begin`. Query r is of the token at position `at[r]`, and sees the positions (at[r] - window, at[r]].
 struct AttendTask {
   const Side* keys;
   const Side* values;
@@ -65,17 +65,19 @@ struct Steps {
   void (*gate)(const float* gate, const float* up, int64_t n, int32_t activation, float* y);
   void (*cap)(float* x, int64_t n, float cap);
   void (*plain)(const PlainTask& task);
-  // Writes values [width] at a place of a page, as they are in a 16-bit side, or codes [width] with scales and zeros.
-  void (*put_half)(const float* values, int32_t width, uint8_t* to);
+  // Values [n] as float16, the largest finite one for what is beyond it.
+  void (*put_half)(const float* values, int32_t n, uint16_t* to);
   void (*attend)(const AttendTask& task);
   // Joins the results of two parts of the positions, the first in place.
   void (*join)(float* most, float* total, float* sums, float more_most, float more_total, const float* more_sums,
                int32_t width);
 };
 
+// A page of decoded values, and scores; for integers (attention_integers.h) three floats and the sums of groups of each
+// row, and three bytes of each value and weight.
 inline int64_t attend_scratch(const Side& keys, const Side& values) {
   const int64_t wide = keys.padded > values.padded ? keys.padded : values.padded;
-  return BLOCK_ROWS * wide + MAX_ROWS * BLOCK_ROWS;
+  return PAGE * wide + MAX_ROWS * (SEGMENT + 3 + keys.groups + 3 * (keys.padded + SEGMENT) / 4);
 }
 
 extern const Steps STEPS_PORTABLE;

@@ -16,6 +16,7 @@ namespace paley::steps_avx2 {
 
 #include "steps_body.h"
 #include "attention_body.h"
+void attend(const AttendTask& task) { attend_with<NoIntegers>(task); }
 }  // namespace paley::steps_avx2
 PALEY_TARGET_END
 

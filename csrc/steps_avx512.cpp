@@ -6,17 +6,20 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "engine_abi.h"
 #include "steps.h"
 
 #pragma GCC diagnostic ignored "-Wuninitialized"  // false alarms in gcc 12's own header
-PALEY_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw")
+PALEY_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512vnni")
 namespace paley::steps_avx512 {
 #include "wide_avx512.h"
 
 #include "steps_body.h"
 #include "attention_body.h"
+#include "attention_integers.h"
+void attend(const AttendTask& task) { attend_with<Integers>(task); }
 }  // namespace paley::steps_avx512
 PALEY_TARGET_END
 

@@ -12,6 +12,7 @@ namespace steps_portable {
 
 #include "steps_body.h"
 #include "attention_body.h"
+void attend(const AttendTask& task) { attend_with<NoIntegers>(task); }
 }  // namespace steps_portable
 
 const Steps STEPS_PORTABLE = {steps_portable::norm,     steps_portable::rotate, steps_portable::base,

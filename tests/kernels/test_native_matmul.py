@@ -147,7 +147,22 @@ def test_products_are_those_of_the_integers_on_every_level(grid: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "grid", ["int4", "uint3", "gauss3", "gauss2", "free2", "p2n64", "p2n256", "p4n256", "p4n4096", "p2n4096", "int8"]
+    "grid",
+    [
+        "int4",
+        "uint3",
+        "gauss3",
+        "gauss2",
+        "p1n64",
+        "gauss5",
+        "free2",
+        "p2n64",
+        "p2n256",
+        "p4n256",
+        "p4n4096",
+        "p2n4096",
+        "int8",
+    ],
 )
 @pytest.mark.parametrize("tokens", [1, 2, 4, 7, 17, 50])
 def test_ragged_shapes(grid: str, tokens: int) -> None:

@@ -35,6 +35,7 @@ def test_rivals_take_turns(folder, monkeypatch):
     assert data["ratios"]["bf16"]["decode"] == pytest.approx(data["speed"]["decode"] / data["rivals"]["bf16"]["decode"])
     assert found.bytes_per_token is not None
     assert found.bytes_per_token > 2 * 48 * 48
+    assert data["bandwidth_of_one"] > 0
     assert found.share == pytest.approx(found.bytes_per_token * found.speed.decode / found.bandwidth)
 
 

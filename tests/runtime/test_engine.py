@@ -237,6 +237,24 @@ def test_the_portable_code_has_the_same_meaning(folder, engine, monkeypatch):
     assert float((found - wanted).abs().max()) < 2e-5 * float(wanted.std())
 
 
+@pytest.mark.parametrize("bits", ["k2v7", "k3v6", "k4v5", "k5v4", "k6v3", "k7v2", "k8v8"])
+def test_codes_of_every_width_are_read_alike(tmp_path, tiny_tokenizer, bits, monkeypatch):
+    """By products of integers, or as floats: the same logits but for their last bits, over two pages.
+
+    In some texts a value lies on the edge of a rounding step and falls to the other side; not in all of them.
+    """
+    folder = quantized(tmp_path, tiny_tokenizer, f"higgs-w4a16{bits}", qwen=True)
+    texts = [[(factor * i) % 250 + 5 for i in range(70)] for factor in (3, 7, 11, 13)]
+    found = []
+    for level in (native.best_planes_level(), "portable"):
+        monkeypatch.setattr(native, "best_planes_level", lambda level=level: level)
+        mine = Engine.open(folder, threads=2)
+        found.append([read(mine, text) for text in texts])
+    apart = [float((a - b).abs().max() / b.std()) for a, b in zip(*found, strict=True)]
+    assert min(apart) < 1e-4
+    assert max(apart) < 0.25
+
+
 def test_memory_stays_flat(engine):
     """Contexts come and go; what they hold is given back."""
 

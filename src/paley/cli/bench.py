@@ -65,7 +65,7 @@ def _lines(found: Bench) -> list[str]:
     if found.bytes_per_token is not None and found.share is not None:
         lines.append(
             f"  {found.bytes_per_token:,} bytes a token: {found.share:.0%} of the {found.bandwidth / 1e9:.1f} GB/s "
-            "that memory gives"
+            f"that memory gives, {found.bandwidth_of_one / 1e9:.1f} to one thread"
         )
     for name, speed in found.rivals.items():
         lines.append(

@@ -34,7 +34,7 @@ __all__ = [
 LEVELS = ("portable", "avx2", "avx512", "", "", "avx2_vnni", "amx", "neon")  # paley_level of csrc/paley.h
 KINDS = (
     "table2", "table3", "table4", "own2", "pairs4", "pairs6", "pairs8", "look8", "look9", "look10", "look12",
-    "bytes", "words", *(f"trellis{rate}" for rate in ("1", "1.5", "2", "2.5", "3", "3.5", "4", "5")),
+    "bytes", "words", *(f"trellis{rate}" for rate in ("1", "1.5", "2", "2.5", "3", "3.5", "4", "5")), "table6",
 )  # fmt: skip
 _SEGMENT = 64  # columns of inputs that share a scale, if the scheme does not say
 _TURNED = 256  # likewise, at most, of inputs that a Hadamard transform makes nearly Gaussian: none sticks out
@@ -117,7 +117,7 @@ def fastest(made: Plan) -> Plan:
 
     Without permutations of bytes across a register (AVX-512 VBMI), codes of 8 bits and more are looked up one by one.
     """
-    slow = made.kind.startswith(("look", "trellis")) or made.kind == "pairs8"
+    slow = made.kind.startswith(("look", "trellis")) or made.kind in ("pairs8", "table6")
     if not slow or best_level() in ("avx512", "amx"):
         return made
     return replace(made, kind="words" if made.fine else "bytes", p=1)
@@ -190,8 +190,9 @@ def _kind(grid: AnyGrid, fine: bool, group: int) -> str:
         whole, scale, _ = integers(grid, LIMITS[1])
         return "bytes" if scale == 1.0 and int(whole.min()) >= -128 and int(whole.max()) <= 127 else "words"
     if grid.p <= 2:
-        sizes = {4: "table2", 8: "table3", 16: "table4"} if grid.p == 1 else {16: "pairs4", 64: "pairs6", 256: "pairs8"}
-        return next((kind for size, kind in sizes.items() if grid.size <= size), "bytes")
+        tables, pairs = (2, 3, 4, 6), (4, 6, 8)
+        sizes = [(b, f"table{b}") for b in tables] if grid.p == 1 else [(b, f"pairs{b}") for b in pairs]
+        return next((kind for bits, kind in sizes if grid.size <= 2**bits), "bytes")
     return f"look{look}" if grid.p <= 4 and look else "bytes"
 
 

@@ -39,8 +39,8 @@ class Speed:
 class Bench:
     """engine: "native", or "transformers" for `reason`. bytes_per_token: what a new token reads, cache included.
 
-    bandwidth: bytes a second that all threads read from memory; share: what decoding reads of it. rivals: their speeds
-    in the same rounds.
+    bandwidth: bytes a second that all threads read from memory, bandwidth_of_one: that one reads alone; share: what
+    decoding reads of the first. rivals: their speeds in the same rounds.
     """
 
     folder: str
@@ -52,6 +52,7 @@ class Bench:
     speed: Speed
     bytes_per_token: int | None
     bandwidth: float
+    bandwidth_of_one: float
     share: float | None
     rivals: dict[str, Speed] = field(default_factory=dict)
 
@@ -153,7 +154,8 @@ def bench(
         for name in against:
             runners[name] = _rival(name, path, gguf, threads, room)
         speeds = _measure(runners, decoder.vocabulary, prompt_tokens, new_tokens, rounds, on_round)
-        bandwidth = read_bandwidth()
+        bandwidth = read_bandwidth(threads)
+        of_one = read_bandwidth(1)
         read = None
         if isinstance(decoder, Engine):
             context = decoder.start()
@@ -165,7 +167,7 @@ def bench(
     return Bench(
         folder=str(folder), engine="native" if reason is None else "transformers", reason=reason, threads=threads,
         prompt_tokens=prompt_tokens, new_tokens=new_tokens, speed=own, bytes_per_token=read, bandwidth=bandwidth,
-        share=None if read is None else read * own.decode / bandwidth, rivals=speeds,
+        bandwidth_of_one=of_one, share=None if read is None else read * own.decode / bandwidth, rivals=speeds,
     )  # fmt: skip
 
 
@@ -216,12 +218,16 @@ def _measure(
     return {name: Speed(statistics.median(a), statistics.median(b)) for name, (a, b) in times.items()}
 
 
-def read_bandwidth() -> float:
-    """Bytes a second that torch's threads read from memory: the best of three streaming reads."""
+def read_bandwidth(threads: int | None = None) -> float:
+    """Bytes a second that so many threads read from memory, torch's own number by default: the best of five reads."""
     data = torch.ones(_BYTES // 4)
-    best = 0.0
-    for _ in range(3):
-        start = time.perf_counter()
-        data.sum()
-        best = max(best, _BYTES / (time.perf_counter() - start))
+    best, before = 0.0, torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        for _ in range(5):
+            start = time.perf_counter()
+            data.sum()
+            best = max(best, _BYTES / (time.perf_counter() - start))
+    finally:
+        torch.set_num_threads(before)
     return best
