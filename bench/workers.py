@@ -28,7 +28,7 @@ from paley.model.loading import open_source
 from paley.pipeline.worker_memory import of_scores, of_trials
 
 WAYS = {"processes": ["--workers", "2"], "ray": ["--ray", "--workers", "2"]}
-SIZES = {"sensitivity": (2, 256), "eval": (64, 512)}  # sequences, tokens of each
+SIZES = {"sensitivity": (2, 256), "eval": (48, 512)}  # sequences, tokens of each
 
 
 def workers_of(pid: int) -> dict[int, int]:
