@@ -32,6 +32,7 @@ PRESETS = {  # preset -> targets
     "mlx-4": ("mlx",), "mlx-8": ("mlx",),
 }  # fmt: skip
 QUICK = ["test=null", "weights.method=nearest", "weights.scale_search=absmax", "fit_groups=true"]
+EVEN = {"gguf-q4_0": "int4", "gguf-q5_0": "int5"}  # grids that absmax leaves without an offset
 Logits = Callable[[list[int]], Tensor]  # ids -> [tokens, vocabulary]
 
 
@@ -114,7 +115,7 @@ def main() -> None:
         if not wanted:
             continue
         with tempfile.TemporaryDirectory() as place:
-            recipe = apply_settings(preset(name), QUICK)
+            recipe = apply_settings(preset(name), [*QUICK, *([f"weights.grid={EVEN[name]}"] if name in EVEN else [])])
             out = paley.quantize(arguments.model, recipe, output=Path(place, "out")).output
             model = paley.load(out, product="dense")
             for to in wanted:
