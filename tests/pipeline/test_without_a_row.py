@@ -34,7 +34,7 @@ def test_gptq_loses_less_than_rounding_to_nearest(kind, tmp_path):
     save_type(kind, tmp_path)
     source = open_source(tmp_path)
     original = source.load()
-    assert lost(source, original) < 0.85 * lost(source, original, "weights.method=nearest")
+    assert lost(source, original) < 0.9 * lost(source, original, "weights.method=nearest")
 
 
 def test_slopes_of_a_model_without_a_row(tmp_path):

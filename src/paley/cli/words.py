@@ -58,7 +58,10 @@ _FLAGS = {
     "resume": "--resume",
     "weights_only": "--weights-only",
 }
-_OF_VERBS = {"dequantize": {"dtype": "--dtype"}, "generate": {"seed": "--seed"}, "chat": {"seed": "--seed"}}
+_OF_VERBS = {
+    "dequantize": {"dtype": "--dtype"}, "generate": {"seed": "--seed"}, "chat": {"seed": "--seed"},
+    "sensitivity": {"method": "--method"},
+}  # fmt: skip
 _VERBS = {"measure_sensitivity": "sensitivity", "score": "eval"}
 
 
