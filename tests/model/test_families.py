@@ -185,7 +185,9 @@ def test_the_residual_target_counts_what_a_block_adds():
     times = adapter.model.config.residual_multiplier
     wanted = (original + times * y - hidden) / times
     scale = (original + times * y).square().mean(-1, keepdim=True).rsqrt()
-    with ComparedBlock(runner, block, copy.deepcopy(block.module), hidden, original, [site], "residual_stream", lambda _, h: h) as both:
+    with ComparedBlock(
+        runner, block, copy.deepcopy(block.module), hidden, original, [site], "residual_stream", lambda _, h: h
+    ) as both:
         read = both.statistics(site, [alike])[alike]
     aim = (wanted * scale).flatten(0, 1).T @ (x * scale).flatten(0, 1)
     assert float((read.aim - aim).norm() / aim.norm()) < 0.01
