@@ -27,11 +27,11 @@ def of_trials(sites: Sites, blocks: TokenBlocks, *, paged: bool, own_head: bool)
     if paged:
         held = _outer(sites) + max(_block(sites, index) for index in range(sites.blocks))
     tokens, row = blocks.ids.numel(), FLOAT * sites.head.shape[1]
-    noise = _NOISY * FLOAT * max(site.numel for site in sites.weights)
-    values = tokens * sites.head.shape[0]
-    logits = min(KEPT, FLOAT * values) + _LOGITS * FLOAT * min(LOGITS, values)
+    noisy, values = FLOAT * max(site.numel for site in sites.weights), tokens * sites.head.shape[0]
+    kept, compared = min(KEPT, FLOAT * values), _LOGITS * FLOAT * min(LOGITS, values)
     states = 3 * tokens * row + _ACTIVATIONS * _batch(blocks) * (row + FLOAT * _widest(sites))
-    return round(COSTS.base + held + own_head * FLOAT * sites.head.numel + max(noise, logits) + states)
+    at_work = max(_NOISY * noisy, noisy + compared)
+    return round(COSTS.base + held + own_head * FLOAT * sites.head.numel + kept + at_work + states)
 
 
 def of_scores(sites: Sites, blocks: TokenBlocks, *, compared: bool) -> int:
