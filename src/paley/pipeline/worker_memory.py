@@ -11,7 +11,7 @@ from paley.pipeline.costs import COSTS, FLOAT
 
 __all__ = ["of_scores", "of_tensors", "of_trials"]
 
-_LOGITS = 8  # tensors of logits that a comparison has at a time
+_LOGITS = 10  # tensors of logits that a comparison has at a time, with what the allocator keeps
 _NOISY = 4  # a weight as it was, its noise, that by its size, and the sum
 _ACTIVATIONS = 6  # what a block holds of a batch: times the hidden states, and the widest input
 
