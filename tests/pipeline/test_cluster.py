@@ -6,6 +6,7 @@ import os
 import signal
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -99,6 +100,17 @@ def test_an_address_that_does_not_answer(address, complaint):
     pytest.importorskip("ray")
     with pytest.raises(PaleyError, match=complaint), cluster(address, 1):
         pass
+
+
+def test_what_ray_prints_is_no_output(monkeypatch, capsys):
+    """Of workers that died, for example: it would stand amid the JSON of --json."""
+    names = {"init": lambda **_: None, "shutdown": lambda: None, "cluster_resources": lambda: {"CPU": 2.0}}
+    monkeypatch.setattr(clusters, "import_module", lambda name: SimpleNamespace(**names))
+    with cluster(LOCAL, 2) as pool:
+        print("(raylet) A worker died")
+    assert pool.workers == 2
+    print("{}")
+    assert capsys.readouterr() == ("{}\n", "(raylet) A worker died\n")
 
 
 def test_without_ray_it_says_what_to_install(monkeypatch):

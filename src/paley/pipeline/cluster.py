@@ -15,7 +15,7 @@ import secrets
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -149,7 +149,8 @@ def cluster(address: str, workers: int, *, resumes: bool = True) -> Iterator[Poo
             remedy=("start a cluster (`ray start --head`), or leave ", Setting("ray_address"), " out"),
         ) from None
     try:
-        yield Ray(ray, int(ray.cluster_resources().get("CPU", 1)), resumes, address == LOCAL)
+        with redirect_stdout(sys.stderr):  # Ray tells there of workers that died, amid what --json prints
+            yield Ray(ray, int(ray.cluster_resources().get("CPU", 1)), resumes, address == LOCAL)
     finally:
         ray.shutdown()
 

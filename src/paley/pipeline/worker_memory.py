@@ -13,7 +13,7 @@ from paley.pipeline.costs import COSTS, FLOAT
 __all__ = ["of_gradients", "of_scores", "of_tensors", "of_trials"]
 
 _CHANCES = 3  # tensors of logits as gradients begin there
-_LOGITS = 8  # tensors of logits that a comparison has at a time
+_LOGITS = 10  # tensors of logits that a comparison has at a time, with what the allocator keeps
 _NOISY = 4  # a weight as it was, its noise, that by its size, and the sum
 _ACTIVATIONS = 6  # what a block holds of a batch: times the hidden states, and the widest input
 
@@ -29,11 +29,11 @@ def of_trials(sites: Sites, blocks: TokenBlocks, *, paged: bool, own_head: bool)
     if paged:
         held = _outer(sites) + max(_block(sites, index) for index in range(sites.blocks))
     tokens, row = blocks.ids.numel(), FLOAT * sites.head.shape[1]
-    noise = _NOISY * FLOAT * max(site.numel for site in sites.weights)
-    values = tokens * sites.head.shape[0]
-    logits = min(KEPT, FLOAT * values) + _LOGITS * FLOAT * min(LOGITS, values)
+    noisy, values = FLOAT * max(site.numel for site in sites.weights), tokens * sites.head.shape[0]
+    kept, compared = min(KEPT, FLOAT * values), _LOGITS * FLOAT * min(LOGITS, values)
     states = 3 * tokens * row + _ACTIVATIONS * _batch(blocks) * (row + FLOAT * _widest(sites))
-    return round(COSTS.base + held + own_head * FLOAT * sites.head.numel + max(noise, logits) + states)
+    at_work = max(_NOISY * noisy, noisy + compared)
+    return round(COSTS.base + held + own_head * FLOAT * sites.head.numel + kept + at_work + states)
 
 
 def of_gradients(sites: Sites, seq_len: int) -> int:
