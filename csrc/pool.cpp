@@ -104,14 +104,15 @@ bool Pool::alone() {
   return is_alone_;
 }
 
-// Sleeps until the last worker has left. If most of a job's time went by so, the next ones are done without workers.
+// Sleeps until the last worker has left. If the job was a short one, the next ones are done without workers: each
+// would be held up like this one, which takes longer than doing all of it.
 void Pool::wait(Clock::time_point start) {
-  const Clock::time_point asleep = Clock::now();
+  const bool is_short = Clock::now() - start < 10 * PATIENCE;
   waiting_.store(true);
   for (uint32_t state; (state = state_.load()) != CLOSED;) sleep_while(state_, state);
   waiting_.store(false);
+  if (!is_short) return;
   const Clock::time_point end = Clock::now();
-  if (end - asleep < asleep - start) return;
   const bool again = end - alone_until_ < alone_for_;  // soon after the last time
   alone_for_ = again ? std::min<Clock::duration>(2 * alone_for_, milliseconds(200)) : milliseconds(20);
   alone_until_ = end + alone_for_;
