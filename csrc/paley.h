@@ -7,7 +7,7 @@
 
 #include <stdint.h>
 
-#define PALEY_ABI_VERSION 11
+#define PALEY_ABI_VERSION 12
 
 #if defined(_WIN32)
 #define PALEY_EXPORT __declspec(dllexport)
@@ -127,6 +127,11 @@ PALEY_EXPORT int32_t paley_trellis_codes(const paley_trellis* trellis, int32_t r
                                          int64_t scale_row, int64_t scale_column, int32_t keep, int32_t ahead,
                                          int32_t level, int32_t threads, const int32_t* ends, int32_t* states,
                                          int32_t* codes, float* errors);
+
+// Rows of codes [rows, steps], each a ring: what comes before its first code is its last one. Of `trellis`, points
+// alone are read. -> values [rows, steps, p].
+PALEY_EXPORT int32_t paley_trellis_values(const paley_trellis* trellis, int64_t rows, int64_t steps,
+                                          const uint8_t* codes, int32_t threads, float* values);
 
 // c [m, n] = a [m, k] times b [n, k] transposed, or is added to. Entries lie `row` and `column` floats apart. They are
 // rounded to bfloat16, ties to even, and denormal ones to 0; sums are float32 in one order: c depends on neither level

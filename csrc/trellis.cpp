@@ -1,17 +1,23 @@
 #include "trellis.h"
 
+#include <algorithm>
+#include <atomic>
 #include <new>
 
+#include "parallel.h"
 #include "platform.h"
 
 namespace {
 
+bool known(const paley_trellis& grid) {
+  if (!grid.points || grid.state_bits != paley::TRELLIS_STATE_BITS) return false;
+  return grid.p >= 1 && grid.p <= 2 && grid.bits >= 1 && grid.bits <= 7;
+}
+
 bool valid(const paley::TrellisTask& t) {
   const paley_trellis& grid = t.trellis;
-  if (!t.x || !t.scales || !t.states || !t.codes || !grid.points || !grid.whole) return false;
-  if (grid.p < 1 || grid.p > 2 || grid.bits < 1 || grid.bits > 7) return false;
+  if (!t.x || !t.scales || !t.states || !t.codes || !known(grid) || !grid.whole) return false;
   if (!(grid.unit > 0)) return false;
-  if (grid.state_bits != paley::TRELLIS_STATE_BITS) return false;
   if (t.rows < 0 || t.columns < 0 || t.wide < t.columns || t.wide > 1 << 30) return false;
   if (t.keep < 1 || t.ahead < 0 || t.threads < 1) return false;
   // An end can be reached from any state in as many steps as make a state.
@@ -19,7 +25,44 @@ bool valid(const paley::TrellisTask& t) {
   return t.keep <= 1 << 16 && t.ahead <= 1 << 16 && !t.matrix == !t.errors;
 }
 
+// The values [steps, P] of a row, a ring of codes.
+template <int P>
+void ring(const paley_trellis& grid, int64_t steps, const uint8_t* codes, float* values) {
+  const uint32_t size = 1u << grid.state_bits, mask = size - 1, code = (1u << grid.bits) - 1;
+  const int64_t memory = (grid.state_bits + grid.bits - 1) / grid.bits;  // codes that a state has bits of
+  uint32_t state = 0;
+  for (int64_t back = memory - 1; back >= 1; --back) {
+    state = state << grid.bits | (codes[(memory * steps - back) % steps] & code);
+  }
+  for (int64_t step = 0; step < steps; ++step) {
+    state = (state << grid.bits | (codes[step] & code)) & mask;
+    for (int i = 0; i < P; ++i) values[step * P + i] = grid.points[i * size + state];
+  }
+}
+
 }  // namespace
+
+extern "C" int32_t paley_trellis_values(const paley_trellis* trellis, int64_t rows, int64_t steps, const uint8_t* codes,
+                                        int32_t threads, float* values) {
+  if (!trellis || !known(*trellis) || rows < 0 || steps < 0 || threads < 1) return PALEY_BAD_ARGUMENT;
+  if (rows == 0 || steps == 0) return PALEY_OK;
+  if (!codes || !values) return PALEY_BAD_ARGUMENT;
+  constexpr int64_t PIECE = 8;  // rows
+  const auto of_row = trellis->p == 1 ? ring<1> : ring<2>;
+  std::atomic<int64_t> next{0};
+  try {
+    paley::run_workers(threads, [&] {
+      for (int64_t begin; (begin = next.fetch_add(PIECE)) < rows;) {
+        for (int64_t row = begin; row < std::min(begin + PIECE, rows); ++row) {
+          of_row(*trellis, steps, codes + row * steps, values + row * steps * trellis->p);
+        }
+      }
+    });
+  } catch (...) {
+    return PALEY_INTERNAL;
+  }
+  return PALEY_OK;
+}
 
 extern "C" int32_t paley_trellis_codes(const paley_trellis* trellis, int32_t rows, int32_t columns, int32_t wide,
                                        const float* x, int64_t x_row, const float* spread, const float* scales,

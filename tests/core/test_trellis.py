@@ -95,6 +95,19 @@ def test_native_codes_are_those_of_pytorch(name, width):
             assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("rows", "steps"), [(1, 1), (3, 2), (9, 13), (40, 100), (0, 8)])
+def test_native_values_are_those_of_pytorch(name, rows, steps):
+    """Rows shorter than a state's memory, too: a ring goes around them more than once."""
+    grid = grids.load(name)
+    codes = torch.randint(grid.size, (rows, steps), generator=torch.Generator().manual_seed(steps)).to(torch.uint8)
+    wanted = trellis.reference_values(codes, grid.table, grid.bits_per_code)
+    assert wanted.shape == (rows, steps, grid.p)
+    assert torch.equal(grid.decode(codes), wanted)
+    for threads in (1, 3):
+        assert torch.equal(trellis_codes.values(codes, grid.table, grid.bits_per_code, threads=threads), wanted)
+
+
 @pytest.mark.parametrize("name", ["trellis1", "trellis2.5", "trellis4"])
 @pytest.mark.parametrize(("columns", "wide", "keep"), [(64, 100, 8), (33, 33, 3), (1, 1, 8), (20, 48, 50)])
 def test_native_feedback_is_that_of_pytorch(name, columns, wide, keep):

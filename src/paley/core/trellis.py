@@ -23,7 +23,17 @@ from torch import Tensor
 from paley.core.errors import PaleyError, nearest_name
 from paley.core.fixed import Fixed
 
-__all__ = ["HALF_BITS", "KEEP", "STATE_BITS", "Codebook", "TrellisGrid", "load", "names", "reference"]
+__all__ = [
+    "HALF_BITS",
+    "KEEP",
+    "STATE_BITS",
+    "Codebook",
+    "TrellisGrid",
+    "load",
+    "names",
+    "reference",
+    "reference_values",
+]
 
 STATE_BITS = 12
 HALF_BITS = 6
@@ -192,17 +202,10 @@ class TrellisGrid(Fixed):
 
     def decode(self, codes: Tensor) -> Tensor:
         """codes, integers [..., c], whole rows -> values float32 [..., c, p]."""
-        table, rows = self.table.to(codes.device), codes.reshape(-1, codes.shape[-1])
-        values = torch.empty(*rows.shape, self.p, device=codes.device)
-        few = max(1, _TILE // max(1, rows.shape[1]))
-        for some, out in zip(rows.split(few), values.split(few), strict=True):
-            latest, state = some.int(), torch.zeros_like(some, dtype=torch.int32)
-            for back in range(self.memory):
-                state |= latest.roll(back, -1) << (back * self.bits_per_code)
-            state &= 2**STATE_BITS - 1
-            for i, of_states in enumerate(table):
-                out[..., i] = of_states[state]
-        return values.view(*codes.shape, self.p)
+        rows = codes.reshape(-1, codes.shape[-1])
+        return torch.ops.paley.trellis_values(rows, self.table.to(codes.device), self.bits_per_code).view(
+            *codes.shape, self.p
+        )
 
     def round(self, vectors: Tensor) -> Tensor:
         """vectors [N, p], those of one row -> `decode(nearest(vectors))`."""
@@ -245,6 +248,21 @@ def reference(
     ]  # fmt: skip
     codes, after, errors = (torch.cat(part) for part in zip(*parts, strict=True))
     return codes, after, errors
+
+
+def reference_values(codes: Tensor, table: Tensor, bits: int) -> Tensor:
+    """`TrellisGrid.decode` of codes [rows, c], in plain torch -> float32 [rows, c, p]."""
+    p, size = table.shape
+    values = torch.empty(*codes.shape, p, device=codes.device)
+    few = max(1, _TILE // max(1, codes.shape[1]))
+    for some, out in zip(codes.split(few), values.split(few), strict=True):
+        latest, state = some.int(), torch.zeros_like(some, dtype=torch.int32)
+        for back in range(-(-(size.bit_length() - 1) // bits)):
+            state |= latest.roll(back, -1) << (back * bits)
+        state &= size - 1
+        for i, of_states in enumerate(table):
+            out[..., i] = of_states[state]
+    return values
 
 
 def _some_rows(
@@ -315,4 +333,6 @@ _LIBRARY.define(
     "trellis_codes(Tensor x, int columns, Tensor scales, Tensor table, Tensor whole, float unit, "
     "int bits, Tensor states, Tensor? ends, Tensor? spread, int keep, int ahead) -> (Tensor, Tensor, Tensor)"
 )
+_LIBRARY.define("trellis_values(Tensor codes, Tensor table, int bits) -> Tensor")
 _LIBRARY.impl("trellis_codes", reference, "CompositeExplicitAutograd")
+_LIBRARY.impl("trellis_values", reference_values, "CompositeExplicitAutograd")

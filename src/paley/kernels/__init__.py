@@ -87,6 +87,7 @@ def register() -> torch.library.Library:
     library.impl("planes_pack", _planes_pack, "CPU")
     library.impl("planes_matmul", _planes_matmul, "CPU")
     library.impl("trellis_codes", _trellis_codes, "CPU")
+    library.impl("trellis_values", _trellis_values, "CPU")
     # Not in core: the size of a packed weight depends on the kernels.
     torch.library.register_fake("paley::planes_pack", _planes_pack_fake, lib=library)
     return library
@@ -104,6 +105,10 @@ def _trellis_codes(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     how = trellis_codes.codes if backend() == "native" else trellis.reference
     return how(x, columns, scales, table, whole, unit, bits, states, ends, spread, keep, ahead)
+
+
+def _trellis_values(codes: Tensor, table: Tensor, bits: int) -> Tensor:
+    return (trellis_codes.values if backend() == "native" else trellis.reference_values)(codes, table, bits)
 
 
 def _planes_pack(codes: Tensor, centroids: Tensor) -> Tensor:

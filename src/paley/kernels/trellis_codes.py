@@ -10,9 +10,10 @@ from torch import Tensor
 from paley.core.errors import PaleyError
 from paley.kernels import native
 
-__all__ = ["codes"]
+__all__ = ["codes", "values"]
 
 _SHARE = 2**10  # least number of values for a thread: some 0.5 ms
+_DECODED_SHARE = 2**17  # likewise, of those that are only decoded: some 0.2 ms
 
 
 class _Trellis(ctypes.Structure):
@@ -61,6 +62,21 @@ def codes(
         _address(ends), states.data_ptr(), found.data_ptr(), None if spread is None else errors.data_ptr(),
     )  # fmt: skip
     return found, states, errors
+
+
+def values(codes: Tensor, table: Tensor, bits: int, *, threads: int | None = None) -> Tensor:
+    """As `core.trellis.reference_values`, on the CPU; the same bits."""
+    (rows, steps), (p, size) = codes.shape, table.shape
+    codes, table = codes.to(torch.uint8).contiguous(), table.contiguous()
+    found = torch.empty(rows, steps, p)
+    trellis = _Trellis(table.data_ptr(), None, size.bit_length() - 1, bits, p, 0.0)
+    if threads is None:
+        threads = max(1, min(torch.get_num_threads(), rows * steps // _DECODED_SHARE))
+    native.call(
+        native.load().paley_trellis_values,
+        ctypes.byref(trellis), rows, steps, codes.data_ptr(), threads, found.data_ptr(),
+    )  # fmt: skip
+    return found
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -23,6 +23,7 @@ from paley.kernels import gpu, matmul, rounding
 from paley.kernels.products import products
 from paley.kernels.stored import StoredWeight
 from paley.ops.inputs import InputCodes, encode_input, round_input
+from paley.ops.rounding import turn_back
 
 __all__ = ["CALIBRATION", "EXACT", "PRODUCTS", "CodedWeight", "Product", "choose", "grid_matmul", "input_key"]
 
@@ -240,7 +241,7 @@ class Dense:
         """float32: some rows of the weight, the transform in them if it goes there."""
         dense, transform = self._layer.dequantize(torch.float32, rows), self._layer.scheme.transform
         if self._turned and transform is not None:
-            dense = transform.adjoint(dense)
+            dense = turn_back(dense, transform)
             if self._layer.diagonal is not None:
                 dense = dense / self._layer.diagonal.float()
         return dense
