@@ -47,7 +47,7 @@ Place = Callable[[str, Tensor], Tensor]
 _NOTHING: Mapping[str, Tensor] = {}
 _VALUES = 2**22  # of a weight that are decoded at a time
 _OUTLIER_SEQUENCES = 32  # that outliers are chosen by
-_ENERGY_TOKENS = 2048  # that the size of a channel is measured on, for its diagonal
+_ENERGY_TOKENS = 1024  # that the size of a channel is measured on, for its diagonal
 
 
 @dataclass(frozen=True)
@@ -217,12 +217,12 @@ class ModelQuantizer:
             energies = self._energies(block.module, block.index, linears, sequences)
         for names, diagonal in zip(groups, settled, strict=True):
             alike = [self.adapter.module(name) for name in names]
+            plain = [linear.plain_weight() for linear in alike]
             if diagonal is None:
-                weight = torch.cat([linear.plain_weight() for linear in alike])
                 strength = strength_for(self.linears[name] for name in names)
-                diagonal = balance(energies[names[0]].sqrt(), weight, strength)
-            for linear in alike:
-                linear.scale_columns_(diagonal)
+                diagonal = balance(energies[names[0]].sqrt(), torch.cat(plain), strength)
+            for linear, weight in zip(alike, plain, strict=True):
+                linear.scale_columns_(diagonal, weight)
 
     def _energies(
         self, module: nn.Module, index: int, linears: Mapping[str, QuantLinear], sequences: int,

@@ -104,11 +104,15 @@ class QuantLinear(Coded):
             weight = self.scheme.transform.adjoint(weight)
         return weight if self.diagonal is None else weight / self.diagonal.double()
 
-    def scale_columns_(self, diagonal: Tensor) -> None:
-        """Gives an unquantized layer this diagonal [plain_width]; what it computes stays the same."""
+    def scale_columns_(self, diagonal: Tensor, plain: Tensor | None = None) -> None:
+        """Gives an unquantized layer this diagonal [plain_width]; what it computes stays the same.
+
+        plain: `plain_weight()`, if it is at hand.
+        """
         assert self.weight is not None
         assert self.scheme.transform is not None
-        weight = self.scheme.transform.apply(self.plain_weight() * diagonal.double())
+        plain = self.plain_weight() if plain is None else plain
+        weight = self.scheme.transform.apply(plain * diagonal.double())
         self.weight = parameter(weight.to(self.weight.dtype))
         self.diagonal = diagonal.clone()  # files have one for each layer, and transformers refuses to save shared ones
         self._renew_()
