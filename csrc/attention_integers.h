@@ -1,8 +1,8 @@
 // Scores and weighted sums of codes as they are, by VNNI: included inside a namespace after steps_body.h.
 //
-// Queries, and weights times the scales of values, become integers with a scale for each row, and for each page: of 16
-// bits, or of 24 if codes have more than 4 bits, whose own rounding is finer. Their bytes are multiplied apart. Sums
-// are exact, so that all this rounds far less than codes do.
+// Queries become integers with a scale for each row; weights times the scales of values, with one for each row, group
+// and SEGMENT of tokens. They have 16 bits, or 24 if codes have more than 4 bits, whose own rounding is finer. Their
+// bytes are multiplied apart. Sums are exact, so that all this rounds far less than codes do.
 
 constexpr int MOST_BYTES = 3;
 constexpr int bytes_of(int bits) { return bits <= 4 ? 2 : 3; }

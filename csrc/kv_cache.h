@@ -47,7 +47,7 @@ struct Side {
   int64_t row_bytes, scales, zeros, bytes;  // of a token's codes of a head; where the parts of a page's half begin; all
 
   void lay_out();
-  int64_t token_bytes() const { return heads * ((int64_t{width} * bits + 7) / 8 + groups * (affine ? 3 : 2)); }
+  int64_t token_bytes() const { return heads * (row_bytes + groups * (affine ? 3 : 2)); }
   uint8_t* codes(uint8_t* half, int32_t head) const { return half + head * PAGE * row_bytes; }
   // Of the tokens of a page.
   uint16_t* scales_of(uint8_t* half, int32_t head, int32_t group_) const {

@@ -19,6 +19,7 @@ using Clock = std::chrono::steady_clock;
 using std::chrono::milliseconds;
 constexpr uint32_t CLOSED = 1u << 31;
 constexpr auto PATIENCE = std::chrono::microseconds(100);  // a sleeping thread needs some 50 to come back
+constexpr auto SHORT = 10 * PATIENCE;  // a job that a thread does faster alone than beside one that is held up
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -80,15 +81,20 @@ Pool::~Pool() {
 }
 
 void Pool::run(int64_t count, Call call, const void* data) {
-  if (workers_.empty() || count <= 1 || alone()) {
-    for (int64_t item = 0; item < count; ++item) call(data, item, 0);
+  int64_t done = 0;
+  if (workers_.empty() || count <= 1) {
+    for (; done < count; ++done) call(data, done, 0);
     return;
   }
   const Clock::time_point start = Clock::now();
+  if (alone()) {  // unless the job turns out to be a long one
+    while (done < count && Clock::now() - start < SHORT) call(data, done++, 0);
+    if (done == count) return;
+  }
   call_ = call;
   data_ = data;
   count_ = count;
-  next_.store(0, std::memory_order_relaxed);
+  next_.store(done, std::memory_order_relaxed);
   state_.store(0, std::memory_order_release);
   job_.fetch_add(1);
   if (asleep_.load()) wake(job_);
@@ -107,7 +113,7 @@ bool Pool::alone() {
 // Sleeps until the last worker has left. If the job was a short one, the next ones are done without workers: each
 // would be held up like this one, which takes longer than doing all of it.
 void Pool::wait(Clock::time_point start) {
-  const bool is_short = Clock::now() - start < 10 * PATIENCE;
+  const bool is_short = Clock::now() - start < SHORT;
   waiting_.store(true);
   for (uint32_t state; (state = state_.load()) != CLOSED;) sleep_while(state_, state);
   waiting_.store(false);

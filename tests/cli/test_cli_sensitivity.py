@@ -104,6 +104,16 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(model, tmp_path, mo
     assert not partial.exists()
 
 
+@pytest.mark.parametrize("resume", [(), ("--resume",)])
+def test_gradients_leave_finished_trials_alone(model, tmp_path, resume):
+    output, partial = tmp_path / "alpha.json", tmp_path / "alpha.json.partial.jsonl"
+    partial.write_text("hours of work\n")
+    shown = paley_("sensitivity", model, "--output", output, "--text", "random", *SIZES, *resume, code=2)
+    assert partial.read_text() == "hours of work\n"
+    if resume:
+        assert "has finished trials of noise; go on with --method noise, or --overwrite" in shown.err
+
+
 def test_overwrite_starts_anew(model, tmp_path):
     output, partial = tmp_path / "alpha.json", tmp_path / "alpha.json.partial.jsonl"
     output.write_text("old")

@@ -90,10 +90,11 @@ def test_what_is_not_finite_is_refused():
         gradient_slopes(adapter, IDS[:1], ("weight",))
 
 
-def test_a_model_without_gradients_is_refused(monkeypatch):
+@pytest.mark.parametrize("kinds", [("weight",), ("weight", "input", "keys", "values")])
+def test_a_model_without_gradients_is_refused(monkeypatch, kinds):
     adapter = small_adapter()
     forward = adapter.model.model.forward
     monkeypatch.setattr(adapter.model.model, "forward", torch.no_grad()(forward))
     monkeypatch.setattr(adapter.model.lm_head, "forward", torch.no_grad()(adapter.model.lm_head.forward))
-    with pytest.raises(PaleyError, match="this model has no gradients"):
-        gradient_slopes(adapter, IDS[:1], ("weight",))
+    with pytest.raises(PaleyError, match=r"have no gradient: this model computes without; measure with method=noise"):
+        gradient_slopes(adapter, IDS[:1], kinds)

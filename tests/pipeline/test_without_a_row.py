@@ -30,7 +30,10 @@ def lost(source, original, *settings: str) -> float:
 
 @pytest.mark.parametrize("kind", ["gpt2", "afmoe", "bamba", "deepseek_v3"])
 def test_gptq_loses_less_than_rounding_to_nearest(kind, tmp_path):
-    """Of a turned linear, stacks of experts, layers with states, latent keys."""
+    """Of a turned linear, stacks of experts, layers with states, latent keys.
+
+    On models so small the ratio scatters by a tenth with the number of codes decided at a time: deepseek_v3 .75 to .88.
+    """
     save_type(kind, tmp_path)
     source = open_source(tmp_path)
     original = source.load()

@@ -129,6 +129,9 @@ def test_how_many_fit():
         check_fit(4, GIB, 7 * GIB // 2)
     with pytest.raises(PaleyError, match="leave workers out"):
         check_fit(4, GIB, 3 * GIB // 2)
+    for workers in (1, 4):
+        with pytest.raises(PaleyError, match="use a machine with more memory"):
+            check_fit(workers, GIB, GIB // 2)
     Processes(4).check()
 
 
@@ -156,4 +159,5 @@ def test_what_is_counted(tmp_path, tiny_tokenizer):
     whole = 4 * sum(site.numel for site in sites.weights)
     assert of_trials(sites, blocks, paged=False, own_head=False) - plain < whole
     assert of_scores(sites, blocks, compared=True) - of_scores(sites, blocks, compared=False) == head
-    assert of_tensors(sites) < of_scores(sites, blocks, compared=False)
+    assert of_tensors(sites, 8) < of_tensors(sites, 1)  # the largest tensor is one worker's
+    assert of_tensors(sites, 1) < of_scores(sites, blocks, compared=False)

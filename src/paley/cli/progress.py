@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
@@ -23,14 +23,18 @@ _EVERY = 10.0  # seconds between lines where there is no terminal
 
 @contextmanager
 def watching() -> Iterator[Monitor]:
-    """A monitor that draws on stderr until the block ends."""
-    if not sys.stderr.isatty():
-        yield LineMonitor()
-        return
-    monitor = _LiveMonitor(Console(stderr=True))
-    with monitor.display:
-        yield monitor
-        monitor.display.close_stage()
+    """A monitor that draws on stderr until the block ends; what libraries print meanwhile goes there as well.
+
+    stdout is for results: Ray, for one, tells there of workers that died.
+    """
+    with redirect_stdout(sys.stderr):
+        if not sys.stderr.isatty():
+            yield LineMonitor()
+            return
+        monitor = _LiveMonitor(Console(stderr=True))
+        with monitor.display:
+            yield monitor
+            monitor.display.close_stage()
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from paley.cli import options
 from paley.cli.app import verb
 from paley.cli.process import STOPPED, how_to_resume, line, peak_memory, say, shell
 from paley.core.defaults import LEVELS, SELF
+from paley.core.errors import PaleyError
 
 if TYPE_CHECKING:
     from paley.cli.display import Cost
@@ -76,6 +77,7 @@ def sensitivity_verb(
     from paley.cli import display
     from paley.cli.progress import watching
     from paley.format.publish import check_file, unfinished
+    from paley.methods.sensitivity import method_for
     from paley.model.sensitivity import KINDS
     from paley.pipeline.any_model import check_device
     from paley.pipeline.sensitivities import measure_sensitivity
@@ -85,6 +87,8 @@ def sensitivity_verb(
     check_file(output, "the file for the sensitivities", overwrite=overwrite or (resume and partial.exists()))
     if partial.exists() and not (resume or overwrite):
         raise unfinished(partial, "measurement")
+    if partial.exists() and not overwrite and (method or method_for(metric)) == "gradients":
+        raise PaleyError(f"{partial}: has finished trials of noise", remedy="go on with --method noise, or --overwrite")
     device = check_device(device)
     if overwrite and not resume:
         partial.unlink(missing_ok=True)

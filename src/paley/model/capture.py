@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from paley.model.adapter import Adapter
-from paley.model.outputs import Stop
 
 __all__ = ["BATCH", "BlockRunner", "capture_inputs"]
 
@@ -62,22 +61,6 @@ class BlockRunner:
             target.copy_(module(source, **kwargs))
         self.work += hidden.shape[0] * hidden.shape[1]
         return out
-
-    @torch.no_grad()
-    def until(self, part: nn.Module, module: nn.Module, index: int, hidden: Tensor) -> None:
-        """As `run` on one batch, but stops before `part` of the module would compute."""
-
-        def stop(*_: object) -> None:
-            raise Stop
-
-        handle = part.register_forward_pre_hook(stop)
-        try:
-            module(hidden, **self.arguments(index, hidden.shape[1]))
-        except Stop:
-            pass
-        finally:
-            handle.remove()
-        self.work += hidden.shape[0] * hidden.shape[1]
 
     @torch.no_grad()
     def suffix(self, index: int, hidden: Tensor) -> Tensor:

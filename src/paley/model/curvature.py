@@ -68,7 +68,7 @@ def gradient_slopes(
 def _backward(adapter: Adapter, ids: Tensor, generator: torch.Generator) -> None:
     """ids [1, seq_len]: draws a token behind each but the last, and goes back from their log-probabilities."""
     with torch.enable_grad():
-        logits = adapter.model(input_ids=ids, use_cache=False).logits
+        logits = _with_gradient("the model's logits", adapter.model(input_ids=ids, use_cache=False).logits)
     chances = logits.detach()[0, :-1].float().softmax(-1)
     if not chances.isfinite().all():
         raise PaleyError(
@@ -77,15 +77,18 @@ def _backward(adapter: Adapter, ids: Tensor, generator: torch.Generator) -> None
         )
     drawn = torch.multinomial(chances.cpu(), 1, generator=generator).to(chances.device)
     back = torch.zeros_like(logits)
-    back[0, :-1] = -chances
+    back[0, :-1].sub_(chances)
     back[0, :-1].scatter_add_(-1, drawn, torch.ones_like(drawn, dtype=back.dtype))
-    try:
-        logits.backward(back)
-    except RuntimeError as error:
+    logits.backward(back)
+
+
+def _with_gradient(what: str, x: Tensor) -> Tensor:
+    if not x.requires_grad:
         raise PaleyError(
-            f"sensitivity: this model has no gradients ({str(error).splitlines()[0]})",
+            f"sensitivity: {what} have no gradient: this model computes without",
             remedy=("measure with ", Setting("method", "noise")),
-        ) from None
+        )
+    return x
 
 
 @contextmanager
@@ -104,12 +107,12 @@ def _watched(adapter: Adapter, sites: dict[str, Site], rotated: bool, note: Note
                 rows = mixed_rows(site, adapter.sites) if rotated else 1
                 undo.callback(_watch_weight(adapter.module(site.module), rows, told).remove)
             elif site.kind == "input":
-                hook = _input_hook(told)
+                hook = _input_hook(name, told)
                 for path in site.readers:
                     undo.callback(adapter.model.get_submodule(path).register_forward_pre_hook(hook).remove)
             else:
                 assert site.made_by is not None
-                undo.callback(adapter.module(site.made_by).register_forward_hook(_heads_hook(site, told)).remove)
+                undo.callback(adapter.module(site.made_by).register_forward_hook(_heads_hook(name, site, told)).remove)
         yield
 
 
@@ -132,14 +135,14 @@ def _watch_weight(module: Any, rows: int, told: Callable[[Tensor, Tensor], None]
     return held.register_post_accumulate_grad_hook(hook)
 
 
-def _input_hook(told: Callable[[Tensor, Tensor], None]) -> Callable:
+def _input_hook(name: str, told: Callable[[Tensor, Tensor], None]) -> Callable:
     """Linears that share an input read one and the same copy of it."""
     seen: list[Tensor] = []  # the last input, and its copy
 
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x = args[0]
         if not seen or seen[0] is not x:
-            own = x.view_as(x)
+            own = _with_gradient(f"{name}'s values", x).view_as(x)
             own.register_hook(partial(told, x.detach()))
             seen[:] = [x, own]
         return (seen[1], *args[1:])
@@ -147,12 +150,13 @@ def _input_hook(told: Callable[[Tensor, Tensor], None]) -> Callable:
     return hook
 
 
-def _heads_hook(site: Site, told: Callable[[Tensor, Tensor], None]) -> Callable:
+def _heads_hook(name: str, site: Site, told: Callable[[Tensor, Tensor], None]) -> Callable:
     """Keys and values where they are made, each head by itself."""
     rows, heads = slice(*site.rows) if site.rows else slice(None), (-1, site.shape[1])
 
     def hook(module: nn.Module, args: Any, output: Tensor) -> None:
         made = output.detach()[..., rows].unflatten(-1, heads)
-        output.register_hook(lambda gradient: told(made, gradient[..., rows].unflatten(-1, heads)))
+        seen = _with_gradient(f"{name}'s values", output)
+        seen.register_hook(lambda gradient: told(made, gradient[..., rows].unflatten(-1, heads)))
 
     return hook

@@ -58,6 +58,12 @@ class Problem:
         return self.rotation is not None and self.rotation.stream is not None
 
     @property
+    def waiting_dtype(self) -> torch.dtype:
+        """In which parts of a calibrated model wait for their turn: the files' own, unless they are folded before."""
+        as_float = self.folded or self.sites.architecture.walked
+        return torch.float32 if as_float else self.source.checkpoint.float_dtype
+
+    @property
     def is_data_free(self) -> bool:
         """Whether each weight is quantized by itself: nothing is calibrated, folded or averaged over a text."""
         return not self.folded and not self.needs_calibration

@@ -66,20 +66,6 @@ class Replay(BlockRunner):
         return out
 
     @torch.no_grad()
-    def until(self, part: nn.Module, module: nn.Module, index: int, hidden: Tensor) -> None:
-        def stop(*_: object) -> None:
-            raise Stop
-
-        handle = part.register_forward_pre_hook(stop)
-        try:
-            self._block(module, self._known(hidden)[index], hidden)
-        except Stop:
-            pass
-        finally:
-            handle.remove()
-        self.work += hidden.shape[0] * hidden.shape[1]
-
-    @torch.no_grad()
     def logits(self, hidden: Tensor, head: nn.Module | None = None) -> Tensor:
         """Outputs of the last block [sequences, seq_len, hidden] -> logits: the model's own way from there."""
         calls, model, row = self._known(hidden), self.adapter.model, self.adapter.architecture

@@ -14,8 +14,9 @@ import re
 import secrets
 import socket
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -78,11 +79,14 @@ class Ray:
             asked = [
                 look.options(scheduling_strategy=strategy(node["NodeID"], soft=False)).remote(paths) for node in nodes
             ]
+            cores = Counter[str]()  # by machine: several nodes of one share its memory
+            for node in nodes:
+                cores[node["NodeManagerAddress"]] += int(node["Resources"]["CPU"])
             for node, reference in zip(nodes, asked, strict=True):
                 address = node["NodeManagerAddress"]
                 runs, unseen, free = self._answer(address, reference)
                 self._check_node(address, runs, unseen, output)
-                self._check_memory(address, int(node["Resources"]["CPU"]), memory, free)
+                self._check_memory(address, cores[address], memory, free)
         finally:
             if token is not None:
                 token.unlink(missing_ok=True)
@@ -149,8 +153,7 @@ def cluster(address: str, workers: int, *, resumes: bool = True) -> Iterator[Poo
             remedy=("start a cluster (`ray start --head`), or leave ", Setting("ray_address"), " out"),
         ) from None
     try:
-        with redirect_stdout(sys.stderr):  # Ray tells there of workers that died, amid what --json prints
-            yield Ray(ray, int(ray.cluster_resources().get("CPU", 1)), resumes, address == LOCAL)
+        yield Ray(ray, int(ray.cluster_resources().get("CPU", 1)), resumes, address == LOCAL)
     finally:
         ray.shutdown()
 

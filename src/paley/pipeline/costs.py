@@ -41,7 +41,7 @@ class Costs:
     sampled: float = 2.5  # times the products of a token that the model writes
     loop: tuple[float, ...] = (0.0, 1500.0, 3000.0, 9000.0, 16_000.0)  # a weight and pass of GPTQ, by its grid's p
     nearest: float = 5000.0  # a weight rounded to the nearest point
-    trellis: float = 30_000.0  # a code of a sequential grid looked at; 17,000 to 43,000 on three machines
+    trellis: float = 20_000.0  # a code of a sequential grid looked at; 13,000 to 43,000 on four machines
     packed: float = 4500.0  # a weight's codes packed, decoded and kept
     written: float = 450.0  # a weight's codes in the new checkpoint
     factor: float = 3.5  # of n³: the Hessian's Cholesky factor and its inverse, float64
@@ -59,7 +59,7 @@ class Costs:
     model: float = 1.5  # times the float32 model, then, if its blocks cannot be read by themselves; it waits in 16 bits
     folded: float = 3.0  # the same if something is folded first, in float32
     decided: float = 1.5  # times the float32 model, as it writes a text, is searched or measured
-    scored: float = 2.4  # the same, as it is scored
+    scored: float = 1.9  # the same, as it is scored
     scored_paged: float = 2.4  # times embedding, head and the largest block, as it is scored block by block
     tensor: float = 1.0  # times the largest float32 tensor, as weights are streamed
     coded: float = 0.5  # times the float32 model: its codes, and the embedding in floats

@@ -9,7 +9,6 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -63,7 +62,7 @@ def execute(
     """
     source = problem.source
     paged = run is not None and device == "cpu" and source.has_pages and not whole
-    adapter = Adapter(source.load(dtype=_held(problem), device=device, blocks=not paged))
+    adapter = Adapter(source.load(dtype=problem.waiting_dtype, device=device, blocks=not paged))
     pages = source.pages(adapter) if paged else None
     fold_part_(adapter, problem.rotation, None)
     _prepare_outer_(problem, adapter)
@@ -86,13 +85,6 @@ def execute(
         runner_of(adapter), problem, calibration, run, "final", monitor, begin, end, states, kept
     )
     return Executed(adapter.model, pages is None, reports, logits)
-
-
-def _held(problem: Problem) -> torch.dtype:
-    """The type in which parts wait for their turn: that of the files, unless something is folded before."""
-    return (
-        torch.float32 if problem.folded or problem.sites.architecture.walked else problem.source.checkpoint.float_dtype
-    )
 
 
 def prepare_(problem: Problem, adapter: Adapter) -> None:

@@ -28,7 +28,10 @@ def in_memory(recipe: Recipe, *, decided: bool, measured: bool) -> tuple[str | S
     if recipe.search.method != "none" and not decided:
         return ("leave the search out: ", Setting("search.method", "none"))
     if recipe.budget is not None and not decided and not measured:
-        return ("measure the sensitivities first, and give them: ", Setting("sensitivity"))
+        return (
+            "measure the sensitivities first, by noise, which holds a block at a time, and give them: ",
+            Setting("sensitivity"),
+        )
     return ()
 
 
@@ -106,7 +109,7 @@ def memory(
     else:
         hidden = FLOAT * count_tokens(recipe.calibration) * sites.head.shape[1]
         one = max((FLOAT * math.prod(problem.shape(site)[1:]) ** 2 for site in sites.of("linear")), default=0)
-        held = (1.0 if problem.folded else 0.5) * outer + COSTS.block * block + COSTS.squares * one
+        held = problem.waiting_dtype.itemsize / FLOAT * outer + COSTS.block * block + COSTS.squares * one
         if not problem.source.has_pages or recipe.tune is not None:
             held = max(held, unpaged)
         found.append(held + 2 * hidden + _standing(problem, count_tokens(recipe.calibration)))

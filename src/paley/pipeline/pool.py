@@ -109,10 +109,14 @@ def check_fit(workers: int, memory: int, free: int | None) -> None:
     if free is None or workers * memory <= free:
         return
     most, each = free // memory, memory / 2**30
-    raise PaleyError(
-        f"memory: {workers} workers need about {each:.1f} GiB each, and {free / 2**30:.1f} GiB are free",
-        remedy=("use ", Setting("workers", most)) if most > 1 else ("leave ", Setting("workers"), " out"),
-    )
+    if most > 1:
+        remedy = ("use ", Setting("workers", most))
+    elif most and workers > 1:
+        remedy = ("leave ", Setting("workers"), " out")
+    else:
+        remedy = ("use a machine with more memory",)
+    who = f"{workers} workers need about {each:.1f} GiB each" if workers > 1 else f"a worker needs about {each:.1f} GiB"
+    raise PaleyError(f"memory: {who}, and {free / 2**30:.1f} GiB are free", remedy=remedy)
 
 
 def pool_of(workers: int, ray: str | None = None, *, resumes: bool = True) -> AbstractContextManager[Pool]:

@@ -115,7 +115,8 @@ def quantize(
     with run.open(key, resume=resume, overwrite=overwrite):
         if not (resume and run.finished) and not (run.checkpoint / RESULTS).exists():
             with pool_of(workers, ray) as pool:
-                each = of_tensors(source.sites) if problem.is_data_free else 0
+                alike = workers if ray is None else 1  # nodes may have any of the largest tensors
+                each = of_tensors(source.sites, alike) if problem.is_data_free else 0
                 pool.check(source.path, output=run.path, memory=each)
                 _make(problem, wanted, plan, sensitivity, run, monitor, device, pool, earlier, exact, paged=paged)
         if run.checkpoint.exists():

@@ -49,7 +49,7 @@ RANDOM = "random"
 _PARTS = ("source", "sequences", "seq_len")
 # A calibration's settings, as `measure_sensitivity` and as a budget call them.
 _ARGUMENTS = {f"calibration.{part}": part for part in _PARTS}
-_OF_BUDGET = {f"calibration.{part}": f"budget.{part}" for part in _PARTS}
+_OF_BUDGET = {f"{where}{part}": f"budget.{part}" for where in ("calibration.", "") for part in (*_PARTS, "method")}
 _SEQ_LEN = 512
 _SOME = 4  # sequences that show what activations look like
 
@@ -85,9 +85,7 @@ def measure_sensitivity(
     """
     monitor = monitor or Monitor()
     check_shared(workers, ray, device)
-    method = method or method_for(metric)
-    if method == "gradients" and metric != "kl":
-        raise PaleyError(f"sensitivity: gradients tell of kl, not of {metric}; use ", Setting("method", "noise"))
+    method = _method(method, metric)
     if method == "gradients" and (workers > 1 or ray is not None):
         raise PaleyError("sensitivity: workers share trials of noise; add ", Setting("method", "noise"))
     if source == RANDOM and metric != "kl":
@@ -128,7 +126,7 @@ def measure_on(
 ) -> Sensitivity:
     """As `measure_sensitivity`, on given tokens; agreement: see `measure_slopes`. pool: who makes the trials."""
     monitor = monitor or Monitor()
-    if (method or method_for(metric)) == "gradients":
+    if _method(method, metric) == "gradients":
         slopes, baseline = _by_gradients(source, blocks, kinds, fold, seed, device, monitor), 0.0
     else:
         slopes, baseline = _by_noise(
@@ -153,6 +151,12 @@ def measure_on(
     )  # fmt: skip
 
 
+def _method(method: Method | None, metric: Metric) -> Method:
+    if method == "gradients" and metric != "kl":
+        raise PaleyError(f"sensitivity: gradients tell of kl, not of {metric}; use ", Setting("method", "noise"))
+    return method or method_for(metric)
+
+
 def _by_gradients(
     source: Source, blocks: TokenBlocks, kinds: Collection[str], fold: bool, seed: int, device: str, monitor: Monitor
 ) -> dict[str, Slope]:
@@ -161,7 +165,13 @@ def _by_gradients(
     if device == "cpu" and free is not None and needed > free:
         raise PaleyError(
             f"memory: gradients need about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free",
-            remedy=("take shorter sequences, or ", Setting("method", "noise"), ", which holds a block at a time"),
+            remedy=(
+                "take shorter sequences (",
+                Setting("seq_len"),
+                "), or ",
+                Setting("method", "noise"),
+                ", which holds a block at a time",
+            ),
         )
     monitor.stage("measuring sensitivities", len(blocks.ids))
     adapter = Adapter(source.load(device=device))
@@ -232,7 +242,13 @@ def _checked_memory(job: Probing, source: Source, blocks: TokenBlocks, pool: Poo
         raise PaleyError(
             f"memory: sensitivities need about {(paged if pages else whole) / 2**30:.1f} GiB, and {free / 2**30:.1f} "
             "GiB are free",
-            remedy="use fewer or shorter sequences, or a machine with more memory",
+            remedy=(
+                "use fewer or shorter sequences (",
+                Setting("sequences"),
+                ", ",
+                Setting("seq_len"),
+                "), or a machine with more memory",
+            ),
         )
     monitor.note("memory does not hold the model: it is measured block by block")
     return True
@@ -266,14 +282,16 @@ def measure_for(
     assert budget is not None
     activations = (budget.kv, budget.inputs, budget.read)
     kinds = KINDS if any(limit is not None for limit in activations) else ("weight",)
+    by_gradients = _method(budget.method, budget.metric) == "gradients"
+    if by_gradients and pool is not None and not isinstance(pool, Here):
+        monitor.note("one process measures the sensitivities by gradients; with budget.method=noise workers share them")
     with renaming(_OF_BUDGET):
         blocks = _blocks(problem.source, budget.source, budget.sequences, budget.seq_len, problem.seed, device)
-    return measure_on(
-        problem.source, blocks, metric=budget.metric, kinds=kinds, fold=problem.folded, method=budget.method,
-        levels=budget.levels,
-        seed=problem.seed, device=device, monitor=monitor, pool=pool if device == "cpu" else None,
-        progress_file=run.path / "slopes.jsonl" if run else None,
-    )  # fmt: skip
+        return measure_on(
+            problem.source, blocks, metric=budget.metric, kinds=kinds, fold=problem.folded, method=budget.method,
+            levels=budget.levels, seed=problem.seed, device=device, monitor=monitor,
+            pool=pool if device == "cpu" else None, progress_file=run.path / "slopes.jsonl" if run else None,
+        )  # fmt: skip
 
 
 def some_blocks(problem: Problem, sensitivity: Sensitivity, monitor: Monitor, device: str) -> TokenBlocks:

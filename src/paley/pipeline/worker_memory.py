@@ -18,9 +18,10 @@ _NOISY = 4  # a weight as it was, its noise, that by its size, and the sum
 _ACTIVATIONS = 6  # what a block holds of a batch: times the hidden states, and the widest input
 
 
-def of_tensors(sites: Sites) -> int:
-    """Of a worker that quantizes weights, tensor by tensor."""
-    return round(COSTS.base + COSTS.tensor * FLOAT * max(site.numel for site in sites.weights))
+def of_tensors(sites: Sites, workers: int) -> int:
+    """Of a worker that quantizes weights, tensor by tensor: the mean, if the largest ones are at work together."""
+    largest = sorted((site.numel for site in sites.weights), reverse=True)[:workers]
+    return round(COSTS.base + COSTS.tensor * FLOAT * sum(largest) / workers)
 
 
 def of_trials(sites: Sites, blocks: TokenBlocks, *, paged: bool, own_head: bool) -> int:

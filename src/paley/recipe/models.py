@@ -126,6 +126,8 @@ class Budget(_Frozen):
     def _limits_something(self) -> Self:
         if all(limit is None for limit in (self.weights, self.size, self.kv, self.inputs, self.read)):
             raise ValueError("limits nothing: give weights, size, kv, inputs or read")
+        if self.method == "gradients" and self.metric != "kl":
+            raise ValueError(f"method: gradients tell of kl, not of {self.metric}; set noise")
         for name in self.grids or ():
             if name != "keep":
                 load_grid(name)

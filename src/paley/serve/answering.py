@@ -117,7 +117,7 @@ class Answering:
         return self.shape.whole(choices, usage(self.jobs, len(self.prompts)))
 
     async def _collect(self, choices: list[Choice]) -> None:
-        async for place, event in self._all():
+        async for place, event in self._all(pause=0):
             if event.error is not None:
                 raise _server_error(event.error)
             choices[place].text += event.text
@@ -128,7 +128,7 @@ class Answering:
         """Server-sent events; an error is one as well, and the last. Ends the jobs if the client goes away."""
         opened: set[int] = set()
         try:
-            async for place, event in self._all():
+            async for place, event in self._all(_PAUSE):
                 if event.error is not None:
                     yield _sse(_server_error(event.error).body)
                     return
@@ -146,8 +146,8 @@ class Answering:
     def _without_counts(self, chunk: dict[str, Any]) -> dict[str, Any]:
         return chunk | {"usage": None} if self.body.wants_usage else chunk
 
-    async def _all(self) -> AsyncIterator[tuple[int, Event]]:
-        """The first event as it comes; then those of one answer together that came within a _PAUSE."""
+    async def _all(self, pause: float) -> AsyncIterator[tuple[int, Event]]:
+        """What there is, as soon as something is; then those of an answer that came within a pause, in seconds."""
         left = len(self.jobs)
         while left:
             came = [await self.events.get()]
@@ -161,7 +161,7 @@ class Answering:
                 left -= event.finish is not None or event.error is not None
                 yield place, event
             if left:
-                await asyncio.sleep(_PAUSE)
+                await asyncio.sleep(pause)
 
     def _finish(self) -> None:
         self.scheduler.cancel(self.jobs)  # those that have ended do not mind
