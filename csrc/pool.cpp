@@ -110,15 +110,16 @@ bool Pool::alone() {
   return is_alone_;
 }
 
-// Sleeps until the last worker has left. If the job was a short one, the next ones are done without workers: each
-// would be held up like this one, which takes longer than doing all of it.
+// Sleeps until the last worker has left. If the job was a short one and that took long, another process has the core:
+// the next jobs are done without workers, as each would be held up like this one, for longer than all of it takes. What
+// has a core for less than that, as who answers a client between two tokens, is waited for.
 void Pool::wait(Clock::time_point start) {
-  const bool is_short = Clock::now() - start < SHORT;
+  const Clock::time_point asleep = Clock::now();
   waiting_.store(true);
   for (uint32_t state; (state = state_.load()) != CLOSED;) sleep_while(state_, state);
   waiting_.store(false);
-  if (!is_short) return;
   const Clock::time_point end = Clock::now();
+  if (asleep - start > SHORT || end - asleep < SHORT) return;
   const bool again = end - alone_until_ < alone_for_;  // soon after the last time
   alone_for_ = again ? std::min<Clock::duration>(2 * alone_for_, milliseconds(200)) : milliseconds(20);
   alone_until_ = end + alone_for_;
