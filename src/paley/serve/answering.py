@@ -18,7 +18,7 @@ from paley.serve.shapes import Choice, Shape, usage
 
 __all__ = ["Answering", "check_choices", "check_prompt"]
 
-_PAUSE = 0.01  # seconds: nobody reads faster, and what client and server do for each piece takes time from the model
+_PAUSE = 0.02  # seconds: nobody reads faster, and what client and server do for each piece takes time from the model
 
 
 def check_choices(scheduler: Scheduler, prompts: int, n: int) -> None:
