@@ -20,6 +20,7 @@ from paley.core.errors import PaleyError
 from paley.data import TokenBlocks, require
 from paley.eval.reference import Reference
 from paley.eval.scoring import CHUNK, check_finite, check_scorable, few_tokens, head_slices, scores
+from paley.kernels.floats import quickly
 from paley.model.adapter import Adapter
 from paley.model.kv_cache import PackedKVCache, PackedKVLayer, cache_argument
 from paley.model.pages import Turns, one_after_another
@@ -63,6 +64,7 @@ def evaluate(
 
 
 @torch.no_grad()
+@quickly
 def sequence_means(
     model: PreTrainedModel,
     blocks: TokenBlocks,
@@ -102,6 +104,7 @@ def sequence_means(
 
 
 @torch.no_grad()
+@quickly
 def token_scores(model: PreTrainedModel, blocks: TokenBlocks, reference: Reference, *, batch: int = BATCH) -> Tensor:
     """float32 [3, sequences, seq_len - 1]: nats, KL and agreement of each token, as `evaluate` averages them."""
     require(blocks, "test")

@@ -24,6 +24,7 @@ from paley.eval.scoring import (
     slices,
 )
 from paley.format.writer import write_tensors
+from paley.kernels.floats import quickly
 from paley.model.adapter import Adapter
 from paley.model.pages import Turns, one_after_another
 
@@ -63,6 +64,7 @@ class Reference:
 
     @classmethod
     @torch.no_grad()
+    @quickly
     def of(
         cls, model: PreTrainedModel, blocks: TokenBlocks, batch: int = 8, turns: Turns = one_after_another
     ) -> Reference:

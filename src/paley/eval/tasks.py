@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from paley.core.errors import PaleyError, Setting, nearest_name
 from paley.core.reading import read_text
 from paley.eval.scoring import CHUNK
+from paley.kernels.floats import quickly
 from paley.model.kv_cache import PackedKVCache, cache_argument
 from paley.model.loading import context_of
 from paley.model.pieces import pieces_of
@@ -96,6 +97,7 @@ def check_tasks(names: Sequence[str], folder: Path | None) -> None:
         raise PaleyError("tasks: lm-eval is not installed", remedy='pip install "paley[tasks]"')
 
 
+@quickly
 def run_tasks(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, names: Sequence[str], folder: Path,
     limit: int | None = None, progress: Callable[[int, int], None] | None = None,

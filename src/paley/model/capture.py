@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paley.kernels.floats import quickly
 from paley.model.adapter import Adapter
 
 __all__ = ["BATCH", "BlockRunner", "capture_inputs"]
@@ -53,6 +54,7 @@ class BlockRunner:
             return self.run(self.adapter.blocks[index].module, index, hidden, out)
 
     @torch.no_grad()
+    @quickly
     def run(self, module: nn.Module, index: int, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """As `block`, with another module in the place of block `index`."""
         kwargs = self.arguments(index, hidden.shape[1])
@@ -70,6 +72,7 @@ class BlockRunner:
         return hidden
 
     @torch.no_grad()
+    @quickly
     def logits(self, hidden: Tensor, head: nn.Module | None = None) -> Tensor:
         """Outputs of the last block [..., hidden] -> logits [..., vocab], by the model's head or another."""
         return self.adapter.finish((self.adapter.head if head is None else head)(self.adapter.norm(hidden)))

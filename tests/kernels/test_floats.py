@@ -1,0 +1,75 @@
+"""oneDNN's products in place of MKL's: the same to float32's rounding, and PyTorch's own wherever they do not apply."""
+
+import pytest
+import torch
+from torch import nn
+
+from paley.kernels import floats
+from paley.kernels.floats import QuickProducts, quickly
+
+
+@pytest.fixture(params=[True, False], ids=["quick", "as they are"])
+def quick(request, monkeypatch):
+    if request.param and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this PyTorch has no oneDNN")
+    monkeypatch.setattr(floats, "are_quicker", lambda: request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("shape", [(9, 40), (1, 40), (3, 5, 40), (0, 40), (2, 0, 40)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linears(quick, shape, bias):
+    layer, x = nn.Linear(40, 24, bias=bias), torch.randn(shape)
+    with torch.no_grad(), QuickProducts():
+        found, rows = layer(x), layer(x[..., ::2, :])
+    assert found.shape == (*shape[:-1], 24)
+    torch.testing.assert_close(found, layer(x).detach())
+    torch.testing.assert_close(rows, layer(x[..., ::2, :]).detach())
+
+
+@pytest.mark.parametrize("multiply", [torch.matmul, torch.mm, torch.Tensor.__matmul__, torch.Tensor.mm])
+def test_matrices(quick, multiply):
+    a, b = torch.randn(33, 65), torch.randn(65, 17)
+    with QuickProducts():
+        found = multiply(a, b)
+        turned = multiply(b.T, a.T)
+        into = torch.mm(a, b, out=torch.empty(33, 17))
+    torch.testing.assert_close(found, a @ b)
+    torch.testing.assert_close(turned, (a @ b).T)
+    torch.testing.assert_close(into, a @ b)
+
+
+def test_what_it_leaves_to_pytorch(quick):
+    """Other types, vectors, stacks of matrices; gradients; shapes that do not fit."""
+    layer, x = nn.Linear(40, 24), torch.randn(16, 40)
+    with QuickProducts():
+        layer(x).sum().backward()
+        assert layer(x.requires_grad_()).requires_grad
+        with torch.no_grad():
+            assert torch.equal(layer.double()(x.double()), nn.functional.linear(x.double(), layer.weight, layer.bias))
+            assert (torch.randn(4, 9, 8) @ torch.randn(4, 8, 5)).shape == (4, 9, 5)
+            assert (torch.randn(9, 8) @ torch.randn(8)).shape == (9,)
+            for multiply in (torch.matmul, torch.mm):
+                with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+                    multiply(torch.randn(16, 40), torch.randn(41, 24))
+    assert layer.weight.grad is not None
+
+
+def test_rows_and_threads_change_no_bit(quick):
+    layer, x = nn.Linear(96, 200), torch.randn(64, 96)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with torch.no_grad(), QuickProducts():
+                found += [layer(x), torch.cat([layer(x[:24]), layer(x[24:])])]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0], other) for other in found) or not quick
+
+
+def test_a_function_that_computes_quickly(monkeypatch):
+    seen = []
+    monkeypatch.setattr(floats, "are_quicker", lambda: seen.append(1) or False)
+    assert quickly(lambda a, b=2: torch.ones(a, b) @ torch.ones(b, a))(3).shape == (3, 3)
+    assert seen
