@@ -36,7 +36,7 @@ class QuickProducts(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         if func is _LINEAR and _takes(*args):
             return _product(*args)
-        if func in _MATMULS and args[0].dim() == args[1].dim() == 2 and _takes(args[0], args[1].T):
+        if func in _MATMULS and args[0].dim() == 2 and _takes(args[0], args[1].T if args[1].dim() == 2 else args[1]):
             return _product(args[0], args[1].T)
         return func(*args)
 
@@ -76,10 +76,11 @@ def _vendor() -> str:
 def _takes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     given = (x, weight) if bias is None else (x, weight, bias)
     return (
-        x.numel() >= _ROWS * x.shape[-1] > 0
+        weight.dim() == 2
+        and x.numel() >= _ROWS * x.shape[-1] > 0
         and weight.numel() > 0
-        and weight.dim() == 2
         and weight.shape[1] == x.shape[-1]
+        and (weight.is_contiguous() or weight.T.is_contiguous())  # parts of a matrix take it a hundred times as long
         and all(t.dtype == torch.float32 and t.device.type == "cpu" and t.layout == torch.strided for t in given)
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in given))
         and not torch.compiler.is_compiling()
@@ -89,4 +90,4 @@ def _takes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., in], weight [out, in] -> x Wᵀ + bias [..., out]"""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
