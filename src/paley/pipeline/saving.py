@@ -21,6 +21,7 @@ from paley.format.digests import seal_model
 from paley.format.files import copy_companions, write_json
 from paley.format.rope import with_older_keys
 from paley.format.writer import ShardWriter
+from paley.kernels.floats import quickly
 from paley.model.adapter import Adapter
 from paley.model.capture import BlockRunner
 from paley.model.coded import Coded
@@ -131,6 +132,7 @@ def sampled_logits(runner: BlockRunner, hidden: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+@quickly
 def sample_logits(model: PreTrainedModel) -> Tensor:
     """Logits [tokens, vocab] of `sample_ids`, on the CPU: the model's fingerprint in numbers."""
     return model(sample_ids(Adapter(model)), use_cache=False).logits[0].float().cpu()
