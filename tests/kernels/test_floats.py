@@ -1,4 +1,4 @@
-"""oneDNN's products in place of MKL's: the same to float32's rounding, and PyTorch's own wherever they do not apply."""
+"""oneDNN's linears in place of MKL's: the same to float32's rounding, and PyTorch's own wherever they do not apply."""
 
 import pytest
 import torch
@@ -27,31 +27,19 @@ def test_linears(quick, shape, bias):
     torch.testing.assert_close(rows, layer(x[..., ::2, :]).detach())
 
 
-@pytest.mark.parametrize("multiply", [torch.matmul, torch.mm, torch.Tensor.__matmul__, torch.Tensor.mm])
-def test_matrices(quick, multiply):
-    a, b = torch.randn(33, 65), torch.randn(65, 17)
-    with QuickProducts():
-        found = multiply(a, b)
-        turned = multiply(b.T, a.T)
-        into = torch.mm(a, b, out=torch.empty(33, 17))
-    torch.testing.assert_close(found, a @ b)
-    torch.testing.assert_close(turned, (a @ b).T)
-    torch.testing.assert_close(into, a @ b)
-
-
 def test_what_it_leaves_to_pytorch(quick):
-    """Other types, vectors, stacks of matrices; gradients; shapes that do not fit."""
+    """Other types, gradients, columns of a larger matrix, named arguments, shapes that do not fit."""
     layer, x = nn.Linear(40, 24), torch.randn(16, 40)
     with QuickProducts():
         layer(x).sum().backward()
         assert layer(x.requires_grad_()).requires_grad
         with torch.no_grad():
             assert torch.equal(layer.double()(x.double()), nn.functional.linear(x.double(), layer.weight, layer.bias))
-            assert (torch.randn(4, 9, 8) @ torch.randn(4, 8, 5)).shape == (4, 9, 5)
-            assert (torch.randn(9, 8) @ torch.randn(8)).shape == (9,)
-            for multiply in (torch.matmul, torch.mm):
-                with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-                    multiply(torch.randn(16, 40), torch.randn(41, 24))
+            wide = torch.randn(24, 100)
+            assert torch.equal(nn.functional.linear(x, wide[:, :40]), x @ wide[:, :40].T)
+            assert nn.functional.linear(input=x, weight=wide[:, 60:]).shape == (16, 24)
+            with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+                nn.functional.linear(x, torch.randn(24, 41))
     assert layer.weight.grad is not None
 
 
@@ -71,5 +59,5 @@ def test_rows_and_threads_change_no_bit(quick):
 def test_a_function_that_computes_quickly(monkeypatch):
     seen = []
     monkeypatch.setattr(floats, "are_quicker", lambda: seen.append(1) or False)
-    assert quickly(lambda a, b=2: torch.ones(a, b) @ torch.ones(b, a))(3).shape == (3, 3)
+    assert quickly(lambda a, b=2: nn.functional.linear(torch.ones(a, b), torch.ones(a, b)))(3).shape == (3, 3)
     assert seen

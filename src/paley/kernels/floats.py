@@ -1,4 +1,4 @@
-"""Products of float32 matrices by oneDNN, where MKL uses half of the processor.
+"""Float32 linears by oneDNN, where MKL uses half of the processor.
 
 PyTorch multiplies float32 by MKL, whose AVX-512 code runs on Intel's processors alone; oneDNN, which PyTorch brings as
 well, has such code for all: 230 in place of 104 GFLOP/s on a core of an AMD EPYC (Zen 5). Sums are float32 in another
@@ -23,22 +23,17 @@ R = TypeVar("R")
 
 _ROWS = 8  # of fewer, memory bounds the product
 _LINEAR = torch.nn.functional.linear
-_MATMULS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 
 
 class QuickProducts(TorchFunctionMode):
-    """While active, `linear` and products of two matrices, float32 on the CPU and without gradients, go to oneDNN."""
+    """While active, `torch.nn.functional.linear` of float32 on the CPU goes to oneDNN, if it needs no gradients."""
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if kwargs or not are_quicker():
-            return func(*args, **(kwargs or {}))
-        if func is _LINEAR and _takes(*args):
+        if func is _LINEAR and not kwargs and are_quicker() and _takes(*args):
             return _product(*args)
-        if func in _MATMULS and args[0].dim() == 2 and _takes(args[0], args[1].T if args[1].dim() == 2 else args[1]):
-            return _product(args[0], args[1].T)
-        return func(*args)
+        return func(*args, **(kwargs or {}))
 
 
 def quickly(work: Callable[P, R]) -> Callable[P, R]:
@@ -80,7 +75,7 @@ def _takes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         and x.numel() >= _ROWS * x.shape[-1] > 0
         and weight.numel() > 0
         and weight.shape[1] == x.shape[-1]
-        and (weight.is_contiguous() or weight.T.is_contiguous())  # parts of a matrix take it a hundred times as long
+        and weight.is_contiguous()  # columns of a larger matrix take it a thousand times as long
         and all(t.dtype == torch.float32 and t.device.type == "cpu" and t.layout == torch.strided for t in given)
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in given))
         and not torch.compiler.is_compiling()
