@@ -48,6 +48,7 @@ class Costs:
     target: float = 11.0  # of out · in²: target, feedback, first residual
     sweep: float = 3.0  # of out · in²: a refit of scales and a descent
     bfloat16: float = 0.4  # times a float32 product, where the machine multiplies bfloat16; .27 to .55 on three
+    onednn: float = 0.45  # the same, of texts that are scored, where `kernels.floats` is quicker
     anew: float = 1.6  # forwards of a block, to each of its inputs from the beginning
     torch: float = 15.0  # times as long as the native library
     read: float = 500.0  # a byte of the original, as the model is loaded

@@ -18,6 +18,7 @@ from paley.core.defaults import SELF
 from paley.core.errors import PaleyError, Setting
 from paley.core.trellis import TrellisGrid
 from paley.eval.scoring import CHUNK
+from paley.kernels.floats import are_quicker
 from paley.methods.sensitivity import method_for
 from paley.methods.trellis import AHEAD, KEEP
 from paley.model.problem import Problem
@@ -142,6 +143,7 @@ class _Work:
         self.problem, self.recipe, self.sites, self.paged = problem, recipe, problem.sites, paged
         self.native = 1.0 if kernels.backend() == "native" else COSTS.torch
         self.calibrating = COSTS.bfloat16 if kernels.multiplies_bfloat16(torch.device("cpu")) else 1.0
+        self.scoring = COSTS.onednn if are_quicker() else 1.0
         self.linears, self.read = self.sites.of("linear"), COSTS.read * problem.source.checkpoint.nbytes
 
     def stages(self, decided: bool, measured: bool) -> Iterator[tuple[str, float]]:
@@ -198,8 +200,8 @@ class _Work:
     def _scored(self, text: Text, models: int, *, rounded: bool) -> float:
         """A text through the model, and its logits; models: whose logits are compared."""
         tokens = count_tokens(text)
-        head = 2 * self.sites.head.numel + COSTS.logit * self.sites.head.shape[0]
-        return self._forward(tokens, text.seq_len, rounded=rounded) + tokens * head * models
+        head = self.scoring * 2 * self.sites.head.numel + COSTS.logit * self.sites.head.shape[0]
+        return self._forward(tokens, text.seq_len, rounded=rounded, product=self.scoring) + tokens * head * models
 
     def _reread(self, text: Text) -> float:
         """Blocks that memory does not hold, read and decoded anew for each piece that passes through the cache."""
