@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from cluster_tasks import refuse, slow_square
+from paley.cli.progress import watching
 from paley.core.errors import PaleyError
 from paley.pipeline import cluster as clusters
 from paley.pipeline import quantize
@@ -103,13 +104,14 @@ def test_an_address_that_does_not_answer(address, complaint):
 
 
 def test_what_ray_prints_is_no_output(monkeypatch, capsys):
-    """Of workers that died, for example: it would stand amid the JSON of --json."""
+    """Of workers that died, for example: it would stand amid the JSON of --json. Programs that use Paley keep theirs."""
     names = {"init": lambda **_: None, "shutdown": lambda: None, "cluster_resources": lambda: {"CPU": 2.0}}
     monkeypatch.setattr(clusters, "import_module", lambda name: SimpleNamespace(**names))
-    with cluster(LOCAL, 2) as pool:
+    with watching(), cluster(LOCAL, 2) as pool:
         print("(raylet) A worker died")
     assert pool.workers == 2
-    print("{}")
+    with cluster(LOCAL, 2):
+        print("{}")
     assert capsys.readouterr() == ("{}\n", "(raylet) A worker died\n")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from paley.core.errors import PaleyError, Setting, renaming
+from paley.core.memory import give_back
 from paley.core.reading import read_json
 from paley.data import TokenBlocks
 from paley.eval.perplexity import EvalResult, evaluate
@@ -61,6 +62,7 @@ def score(
         reference = Reference.of(source.load(device=device), blocks)
     monitor.stage("loading the model", 1)
     loaded = load_any(model, device)
+    give_back()  # pieces that loading leaves between what stays: .4 of 1.8 GB on SmolLM2-135M
     monitor.stage("evaluating", len(blocks.ids))
     seen = 0
 
