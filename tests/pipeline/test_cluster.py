@@ -104,7 +104,7 @@ def test_an_address_that_does_not_answer(address, complaint):
 
 
 def test_what_ray_prints_is_no_output(monkeypatch, capsys):
-    """Of workers that died, for example: it would stand amid the JSON of --json. Programs that use Paley keep theirs."""
+    """Of workers that died, for example, amid the JSON of --json. Programs that use Paley keep their own stdout."""
     names = {"init": lambda **_: None, "shutdown": lambda: None, "cluster_resources": lambda: {"CPU": 2.0}}
     monkeypatch.setattr(clusters, "import_module", lambda name: SimpleNamespace(**names))
     with watching(), cluster(LOCAL, 2) as pool:

@@ -307,7 +307,7 @@ def _original(
             del model, turns
         else:
             Reference.of(source.load(device=device), test).save(file)
-        give_back()
+        give_back(models=True)
         monitor.step()
     return file
 

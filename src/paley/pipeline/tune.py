@@ -39,7 +39,7 @@ def tune_(
         )
     monitor.stage("measuring the original on the text to tune on", 1)
     reference = Reference.of(problem.source.load(device=device), blocks).to(device)
-    give_back()
+    give_back(models=True)
     monitor.step()
     adapter = Adapter(model)
     steps, count = settings.epochs * len(blocks.ids), len(blocks.ids)
