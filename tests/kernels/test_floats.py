@@ -25,6 +25,9 @@ def test_linears(quick, shape, bias):
     assert found.shape == (*shape[:-1], 24)
     torch.testing.assert_close(found, layer(x).detach())
     torch.testing.assert_close(rows, layer(x[..., ::2, :]).detach())
+    with QuickProducts():
+        turned = nn.functional.linear(x, layer.weight.detach().T.contiguous().T)
+    torch.testing.assert_close(turned, x @ layer.weight.detach().T)
 
 
 def test_what_it_leaves_to_pytorch(quick):

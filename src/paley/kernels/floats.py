@@ -75,7 +75,7 @@ def _takes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         and x.numel() >= _ROWS * x.shape[-1] > 0
         and weight.numel() > 0
         and weight.shape[1] == x.shape[-1]
-        and weight.is_contiguous()  # columns of a larger matrix take it a thousand times as long
+        and (weight.is_contiguous() or weight.T.is_contiguous())  # a part of a matrix takes it a thousand times as long
         and all(t.dtype == torch.float32 and t.device.type == "cpu" and t.layout == torch.strided for t in given)
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in given))
         and not torch.compiler.is_compiling()

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from paley.core.errors import PaleyError
 from paley.core.grids import as_fixed
@@ -169,8 +170,8 @@ def _on_trellis(target: Tensor, metric: Metric, book: Scaled, scheme: WeightSche
         return grid.search(target / scales)
     codes = trellis_feedback(target, metric.spread, grid, scales, block=BLOCK)
     if scheme.sweeps:
-        wanted = target @ metric.gram
-        book.refit_(wanted - book.values(codes) @ metric.gram, wanted, metric.gram, codes)
+        wanted, values = linear(target, metric.gram), linear(book.values(codes), metric.gram)
+        book.refit_(wanted - values, wanted, metric.gram, codes)
     return codes
 
 

@@ -9,6 +9,7 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from paley import kernels
 from paley.core import products
@@ -81,13 +82,13 @@ class InputStatistics:
             return weight
         if self.aim is None:
             assert self.cross is not None
-            missing = weight @ (self.cross - self.gram)
+            missing = linear(weight, (self.cross - self.gram).T)
         elif (aim := self.aim[rows]).shape == weight.shape:
-            missing = aim - weight @ self.gram
+            missing = aim - linear(weight, self.gram)
         else:
             raise PaleyError(f"gptq: the outputs are of a weight {list(aim.shape)}, not {list(weight.shape)}")
         spread = self.metric(damp).spread
-        return weight + missing @ spread.T @ spread  # the damping of both sides cancels
+        return weight + linear(linear(missing, spread), spread.T)  # the damping of both sides cancels
 
 
 class Metric:

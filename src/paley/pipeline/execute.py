@@ -21,6 +21,7 @@ from paley.format.checkpoint import read_tensors
 from paley.format.dtypes import cast_to_store
 from paley.format.header import read_metadata
 from paley.format.writer import write_tensors
+from paley.kernels.floats import quickly
 from paley.model.adapter import Adapter, Block
 from paley.model.calibrate import LayerReport, ModelQuantizer
 from paley.model.capture import BlockRunner
@@ -135,6 +136,7 @@ def _cast_(problem: Problem, parameters: Iterable[tuple[str, nn.Parameter]]) -> 
             parameter.data = cast_to_store(name, parameter.data, problem.dtype).to(parameter.dtype)
 
 
+@quickly
 def quantize_steps(
     runner: BlockRunner,
     problem: Problem,
