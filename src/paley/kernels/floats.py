@@ -79,7 +79,7 @@ def _takes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         and all(t.dtype == torch.float32 and t.device.type == "cpu" and t.layout == torch.strided for t in given)
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in given))
         and not torch.compiler.is_compiling()
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
     )
 
 

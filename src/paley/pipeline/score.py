@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from paley.core.errors import PaleyError, Setting, renaming
 from paley.core.memory import give_back
 from paley.core.reading import read_json
@@ -12,13 +14,16 @@ from paley.eval.perplexity import EvalResult, evaluate
 from paley.eval.reference import Reference
 from paley.model.folders import load_tokenizer, resolve
 from paley.model.loading import check_seq_len, context_of, empty_model, open_source, read_config
+from paley.model.pages import Turns, one_after_another
 from paley.model.walk import sites_of
-from paley.pipeline.any_model import check_device, load_any
+from paley.ops.matmul import EXACT
+from paley.pipeline.any_model import check_device, is_paley, load_any
 from paley.pipeline.monitor import Monitor
+from paley.pipeline.paged import page_original, page_quantized
 from paley.pipeline.pool import check_shared, pool_of
 from paley.pipeline.shared_scores import shared_score
 from paley.pipeline.texts import SELF, check_vocabulary, is_tuned_on, test_blocks
-from paley.pipeline.worker_memory import of_scores
+from paley.pipeline.worker_memory import of_scores, pages_pay
 from paley.plan import VERSION, Plan
 from paley.recipe import Recipe, Test
 
@@ -59,10 +64,12 @@ def score(
         monitor.stage("measuring the original", 1)
         source = open_source(against)
         check_origin(model, against, source.fingerprint)
-        reference = Reference.of(source.load(device=device), blocks)
+        original, turns = _opened(source.path, blocks, device)
+        reference = Reference.of(original, blocks, turns=turns)
+        del original, turns
         give_back(models=True)
     monitor.stage("loading the model", 1)
-    loaded = load_any(model, device)
+    loaded, turns = _opened(resolve(str(model)), blocks, device)
     give_back()  # pieces that loading leaves between what stays: .4 of 1.8 GB on SmolLM2-135M
     monitor.stage("evaluating", len(blocks.ids))
     seen = 0
@@ -73,7 +80,18 @@ def score(
             monitor.step()
         seen = done
 
-    return evaluate(loaded, blocks, reference, progress=advance)
+    return evaluate(loaded, blocks, reference, progress=advance, turns=turns)
+
+
+def _opened(path: Path, blocks: TokenBlocks, device: str) -> tuple[PreTrainedModel, Turns]:
+    """A folder's model, and how forwards go through it: with a block in memory at a time, if that takes less of it."""
+    if device == "cpu" and is_paley(path) and pages_pay(sites_of(empty_model(read_config(path))), blocks):
+        return page_quantized(path, EXACT)
+    if device == "cpu" and not is_paley(path):
+        source = open_source(path)
+        if source.has_pages and pages_pay(source.sites, blocks):
+            return page_original(source)
+    return load_any(path, device), one_after_another
 
 
 def _shared(

@@ -10,7 +10,7 @@ from paley.model.trials import KEPT
 from paley.model.tuning import activation_bytes
 from paley.pipeline.costs import COSTS, FLOAT
 
-__all__ = ["of_gradients", "of_scores", "of_tensors", "of_trials"]
+__all__ = ["of_gradients", "of_scores", "of_tensors", "of_trials", "pages_pay"]
 
 _CHANCES = 3  # tensors of logits as gradients begin there
 _LOGITS = 10  # tensors of logits that a comparison has at a time, with what the allocator keeps
@@ -48,6 +48,11 @@ def of_scores(sites: Sites, blocks: TokenBlocks, *, compared: bool) -> int:
     """Of a worker that scores batches of a text through a model, and through the original if it is compared with."""
     states = (2 + _ACTIVATIONS) * _batch(blocks) * FLOAT * (sites.head.shape[1] + _widest(sites))
     return round(COSTS.base + _whole(sites) * (1 + COSTS.coded) + compared * FLOAT * sites.head.numel + states)
+
+
+def pages_pay(sites: Sites, blocks: TokenBlocks) -> bool:
+    """Whether the states of a whole text, which wait at each block of a paged model, are smaller than the model."""
+    return 3 * FLOAT * blocks.ids.numel() * sites.head.shape[1] < _whole(sites)
 
 
 def _batch(blocks: TokenBlocks) -> int:
