@@ -47,6 +47,8 @@ def score(
 ) -> EvalResult:
     """Scores a quantized folder, or any model; against: the original, measured first, and gone by then.
 
+    On a CPU one block of a model at a time is in memory, unless the text is so long that this would take more.
+
     data: a text file, `pydoc`, or `hub:DATASET[:CONFIG][:SPLIT]`. Without it the text is what the model's plan set
     apart for testing, for other models the test part of Python's documentation. workers: processes that share the
     sequences, each with a model in memory and one thread; ray: the cluster whose workers do, as of `paley.quantize`.
