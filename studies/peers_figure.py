@@ -10,16 +10,19 @@ import argparse
 from studies.experiment import RESULTS, measured
 
 FIGURE = RESULTS.parents[1] / "docs" / "figures" / "peers.png"
-PEER = "llama.cpp "
+PEER, OTHERS = "llama.cpp ", ("AutoRound", "llm-compressor")
+LEAST = 5  # rows of llama.cpp, for a picture to say something
 
 
 def draw() -> None:
     import matplotlib.pyplot as plt  # a dependency of this alone
 
-    found = list(measured("peers").values())
-    figure, axes = plt.subplots(1, len(found), figsize=(7.4 * len(found), 5.0), squeeze=False, layout="constrained")
+    found = [r for r in measured("peers").values() if sum(name.startswith(PEER) for name in r["rows"]) >= LEAST]
+    figure, axes = plt.subplots(1, len(found), figsize=(9.0 * len(found), 6.0), squeeze=False, layout="constrained")
     for axis, result in zip(axes.flat, found, strict=True):
         for name, row in result["rows"].items():
+            if name.startswith(OTHERS) or name.endswith("e16"):  # whose bits are those of the blocks alone
+                continue
             peer = name.startswith(PEER)
             colour = "0.45" if peer else "C0"
             megabytes = row["bits"] * result["parameters"] / 8e6
@@ -27,8 +30,8 @@ def draw() -> None:
                 megabytes, row["kl"], row["kl_stderr"], fmt="s" if peer else "o", color=colour, markersize=5, capsize=2
             )
             axis.annotate(
-                name.removeprefix(PEER), (megabytes, row["kl"]), (6, 5), textcoords="offset points", color=colour,
-                fontsize=9,
+                name.removeprefix(PEER), (megabytes, row["kl"]), (6 if peer else -6, 3), textcoords="offset points",
+                color=colour, fontsize=8, ha="left" if peer else "right",
             )  # fmt: skip
         whole = result["parameters"] * 2 / 1e6
         above = axis.secondary_xaxis("top", functions=(lambda mb, w=whole: mb / w * 16, lambda b, w=whole: b * w / 16))
