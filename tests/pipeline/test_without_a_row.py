@@ -32,12 +32,12 @@ def lost(source, original, *settings: str) -> float:
 def test_gptq_loses_less_than_rounding_to_nearest(kind, tmp_path):
     """Of a turned linear, stacks of experts, layers with states, latent keys.
 
-    On models so small the ratio scatters by a tenth with the number of codes decided at a time: deepseek_v3 .75 to .92.
+    On models so small the ratio scatters by a tenth with the number of codes decided at a time: deepseek_v3 .75 to .88.
     """
     save_type(kind, tmp_path)
     source = open_source(tmp_path)
     original = source.load()
-    assert lost(source, original) < 0.97 * lost(source, original, "weights.method=nearest")
+    assert lost(source, original) < 0.9 * lost(source, original, "weights.method=nearest")
 
 
 def test_slopes_of_a_model_without_a_row(tmp_path):

@@ -51,7 +51,7 @@ class WeightScheme:
     sign can stand for the two: d · (c - 8) of 4-bit codes, with d < 0 where 7 is the zero (ggml's Q4_0, Q5_0).
     The points of free grids come from expectation maximization (arXiv:2504.05352): "em" weighs all errors alike,
     "em_diagonal" by the diagonal of the Hessian H = X^T X, "em_inverse" by 1 / [H^-1]_ii^2.
-    sweeps: rounds of scale refit and coordinate descent after GPTQ; a sequential grid has none.
+    sweeps: rounds of scale refit and coordinate descent after GPTQ; on a sequential grid any number is one refit.
     """
 
     __pydantic_config__: ClassVar = _STRICT

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from paley.core.errors import PaleyError
 from paley.core.grids import as_fixed
@@ -162,12 +163,16 @@ def _feedback(target: Tensor, spread: Tensor, book: Codebook) -> Tensor:
 
 
 def _on_trellis(target: Tensor, metric: Metric, book: Scaled, scheme: WeightScheme) -> Tensor:
-    """Codes of a row hang together: none descends by itself. Scales that are fitted anew afterwards gain nothing."""
+    """Codes of a row hang together: after feedback scales are refitted once, and no code descends by itself."""
     grid, scales = book.grid, book.column_scales()
     assert isinstance(grid, TrellisGrid)
     if scheme.method == "nearest":
         return grid.search(target / scales)
-    return trellis_feedback(target, metric.spread, grid, scales, block=BLOCK)
+    codes = trellis_feedback(target, metric.spread, grid, scales, block=BLOCK)
+    if scheme.sweeps:
+        wanted, values = linear(target, metric.gram), linear(book.values(codes), metric.gram)
+        book.refit_(wanted - values, wanted, metric.gram, codes)
+    return codes
 
 
 def _one_by_one(target: Tensor, book: Codebook) -> Tensor:

@@ -242,7 +242,7 @@ class _Work:
         grid = scheme.weight.grid
         if isinstance(grid, TrellisGrid):
             looked_at = 1 + AHEAD * grid.memory / KEEP
-            loops, sweeps = COSTS.trellis * looked_at / grid.p * self.native, 0
+            loops, sweeps = COSTS.trellis * looked_at / grid.p * self.native, min(sweeps, 1)
         else:
             loops = (1 + sweeps) * COSTS.loop[min(grid.p, 4)] * self.native
         products = (COSTS.target + COSTS.sweep * sweeps) * rows * columns**2
