@@ -61,7 +61,8 @@ class InputStatistics:
         if self._gram is None:
             raise PaleyError("gptq: no input was seen; run the calibration text through the layer first")
         if not self._has_lower:
-            self._gram, self._has_lower = self._gram.triu() + self._gram.triu(1).T, True
+            _mirror_(self._gram)
+            self._has_lower = True
         return self._gram
 
     def metric(self, damp: float) -> Metric:
@@ -111,7 +112,9 @@ class Metric:
         """-> spread, raised."""
         factor, more, raised = _factored(self._sums, self._added)
         self._added += more
-        return _inverse(factor).float(), raised
+        _invert_(factor)
+        factor = factor.float()
+        return factor.T.flip(0, 1), raised
 
     @property
     def raised(self) -> float:
@@ -149,21 +152,32 @@ def _add(sums: Tensor | None, left: Tensor, right: Tensor, upper: bool = False) 
     return product(left.T, right.T, sums, upper=upper)
 
 
-def _inverse(upper: Tensor) -> Tensor:
-    """Of an upper triangular matrix, by halves: products of matrices are twice as fast as solving for all columns."""
+def _mirror_(upper: Tensor) -> None:
+    """What is above the diagonal is below it, too, from now on."""
+    if (half := len(upper) // 2) == 0:
+        return
+    _mirror_(upper[:half, :half])
+    _mirror_(upper[half:, half:])
+    upper[half:, :half] = upper[:half, half:].T
+
+
+def _invert_(upper: Tensor) -> None:
+    """An upper triangular matrix becomes its inverse: by halves, in products, twice as fast as a solve for all."""
     if len(upper) <= _WHOLE:
-        return torch.linalg.solve_triangular(upper, torch.eye(len(upper)).to(upper), upper=True)
+        upper.copy_(torch.linalg.solve_triangular(upper, torch.eye(len(upper)).to(upper), upper=True))
+        return
     half = len(upper) // 2
-    inverse = torch.zeros_like(upper)
-    inverse[:half, :half], inverse[half:, half:] = _inverse(upper[:half, :half]), _inverse(upper[half:, half:])
-    inverse[:half, half:] = -(inverse[:half, :half] @ upper[:half, half:]) @ inverse[half:, half:]
-    return inverse
+    first, across, last = upper[:half, :half], upper[:half, half:], upper[half:, half:]
+    _invert_(first)
+    _invert_(last)
+    across.copy_((first @ across).neg_() @ last)
 
 
 def _factored(gram: Tensor, added: float) -> tuple[Tensor, float, float]:
-    """-> R float64, upper triangular with gram + added = R R^T; what it took more than `added`, also as a share.
+    """-> Lᵀ float64, L the Cholesky factor of gram + added read backwards; what it took more, also as a share.
 
-    Of a matrix read backwards, the Cholesky factor backwards is such an R.
+    Backwards, L is upper triangular, and times its own transpose the matrix as it was. At most one matrix of float64
+    is held.
     """
     if not gram.isfinite().all():
         raise PaleyError(
@@ -172,11 +186,12 @@ def _factored(gram: Tensor, added: float) -> tuple[Tensor, float, float]:
         )
     mean = float(gram.diagonal().mean(dtype=torch.float64)) + added
     for share in (0.0, *RAISED):
-        backwards = gram.flip(0, 1).double()
+        backwards = gram.flip(0, 1).double().T  # in the order of LAPACK, which works in place there
         backwards.diagonal().add_(added + share * mean)
-        backwards, failed = torch.linalg.cholesky_ex(backwards)
+        failed = torch.empty((), dtype=torch.int32, device=gram.device)
+        torch.linalg.cholesky_ex(backwards, out=(backwards, failed))
         if not failed:
-            return backwards.flip(0, 1), share * mean, share
+            return backwards.T, share * mean, share
     raise PaleyError(
         f"gptq: the Hessian is not positive definite, even with {RAISED[-1]:g} of its mean added to its diagonal",
         remedy=(

@@ -71,15 +71,16 @@ class ModelQuantizer:
     keys: what measures keys, and balances them, before a block's weights are quantized.
     begin: called before the turn of each block, and with None before the head's, if they are wrapped only then.
     place(name, hidden states) -> where those behind the block are written: that very tensor, unless the run keeps both.
+    rest: called when hidden states are not read for a while.
     """
 
     def __init__(
         self, runner: BlockRunner, ids: Tensor | None, schemes: Schemes, *, compensate: str,
         keys: KeySettler | None = None, begin: Callable[[Block | None], None] = lambda _: None,
-        place: Place = lambda _, hidden: hidden,
+        place: Place = lambda _, hidden: hidden, rest: Callable[[], None] = lambda: None,
     ):  # fmt: skip
         self.runner, self.adapter, self.ids, self.keys, self.begin = runner, runner.adapter, ids, keys, begin
-        self.place = place
+        self.place, self.rest = place, rest
         self.linears, self.attentions, self.compensate = schemes.linears, schemes.attentions, compensate
         self.hidden: Tensor | None = None
         self.original: Tensor | None = None
@@ -90,14 +91,19 @@ class ModelQuantizer:
         """Rounds the embedding, and of a tied pair the head with it, and looks the calibration tokens up."""
         site = self.adapter.sites.embedding
         if self.ids is not None:
-            self.original = self.runner.embed(self.ids)
+            self.original = self._placed("original", self.runner.embed(self.ids))
         reports: list[LayerReport] = []
         if self.linears[site.name].weight is not None:
             reports.append(self._quantize_embedding(site, known.get(site.name)))
             on_layer(reports[0])
         if self.original is not None and self.ids is not None:
-            self.hidden = self.runner.embed(self.ids) if reports else self.original.clone()
+            found = self.runner.embed(self.ids) if reports else self.original.clone()
+            self.hidden = self._placed("hidden", found)
         return reports
+
+    def _placed(self, name: str, hidden: Tensor) -> Tensor:
+        place = self.place(name, hidden)
+        return hidden if place is hidden else place.copy_(hidden)
 
     @torch.no_grad()
     def block(
@@ -134,6 +140,7 @@ class ModelQuantizer:
         with self._compared(block, reference, [site for site in wanted if wanted[site]]) as both:
             for read in groups:
                 statistics = both.statistics(read, wanted[read]) if both is not None and wanted[read] else {}
+                self.rest()
                 for alike in groups[read]:
                     for site in alike:
                         by_expert = site.experts and self.linears[site.name].calibrated
@@ -177,14 +184,21 @@ class ModelQuantizer:
         """Quantizes an untied head, calibrated on what the final norm makes of the last hidden states."""
         self.begin(None)
         site = self.adapter.sites.head
-        if site.stored_as != site.name or self.linears[site.name].weight is None:
+        if site.stored_as != site.name or (scheme := self.linears[site.name]).weight is None:
             return []
         linear = self.adapter.head
+        if not isinstance(linear, QuantLinear) and not scheme.calibrated:
+            q, error = self._to_nearest(site, linear.weight, known.get(site.name))
+            made = QuantLinear.from_linear(linear, scheme, q, name=site.name)
+            made.prepare_("packed")
+            self.adapter.model.set_submodule(site.module, made)
+            on_layer(report := LayerReport(site.name, error, q))
+            return [report]
         if not isinstance(linear, QuantLinear):
             linear = QuantLinear.from_linear(linear, LinearScheme(), None, name=site.name)
             self.adapter.model.set_submodule(site.module, linear)
         statistics = None
-        if site.name not in known and self.linears[site.name].calibrated and self.hidden is not None:
+        if site.name not in known and scheme.calibrated and self.hidden is not None:
             assert self.original is not None
             statistics = InputStatistics()
             for pair in zip(*(h.split(self.runner.batch) for h in (self.hidden, self.original)), strict=True):
@@ -248,17 +262,21 @@ class ModelQuantizer:
     def _quantize_embedding(self, site: Site, q: Quantized | None) -> LayerReport:
         """Rows are rounded to nearest: what looks them up has no inputs to calibrate on."""
         embedding, scheme = self.adapter.embedding, self.linears[site.name]
-        assert scheme.weight is not None
-        if q is None:
-            q, error = quantize_turned(embedding.weight, scheme.weight, scheme.transform, site.name)
-        else:
-            error = turned_error(embedding.weight, q, scheme.transform)
+        q, error = self._to_nearest(site, embedding.weight, q)
         stream = embedding.stream if isinstance(embedding, QuantEmbedding) else None
         made = QuantEmbedding.around(embedding, stream, scheme, q, name=site.name).float()
         self.adapter.model.set_submodule(site.module, made)
         if self.adapter.sites.tied:
             tie_head_(self.adapter.model, self.adapter.architecture, made)
         return LayerReport(site.name, error, q)
+
+    def _to_nearest(self, site: Site, weight: Tensor, q: Quantized | None) -> tuple[Quantized, float]:
+        """Of a weight that is not turned yet -> its codes, q if they are there, and their error."""
+        scheme = self.linears[site.name]
+        assert scheme.weight is not None
+        if q is not None:
+            return q, turned_error(weight, q, scheme.transform)
+        return quantize_turned(weight, scheme.weight, scheme.transform, site.name)
 
     def _compared(
         self, block: Block, reference: nn.Module, inputs: Sequence[Site]
@@ -370,8 +388,9 @@ class ModelQuantizer:
         made.shared_input = linear.shared_input
         made.prepare_(CALIBRATION if site.kind == "linear" and self.original is not None else "packed")
         self.adapter.model.set_submodule(site.module, made)
+        report = LayerReport(site.name, _error(linear, made), q)
         linear.retire_()
-        return LayerReport(site.name, _error(linear, made), q)
+        return report
 
 
 def _error(linear: Any, made: Any) -> float:

@@ -54,7 +54,7 @@ class QuantLinear(Coded):
         cls, linear: Any, scheme: LinearScheme, q: Quantized | None, *, name: str = "QuantLinear"
     ) -> QuantLinear:
         """Takes the bias of an nn.Linear or QuantLinear, and its weight if the scheme leaves that (q None)."""
-        out_features, in_features = linear.out_features, linear.in_features
+        out_features, in_features = linear.out_features, linear.in_features if q is None else q.width
         kept = linear.weight if linear.weight is not None else linear.scales
         bias = linear.bias is not None
         made = cls(
@@ -74,7 +74,10 @@ class QuantLinear(Coded):
         self._chosen = (product, dtype)
 
     def retire_(self) -> None:
-        """Lets go of what was made ready, for good: layer and product hold each other until a collector runs."""
+        """Lets go of a weight in float, and of what was made ready, for good: forwards that stand still hold a layer
+        that was replaced, and layer and product each other.
+        """
+        self.weight = None
         del self.product
 
     def set_quantized_(self, q: Quantized) -> None:

@@ -20,7 +20,7 @@ from paley.model.capture import BlockRunner
 
 __all__ = ["KEPT", "Steps", "held"]
 
-KEPT = 2**30  # bytes that the forwards of one block may hold while they stand still
+KEPT = 900_000_000  # bytes that the forwards of one block may hold while they stand still
 
 
 def held(hidden: int, widest: int) -> int:
@@ -87,8 +87,7 @@ class Steps:
             yield one.go_on(stop), one.seen
             if self._ended:
                 one.finish(target)
-        if self._ended:
-            give_back()
+                give_back()
 
     @torch.no_grad()
     def finish(self) -> Tensor:

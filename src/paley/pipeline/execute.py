@@ -109,11 +109,14 @@ def _prepare_head_(problem: Problem, adapter: Adapter) -> None:
     head = adapter.sites.head
     if adapter.sites.tied:
         return
-    if head.name in problem.inputs():
-        adapter.head.float()  # 16 bits would round what is turned
-    rotate_inputs_(adapter, [head], problem.inputs())
+    scheme = problem.schemes.linears[head.name]
+    if waits := scheme.weight is None or scheme.calibrated:  # else `ModelQuantizer.head` turns it, some rows at a time
+        if head.name in problem.inputs():
+            adapter.head.float()  # 16 bits would round what is turned
+        rotate_inputs_(adapter, [head], problem.inputs())
     _cast_(problem, ((f"{head.module}.{n}", p) for n, p in adapter.head.named_parameters()))
-    wrap_head_(adapter, problem.schemes)
+    if waits:
+        wrap_head_(adapter, problem.schemes)
 
 
 def _prepare_block_(problem: Problem, adapter: Adapter, block: Block) -> None:
@@ -162,9 +165,9 @@ def quantize_steps(
         keys = KeySettler(runner, ids, problem.schemes.attentions, partial(_cast_block_, problem))
     if not any(scheme.needs_data for scheme in problem.schemes.linears.values()):
         ids = None  # for keys alone
-    place = {} if states is None else {"place": states.place}
+    kept_in = {} if states is None else {"place": states.place, "rest": states.rest}
     quantizer = ModelQuantizer(
-        runner, ids, problem.schemes, compensate=problem.compensate, keys=keys, begin=begin, **place
+        runner, ids, problem.schemes, compensate=problem.compensate, keys=keys, begin=begin, **kept_in
     )
     count = sum(scheme.weight is not None for _, scheme in problem.weights())
     monitor.stage("quantizing weights" if stage == "final" else "quantizing weights for the search", count)
@@ -216,7 +219,7 @@ def quantize_steps(
     start = 0
     if states is not None and run is not None:
         found = states.last(quantizer.states() | {"sample": sample}, quantizer.placed())
-        files = [] if found is None else [run.stage_file(stage, _block_name(index)) for index in range(found[0] + 1)]
+        files = [] if found is None else [run.stage_file(stage, _block_name(index)) for index in range(found[0])]
         needed = quantizer.placed().keys() if last > len(files) else set()  # by a step behind them that is open
         if found is not None and needed <= found[1].keys() and all(file.exists() for file in files):
             for report in chain.from_iterable(map(recall, files)):
@@ -224,6 +227,8 @@ def quantize_steps(
                 show(report)
             start, sample = len(files), found[1]["sample"]
             quantizer.go_on(found[1])
+        else:
+            states.commit(0, quantizer.states() | {"sample": sample})
     for block in adapter.blocks[start:]:
         if block.index >= last:  # the embedding is step 0
             quantizer.read_no_more()
@@ -235,7 +240,7 @@ def quantize_steps(
         sample = runner.block(block.index, sample)
         end(block)
         if states is not None:
-            states.commit(block.index, quantizer.states() | {"sample": sample})
+            states.commit(block.index + 1, quantizer.states() | {"sample": sample})
     step("head", steps["head"], lambda known, _: quantizer.head(known, show))
     for name, experts in quantizer.unreached.items():
         monitor.note(f"{name}: the text reached no {_numbers(experts)} of its experts, which are rounded to nearest")

@@ -1,12 +1,15 @@
 """Hidden states between the blocks of a calibration, in memory-mapped files: a killed run goes on behind the last one.
 
-Those behind a block have a folder, which gets its name when all of them are on the disk; the one before is deleted.
+Those behind so many blocks have a folder, whose name is that number. It gets it when all of them are on the disk; the
+one before is deleted.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 import shutil
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,11 +28,12 @@ _NONE: Mapping[str, Tensor] = {}
 
 
 class States:
-    """The hidden states in `folder`, whose number is that of the block which they are behind."""
+    """The hidden states in `folder`, whose number is that of the blocks which they are behind."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self._mapped: dict[str, np.memmap] = {}
+        self._in_use: list[weakref.ref[np.memmap]] = []
 
     def place(self, name: str, like: Tensor) -> Tensor:
         """An empty tensor of this shape and type in a file of the folder to come."""
@@ -44,14 +48,27 @@ class States:
                 with path.open("r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         self._mapped[name] = mapped
+        return self._tensor(mapped)
+
+    def rest(self) -> None:
+        """Pages of the files leave this process's memory, and are read again when they are needed."""
+        if not hasattr(mmap, "MADV_DONTNEED"):  # Windows
+            return
+        self._in_use = [ref for ref in self._in_use if ref() is not None]
+        for ref in self._in_use:
+            if (mapped := ref()) is not None:
+                mapped._mmap.madvise(mmap.MADV_DONTNEED)  # of a shared mapping, so what was written stays
+
+    def _tensor(self, mapped: np.memmap) -> Tensor:
+        self._in_use.append(weakref.ref(mapped))
         return torch.from_numpy(mapped)
 
-    def commit(self, index: int, others: Mapping[str, Tensor]) -> None:
-        """What `place` gave, and copies of some more tensors, are the states behind block `index` from now on."""
+    def commit(self, blocks: int, others: Mapping[str, Tensor]) -> None:
+        """What `place` gave, and copies of some more tensors, are the states behind so many blocks from now on."""
         for name, tensor in others.items():
             self.place(name, tensor).copy_(tensor)
         before = self._done()
-        made = self.folder / _name(index)
+        made = self.folder / _name(blocks)
         with self._making():
             with disk(made):
                 for mapped in self._mapped.values():
@@ -61,13 +78,13 @@ class States:
             publish([(self.folder / _NEXT, made)])
         self._mapped.clear()
         for other in before:
-            if other != index:
+            if other != blocks:
                 shutil.rmtree(self.folder / _name(other), ignore_errors=True)
 
     def last(
         self, like: Mapping[str, Tensor], until_read: Mapping[str, Tensor] = _NONE
     ) -> tuple[int, dict[str, Tensor]] | None:
-        """(the block, the states behind it) of a run that was stopped; None if it had not finished a block.
+        """(number of blocks, the states behind them) of a run that was stopped; None if it had not come so far.
 
         like: tensors of the names, shapes and types of the states. until_read: of some more, which are there or not,
         all of them. Errors: PaleyError for a folder with others.
@@ -80,10 +97,10 @@ class States:
             like = {**like, **until_read}
         if strange := found ^ {f"{name}.npy" for name in like}:
             raise _damaged(folder, f"{', '.join(sorted(strange))} missing, or not of this run")
-        return done[-1], {name: torch.from_numpy(_opened(folder / f"{name}.npy", like[name])) for name in like}
+        return done[-1], {name: self._tensor(_opened(folder / f"{name}.npy", like[name])) for name in like}
 
     def _done(self) -> list[int]:
-        """The blocks whose folders are there, in order; nobody but `commit` gives a folder such a name."""
+        """The numbers whose folders are there, in order; nobody but `commit` gives a folder such a name."""
         names = [path.name for path in self.folder.iterdir() if path.is_dir()] if self.folder.is_dir() else []
         return sorted(int(name) for name in names if name.isdecimal() and name == _name(int(name)))
 
@@ -102,7 +119,7 @@ def _name(index: int) -> str:
     return f"{index:04d}"
 
 
-def _opened(file: Path, like: Tensor) -> np.ndarray:
+def _opened(file: Path, like: Tensor) -> np.memmap:
     try:
         found = np.load(file, mmap_mode="r+", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
