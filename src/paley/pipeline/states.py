@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ class States:
     def __init__(self, folder: Path):
         self.folder = folder
         self._mapped: dict[str, np.memmap] = {}
-        self._in_use: list[weakref.ref[np.memmap]] = []
+        self._in_use: list[weakref.ref[Any]] = []
 
     def place(self, name: str, like: Tensor) -> Tensor:
         """An empty tensor of this shape and type in a file of the folder to come."""
@@ -55,9 +56,8 @@ class States:
         if not hasattr(mmap, "MADV_DONTNEED"):  # Windows
             return
         self._in_use = [ref for ref in self._in_use if ref() is not None]
-        for ref in self._in_use:
-            if (mapped := ref()) is not None:
-                mapped._mmap.madvise(mmap.MADV_DONTNEED)  # of a shared mapping, so what was written stays
+        for mapped in [ref() for ref in self._in_use]:
+            mapped._mmap.madvise(mmap.MADV_DONTNEED)  # of a shared mapping, so what was written stays
 
     def _tensor(self, mapped: np.memmap) -> Tensor:
         self._in_use.append(weakref.ref(mapped))
