@@ -116,6 +116,18 @@ def test_fewer_tokens_than_columns_need_no_more_damping(caplog):
     assert not caplog.records
 
 
+@pytest.mark.parametrize("width", [1, 2, 3, 191, 193, 401])
+def test_the_spread_is_a_root_of_the_inverse(width):
+    """By halves of any size, in the memory of the matrix itself."""
+    s = InputStatistics()
+    s.add(torch.randn(width + 20, width, generator=torch.Generator().manual_seed(0)))
+    metric = s.metric(0.01)
+    spread = metric.spread.double()
+    assert torch.equal(spread, spread.triu())
+    assert torch.equal(s.gram, s.gram.T)
+    assert torch.allclose(spread.T @ spread @ metric.gram.double(), torch.eye(width).double(), atol=1e-5)
+
+
 def test_damping_is_raised_until_the_hessian_is_positive_definite(caplog):
     """By what a planted negative eigenvalue needs, and by no more than the next step; the same in any order."""
     weight, inputs, reference = problem()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -194,6 +196,7 @@ def test_a_run_is_paged_where_memory_does_not_hold_the_model(tmp_path, tiny_toke
     recipe = apply_settings(
         preset("w4a16"), ["hadamard=16", "fit_groups=true", "test.sequences=3", "test.seq_len=16", *text_of(tmp_path)]
     )
+    monkeypatch.setattr(estimating, "pages_pay", lambda *_: False)
     whole = quantize(folder, recipe, output=tmp_path / "whole")
     needed = {}
     for paged in (False, True):
@@ -201,18 +204,24 @@ def test_a_run_is_paged_where_memory_does_not_hold_the_model(tmp_path, tiny_toke
         needed[paged] = peak.memory(problem, recipe, paged=paged)
     assert needed[True] < needed[False]
     monkeypatch.setattr(estimating, "free_memory", lambda: needed[True])
-    notes = []
-    monitor = Monitor()
-    monitor.note = notes.append
     monkeypatch.setattr(Source, "load", _never_whole(Source.load))
-    paged = quantize(folder, recipe, output=tmp_path / "paged", monitor=monitor)
-    assert any("block by block" in note for note in notes)
+    paged = quantize(folder, recipe, output=tmp_path / "paged")
     assert paged.results == whole.results
     for file in (tmp_path / "whole").iterdir():
         assert file.read_bytes() == (tmp_path / "paged" / file.name).read_bytes(), file.name
     monkeypatch.setattr(estimating, "free_memory", lambda: 2**20)
     with pytest.raises(PaleyError, match="memory: this run needs about"):
         quantize(folder, recipe, output=tmp_path / "none")
+
+
+def test_a_run_is_paged_where_that_takes_less(tmp_path, tiny_tokenizer, monkeypatch):
+    folder = save_tiny(tmp_path / "model", tiny_tokenizer, num_hidden_layers=6)
+    recipe = apply_settings(unscored(tmp_path), ["test={sequences: 2, seq_len: 8}"])
+    assert estimating.estimate_run(resolve(open_source(folder), recipe), recipe).paged
+    long = apply_settings(recipe, ["test.sequences=1000"])
+    assert not estimating.estimate_run(resolve(open_source(folder), long), long).paged
+    monkeypatch.setattr(Source, "load", _never_whole(Source.load))
+    quantize(folder, recipe, output=tmp_path / "out")
 
 
 def _never_whole(load):
@@ -251,6 +260,29 @@ def test_states_are_whole_or_absent(tmp_path):
     (tmp_path / "states/0001/hidden.npy").write_bytes(b"\x93NUMPY")
     with pytest.raises(PaleyError, match="is damaged"):
         states.last(like)
+
+
+def test_states_that_rest_leave_memory_and_keep_their_values(tmp_path):
+    states = States(tmp_path / "states")
+    values = torch.arange(2**22, dtype=torch.float32).view(4, -1)
+    before = resident()
+    hidden = states.place("hidden", values).copy_(values)
+    assert resident() > before + 0.9 * values.nbytes
+    states.rest()
+    assert resident() < before + 0.1 * values.nbytes
+    assert torch.equal(hidden, values)
+    hidden += 1
+    states.rest()
+    states.commit(0, {})
+    found = States(tmp_path / "states").last({"hidden": values})[1]["hidden"]
+    assert torch.equal(found, values + 1)
+
+
+def resident() -> int:
+    """Bytes of files that are mapped, and in memory."""
+    if not (file := Path("/proc/self/status")).exists():
+        pytest.skip("needs Linux")
+    return 1024 * int(re.search(r"RssFile:\s+(\d+)", file.read_text())[1])
 
 
 def test_states_are_on_the_disk_before_they_have_their_name(tmp_path, monkeypatch):
@@ -388,6 +420,7 @@ def test_the_estimate_counts_caches_and_each_reading(tmp_path, tiny_tokenizer, m
     folder = save_tiny(tmp_path / "model", tiny_tokenizer, max_position_embeddings=1024)
     stage, seconds, memory = "evaluating through the quantized cache", {}, {}
     monkeypatch.setattr(estimating, "multiplications", lambda: 1.0)
+    monkeypatch.setattr(estimating, "pages_pay", lambda *_: False)
     for name in ("w4a16", "w4a8kv8"):
         recipe = apply_settings(
             preset(name), ["search.method=none", "hadamard=16", "fit_groups=true", "test.sequences=2"]

@@ -34,5 +34,5 @@ def test_the_figures_are_those_of_the_whole_model(tmp_path, tiny_tokenizer, monk
 
 def test_a_long_text_holds_more_than_a_small_model(tmp_path, tiny_tokenizer):
     sites = open_source(save_tiny(tmp_path / "model", tiny_tokenizer)).sites
-    assert pages_pay(sites, blocks_from_ids(torch.ones(1, 24).long(), "test", "some"))
-    assert not pages_pay(sites, blocks_from_ids(torch.ones(200, 24).long(), "test", "some"))
+    assert pages_pay(sites, 24)
+    assert not pages_pay(sites, 200 * 24)

@@ -56,7 +56,7 @@ class Costs:
     # Bytes.
     base: float = 0.45 * 2**30  # of Python, torch and transformers
     block: float = 3.0  # times the largest block in float32, then
-    squares: float = 8.0  # times the largest Gram matrix in float32, then
+    squares: float = 5.0  # times the largest Gram matrix in float32, then
     model: float = 1.5  # times the float32 model, then, if its blocks cannot be read by themselves; it waits in 16 bits
     folded: float = 3.0  # the same if something is folded first, in float32
     decided: float = 1.5  # times the float32 model, as it writes a text, is searched or measured

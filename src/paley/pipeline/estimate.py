@@ -29,6 +29,7 @@ from paley.pipeline.costs import COSTS, Text, Tuned, count_tokens
 from paley.pipeline.machine import free_memory, multiplications
 from paley.pipeline.monitor import duration
 from paley.pipeline.resolve import resolve
+from paley.pipeline.worker_memory import pages_pay
 from paley.recipe import Recipe, apply_settings, preset
 
 __all__ = ["Estimate", "check_memory", "estimate_run", "faster"]
@@ -42,7 +43,7 @@ class Estimate:
     """bytes: of all tensors on disk; original_bytes: of the original's. memory: bytes at the peak.
 
     stages: name -> seconds of each stage that is to come. paged: whether memory holds a block of the model at a time
-    as it is scored, since it does not hold all of it. states: bytes on disk until the run is done.
+    as it is scored. states: bytes on disk until the run is done.
     """
 
     bytes: int
@@ -70,10 +71,11 @@ def estimate_run(problem: Problem, recipe: Recipe, *, decided: bool = False, mea
     Of a budget, only a limit of size is known beforehand: else bytes are those of the recipe's own grids.
     """
     needs = {"decided": decided, "measured": measured}
-    memory, free = peak.memory(problem, recipe, **needs), free_memory()
-    paged = free is not None and memory > free and problem.source.has_pages
-    if paged:
-        memory = peak.memory(problem, recipe, **needs, paged=True)
+    test, pages = recipe.test, problem.source.has_pages
+    paged = pages and test is not None and pages_pay(problem.sites, count_tokens(test))
+    memory, free = peak.memory(problem, recipe, **needs, paged=paged), free_memory()
+    if pages and not paged and free is not None and memory > free:
+        paged, memory = True, peak.memory(problem, recipe, **needs, paged=True)
     work, rate = _Work(problem, recipe, paged), multiplications()
     stages = {name: operations / rate for name, operations in work.stages(decided, measured) if operations}
     return Estimate(

@@ -106,8 +106,6 @@ def quantize(
         check_memory(problem, wanted, estimated.memory, decided=plan is not None, measured=sensitivity is not None)
     paged = estimated.paged and device == "cpu"
     monitor.note(str(estimated))
-    if paged and wanted.test is not None:
-        monitor.note("memory does not hold the model: it is scored block by block")
     if hint := faster(problem, wanted, estimated):
         monitor.note(hint)
     monitor.expect(estimated.stages)

@@ -87,11 +87,12 @@ def score(
 
 def _opened(path: Path, blocks: TokenBlocks, device: str) -> tuple[PreTrainedModel, Turns]:
     """A folder's model, and how forwards go through it: with a block in memory at a time, if that takes less of it."""
-    if device == "cpu" and is_paley(path) and pages_pay(sites_of(empty_model(read_config(path))), blocks):
+    tokens = blocks.ids.numel()
+    if device == "cpu" and is_paley(path) and pages_pay(sites_of(empty_model(read_config(path))), tokens):
         return page_quantized(path, EXACT)
     if device == "cpu" and not is_paley(path):
         source = open_source(path)
-        if source.has_pages and pages_pay(source.sites, blocks):
+        if source.has_pages and pages_pay(source.sites, tokens):
             return page_original(source)
     return load_any(path, device), one_after_another
 

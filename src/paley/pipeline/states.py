@@ -56,8 +56,9 @@ class States:
         if not hasattr(mmap, "MADV_DONTNEED"):  # Windows
             return
         self._in_use = [ref for ref in self._in_use if ref() is not None]
-        for mapped in [ref() for ref in self._in_use]:
-            mapped._mmap.madvise(mmap.MADV_DONTNEED)  # of a shared mapping, so what was written stays
+        for ref in self._in_use:
+            if (mapped := ref()) is not None:
+                mapped._mmap.madvise(mmap.MADV_DONTNEED)  # of a shared mapping, so what was written stays
 
     def _tensor(self, mapped: np.memmap) -> Tensor:
         self._in_use.append(weakref.ref(mapped))

@@ -50,9 +50,9 @@ def of_scores(sites: Sites, blocks: TokenBlocks, *, compared: bool) -> int:
     return round(COSTS.base + _whole(sites) * (1 + COSTS.coded) + compared * FLOAT * sites.head.numel + states)
 
 
-def pages_pay(sites: Sites, blocks: TokenBlocks) -> bool:
+def pages_pay(sites: Sites, tokens: int) -> bool:
     """Whether the states of a whole text, which wait at each block of a paged model, are smaller than the model."""
-    return 3 * FLOAT * blocks.ids.numel() * sites.head.shape[1] < _whole(sites)
+    return 3 * FLOAT * tokens * sites.head.shape[1] < _whole(sites)
 
 
 def _batch(blocks: TokenBlocks) -> int:
