@@ -56,15 +56,18 @@ class Variants:
         yield "rotated, no int8 columns", self.before("rotate=auto")
         for group in (64, 256):
             yield f"groups of {group}", self.before(group=group, outliers=most)
-        yield "w1a4", self.grouped("w1a4")
-        yield "w1a4, two scales", self.grouped("w1a4", "weights.grid=mirror2")
-        yield "w1a4, hessian: none", self.grouped("w1a4", "weights.scale_search=em")
-        yield "w1a4, refitted inputs", self.grouped("w1a4", "inputs.refit=true")
-        yield "w1a16", self.grouped("w1a16")
+        flat = "diagonal=false"
+        yield "w1a4", self.grouped("w1a4", flat)
+        yield "w1a4, two scales", self.grouped("w1a4", flat, "weights.grid=mirror2")
+        yield "w1a4, hessian: none", self.grouped("w1a4", flat, "weights.scale_search=em")
+        yield "w1a4, refitted inputs", self.grouped("w1a4", flat, "inputs.refit=true")
+        yield "w1a4, diagonal", self.grouped("w1a4")
+        yield "w1a16", self.grouped("w1a16", flat)
 
     def before(self, *settings: str, group: int = GROUP, outliers: int = 0) -> Recipe:
         """W(1+1)A(1x4) as we first reconstructed it: no rotation, outlier columns instead."""
-        return self.grouped("w1a4", "rotate=none", "center_keys=false", *settings, group=group, outliers=outliers)
+        flat = ("rotate=none", "diagonal=false", "center_keys=false")
+        return self.grouped("w1a4", *flat, *settings, group=group, outliers=outliers)
 
 
 def main() -> None:

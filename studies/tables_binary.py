@@ -45,7 +45,7 @@ def methods() -> list[str]:
         "of a width nearest to 128, 64 or 256, which for widths of 64 and 128 is the width; where INT8 columns are",
         "kept they are 1/32 of a hidden state. `w1a4, before` is the reconstruction as it was first built, with INT8",
         "columns and no rotation; the rows after it change one thing in it. `w1a4` is the preset, which those rows",
-        "decided. `paley w?a4kv4` is our default at those bits, without search; it and `higgs` have inputs on gauss4",
+        "decided, without the diagonal that it has got since. `paley w?a4kv4` is our default at those bits, without search; it and `higgs` have inputs on gauss4",
         "with one scale a token, and rtn, gptq and atom-like have caches as their presets have them. Perplexities:",
         "[the JSON rows](../studies/results).",
         "",
