@@ -1,10 +1,8 @@
 """`paley.score` with a block in memory at a time: the same figures."""
 
 import pytest
-import torch
 
 import paley
-from paley.data import blocks_from_ids
 from paley.model.loading import open_source
 from paley.pipeline import score as scores
 from paley.pipeline.worker_memory import pages_pay
