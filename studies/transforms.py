@@ -74,6 +74,11 @@ def diagonal(moments: Moments) -> Change:
     return scaled(balance(moments.gram.diagonal().sqrt(), moments.weight, EVEN).double())
 
 
+def columns(moments: Moments) -> Change:
+    """1 / w, the same without data, in one go."""
+    return scaled(balance(torch.ones_like(moments.mean), moments.weight, 0.0).double())
+
+
 def sinq(moments: Moments) -> Change:
     """SINQ's column scales (arXiv:2509.22944), which go into what comes before: no data."""
     weight, d = moments.weight.clone(), torch.ones_like(moments.mean)
@@ -170,8 +175,8 @@ class Simulated(nn.Module):
 
 
 CHANGES = {
-    "as it is": none, "SINQ's columns": sinq, "sqrt(x/w)": diagonal, "blocks of 64": blocks, "whole matrix": whole,
-    "by mean": ordered,
+    "as it is": none, "1/w": columns, "SINQ's columns": sinq, "sqrt(x/w)": diagonal, "blocks of 64": blocks,
+    "whole matrix": whole, "by mean": ordered,
 }  # fmt: skip
 ROUNDED: dict[str, tuple[Map, Map, tuple[str, ...]]] = {
     "weights": (lambda w: quantize_nearest(w, WEIGHT).dequantize(), lambda x: x, tuple(CHANGES)[:-1]),
