@@ -96,16 +96,29 @@ def ordered(moments: Moments) -> Change:
 
 
 def blocks(moments: Moments, size: int = BLOCK) -> Change:
-    """WUSH (arXiv:2512.00956): M Mᵀ is the geometric mean of the inverse of WᵀW and of x xᵀ, in blocks."""
-    own = lambda a: torch.stack([part[:, i : i + size] for i, part in zip(range(0, len(a), size), a.split(size))])  # noqa: E731, B905
-    m = _geometric(own(moments.metric), own(moments.gram))
+    """WUSH (arXiv:2512.00956): M Mᵀ is the geometric mean of the inverse of WᵀW and of x xᵀ, in blocks.
+
+    Rows of W have unit rms. Both are balanced by the diagonal first, so that damping treats all channels alike.
+    """
+    d = balance(moments.gram.diagonal().sqrt(), moments.weight, EVEN).double()
+    metric, gram = moments.metric * d * d[:, None], moments.gram / d / d[:, None]
+    m = _geometric(_blocks(metric, size), _blocks(gram, size))
     inverse = torch.linalg.inv(m)
-    apply = lambda x, a: (x.unflatten(-1, (-1, 1, size)) @ a.to(x)).flatten(-3)  # noqa: E731
-    return Change(lambda w: apply(w, m), lambda x: apply(x, inverse.mT))
+    return Change(lambda w: _by_blocks(w * d.to(w), m), lambda x: _by_blocks(x / d.to(x), inverse.mT))
 
 
 def whole(moments: Moments) -> Change:
     return blocks(moments, len(moments.mean)) if len(moments.mean) <= WIDEST else blocks(moments)
+
+
+def _blocks(a: Tensor, size: int) -> Tensor:
+    """Those on the diagonal of a square matrix [n · size, n · size] -> [n, size, size]."""
+    return a.unflatten(0, (-1, size)).unflatten(-1, (-1, size)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+
+def _by_blocks(x: Tensor, m: Tensor) -> Tensor:
+    """x [..., n · size], m [n, size, size] -> each part of x times its matrix."""
+    return (x.unflatten(-1, (len(m), 1, -1)) @ m.to(x)).flatten(-3)
 
 
 def _geometric(metric: Tensor, gram: Tensor) -> Tensor:

@@ -196,14 +196,14 @@ def test_a_run_is_paged_where_memory_does_not_hold_the_model(tmp_path, tiny_toke
     recipe = apply_settings(
         preset("w4a16"), ["hadamard=16", "fit_groups=true", "test.sequences=3", "test.seq_len=16", *text_of(tmp_path)]
     )
-    monkeypatch.setattr(estimating, "pages_pay", lambda *_: False)
-    whole = quantize(folder, recipe, output=tmp_path / "whole")
+    with monkeypatch.context() as earlier:
+        earlier.setattr(Source, "has_pages", property(lambda self: False))
+        whole = quantize(folder, recipe, output=tmp_path / "whole")
     needed = {}
     for paged in (False, True):
         problem = resolve(open_source(folder), recipe)
         needed[paged] = peak.memory(problem, recipe, paged=paged)
     assert needed[True] < needed[False]
-    monkeypatch.setattr(estimating, "free_memory", lambda: needed[True])
     monkeypatch.setattr(Source, "load", _never_whole(Source.load))
     paged = quantize(folder, recipe, output=tmp_path / "paged")
     assert paged.results == whole.results
@@ -216,12 +216,14 @@ def test_a_run_is_paged_where_memory_does_not_hold_the_model(tmp_path, tiny_toke
 
 def test_a_run_is_paged_where_that_takes_less(tmp_path, tiny_tokenizer, monkeypatch):
     folder = save_tiny(tmp_path / "model", tiny_tokenizer, num_hidden_layers=6)
-    recipe = apply_settings(unscored(tmp_path), ["test={sequences: 2, seq_len: 8}"])
-    assert estimating.estimate_run(resolve(open_source(folder), recipe), recipe).paged
-    long = apply_settings(recipe, ["test.sequences=1000"])
-    assert not estimating.estimate_run(resolve(open_source(folder), long), long).paged
-    monkeypatch.setattr(Source, "load", _never_whole(Source.load))
-    quantize(folder, recipe, output=tmp_path / "out")
+    short = apply_settings(unscored(tmp_path, "w4a8kv8"), ["test={sequences: 2, seq_len: 8}"])
+    long = apply_settings(short, ["test.sequences=100000"])  # whose caches and states wait at each block
+    for recipe, pays in ((short, True), (long, False)):
+        problem = resolve(open_source(folder), recipe)
+        whole, paged = (peak.memory(problem, recipe, paged=paged) for paged in (False, True))
+        assert (paged < whole) == pays
+        found = estimating.estimate_run(problem, recipe)
+        assert (found.paged, found.memory) == (pays, min(whole, paged))
 
 
 def _never_whole(load):
@@ -262,27 +264,27 @@ def test_states_are_whole_or_absent(tmp_path):
         states.last(like)
 
 
-def test_states_that_rest_leave_memory_and_keep_their_values(tmp_path):
+def test_released_states_leave_memory_and_keep_their_values(tmp_path):
     states = States(tmp_path / "states")
     values = torch.arange(2**22, dtype=torch.float32).view(4, -1)
-    before = resident()
     hidden = states.place("hidden", values).copy_(values)
-    assert resident() > before + 0.9 * values.nbytes
-    states.rest()
-    assert resident() < before + 0.1 * values.nbytes
+    assert resident("hidden.npy") > 0.9 * values.nbytes
+    states.release()
+    assert resident("hidden.npy") < 0.1 * values.nbytes
     assert torch.equal(hidden, values)
     hidden += 1
-    states.rest()
+    states.release()
     states.commit(0, {})
     found = States(tmp_path / "states").last({"hidden": values})[1]["hidden"]
     assert torch.equal(found, values + 1)
 
 
-def resident() -> int:
-    """Bytes of files that are mapped, and in memory."""
-    if not (file := Path("/proc/self/status")).exists():
+def resident(file: str) -> int:
+    """Bytes of a mapped file that are in memory."""
+    if not (maps := Path("/proc/self/smaps")).exists():
         pytest.skip("needs Linux")
-    return 1024 * int(re.search(r"RssFile:\s+(\d+)", file.read_text())[1])
+    found = re.findall(rf"/{re.escape(file)}\n(?:.*\n)*?Rss: +(\d+) kB", maps.read_text())
+    return 1024 * sum(map(int, found))
 
 
 def test_states_are_on_the_disk_before_they_have_their_name(tmp_path, monkeypatch):
@@ -361,6 +363,24 @@ def test_killed_where_nothing_more_is_read(tmp_path, tiny_tokenizer, monkeypatch
         assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes(), file.name
 
 
+def test_states_behind_a_stop_are_not_those_of_the_embedding(tmp_path, tiny_tokenizer, monkeypatch):
+    """A run that reads no more of the text commits none of it, wherever it went on."""
+    folder = save_tiny(tmp_path / "model", tiny_tokenizer, num_hidden_layers=6)
+    old = quantize(folder, unscored(tmp_path), output=tmp_path / "old").output
+    other = 'overrides=[{pattern: "*.1.mlp.down_proj", weight: {grid: int8, method: gptq}}]'
+    for at in (0, 3, 4):
+        with monkeypatch.context() as killed:
+            killed.setattr(Pages, "bring_", stopped_at(at, Pages.bring_))
+            with pytest.raises(KeyboardInterrupt):
+                quantize(folder, unscored(tmp_path, "w4a16", other), base=old, output=tmp_path / "out", resume=at > 0)
+        states = tmp_path / f"out.run/states/{at:04d}"
+        assert (states / "hidden.npy").exists() == (states / "original.npy").exists() == (at == 0)
+    quantize(folder, unscored(tmp_path, "w4a16", other), base=old, output=tmp_path / "out", resume=True)
+    quantize(folder, unscored(tmp_path, "w4a16", other), base=old, output=tmp_path / "alone")
+    for file in (tmp_path / "alone").iterdir():
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes(), file.name
+
+
 def test_what_no_text_reaches_is_told_behind_a_stop(tmp_path, tiny_tokenizer, monkeypatch):
     """Also of a block that was written, the states behind which were not."""
     folder = save_with_idle_experts(tmp_path / "model", tiny_tokenizer)
@@ -368,7 +388,7 @@ def test_what_no_text_reaches_is_told_behind_a_stop(tmp_path, tiny_tokenizer, mo
     alone, after = Notes(), Notes()
     quantize(folder, recipe, output=tmp_path / "alone", monitor=alone)
     with monkeypatch.context() as killed:
-        killed.setattr(States, "commit", stopped_at(1, States.commit))
+        killed.setattr(States, "commit", stopped_at(2, States.commit))
         with pytest.raises(KeyboardInterrupt):
             quantize(folder, recipe, output=tmp_path / "out")
     quantize(folder, recipe, output=tmp_path / "out", resume=True, monitor=after)
@@ -416,11 +436,9 @@ def test_a_model_without_pages_is_estimated_whole(tmp_path, tiny_tokenizer, monk
     assert peak.memory(problem, recipe) > peak.COSTS.base + 1.5 * whole
 
 
-def test_the_estimate_counts_caches_and_each_reading(tmp_path, tiny_tokenizer, monkeypatch):
+def test_the_estimate_counts_caches_and_each_reading(tmp_path, tiny_tokenizer):
     folder = save_tiny(tmp_path / "model", tiny_tokenizer, max_position_embeddings=1024)
     stage, seconds, memory = "evaluating through the quantized cache", {}, {}
-    monkeypatch.setattr(estimating, "multiplications", lambda: 1.0)
-    monkeypatch.setattr(estimating, "pages_pay", lambda *_: False)
     for name in ("w4a16", "w4a8kv8"):
         recipe = apply_settings(
             preset(name), ["search.method=none", "hadamard=16", "fit_groups=true", "test.sequences=2"]
@@ -428,11 +446,10 @@ def test_the_estimate_counts_caches_and_each_reading(tmp_path, tiny_tokenizer, m
         for seq_len in (128, 513):
             longer = apply_settings(recipe, [f"test.seq_len={seq_len}"])
             problem = resolve(open_source(folder), longer)
-            for free in (2**50, 1):
-                monkeypatch.setattr(estimating, "free_memory", lambda free=free: free)
-                found = estimating.estimate_run(problem, longer)
-                assert found.paged == (free == 1)
-                seconds[name, seq_len, found.paged] = found.stages[stage]
+            for pages in (False, True):
+                seconds[name, seq_len, pages] = dict(estimating._Work(problem, longer, pages).stages(False, False))[
+                    stage
+                ]
             memory[name, seq_len] = peak.cached(problem, longer.test)
 
     def reading(name, seq_len):

@@ -153,7 +153,7 @@ def _add(sums: Tensor | None, left: Tensor, right: Tensor, upper: bool = False) 
 
 
 def _mirror_(upper: Tensor) -> None:
-    """What is above the diagonal is below it, too, from now on."""
+    """Copies the upper half of a square matrix to its lower half."""
     if (half := len(upper) // 2) == 0:
         return
     _mirror_(upper[:half, :half])
@@ -174,10 +174,9 @@ def _invert_(upper: Tensor) -> None:
 
 
 def _factored(gram: Tensor, added: float) -> tuple[Tensor, float, float]:
-    """-> Lᵀ float64, L the Cholesky factor of gram + added read backwards; what it took more, also as a share.
+    """-> Lᵀ float64 with J (gram + added) J = L Lᵀ, J the reversal; what it took more than `added`, also as a share.
 
-    Backwards, L is upper triangular, and times its own transpose the matrix as it was. At most one matrix of float64
-    is held.
+    So U = J L⁻¹ J is upper triangular, and Uᵀ U the inverse. At most one matrix of float64 is held.
     """
     if not gram.isfinite().all():
         raise PaleyError(
@@ -192,6 +191,7 @@ def _factored(gram: Tensor, added: float) -> tuple[Tensor, float, float]:
         torch.linalg.cholesky_ex(backwards, out=(backwards, failed))
         if not failed:
             return backwards.T, share * mean, share
+        del backwards
     raise PaleyError(
         f"gptq: the Hessian is not positive definite, even with {RAISED[-1]:g} of its mean added to its diagonal",
         remedy=(

@@ -71,16 +71,16 @@ class ModelQuantizer:
     keys: what measures keys, and balances them, before a block's weights are quantized.
     begin: called before the turn of each block, and with None before the head's, if they are wrapped only then.
     place(name, hidden states) -> where those behind the block are written: that very tensor, unless the run keeps both.
-    rest: called when hidden states are not read for a while.
+    release: called when hidden states are not read for a while.
     """
 
     def __init__(
         self, runner: BlockRunner, ids: Tensor | None, schemes: Schemes, *, compensate: str,
         keys: KeySettler | None = None, begin: Callable[[Block | None], None] = lambda _: None,
-        place: Place = lambda _, hidden: hidden, rest: Callable[[], None] = lambda: None,
+        place: Place = lambda _, hidden: hidden, release: Callable[[], None] = lambda: None,
     ):  # fmt: skip
         self.runner, self.adapter, self.ids, self.keys, self.begin = runner, runner.adapter, ids, keys, begin
-        self.place, self.rest = place, rest
+        self.place, self.release = place, release
         self.linears, self.attentions, self.compensate = schemes.linears, schemes.attentions, compensate
         self.hidden: Tensor | None = None
         self.original: Tensor | None = None
@@ -97,8 +97,8 @@ class ModelQuantizer:
             reports.append(self._quantize_embedding(site, known.get(site.name)))
             on_layer(reports[0])
         if self.original is not None and self.ids is not None:
-            found = self.runner.embed(self.ids) if reports else self.original.clone()
-            self.hidden = self._placed("hidden", found)
+            hidden = self.runner.embed(self.ids) if reports else self.original.clone()
+            self.hidden = self._placed("hidden", hidden)
         return reports
 
     def _placed(self, name: str, hidden: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ class ModelQuantizer:
         with self._compared(block, reference, [site for site in wanted if wanted[site]]) as both:
             for read in groups:
                 statistics = both.statistics(read, wanted[read]) if both is not None and wanted[read] else {}
-                self.rest()
+                self.release()
                 for alike in groups[read]:
                     for site in alike:
                         by_expert = site.experts and self.linears[site.name].calibrated

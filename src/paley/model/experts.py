@@ -104,7 +104,7 @@ class QuantExperts(Coded):
         return linear(rounded, self.matrix(expert, x.dtype))
 
     def retire_(self) -> None:
-        """As of QuantLinear: lets go of what was made ready."""
+        """Lets go of what was made ready."""
         self._dense = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -54,7 +54,9 @@ class QuantLinear(Coded):
         cls, linear: Any, scheme: LinearScheme, q: Quantized | None, *, name: str = "QuantLinear"
     ) -> QuantLinear:
         """Takes the bias of an nn.Linear or QuantLinear, and its weight if the scheme leaves that (q None)."""
-        out_features, in_features = linear.out_features, linear.in_features if q is None else q.width
+        out_features, in_features = linear.out_features, linear.in_features
+        if q is not None and not issubclass(type(linear), Coded):  # which is not turned yet
+            in_features = scheme.stored_width(in_features)
         kept = linear.weight if linear.weight is not None else linear.scales
         bias = linear.bias is not None
         made = cls(
@@ -74,8 +76,9 @@ class QuantLinear(Coded):
         self._chosen = (product, dtype)
 
     def retire_(self) -> None:
-        """Lets go of a weight in float, and of what was made ready, for good: forwards that stand still hold a layer
-        that was replaced, and layer and product each other.
+        """Lets go of a weight in float, and of what was made ready, for good.
+
+        Forwards that stand still hold a layer that was replaced, and a layer and its product hold each other.
         """
         self.weight = None
         del self.product

@@ -29,7 +29,6 @@ from paley.pipeline.costs import COSTS, Text, Tuned, count_tokens
 from paley.pipeline.machine import free_memory, multiplications
 from paley.pipeline.monitor import duration
 from paley.pipeline.resolve import resolve
-from paley.pipeline.worker_memory import pages_pay
 from paley.recipe import Recipe, apply_settings, preset
 
 __all__ = ["Estimate", "check_memory", "estimate_run", "faster"]
@@ -71,11 +70,9 @@ def estimate_run(problem: Problem, recipe: Recipe, *, decided: bool = False, mea
     Of a budget, only a limit of size is known beforehand: else bytes are those of the recipe's own grids.
     """
     needs = {"decided": decided, "measured": measured}
-    test, pages = recipe.test, problem.source.has_pages
-    paged = pages and test is not None and pages_pay(problem.sites, count_tokens(test))
-    memory, free = peak.memory(problem, recipe, **needs, paged=paged), free_memory()
-    if pages and not paged and free is not None and memory > free:
-        paged, memory = True, peak.memory(problem, recipe, **needs, paged=True)
+    memory, paged = peak.memory(problem, recipe, **needs), False
+    if problem.source.has_pages and (other := peak.memory(problem, recipe, **needs, paged=True)) < memory:
+        memory, paged = other, True
     work, rate = _Work(problem, recipe, paged), multiplications()
     stages = {name: operations / rate for name, operations in work.stages(decided, measured) if operations}
     return Estimate(

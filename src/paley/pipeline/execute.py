@@ -110,12 +110,13 @@ def _prepare_head_(problem: Problem, adapter: Adapter) -> None:
     if adapter.sites.tied:
         return
     scheme = problem.schemes.linears[head.name]
-    if waits := scheme.weight is None or scheme.calibrated:  # else `ModelQuantizer.head` turns it, some rows at a time
+    by_rows = scheme.weight is not None and not scheme.calibrated  # `ModelQuantizer.head` turns it then
+    if not by_rows:
         if head.name in problem.inputs():
             adapter.head.float()  # 16 bits would round what is turned
         rotate_inputs_(adapter, [head], problem.inputs())
     _cast_(problem, ((f"{head.module}.{n}", p) for n, p in adapter.head.named_parameters()))
-    if waits:
+    if not by_rows:
         wrap_head_(adapter, problem.schemes)
 
 
@@ -165,9 +166,9 @@ def quantize_steps(
         keys = KeySettler(runner, ids, problem.schemes.attentions, partial(_cast_block_, problem))
     if not any(scheme.needs_data for scheme in problem.schemes.linears.values()):
         ids = None  # for keys alone
-    kept_in = {} if states is None else {"place": states.place, "rest": states.rest}
+    where = {} if states is None else {"place": states.place, "release": states.release}
     quantizer = ModelQuantizer(
-        runner, ids, problem.schemes, compensate=problem.compensate, keys=keys, begin=begin, **kept_in
+        runner, ids, problem.schemes, compensate=problem.compensate, keys=keys, begin=begin, **where
     )
     count = sum(scheme.weight is not None for _, scheme in problem.weights())
     monitor.stage("quantizing weights" if stage == "final" else "quantizing weights for the search", count)
@@ -227,6 +228,7 @@ def quantize_steps(
                 show(report)
             start, sample = len(files), found[1]["sample"]
             quantizer.go_on(found[1])
+            states.drop()  # those of the embedding
         else:
             states.commit(0, quantizer.states() | {"sample": sample})
     for block in adapter.blocks[start:]:

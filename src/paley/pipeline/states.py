@@ -1,7 +1,7 @@
 """Hidden states between the blocks of a calibration, in memory-mapped files: a killed run goes on behind the last one.
 
-Those behind so many blocks have a folder, whose name is that number. It gets it when all of them are on the disk; the
-one before is deleted.
+The folder `0003` holds the states after three blocks. It is renamed from `next` when its files are on the disk, and the
+one before it is deleted then.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import shutil
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ _NONE: Mapping[str, Tensor] = {}
 
 
 class States:
-    """The hidden states in `folder`, whose number is that of the blocks which they are behind."""
+    """The hidden states in `folder`."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -51,14 +51,20 @@ class States:
         self._mapped[name] = mapped
         return self._tensor(mapped)
 
-    def rest(self) -> None:
-        """Pages of the files leave this process's memory, and are read again when they are needed."""
+    def drop(self) -> None:
+        """Forgets what was placed and not committed."""
+        self._mapped.clear()
+        shutil.rmtree(self.folder / _NEXT, ignore_errors=True)
+
+    def release(self) -> None:
+        """Drops the pages of the files from this process's memory; they are read again when they are needed."""
         if not hasattr(mmap, "MADV_DONTNEED"):  # Windows
             return
         self._in_use = [ref for ref in self._in_use if ref() is not None]
         for ref in self._in_use:
             if (mapped := ref()) is not None:
-                mapped._mmap.madvise(mmap.MADV_DONTNEED)  # of a shared mapping, so what was written stays
+                with suppress(OSError):  # pages that are locked stay
+                    mapped._mmap.madvise(mmap.MADV_DONTNEED)  # of a shared mapping, so what was written stays
 
     def _tensor(self, mapped: np.memmap) -> Tensor:
         self._in_use.append(weakref.ref(mapped))
