@@ -10,6 +10,7 @@ from paley.core.errors import PaleyError
 from paley.core.metrics import rel_error
 from paley.core.schemes import ActivationScheme, AttentionScheme, LinearScheme, Schemes, WeightScheme
 from paley.core.transforms import Transform
+from paley.methods.nearest import quantize_nearest
 from paley.model.adapter import Adapter
 from paley.model.calibrate import ModelQuantizer
 from paley.model.capture import BlockRunner, capture_inputs
@@ -262,6 +263,33 @@ def test_a_head_is_calibrated_on_what_it_reads(transform):
         torch.testing.assert_close(adapter.head(x), adapter.head.round_input(x) @ adapter.head.dequantize().T)
         lost[method] = float((adapter.head(x) - x @ weight.T).square().mean())
     assert lost["gptq"] < 0.8 * lost["nearest"]
+
+
+def test_an_untied_head_is_turned_as_it_is_rounded(monkeypatch):
+    """Some rows at a time, from the weight as the model has it; again with the codes that it made."""
+    transform = Transform(32, 48, 16, seed=4)
+    scheme = LinearScheme(WeightScheme("int4", method="nearest"), transform=transform)
+    monkeypatch.setattr("paley.methods.nearest._CHUNK", 7 * 32)
+    known, x = {}, torch.randn(5, 32, generator=torch.Generator().manual_seed(3))
+    for _ in range(2):
+        adapter = small_adapter()
+        turned = transform.apply(adapter.head.weight.double()).float()
+        schemes = make_schemes(adapter, LinearScheme(), lm_head=scheme)
+        (report,) = ModelQuantizer(BlockRunner(adapter), None, schemes, compensate="plain").head(known)
+        expected = quantize_nearest(turned, scheme.weight)
+        assert torch.equal(report.quantized.codes, expected.codes)
+        assert report.rel_error == pytest.approx(rel_error(turned, expected.dequantize()), rel=1e-5)
+        torch.testing.assert_close(adapter.head(x), adapter.head.round_input(x) @ expected.dequantize().T)
+        known = {report.name: report.quantized}
+
+
+def test_a_replaced_linear_lets_go_of_its_weight():
+    adapter = small_adapter()
+    quantizer = quantizer_of(adapter, make_schemes(adapter, LinearScheme(WeightScheme("int4"))))
+    linear = adapter.module("model.layers.0.mlp.down_proj")
+    assert linear.weight is not None
+    quantizer.block(0, {})
+    assert linear.weight is None
 
 
 def test_known_codes_of_embedding_and_head_are_taken(monkeypatch):

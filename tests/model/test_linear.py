@@ -157,6 +157,8 @@ def test_bad_codes_are_refused():
         QuantLinear.from_linear(source, scheme, None)
     with pytest.raises(PaleyError, match="but codes came"):
         QuantLinear.from_linear(source, LinearScheme(), good)
+    with pytest.raises(PaleyError, match=r"codes must have shape \(4, 16\), got \(4, 8\)"):
+        QuantLinear.from_linear(source, scheme, Quantized(good.codes[:, :8], good.scales, None, "int4"))
     layer = QuantLinear.from_linear(source, scheme, good)
     for bad, message in [
         (Quantized(good.codes, good.scales, None, "int3"), "wants codes of 'int4', got 'int3'"),
