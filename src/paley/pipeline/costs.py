@@ -55,6 +55,7 @@ class Costs:
 
     # Bytes.
     base: float = 0.45 * 2**30  # of Python, torch and transformers
+    kept: float = 0.4 * 2**30  # pieces between what stays, that malloc keeps while forwards come and go
     block: float = 3.0  # times the largest block in float32, then
     squares: float = 5.0  # times the largest Gram matrix in float32, then
     model: float = 1.5  # times the float32 model, then, if its blocks cannot be read by themselves; it waits in 16 bits

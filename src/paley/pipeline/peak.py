@@ -115,4 +115,5 @@ def memory(
         found.append(held + 2 * hidden + _standing(problem, count_tokens(recipe.calibration)))
     if recipe.tune is not None:
         found.append(_tuning_memory(problem, recipe, whole))
-    return math.ceil(COSTS.base + max(found))
+    runs = recipe.test is not None or not problem.is_data_free
+    return math.ceil(COSTS.base + runs * COSTS.kept + max(found))
