@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
 __all__ = ["kl_divergence", "rel_error", "rel_error_of"]
@@ -24,7 +25,20 @@ def rel_error_of(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
     return off / norm if norm else most
 
 
+_VALUES = 2**19  # of logits that are compared at a time: what is made of them stays in the processor's caches
+
+
 def kl_divergence(logits: Tensor, other: Tensor) -> Tensor:
     """KL(softmax(logits) || softmax(other)) over the last dimension, in nats: [..., vocab] -> [...]."""
+    few = max(1, _VALUES // logits.shape[-1])
+    rows = [_few_divergences(p, q) for p, q in zip(_rows(logits, few), _rows(other, few), strict=True)]
+    return torch.cat(rows).view(logits.shape[:-1])
+
+
+def _rows(logits: Tensor, few: int) -> tuple[Tensor, ...]:
+    return logits.reshape(-1, logits.shape[-1]).split(few)
+
+
+def _few_divergences(logits: Tensor, other: Tensor) -> Tensor:
     p, q = logits.float().log_softmax(-1), other.float().log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1)

@@ -25,7 +25,17 @@ from paley.kernels.stored import StoredWeight
 from paley.ops.inputs import InputCodes, encode_input, round_input
 from paley.ops.rounding import turn_back
 
-__all__ = ["CALIBRATION", "EXACT", "PRODUCTS", "CodedWeight", "Product", "choose", "grid_matmul", "input_key"]
+__all__ = [
+    "CALIBRATION",
+    "EXACT",
+    "PRODUCTS",
+    "CodedWeight",
+    "Product",
+    "bfloat16_linear",
+    "choose",
+    "grid_matmul",
+    "input_key",
+]
 
 
 class CodedWeight(Protocol):
@@ -52,6 +62,19 @@ def grid_matmul(x: Tensor, weight: CodedWeight) -> Tensor:
     """x [..., in] (in: transform.in_dim if there is a transform) -> [..., out], in x's dtype."""
     rounded = round_input(x, weight.scheme, weight.outlier_columns, weight.diagonal)
     return linear(rounded, weight.dequantize(rounded.dtype))
+
+
+def bfloat16_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., in], weight [out, in] -> x Wᵀ + bias [..., out], in x's dtype.
+
+    float32 on the CPU is rounded to bfloat16 as it is multiplied, if there are instructions for that and x needs no
+    gradient. Sums stay float32: bfloat16 numbers between 16 and 32 are 0.125 apart.
+    """
+    exact = x.dtype != torch.float32 or weight.dtype != torch.float32 or x.requires_grad
+    if exact or not kernels.multiplies_bfloat16(x.device):
+        return linear(x, weight, bias)
+    y = products(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], len(weight))
+    return y if bias is None else y.add_(bias)
 
 
 def input_key(weight: CodedWeight) -> tuple[Hashable, ...]:
@@ -315,11 +338,7 @@ class Bfloat(Dense):
         return True
 
     def run(self, encoded: Tensor, x: Tensor) -> Tensor:
-        exact = encoded.dtype != torch.float32 or self.weight.dtype != torch.float32 or encoded.requires_grad
-        if exact or not kernels.multiplies_bfloat16(encoded.device):
-            return super().run(encoded, x)
-        y = products(encoded.reshape(-1, encoded.shape[-1]), self.weight)
-        return y.view(*encoded.shape[:-1], len(self.weight))
+        return bfloat16_linear(encoded, self.weight.to(x.dtype))
 
 
 PRODUCTS = {product.name: product for product in (Planes, Integer, Triton, Dense, Packed)}

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from paley import kernels
@@ -15,11 +14,11 @@ from paley.core.memory import give_back
 from paley.data import TokenBlocks
 from paley.eval.reference import Reference
 from paley.format.dtypes import cast_to_store
-from paley.kernels.products import products
 from paley.methods.tuning import rate_at
 from paley.model.adapter import Adapter
 from paley.model.problem import Problem
 from paley.model.tuning import ACTIVATIONS, Tuner, activation_bytes
+from paley.ops.matmul import bfloat16_linear
 from paley.pipeline.monitor import Monitor
 from paley.recipe import Tune
 
@@ -46,7 +45,7 @@ def tune_(
     monitor.stage("tuning", steps)
     fast = kernels.multiplies_bfloat16(torch.device(device))
     dtype = torch.bfloat16 if fast else torch.float32
-    logits_of = original_head(reference, fast=fast)
+    logits_of = original_head(reference)
 
     def wanted(hidden: Tensor) -> Tensor:
         return adapter.finish(logits_of(hidden))
@@ -70,16 +69,7 @@ def tune_(
     return tuner.tuned
 
 
-def original_head(reference: Reference, *, fast: bool) -> Callable[[Tensor], Tensor]:
-    """hidden [tokens, n] -> what the original's head makes of it, float32 [tokens, vocab].
-
-    fast: both are rounded to bfloat16 as they are multiplied, on the CPU. Their sums are not: bfloat16 numbers between
-    16 and 32 are 0.125 apart.
-    """
+def original_head(reference: Reference) -> Callable[[Tensor], Tensor]:
+    """hidden [tokens, n] -> what the original's head makes of it, float32 [tokens, vocab]."""
     head, bias = reference.head.float(), None if reference.bias is None else reference.bias.float()
-
-    def logits_of(hidden: Tensor) -> Tensor:
-        made = products(hidden, head) if fast else linear(hidden, head)
-        return made if bias is None else made + bias
-
-    return logits_of
+    return lambda hidden: bfloat16_linear(hidden, head, bias)
