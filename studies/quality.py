@@ -22,6 +22,8 @@ def rows(width: str, expansions: list[str]) -> dict[str, tuple[Recipe, str]]:
     found = {name: preset(f"{name}-{width}") for name in ("rtn", "quarot", "quarot-clipped")}
     labelled = {name: (recipe, f"--preset {name}-{width}") for name, recipe in found.items()}
     labelled["default"] = (preset(width + BLOCKS_ALONE), f"--preset {width + BLOCKS_ALONE}")
+    searched = apply_settings(preset(width + BLOCKS_ALONE), ["search.method=gbs"])
+    labelled["default, searched"] = (searched, f"--preset {width + BLOCKS_ALONE} --set search.method=gbs")
     ours = f"gbs-{width}{BLOCKS_ALONE}"
     for expand in expansions:
         flags = ["search.method=none", f"expand={expand}"]

@@ -59,8 +59,10 @@ def test_rows_and_threads_change_no_bit(quick):
     assert all(torch.equal(found[0], other) for other in found) or not quick
 
 
-def test_a_function_that_computes_quickly(monkeypatch):
+@pytest.mark.parametrize("quicker", [True, False])
+def test_a_function_that_computes_quickly(quicker, monkeypatch):
     seen = []
-    monkeypatch.setattr(floats, "are_quicker", lambda: seen.append(1) or False)
-    assert quickly(lambda a, b=2: nn.functional.linear(torch.ones(a, b), torch.ones(a, b)))(3).shape == (3, 3)
-    assert seen
+    monkeypatch.setattr(floats, "are_quicker", lambda: quicker)
+    monkeypatch.setattr(floats, "_product", lambda x, weight: seen.append(1) or x @ weight.T)
+    assert quickly(lambda a, b=2: nn.functional.linear(torch.ones(a, b), torch.ones(a, b)))(9).shape == (9, 9)
+    assert bool(seen) == quicker

@@ -38,6 +38,7 @@ class Costs:
     turned: float = 200.0  # a value that a linear reads, its Hadamard block
     rounded: float = 600.0  # a value rounded to a grid and back
     logit: float = 1500.0  # softmax and comparison
+    compared: float = 600.0  # the same of the search, in the processor's caches
     sampled: float = 2.5  # times the products of a token that the model writes
     loop: tuple[float, ...] = (0.0, 1500.0, 3000.0, 9000.0, 16_000.0)  # a weight and pass of GPTQ, by its grid's p
     nearest: float = 5000.0  # a weight rounded to the nearest point

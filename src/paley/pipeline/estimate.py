@@ -272,10 +272,13 @@ class _Work:
         return passes * forward + count_tokens(text) * logits
 
     def _searched(self) -> float:
-        """Two starts and the trials of each number, each through half of the model on average, and its logits."""
-        search = self.recipe.search
+        """Two starts and the trials of each number, each through half of the model on average, and all its logits."""
+        search, head = self.recipe.search, self.sites.head
         knobs = 6 * self.sites.blocks if search.slots == "shared" else 8 * self.sites.blocks
-        return knobs * (2 + search.trials) * (0.5 * self._scored(search, 1, rounded=True))
+        tokens = count_tokens(search)
+        blocks = self._forward(tokens, search.seq_len, rounded=True, product=self.calibrating)
+        logits = tokens * (self.calibrating * 2 * head.numel + COSTS.compared * head.shape[0])
+        return knobs * (2 + search.trials) * (0.5 * blocks + logits)
 
     def _slopes(self) -> float:
         """There and back once; of noise, each weight at each level through half of the model on average. And logits."""
