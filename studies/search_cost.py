@@ -2,7 +2,8 @@
 
 python -m studies.search_cost MODEL [--bits 3]
 Work is block-forwards times tokens, counted; both use the same tokens, grids (absmax, as published) and weights. Also
-compared with ours: the paper's slots, perplexity as the objective, the start from full precision, fewer tokens.
+compared with ours: the paper's slots, perplexity as the objective, the start from full precision, fewer tokens. Both
+multiply float32; a run's own search takes bfloat16 if there are instructions for that.
 """
 
 from __future__ import annotations

@@ -61,8 +61,13 @@ def test_rows_and_threads_change_no_bit(quick):
 
 @pytest.mark.parametrize("quicker", [True, False])
 def test_a_function_that_computes_quickly(quicker, monkeypatch):
-    seen = []
+    modes = []
+
+    def work(a, b=2):
+        modes.append(torch._C._len_torch_function_stack())
+        return nn.functional.linear(torch.ones(a, b), torch.ones(a, b))
+
     monkeypatch.setattr(floats, "are_quicker", lambda: quicker)
-    monkeypatch.setattr(floats, "_product", lambda x, weight: seen.append(1) or x @ weight.T)
-    assert quickly(lambda a, b=2: nn.functional.linear(torch.ones(a, b), torch.ones(a, b)))(9).shape == (9, 9)
-    assert bool(seen) == quicker
+    monkeypatch.setattr(floats, "_product", lambda x, weight: 2 * (x @ weight.T))
+    assert quickly(work)(9).eq(4.0 if quicker else 2.0).all()
+    assert modes == [int(quicker)]

@@ -4,7 +4,8 @@ from test_calibrate import IDS, make_schemes, small_adapter, wrap_
 
 from paley.core.schemes import ActivationScheme
 from paley.model.capture import BlockRunner
-from paley.model.search import ClipSearch, knobs
+from paley.model.search import ClipSearch, knobs, quicken_
+from paley.ops.matmul import CALIBRATION
 from paley.recipe.models import Search
 
 
@@ -117,3 +118,25 @@ def test_objective_of_the_untouched_model(objective):
     logits = search.runner.adapter.model(IDS).logits[:, :-1]
     plain = torch.nn.functional.cross_entropy(logits.flatten(0, 1), IDS[:, 1:].flatten())
     assert loss == pytest.approx(0.0 if objective == "kl" else float(plain.exp()), abs=1e-4)
+
+
+def test_a_search_multiplies_as_calibration_does():
+    adapter = small_adapter()
+    wrap_(adapter, make_schemes(adapter))
+    names, head, before = list(adapter.model.state_dict()), adapter.head, adapter.model(IDS).logits
+    quicken_(adapter)
+    assert list(adapter.model.state_dict()) == names
+    assert adapter.head.weight is head.weight
+    assert {adapter.module(site.module).product.name for site in adapter.sites.of("linear")} == {CALIBRATION}
+    torch.testing.assert_close(adapter.model(IDS).logits, before, rtol=0.05, atol=0.05)
+
+
+def test_a_head_of_another_class_is_left_alone():
+    class Head(torch.nn.Linear):
+        pass
+
+    adapter = small_adapter()
+    head = Head(32, 40, bias=False)
+    adapter.model.set_submodule("lm_head", head)
+    quicken_(adapter)
+    assert adapter.head is head

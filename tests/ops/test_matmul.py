@@ -16,7 +16,7 @@ from paley.core.transforms import Transform
 from paley.methods.gptq import quantize_gptq
 from paley.methods.statistics import InputStatistics
 from paley.model.linear import QuantLinear
-from paley.ops.matmul import PRODUCTS, Integer, Packed, Planes, choose, grid_matmul
+from paley.ops.matmul import CALIBRATION, PRODUCTS, Integer, Packed, Planes, bfloat16_linear, choose, grid_matmul
 
 WIDE = Transform(90, 96, 12, seed=5)
 COLUMNS = torch.tensor([4, 40], dtype=torch.int32)
@@ -244,3 +244,35 @@ def test_new_codes_are_multiplied_and_a_copy_has_its_own(name, inference):
         copied.set_input_(ActivationScheme("uint4", clip_ratio=0.5, group_size=32))  # which is none of the first's
         torch.testing.assert_close(layer(x), meaning(layer, x), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(copied(x), meaning(copied, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (64,), (5, 64), (2, 3, 64)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("fast", [pytest.param(True, marks=native), False])
+def test_a_product_in_bfloat16_has_sums_of_float32(shape, bias, fast, monkeypatch):
+    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda device: fast)
+    torch.manual_seed(0)
+    x, layer = torch.randn(shape), nn.Linear(64, 40, bias=bias).requires_grad_(False)
+    found = bfloat16_linear(x, layer.weight, layer.bias)
+    rounded = nn.functional.linear(x.bfloat16().double(), layer.weight.bfloat16().double())
+    rounded = rounded if layer.bias is None else rounded + layer.bias.double()
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), rounded if fast else layer.double()(x.double()), atol=1e-5, rtol=1e-5)
+
+
+@native
+def test_a_product_that_wants_gradients_is_not_rounded(monkeypatch):
+    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda device: True)
+    x, weight = torch.randn(5, 64, requires_grad=True), torch.randn(40, 64)
+    assert torch.equal(bfloat16_linear(x, weight), nn.functional.linear(x, weight))
+
+
+def test_an_unquantized_weight_is_not_held_twice():
+    layer = QuantLinear.from_linear(nn.Linear(96, 23), LinearScheme(), None)
+    layer.prepare_(CALIBRATION)
+    assert layer.weight is not None
+    assert layer.product.weight.data_ptr() == layer.weight.data_ptr()
+    turned = QuantLinear.from_linear(nn.Linear(96, 23), LinearScheme(transform=Transform(96, 96, 12, seed=5)), None)
+    turned.prepare_(CALIBRATION)
+    x = torch.randn(4, 96)
+    torch.testing.assert_close(turned(x), meaning(turned, x), rtol=0.05, atol=0.05)

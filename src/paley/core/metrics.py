@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from paley.core.errors import PaleyError
+
 __all__ = ["kl_divergence", "rel_error", "rel_error_of"]
 
 
@@ -29,16 +31,16 @@ _VALUES = 2**19  # of logits that are compared at a time: what is made of them s
 
 
 def kl_divergence(logits: Tensor, other: Tensor) -> Tensor:
-    """KL(softmax(logits) || softmax(other)) over the last dimension, in nats: [..., vocab] -> [...]."""
-    few = max(1, _VALUES // logits.shape[-1])
-    rows = [_few_divergences(p, q) for p, q in zip(_rows(logits, few), _rows(other, few), strict=True)]
-    return torch.cat(rows).view(logits.shape[:-1])
+    """KL(softmax(logits) || softmax(other)) over the last dimension, in nats: both [..., vocab] -> [...]."""
+    if logits.shape != other.shape:
+        raise PaleyError(f"KL: needs logits of one shape, got {list(logits.shape)} and {list(other.shape)}")
+    if logits.device.type != "cpu":
+        return _divergences(logits, other)
+    few = max(torch.get_num_threads(), _VALUES // logits.shape[-1])
+    parts = (x.reshape(-1, x.shape[-1]).split(few) for x in (logits, other))
+    return torch.cat([_divergences(p, q) for p, q in zip(*parts, strict=True)]).view(logits.shape[:-1])
 
 
-def _rows(logits: Tensor, few: int) -> tuple[Tensor, ...]:
-    return logits.reshape(-1, logits.shape[-1]).split(few)
-
-
-def _few_divergences(logits: Tensor, other: Tensor) -> Tensor:
+def _divergences(logits: Tensor, other: Tensor) -> Tensor:
     p, q = logits.float().log_softmax(-1), other.float().log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1)

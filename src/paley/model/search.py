@@ -11,18 +11,21 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from paley.arch import Site, Sites
 from paley.core.schemes import ActivationScheme, AttentionScheme, LinearScheme, Schemes
 from paley.methods.gbs import Outcome, Score, bracket_search, gradual_search, local_search
+from paley.model.adapter import Adapter
 from paley.model.capture import BlockRunner
+from paley.model.reading import prepare_
 from paley.model.trials import Objective, Prefix
 from paley.model.wrapping import set_attention_, set_input_
+from paley.ops.matmul import CALIBRATION, bfloat16_linear
 from paley.plan import Trial
 from paley.recipe.models import Search
 
-__all__ = ["ClipSearch", "Knob", "knobs"]
+__all__ = ["ClipSearch", "Knob", "knobs", "quicken_"]
 
 S = TypeVar("S", LinearScheme, AttentionScheme)
 
@@ -186,6 +189,24 @@ class ClipSearch:
         else:
             hidden = self.runner.suffix(knob.block, self._prefix.before(knob.block))
         return self._objective(hidden)
+
+
+class _QuickHead(nn.Module):
+    """A head as it is, but for the rounding of `bfloat16_linear`."""
+
+    def __init__(self, head: nn.Linear):
+        super().__init__()
+        self.weight, self.bias = head.weight, head.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return bfloat16_linear(x, self.weight, self.bias)
+
+
+def quicken_(adapter: Adapter) -> None:
+    """Before a search: products are those of calibration. All trials share their noise; scores are measured without."""
+    prepare_(adapter.model, CALIBRATION, torch.float32)
+    if type(adapter.head) is nn.Linear:  # a class of its own may do more than multiply
+        adapter.model.set_submodule(adapter.architecture.head, _QuickHead(adapter.head))
 
 
 def _clipped(slot: S, fields: tuple[str, ...], clip_ratio: float) -> S:

@@ -252,6 +252,9 @@ class Dense:
     def __init__(self, weight: CodedWeight, dtype: torch.dtype):
         self._layer = weight
         self._turned = self._turns(weight.scheme)
+        if weight.scheme.weight is None and not self._turned:
+            self.weight = weight.dequantize(dtype)  # the very tensor, if it has the type
+            return
         few = max(1, _VALUES // weight.width)
         pieces = (self._written(slice(start, start + few)) for start in range(0, weight.rows, few))
         first = next(pieces)
@@ -327,8 +330,9 @@ class Packed:
 class Bfloat(Dense):
     """As `Dense`, also of an unquantized weight, but weight and input are rounded to bfloat16 when they are multiplied.
 
-    Calibration text runs through it: that noise of 2⁻⁹ is far below any rounding's. `auto` never takes it, and no model
-    is loaded with it. If the machine has no instructions for it, this is `Dense`: codes are those of the machine.
+    Calibration text runs through it, and the trials of a search: that noise of 2⁻⁹ is far below any rounding's. `auto`
+    never takes it, and no model is loaded with it. If the machine has no instructions for it, this is `Dense`: codes are
+    those of the machine.
     """
 
     name = "bfloat16"

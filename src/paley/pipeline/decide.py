@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor, nn
-
 from paley.core.schemes import LinearScheme, Schemes
 from paley.data import TokenBlocks
 from paley.methods.gbs import Outcome
@@ -15,10 +12,8 @@ from paley.model.adapter import Adapter
 from paley.model.balance_gains import balance_gains
 from paley.model.budget import activation_options, check_budget, decide_grids, range_note
 from paley.model.problem import Problem
-from paley.model.reading import prepare_ as choose_products_
 from paley.model.replay import runner_of
-from paley.model.search import ClipSearch
-from paley.ops.matmul import CALIBRATION, bfloat16_linear
+from paley.model.search import ClipSearch, quicken_
 from paley.pipeline.execute import prepare_, quantize_steps
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.pool import Pool
@@ -121,7 +116,7 @@ def _search(
     prepare_(draft, adapter)
     reference = runner.suffix(0, runner.embed(ids))
     quantize_steps(runner, draft, texts.calibration, run, "draft", monitor)
-    _quicken_(adapter)
+    quicken_(adapter)
     search = ClipSearch(runner, ids, reference, draft.schemes, problem.search)
     monitor.stage("searching clip ratios", len(search.knobs))
     trace = list(run.trials()) if run else []
@@ -141,27 +136,6 @@ def _search(
     return Decision(
         Schemes({**problem.schemes.linears, **_inputs(problem, search.linears)}, search.attentions), loss, tuple(trace)
     )
-
-
-class _QuickHead(nn.Module):
-    """The head as it is, but for the rounding of `bfloat16_linear`."""
-
-    def __init__(self, head: nn.Linear):
-        super().__init__()
-        self.weight, self.bias = head.weight, head.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return bfloat16_linear(x, self.weight, self.bias)
-
-
-def _quicken_(adapter: Adapter) -> None:
-    """Trials compare losses to parts in a thousand: products are those of calibration, whose noise is far below that.
-
-    Scores are measured otherwise, and on another text.
-    """
-    choose_products_(adapter.model, CALIBRATION, torch.float32)
-    if type(adapter.head) is nn.Linear:  # a class of its own may do more than multiply
-        adapter.model.set_submodule(adapter.architecture.head, _QuickHead(adapter.head))
 
 
 def _blocks_alone(problem: Problem) -> Schemes:

@@ -276,8 +276,9 @@ class _Work:
         search, head = self.recipe.search, self.sites.head
         knobs = 6 * self.sites.blocks if search.slots == "shared" else 8 * self.sites.blocks
         tokens = count_tokens(search)
-        blocks = self._forward(tokens, search.seq_len, rounded=True, product=self.calibrating)
-        logits = tokens * (self.calibrating * 2 * head.numel + COSTS.compared * head.shape[0])
+        product = min(self.calibrating, self.scoring)
+        blocks = self._forward(tokens, search.seq_len, rounded=True, product=product)
+        logits = tokens * (product * 2 * head.numel + COSTS.compared * head.shape[0])
         return knobs * (2 + search.trials) * (0.5 * blocks + logits)
 
     def _slopes(self) -> float:
