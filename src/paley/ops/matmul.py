@@ -331,8 +331,8 @@ class Bfloat(Dense):
     """As `Dense`, also of an unquantized weight, but weight and input are rounded to bfloat16 when they are multiplied.
 
     Calibration text runs through it, and the trials of a search: that noise of 2⁻⁹ is far below any rounding's. `auto`
-    never takes it, and no model is loaded with it. If the machine has no instructions for it, this is `Dense`: codes are
-    those of the machine.
+    never takes it, and no model is loaded with it. If the machine has no instructions for it, this is `Dense`: codes
+    are those of the machine.
     """
 
     name = "bfloat16"
