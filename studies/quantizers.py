@@ -1,8 +1,9 @@
 """Quantizers of others, each in an interpreter of its own: weights of the linears to 4 bits in groups.
 
-python3 -m venv PEER; PEER/bin/pip install torch==2.13.0 auto-round==0.16.1 transformers==5.24.0, and in another one
-llmcompressor==0.14.0.1. They get the tokens that our recipes calibrate on, and give the weights back as floats. Groups
-are of 128 columns, in llm-compressor of 64: it refuses widths like 576 that a group does not divide.
+python3 -m venv PEER; PEER/bin/pip install torch==2.13.0 auto-round==0.16.1 transformers==5.24.0, in another one
+llmcompressor==0.14.0.1, and in a third hqq==0.2.8.post1 bitsandbytes==0.50.2. The first two get the tokens that our
+recipes calibrate on, the others look at weights alone; all give the weights back as floats. Groups are of 128 columns
+in AutoRound and of 64 in the others: llm-compressor refuses widths like 576 that a group does not divide.
 """
 
 from __future__ import annotations
@@ -58,11 +59,35 @@ oneshot(
     num_calibration_samples=len(ids), max_seq_length=ids.shape[1], shuffle_calibration_samples=False,
 )
 """
+# hqq_base_quant_config(BITS): zeros are whole numbers at 4 bits, and stay as wide as scales.
+_HQQ = """
+package = "hqq"
+from hqq.core.quantize import Quantizer
+for name in names:
+    weight = model.get_submodule(name).weight
+    codes, meta = Quantizer.quantize(
+        weight.data.float(), nbits=BITS, group_size=64, axis=1, round_zero=BITS == 4, device="cpu",
+        compute_dtype=torch.float32,
+    )
+    weight.data = Quantizer.dequantize(codes, meta)
+"""
+_NF4 = """
+package = "bitsandbytes"
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+for name in names:
+    weight = model.get_submodule(name).weight
+    weight.data = dequantize_4bit(*quantize_4bit(
+        weight.data.float(), blocksize=64, compress_statistics=True, quant_type="nf4"
+    ))
+"""
 
-# Name of a row -> (what runs, bits of a weight with its group's scale).
+# Name of a row -> (what runs, bits of a weight with its group's scale and zero).
 QUANTIZERS = {
     "AutoRound W4 g128, 200 steps": ("auto_round", _AUTO_ROUND, 4 + 16 / 128),
     "llm-compressor GPTQ W4 g64": ("llm_compressor", _LLM_COMPRESSOR, 4 + 16 / 64),
+    "hqq W4 g64": ("data_free", _HQQ.replace("BITS", "4"), 4 + 32 / 64),
+    "hqq W3 g64": ("data_free", _HQQ.replace("BITS", "3"), 3 + 32 / 64),
+    "bitsandbytes nf4 g64, scales in 8 bits": ("data_free", _NF4, 4 + (8 + 32 / 256) / 64),
 }
 
 
