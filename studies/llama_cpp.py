@@ -108,14 +108,19 @@ class Peer:
                 file.write(struct.pack("<i", len(encoded)) + encoded)
                 file.write(struct.pack("<ii", 1, len(values)) + values.tobytes())
 
-    def quantize(self, kind: str) -> tuple[dict[str, Tensor], int, dict[str, int]]:
-        """-> weights by parameter [out, in], bytes of all tensors, and how many tensors have which type."""
+    def quantize(self, kind: str, embedding: str | None = None) -> tuple[dict[str, Tensor], int, dict[str, int]]:
+        """-> weights by parameter [out, in], bytes of all tensors, and how many tensors have which type.
+
+        embedding: its type, and that of a head of its own; None: as the program has it for this kind.
+        """
         spec = importlib.util.find_spec("ik_llama_cpp")
         if spec is None or spec.origin is None:
             raise SystemExit("llama-quantize is missing: pip install ik-llama-cpp-python==0.1.5")
         program, made = Path(spec.origin).parent / "bin" / "llama-quantize", self.folder / f"{kind}.gguf"
-        matrix = ["--imatrix", str(self.matrix)]
-        done = subprocess.run([program, *matrix, self.source, made, kind, "1"], capture_output=True, text=True)
+        options = ["--imatrix", str(self.matrix)]
+        if embedding is not None:
+            options += ["--token-embedding-type", embedding, "--output-tensor-type", embedding]
+        done = subprocess.run([program, *options, self.source, made, kind, "1"], capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"llama-quantize {kind} failed: {done.stderr[-500:]}")
         _know_q6_0()

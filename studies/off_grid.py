@@ -3,7 +3,9 @@
 Gains of norms move in part into the linears that read them; values and the MLP's gated wire are rescaled, and the
 linear behind each is divided by it. All factors are random. The function is the same but for rounding to bfloat16.
 
-python -m studies.off_grid MODEL OUTPUT [--seed N]
+python -m studies.off_grid MODEL OUTPUT [--seed N] [--check TEXT]
+--check: the KL between the two over 4 x 512 tokens of a text, into studies/results/off-grid.json; an OUTPUT that is
+there stays as it is.
 """
 
 from __future__ import annotations
@@ -12,11 +14,16 @@ import argparse
 from pathlib import Path
 
 import torch
+from studies.experiment import RESULTS, provenance, read, save
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from paley.arch import Linear, Norm
+from paley.data import token_blocks
+from paley.eval.perplexity import evaluate
+from paley.eval.reference import Reference
 from paley.model.adapter import Adapter
+from paley.model.loading import open_source
 
 SPREAD = 0.3  # standard deviation of the factors' logarithms
 
@@ -67,11 +74,29 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="checkpoint folder")
     parser.add_argument("output", type=Path, help="folder of the equal")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--check", help="a text")
     arguments = parser.parse_args()
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16)
-    move_off_grid_(model, arguments.seed)
-    model.save_pretrained(arguments.output)
-    AutoTokenizer.from_pretrained(arguments.model).save_pretrained(arguments.output)
+    if arguments.check is None or not arguments.output.exists():
+        write(arguments.model, arguments.output, arguments.seed)
+    if arguments.check is not None:
+        check(arguments.model, arguments.output, arguments.check)
+
+
+def write(source: Path, output: Path, seed: int) -> None:
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    move_off_grid_(model, seed)
+    model.save_pretrained(output)
+    AutoTokenizer.from_pretrained(source).save_pretrained(output)
+
+
+def check(original: Path, equal: Path, text: str) -> None:
+    """Both in float32; the KL is what rounding the equal to bfloat16 costs."""
+    source, file = open_source(original), RESULTS / "off-grid.json"
+    test = token_blocks(text, source.tokenizer(), role="test", count=4, seq_len=512, seed=None, whole=True)
+    score = evaluate(open_source(equal).load().float(), test, Reference.of(source.load().float(), test)).to_dict()
+    row = {key: score[key] for key in ("kl", "kl_stderr", "top1_agreement")} | provenance()
+    print(f"{original.name}: KL {row['kl']:.2g} ± {row['kl_stderr']:.2g}, top-1 {row['top1_agreement']:.2%}")
+    save({"models": (read(file.name) or {"models": {}})["models"] | {original.name: row}}, file)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,12 @@ KINDS = (
     "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K_M", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_K_S", "Q4_1", "Q4_K_M", "Q5_0",
     "Q5_K_M", "Q6_K", "Q8_0",
 )  # fmt: skip
+# By itself llama.cpp keeps a tied embedding at 8 bits, which is most of a small model: also with fewer.
+SMALLER = (
+    ("IQ2_S", "iq4_nl"), ("IQ3_XXS", "iq4_nl"), ("IQ4_XS", "iq4_nl"), ("Q4_K_S", "q5_0"), ("Q4_K_M", "q5_0"),
+    ("Q5_K_M", "q6_0"),
+)  # fmt: skip
+BUDGETS = (2.5, 3.25, 4.25, 5.25)  # bits over all tensors
 
 
 def _on(weights: str, outer: str) -> tuple[str, ...]:
@@ -89,7 +95,10 @@ def main() -> None:
         return scored(experiment.source.load().float(), weights, nbytes) | row
 
     for name, (base, settings) in OURS.items():
-        experiment.row(name, lambda base=base, settings=settings: ours(base, settings))
+        experiment.row(name, functools.partial(ours, base, settings))
+    for bits in BUDGETS:
+        size = f"budget.size={int(bits * parameters / 8)}"
+        experiment.row(f"budget of {bits:g} bits, GPTQ", functools.partial(ours, "w4a16", (size,)))
     for name, (package, code, bits) in QUANTIZERS.items():
         if python := getattr(arguments, package):
             experiment.row(name, functools.partial(theirs_alone, python.absolute(), code, bits))
@@ -102,14 +111,17 @@ def main() -> None:
         peer.write_matrix(experiment.blocks.calibration.ids)
         original = {name: value.clone() for name, value in model.state_dict().items()}
 
-        def theirs(kind: str) -> dict:
+        def theirs(kind: str, embedding: str | None = None) -> dict:
             start = time.time()
-            weights, nbytes, kinds = peer.quantize(kind)
+            weights, nbytes, kinds = peer.quantize(kind, embedding)
             seconds = {"quantize": round(time.time() - start, 1)}
             return scored(model, weights, nbytes) | {"types": kinds, "seconds": seconds}
 
         for kind in KINDS:
-            experiment.row(f"llama.cpp {kind}", lambda kind=kind: theirs(kind))
+            experiment.row(f"llama.cpp {kind}", functools.partial(theirs, kind))
+        for kind, embedding in SMALLER:
+            row = f"llama.cpp {kind}, embedding {embedding.upper()}"
+            experiment.row(row, functools.partial(theirs, kind, embedding))
         model.load_state_dict(original)
 
 
