@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from bench.record import RESULTS as SPEEDS
-from studies import tables_binary, tables_tasks, tables_weights
+from studies import tables_binary, tables_peers, tables_tasks, tables_weights
 from studies.experiment import measured, read
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "results.md"
@@ -162,6 +162,7 @@ def main() -> None:
         lines += quality(model, r)
     lines += (
         tables_tasks.all_lines()
+        + tables_peers.all_lines()
         + outer()
         + search_cost()
         + cost()

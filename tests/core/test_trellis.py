@@ -164,8 +164,11 @@ def test_bad_input():
         quantize_nearest(gaussian(2, 5), WeightScheme("trellis2", scale_search="rms"))
     with pytest.raises(PaleyError, match="mine: rows of 5 values are too short"):
         quantize_gptq(gaussian(2, 5), statistics(5), WeightScheme("trellis2", scale_search="rms"), where="mine")
-    with pytest.raises(PaleyError, match="unknown grid 'trellis9'"):
-        grids.load("trellis9")
+    with pytest.raises(PaleyError, match=r"'trellis4.5'.*; 4.5 bits lie between trellis4 and trellis5, which a budget"):
+        grids.load("trellis4.5")
+    for name, nearest in (("trellis0.5", "trellis1"), ("trellis9", "trellis5"), ("trellis04", "trellis4")):
+        with pytest.raises(PaleyError, match=f"'{name}'.*; the nearest is {nearest}$"):
+            grids.load(name)
     with pytest.raises(PaleyError, match="made for rows of Gaussian values and needs scale_search 'rms'"):
         WeightScheme("trellis2", scale_search="mse")
     with pytest.raises(PaleyError, match="is for weights: its search is too slow for what is"):

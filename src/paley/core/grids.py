@@ -213,7 +213,7 @@ def load(name: str) -> AnyGrid:
         return Grid(name, points.double(), known_mse=mse, unit=True, gaussian=True)
     if name in lattice.names():
         return lattice.load(name)
-    if name in trellis.names():
+    if name.startswith("trellis"):
         return trellis.load(name)
     if name in free.names():
         return free.load(name)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import ClassVar
@@ -226,10 +227,23 @@ def names() -> list[str]:
 def load(name: str) -> TrellisGrid:
     """'trellis2.5' -> 2.5 bits: codes of 5 bits for 2 values; PaleyError for other names."""
     if name not in names():
-        raise PaleyError(f"unknown grid {name!r}: packaged are {', '.join(names())}{nearest_name(name, names())}")
+        raise PaleyError(f"unknown grid {name!r}: packaged are {', '.join(names())}{_neighbours(name)}")
     entry = _data()["grids"][name]
     codebook = Codebook(entry["low"], entry["high"], entry["points"])
     return TrellisGrid(name, entry["bits"], entry["p"], entry["step"], entry["t2"], codebook)
+
+
+def _neighbours(name: str) -> str:
+    """What an unknown name's rate lies between, or a name that is spelled like it."""
+    rate = re.fullmatch(r"trellis(\d+(?:\.\d+)?)", name)
+    if rate is None:
+        return nearest_name(name, names())
+    bits, by_bits = float(rate[1]), sorted(names(), key=lambda known: load(known).bits)
+    above = next((known for known in by_bits if load(known).bits >= bits), by_bits[-1])
+    below = by_bits[max(by_bits.index(above) - 1, 0)]
+    if not load(below).bits < bits < load(above).bits:
+        return f"; the nearest is {above}"
+    return f"; {bits:g} bits lie between {below} and {above}, which a budget of {bits:g} bits a weight mixes"
 
 
 def reference(
