@@ -1,6 +1,7 @@
 """Makes studies/results/grids.json: every grid's error on N(0, 1) beside HIGGS's figures and Shannon's bound.
 
-t2 = E|x - nearest|^2 / p at the scale of least error. NormalFloat and AbnormalFloat are scaled by the largest |x| of
+t2 = E|x - nearest|^2 / p at the scale of least error; of trellis codes on rows of 1024 values, as rings, by the search
+that quantizing makes. NormalFloat and AbnormalFloat are scaled by the largest |x| of
 a block of 64, exactly: that scale's 16 / 64 bits a value are said apart, in scale_bits.
 """
 
@@ -11,8 +12,9 @@ import torch
 from bench.record import save
 from studies.experiment import RESULTS
 
-from paley.core import grids, lattice, tables
+from paley.core import grids, lattice, tables, trellis
 
+ROWS, ROW = 2**11, 2**10  # of trellis codes
 BLOCK, BLOCKS, SEED = 64, 2**12, 64
 BATCHES = 2**24 // (BLOCK * BLOCKS)
 
@@ -56,6 +58,15 @@ def absmax_error(name: str) -> tuple[float, float]:
     return float(error.mean()), float(error.std() / math.sqrt(len(error)))
 
 
+def trellis_error(name: str) -> tuple[float, float]:
+    """t2 and its standard error over rows."""
+    grid = trellis.load(name)
+    x = torch.randn(ROWS, ROW, generator=torch.Generator().manual_seed(SEED))
+    values = grid.decode(grid.search(x)).flatten(1)[:, :ROW]
+    error = (x - values).double().square().mean(1)
+    return float(error.mean()), float(error.std() / math.sqrt(len(error)))
+
+
 def rows() -> list[dict]:
     found = []
     for name in tables.names():
@@ -69,6 +80,9 @@ def rows() -> list[dict]:
     for name in lattice.names():
         grid = lattice.load(name)
         found.append(row(name, 8, grid.size, grid.mse, lattice.record(name)["stderr"]))
+    for name in trellis.names():
+        grid = trellis.load(name)
+        found.append(row(name, grid.p, grid.size, *trellis_error(name)))
     return sorted(found, key=lambda r: (r["bits"], r["t2"]))
 
 
