@@ -15,10 +15,8 @@ from tiny_models import save_tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("bench", "studies", "tools")
-SHARED = {
-    "record", "experiment", "llama_cpp", "quantizers", "tables_binary", "tables_peers", "tables_tasks", "tables_weights",
-}  # fmt: skip
-SCRIPTS = [f"{d}.{f.stem}" for d in FOLDERS for f in sorted((ROOT / d).glob("*.py")) if f.stem not in SHARED]
+SHARED = ("record", "experiment", "llama_cpp", "quantizers", "tables_")
+SCRIPTS = [f"{d}.{f.stem}" for d in FOLDERS for f in sorted((ROOT / d).glob("*.py")) if not f.stem.startswith(SHARED)]
 
 
 @pytest.fixture(autouse=True)
