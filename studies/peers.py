@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from paley.eval.perplexity import evaluate
 from paley.export.gguf import export_gguf
 from paley.pipeline.saving import save_checkpoint
-from paley.recipe import apply_settings, preset
+from paley.recipe import apply_settings, preset, under_budget
 from paley.recipe.targets import TARGETS
 
 KINDS = (
@@ -68,8 +68,9 @@ def main() -> None:
     experiment = Experiment("peers", arguments)
     parameters = experiment.result["parameters"]
 
-    def ours(name: str, settings: tuple[str, ...]) -> dict:
-        made = experiment.quantize(apply_settings(preset(name), list(settings)))
+    def ours(name: str, settings: tuple[str, ...], **limits: float) -> dict:
+        recipe = apply_settings(preset(name), list(settings))
+        made = experiment.quantize(under_budget(recipe, **limits) if limits else recipe)
         return made.row | (as_gguf(made) if name.startswith("gguf-") else {})
 
     def as_gguf(made: Quantization) -> dict:
@@ -97,8 +98,8 @@ def main() -> None:
     for name, (base, settings) in OURS.items():
         experiment.row(name, functools.partial(ours, base, settings))
     for bits in BUDGETS:
-        size = f"budget.size={int(bits * parameters / 8)}"
-        experiment.row(f"budget of {bits:g} bits, GPTQ", functools.partial(ours, "w4a16", (size,)))
+        measure = functools.partial(ours, "w4a16", (), size=int(bits * parameters / 8))
+        experiment.row(f"budget of {bits:g} bits, GPTQ", measure)
     for name, (package, code, bits) in QUANTIZERS.items():
         if python := getattr(arguments, package):
             experiment.row(name, functools.partial(theirs_alone, python.absolute(), code, bits))
