@@ -7,12 +7,10 @@ import json
 from pathlib import Path
 
 from bench.record import RESULTS as SPEEDS
-from studies import tables_binary, tables_peers, tables_tasks, tables_weights
-from studies.experiment import measured, read
+from studies import tables_binary, tables_peers, tables_readme, tables_tasks, tables_weights
+from studies.experiment import measured
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "results.md"
-README = OUT.parents[1] / "README.md"
-BEGIN, END = "<!-- made by studies/tables.py -->", "<!-- end -->"
 HEAD = """\
 # Results
 
@@ -132,29 +130,6 @@ def cost() -> list[str]:
     return [*lines, ""]
 
 
-def readme() -> None:
-    """Renews the table between the README's markers."""
-    columns = ("rtn", "quarot", "quarot-clipped", "paley without search", "paley without search + 64 columns")
-    r = read("quality-ref-llama.json")
-    assert r is not None
-    lines = [
-        "Loss gained over the original, nats per token (± one standard error), on the model in `assets/`, 11.9 million",
-        "parameters with real outliers, through the quantized cache:",
-        "",
-        "| | round to nearest | QuaRot, 1.0 | QuaRot, 0.9 / 0.95 | Paley, folded rotations | with 64 columns more |",
-        "|---|---|---|---|---|---|",
-    ]
-    for width in ("w4a4kv4", "w3a3kv3"):
-        found = [r["rows"].get(f"{width} {c}") for c in columns]
-        cells = [plus(row, "gap", 3) if row else "not measured" for row in found]
-        lines.append(f"| {width.upper()} | " + " | ".join(cells) + " |")
-    lines += ["", *tables_weights.readme()]
-    text = README.read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    README.write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n" + END + after)
-
-
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     lines = [HEAD]
@@ -169,7 +144,7 @@ def main() -> None:
         + tables_weights.all_lines()
         + tables_binary.all_lines()
     )
-    readme()
+    tables_readme.renew()
     OUT.write_text("\n".join(lines).rstrip() + "\n")
 
 

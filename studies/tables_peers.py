@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from studies.experiment import measured, read
 
-__all__ = ["all_lines"]
+__all__ = ["all_lines", "nearest"]
 
 PEERS = """\
 ## Beside other quantizers
@@ -47,18 +47,24 @@ def _text(r: dict) -> str:
     )
 
 
-def _beside(row: dict, others: dict[str, dict]) -> str:
-    """Two cells: the best of theirs at no more bits, and their smallest that loses no more."""
+def nearest(row: dict, others: dict[str, dict]) -> tuple[str | None, str | None]:
+    """Names: the best of others at no more bits, and the smallest that loses no more."""
     no_larger = [name for name, other in others.items() if other["bits"] <= row["bits"] * 1.001]
     no_worse = [name for name, other in others.items() if other["kl"] <= row["kl"]]
+    best = min(no_larger, key=lambda name: others[name]["kl"], default=None)
+    return best, min(no_worse, key=lambda name: others[name]["bits"], default=None)
+
+
+def _beside(row: dict, others: dict[str, dict]) -> str:
+    """Two cells."""
+    best, smallest = nearest(row, others)
     cells = ["none is so small", "none"]
-    if no_larger:
-        name = min(no_larger, key=lambda name: others[name]["kl"])
-        change = row["kl"] / others[name]["kl"] - 1
-        cells[0] = f"{name}: {abs(change):.0%} {'more' if change > 0 else 'less'}"
-    if no_worse:
-        name = min(no_worse, key=lambda name: others[name]["bits"])
-        cells[1] = f"{name}: {others[name]['bits']:.2f} bits, × {others[name]['bits'] / row['bits']:.2f}"
+    if best is not None:
+        change = row["kl"] / others[best]["kl"] - 1
+        cells[0] = f"{best}: {abs(change):.0%} {'more' if change > 0 else 'less'}"
+    if smallest is not None:
+        bits = others[smallest]["bits"]
+        cells[1] = f"{smallest}: {bits:.2f} bits, × {bits / row['bits']:.2f}"
     return " | ".join(cells)
 
 

@@ -6,7 +6,7 @@ import math
 
 from studies.experiment import measured
 
-__all__ = ["all_lines"]
+__all__ = ["all_lines", "means"]
 
 METRIC = {"lambada_openai": "acc", "winogrande": "acc"}  # acc_norm of the others
 
@@ -22,6 +22,14 @@ def _cells(scores: list[dict], key: str) -> str:
 
 def _mean(scores: list[dict], key: str) -> float:
     return math.fsum(score[key] for score in scores) / len(scores)
+
+
+def means(row: dict) -> tuple[float, float] | None:
+    """Of all tasks, in per cent, of the quantized model and of the original; None if none was asked."""
+    if "tasks" not in row:
+        return None
+    scores = _chosen(row)
+    return 100 * _mean(scores, "score"), 100 * _mean(scores, "original")
 
 
 def _gap(scores: list[dict]) -> str:

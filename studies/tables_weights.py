@@ -75,25 +75,6 @@ def commits(found: dict) -> str:
     return ", ".join(f"{commit} ({count})" for commit, count in counts.most_common())
 
 
-def readme() -> list[str]:
-    """Weights alone on the demo model, at the two budgets that separate methods."""
-    if (found := read("weights-ref-llama.json")) is None:
-        return []
-    columns = ("rtn", "nf", "gptq", "higgs p=2", "unbiased p=1..4 + allocation", "p=2 + allocation + gptq")
-    names = ("round to nearest", "NormalFloat", "GPTQ", "HIGGS", "ours, no data", "ours + GPTQ")
-    lines = [
-        "Weights alone, the same model and measure; about 0.04 bits of scales on top:",
-        "",
-        "| bits | " + " | ".join(names) + " |",
-        "|---" * (len(names) + 1) + "|",
-    ]
-    for budget in ("2", "3", "4.02"):
-        rows = [found["rows"].get(f"{budget} {c}") for c in columns]
-        cells = [f"{row['gap']:.3f} ± {row['gap_stderr']:.3f}" if row else "not measured" for row in rows]
-        lines.append(f"| {float(budget):.0f} | " + " | ".join(cells) + " |")
-    return lines
-
-
 def _cell(row: dict, most: float) -> str:
     short = f" ({row['bits']:.2f})" if row["bits"] < most - 0.05 else ""
     digits = 3 if row["gap"] < 1 else 2
