@@ -34,6 +34,12 @@ def test_a_file_reads_back_to_an_equal_document_infinite_numbers_too(tmp_path):
     assert made.to_dict()["evaluation"] == made.evaluation.to_dict()
 
 
+def test_a_file_of_an_older_paley_names_no_versions(tmp_path):
+    older = {key: value for key, value in results().to_dict().items() if key != "made_with"}
+    (tmp_path / "results.json").write_text(json.dumps(older))
+    assert Results.load(tmp_path / "results.json").made_with == {}
+
+
 def test_the_original_has_a_perplexity_where_it_was_measured():
     assert results().evaluation.reference_perplexity == pytest.approx(math.exp(2))
 

@@ -93,7 +93,8 @@ class Results(Document):
 
     parameters are those of the original, which bits_per_weight divides every stored byte by; bits_per_quantized_weight
     is that of the quantized linears alone, None without any. evaluation: None if nothing was scored. texts: sha256 of
-    the tokens of each, by role. kept: None if all weights were made anew.
+    the tokens of each, by role. kept: None if all weights were made anew. made_with: the versions of Paley, PyTorch and
+    transformers, empty if an older Paley wrote the file.
     """
 
     what: ClassVar[str] = "results file"
@@ -112,6 +113,7 @@ class Results(Document):
     layers: dict[str, LayerResult]
     texts: dict[str, str] = Field(default_factory=dict)
     kept: KeptResult | None = None
+    made_with: dict[str, str] = Field(default_factory=dict)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import paley
@@ -74,6 +75,8 @@ def test_quantize_json_is_one_object_and_progress_goes_to_stderr(made):
     assert found.keys() == {"output", "seconds", "peak_memory_bytes", "results"}
     assert found["output"] == str(made.out)
     assert found["results"] == paley.Results.load(made.out / "results.json").to_dict()
+    versions = {"paley": paley.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    assert found["results"]["made_with"] == versions
     stages = [line.split(" s  ")[1] for line in made.run.err.splitlines()]
     assert stages[0] == "checking the checkpoint"
     assert "searching clip ratios" in stages
@@ -121,6 +124,10 @@ def test_quantize_shows_a_table_and_what_to_type_next(made, tmp_path):
     (cache,) = (line.split() for line in out.splitlines() if "KV cache" in line)
     assert cache[-2:] == ["256", "256"]  # 2 layers, K and V, 1 head of 32, 2 bytes; unquantized in both
     assert f"written to {tmp_path / 'o'}; each layer: paley inspect {tmp_path / 'o'}" in out
+    report = next(line for line in out.splitlines() if line.startswith("where its bytes and errors are: paley "))
+    assert shlex.split(report)[-4:] == ["report", str(tmp_path / "o"), "--against", str(made.model)]
+    paley_(*shlex.split(report)[-4:])
+    assert (tmp_path / "o-report.html").exists()
     command = next(line for line in out.splitlines() if line.startswith("next: paley "))
     assert paley_(*shlex.split(command)[2:], "--max-new-tokens", 3).err.startswith("prompt: ")
 

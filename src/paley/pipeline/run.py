@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import transformers
 
 from paley.core.errors import PaleyError
 from paley.core.files import write_atomic
@@ -280,7 +282,11 @@ def _make(
         layers={r.name: LayerResult(None if r.name in tuned else r.rel_error, r.experts or None) for r in reports},
         texts=texts.hashes,
         kept=None if kept is None else KeptResult(kept.base.digest, len(kept.names), len(kept.fitted)),
-    )
+        made_with={
+            "paley": getattr(sys.modules["paley"], "__version__", "?"), "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    )  # fmt: skip
     write_atomic(run.checkpoint / "README.md", model_card(results, plan, str(problem.dtype).removeprefix("torch.")))
     results.save(run.checkpoint / RESULTS)
 
