@@ -1,77 +1,58 @@
-"""The report: its figures' data against the folder's, its page in a real browser, and what is missing."""
+"""The report: its figures' data against the folder's, what is missing, and the verbs."""
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 import webbrowser
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+import torch
+import transformers
 
 import paley
-from browser import chromium
 from command_line import paley_
 from paley.eval.reference import Reference
 from paley.model.folders import load_tokenizer
-from paley.recipe import apply_settings
-from paley.report import Report, gather, write_page
-from paley.report.charts import bars, dots, heat_map
-from paley.report.figures import slopes
+from paley.report import gather
+from paley.report.charts import Bar, bars, dots, heat_map
+from paley.report.making import Making
 from paley.report.page import render
 from tiny_models import save_tiny
-
-SIZES = [f"{part}.{key}" for part in ("calibration", "search", "test") for key in ("sequences=2", "seq_len=48")]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory, tiny_tokenizer) -> SimpleNamespace:
-    """A model whose clip ratios were searched, its slopes, and the report of both."""
-    folder = tmp_path_factory.mktemp("report")
-    text = folder / "text.txt"
-    text.write_text("\n\n".join(f"{n} is a <number> & {n * n} is its square." for n in range(900)))
-    model = save_tiny(folder / "model", tiny_tokenizer)
-    search = ["search.method=gbs", "search.iterations=2", "weights.group_size=null", f"calibration.source={text}"]
-    paley.quantize(model, apply_settings(paley.preset("rtn-w4a4kv4"), [*search, *SIZES]), output=folder / "out")
-    alpha = folder / "alpha.json"
-    slopes = paley.measure_sensitivity(model, source=str(text), sequences=2, seq_len=32)
-    alpha.write_text(json.dumps(slopes.model_dump(mode="json")))
-    report = gather(folder / "out", model)
-    return SimpleNamespace(folder=folder, model=model, out=folder / "out", alpha=alpha, report=report)
-
-
-def figure(report, name: str):
-    return next(figure for figure in report.figures if figure.id == name)
 
 
 def test_figures_hold_what_the_folder_says(made):
     report, inspection = made.report, paley.inspect(made.out)
     plan = paley.Plan.load(made.out / "plan.json")
-    assert [f.id for f in report.figures if f.missing] == ["sensitivity", "budget"]
-    size = figure(report, "size")
+    assert [f.id for f in report.figures if f.missing] == []
+    size = report.figure("size")
     assert sum(row[1] for row in size.rows) == inspection.bytes
-    assert {row[0]: float(row[1]) for row in figure(report, "error").rows} == pytest.approx(
+    assert {row[0]: float(row[1]) for row in report.figure("error").rows} == pytest.approx(
         {n: linear.rel_error for n, linear in inspection.linears.items() if linear.rel_error is not None}, rel=1e-4
     )
-    assert [row[1:] for row in figure(report, "search").rows] == [
+    assert [row[1:] for row in report.figure("search").rows] == [
         (t.slot, f"{t.clip_ratio:.4f}", f"{t.objective:.5g}") for t in plan.trace
     ]
-    bits = {(row[0], row[1]): row[2] for row in figure(report, "bits").rows}
+    bits = {(row[0], row[1]): row[2] for row in report.figure("bits").rows}
     assert bits["model.layers.1.self_attn", "keys"] == 4
     assert bits["model.layers.0.mlp.down_proj", "down_proj"] == 4
     assert dict(report.facts)["bytes, all tensors"] == f"{inspection.bytes:,}"
 
 
-def test_slopes_are_shown_against_bits(made):
-    sensitivity = paley.Sensitivity.load(made.alpha)
-    first, second = slopes(paley.inspect(made.out), sensitivity, [(2.0, 0.5), (4.0, 0.03)])
-    alphas = sensitivity.alphas()
+def test_slopes_are_shown_against_bits_and_the_budgets_curve_falls(made):
+    first, second = made.report.figure("sensitivity"), made.report.figure("budget")
+    alphas = paley.Sensitivity.load(made.alpha).alphas()
     assert {row[0]: float(row[1]) for row in first.rows} == pytest.approx(alphas, rel=1e-4)
-    assert first.svg.count("<circle") == 16
-    assert second.rows == (("2.000", "0.5"), ("4.000", "0.03"))
+    assert first.svg.count('class="mark') == 16
+    points = [(float(bits), float(loss)) for bits, loss in second.rows]
+    assert len(points) == second.svg.count('class="mark') == 7
+    assert points == sorted(points)
+    assert [loss for _, loss in points] == sorted((loss for _, loss in points), reverse=True)
     (alone,) = (f for f in gather(made.out, sensitivity=made.alpha).figures if f.id == "sensitivity")
     assert alone.rows == first.rows
 
@@ -86,75 +67,14 @@ def test_what_is_measured_agrees_with_the_score(made):
     assert len(made.report.measured.peaks) == 14
 
 
-@pytest.fixture(scope="module")
-def page_file(made) -> Path:
-    file = made.folder / "page.html"
-    write_page([made.report], file)
-    return file
-
-
-def test_the_page_in_a_browser_draws_each_figures_data(made, page_file):
-    with chromium() as page:
-        page.goto(page_file.as_uri())
-        (data,) = json.loads(page.locator("#data").text_content())
-        assert data["name"] == "out"
-        for name, held in data["figures"].items():
-            if "missing" in held:
-                continue
-            section = page.locator(f"#{name}-0")
-            assert section.locator("h2").inner_text()
-            section.locator("summary").click()
-            assert section.locator("tbody tr").count() == len(held["rows"])
-            first = [cell.inner_text() for cell in section.locator("tbody tr").first.locator("td").all()]
-            assert first == [str(value) for value in held["rows"][0]]
-            assert section.locator("svg").get_attribute("aria-label")
-        rows = data["figures"]["search"]["rows"]
-        assert page.locator("#search-0 circle").count() == 2 * len(rows)
-        assert page.locator("#size-0 rect").count() == len(data["figures"]["size"]["rows"]) + 2
-        assert page.locator("#clips-0 circle").count() == len(data["figures"]["clips"]["rows"])
-        assert page.locator("#worst-0 tbody mark").count() == len(made.report.measured.worst)
-        assert page.evaluate("performance.getEntriesByType('resource').length") == 0
-
-
-def test_the_page_is_readable_at_400_pixels_in_the_dark_and_by_keyboard(page_file):
-    with chromium(width=400, dark=True) as page:
-        page.goto(page_file.as_uri())
-        assert page.evaluate("document.documentElement.scrollWidth") <= 400
-        assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(21, 24, 28)"
-        assert page.evaluate("getComputedStyle(document.querySelector('svg text')).fill") == "rgb(230, 232, 234)"
-        page.keyboard.press("Tab")
-        assert page.evaluate("document.activeElement.getAttribute('href')") == "#size-0"
-        summary = page.locator("#size-0 summary")
-        summary.focus()
-        page.keyboard.press("Enter")
-        assert page.locator("#size-0 tbody tr").first.is_visible()
-
-
-def test_text_of_a_model_is_no_markup(made, page_file):
-    text = page_file.read_text()
-    assert "<number>" not in text
-    assert "&lt;number&gt;" in text or "\\u003cnumber" in text or "&lt;" in text
-    assert text.count("</script>") == 1
-    hostile = Report("<!--<script>", (), "", (), None, "", "")
-    embedded = render([hostile]).split('id="data">')[1].split("</script>")[0]
-    assert "<" not in embedded
-    assert json.loads(embedded)[0]["name"] == "<!--<script>"
-
-
-@pytest.fixture(scope="module")
-def unscored(made) -> Path:
-    paley.quantize(
-        made.model, apply_settings(paley.preset("rtn-w4a16"), ["test=null"]), output=made.folder / "unscored"
-    )
-    return made.folder / "unscored"
-
-
 def test_what_is_missing_is_told_with_the_command(unscored):
     shown = paley_("report", unscored).out
     page = unscored.with_name("unscored-report.html")
     assert f"written to {page}" in shown
     assert "not in it: KL divergence by token position; `paley report … --against ORIGINAL`" in shown
     assert "not in it: Sensitivity against bits; `paley sensitivity ORIGINAL --output alpha.json`" in shown
+    commands = "`paley bench unscored --json > speed.json`, then `paley report unscored --speed speed.json`"
+    assert f"not in it: Speed; {commands}" in shown
     text = page.read_text()
     assert "This model was never scored; <code>paley eval unscored --against ORIGINAL</code>" in text
     paley_("report", unscored)  # replaces its own page
@@ -184,7 +104,7 @@ def test_compare_measures_the_original_once_and_opens_the_page(made, tmp_path, m
     found = json.loads(paley_(*args, "--output", page, "--open", "--json").out)
     assert len(measured) == 1
     assert opened == [page.as_uri()]
-    rows = figure(made.report, "positions").rows
+    rows = made.report.figure("positions").rows
     assert found["a"]["figures"]["positions"]["rows"] == found["b"]["figures"]["positions"]["rows"]
     assert len(found["b"]["figures"]["positions"]["rows"]) == len(rows)
     assert "name a page with --output, or give --json" in paley_(*args, code=2).err
@@ -200,11 +120,87 @@ def test_bad_input(made, tmp_path):
     assert "was made from a model with fingerprint" in paley_("report", made.out, "--against", other, code=2).err
 
 
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (
+            lambda data: data.pop("speed"),
+            "speed: is required and missing; `paley bench out --json > speed.json` writes it",
+        ),
+        (lambda data: data["speed"].update(decode=0), "speed.decode: should be greater than 0"),
+        (lambda data: data["rivals"].update(bf16={}), "rivals.bf16.prefill: is required and missing"),
+        (lambda data: data.update(folder="/x/other"), "has the speed of other, this folder is out; `paley bench out"),
+    ],
+)
+def test_a_file_that_holds_no_speed_of_this_folder_is_refused(made, tmp_path, change, complaint):
+    data = json.loads(made.speed.read_text())
+    change(data)
+    (tmp_path / "speed.json").write_text(json.dumps(data))
+    assert complaint in paley_("report", made.out, "--speed", tmp_path / "speed.json", code=2).err
+
+
+def test_the_speed_is_what_bench_measured(made):
+    data, shown = json.loads(made.speed.read_text()), made.report.figure("speed")
+    assert shown.rows == tuple(
+        (who, f"{at['prefill']:.1f}", f"{at['decode']:.1f}")
+        for who, at in (("this model", data["speed"]), ("bf16", data["rivals"]["bf16"]))
+    )
+    assert "on the native engine with 1 threads" in shown.words
+    assert "no such file of speeds" in paley_("report", made.out, "--speed", "nowhere.json", code=2).err
+
+
+def test_the_command_of_the_page_makes_the_same_bytes(made, tmp_path):
+    told = made.report.made
+    assert told.versions == {
+        "Paley": paley.__version__, "PyTorch": torch.__version__, "transformers": transformers.__version__
+    }  # fmt: skip
+    places = {"ORIGINAL": str(made.model), "NEW": str(tmp_path / "new"), "out/plan.json": str(made.out / "plan.json")}
+    verb, *words = shlex.split(told.command)
+    assert verb == "paley"
+    paley_(*(places.get(word, word) for word in words))
+    for file in made.out.glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "new" / file.name).read_bytes()
+
+
+def test_what_an_older_folder_does_not_say_is_missing(unscored, tmp_path):
+    folder = tmp_path / "unscored"
+    shutil.copytree(unscored, folder)
+    results = json.loads((folder / "results.json").read_text())
+    del results["made_with"]
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "plan.json").unlink()
+    report = gather(folder)
+    assert report.made == Making()
+    text = render([report])
+    assert "results.json names no versions" in text
+    assert "plan.json is not in this folder" in text
+    (folder / "results.json").unlink()
+    assert gather(folder).made == Making()
+
+
+def test_report_opens_its_page(made, tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(webbrowser, "open", opened.append)
+    page = tmp_path / "page.html"
+    paley_("report", made.out, "--output", page)
+    assert opened == []
+    paley_("report", made.out, "--output", page, "--open")
+    assert opened == [page.as_uri()]
+
+
+def test_the_help_of_report_does_not_promise_to_measure(made):
+    assert "measured now" not in paley_("report", "--help").out
+    assert [f.id for f in gather(made.out).figures if f.missing][-3:] == ["sensitivity", "budget", "speed"]
+
+
 def test_charts_take_odd_data():
     assert "nothing to show" in dots({"a": []}, "t", x_name="x", y_name="y")
     assert "nothing to show" in dots({"a": [(1, 0.0, "zero")]}, "t", x_name="x", y_name="y", log=True)
+    assert "embed_tokens, unquantized" in bars([Bar("embed_tokens, unquantized", 0, 1, "1")], "t")
+    long = bars([Bar("a" * 50, 0, 1, "1")], "t")
+    assert f"<title>{'a' * 50}</title>{'a' * 33}…<" in long
     assert dots({"a": [(1, 5.0, "<one>")]}, "t", x_name="x", y_name="y").count("&lt;one&gt;") == 1
-    assert "<rect" in bars([("a", 0, 0, "0")], "t")
+    assert "<rect" in bars([Bar("a", 0, 0, "0")], "t")
     assert heat_map(["0"], {"a": [None], "b": [4.0]}, "t").count("<rect") == 1
 
 

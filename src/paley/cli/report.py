@@ -19,6 +19,19 @@ Page = Annotated[
     Path | None, typer.Option("--output", help="The page; OUT-report.html beside the folder.", show_default=False)
 ]
 ComparedPage = Annotated[Path | None, typer.Option("--output", help="Write a page with both.", show_default=False)]
+Slopes = Annotated[
+    Path | None,
+    typer.Option(
+        "--sensitivity", metavar="FILE", show_default=False,
+        help="What `paley sensitivity` measured; without it, two figures are left out.",
+    ),
+]  # fmt: skip
+Speed = Annotated[
+    Path | None,
+    typer.Option(
+        "--speed", metavar="FILE", help="What `paley bench OUT --json` printed, as a file.", show_default=False
+    ),
+]
 Open = Annotated[bool, typer.Option("--open", help="Show the page in a browser.")]
 First = Annotated[Path, typer.Argument(metavar="A", help="A quantized folder.", show_default=False)]
 Second = Annotated[Path, typer.Argument(metavar="B", help="Another one.", show_default=False)]
@@ -29,7 +42,8 @@ def report_verb(
     folder: options.Folder,
     against: options.Against = None,
     data: options.Data = None,
-    sensitivity: options.Sensitivity = None,
+    sensitivity: Slopes = None,
+    speed: Speed = None,
     output: Page = None,
     open_: Open = False,
 ) -> None:
@@ -46,7 +60,7 @@ def report_verb(
         raise PaleyError(Setting("data"), ": is for what is measured", remedy=("give ", Setting("against"), " as well"))
     page = output or folder.resolve().with_name(f"{folder.resolve().name}-report.html")
     with watching() as monitor:
-        report = gather(folder, against, sensitivity=sensitivity, data=data, monitor=monitor)
+        report = gather(folder, against, sensitivity=sensitivity, speed=speed, data=data, monitor=monitor)
     write_page([report], page)
     line(f"written to {page}")
     for figure in report.figures:

@@ -11,7 +11,7 @@ from typing import Any
 from paley.core.packing import stored_bits
 from paley.pipeline.inspect import Inspection
 from paley.plan import Plan
-from paley.report.charts import bars, dots, heat_map
+from paley.report.charts import Bar, bars, dots, heat_map
 from paley.report.measured import Measured
 from paley.sensitivity import Sensitivity
 
@@ -65,11 +65,12 @@ def sizes(inspection: Inspection) -> Figure:
         found[kind] = found.get(kind, 0) + count
     whole = inspection.bytes
     table = [(kind, count, count / whole) for kind, count in found.items() if count]
-    rows = [] if inspection.results is None else [("original", 0, inspection.results.original_bytes)]
     starts = accumulate((count for _, count, _ in table), initial=0)
-    rows += [(kind, start, count) for (kind, count, _), start in zip(table, starts, strict=False)]
-    rows.append(("this model", 0, whole))
-    drawn = [(kind, start, count, _bytes(count)) for kind, start, count in rows]
+    drawn = [Bar(kind, start, count, _bytes(count)) for (kind, count, _), start in zip(table, starts, strict=False)]
+    if inspection.results is not None:
+        original = inspection.results.original_bytes
+        drawn.insert(0, Bar("original", 0, original, _bytes(original), "total"))
+    drawn.append(Bar("this model", 0, whole, _bytes(whole), "total"))
     largest = max(table, key=lambda row: row[1])
     return Figure(
         "size", "Where the bytes are",
@@ -103,7 +104,8 @@ def bits_map(inspection: Inspection) -> Figure:
     layers = sorted({layer for held in cells.values() for layer in held})
     drawn = {row: [held.get(layer) for layer in layers] for row, held in cells.items()}
     return Figure(
-        "bits", "Bits by layer and kind", "Bits of a code, without its share of a scale. Darker cells have fewer bits.",
+        "bits", "Bits by layer and kind",
+        "Bits of a code, without its share of a scale. The stronger the colour, the fewer bits.",
         ("tensor", "kind", "bits"), tuple(rows),
         heat_map([str(layer) for layer in layers], drawn, "Bits by layer and kind"),
     )  # fmt: skip
@@ -145,7 +147,7 @@ def errors(inspection: Inspection) -> Figure:
     )  # fmt: skip
     words += f" {tuned} layers are left out, whose scales were tuned after rounding." if tuned else ""
     rows = tuple((n, f"{e:.5g}", "" if g is None else f"{g:.5g}") for n, e, g in table)
-    svg = dots(series, title, x_name="layer", y_name="relative squared error", log=True)
+    svg = dots(series, title, x_name="layer", y_name="relative squared error", log=True, apart=True)
     return Figure("error", title, words, ("tensor", "measured", "grid's own"), rows, svg)
 
 
@@ -170,7 +172,8 @@ def slopes(
         series.setdefault(_place(name)[1], []).append((bits, alpha, f"{name}: {alpha:.4g} at {bits:.3g} bits"))
     first = Figure(
         "sensitivity", titles[0], "The loss that a layer's relative squared error of 1 would add, by the slope at 0.",
-        ("tensor", "slope", "bits"), tuple(rows), dots(series, titles[0], x_name="bits", y_name="slope", log=True),
+        ("tensor", "slope", "bits"), tuple(rows),
+        dots(series, titles[0], x_name="bits", y_name="slope", log=True, apart=True),
     )  # fmt: skip
     if not curve:
         return [
@@ -203,7 +206,7 @@ def search_trace(plan: Plan | None) -> Figure:
     }
     rows = tuple((i, t.slot, f"{t.clip_ratio:.4f}", f"{t.objective:.5g}") for i, t in enumerate(plan.trace))
     words = f"{len(plan.trace)} trials; the objective ({plan.recipe.search.objective}) fell to {best[-1]:.5g}."
-    svg = dots(series, title, x_name="trial", y_name="objective")
+    svg = dots(series, title, x_name="trial", y_name="objective", zero=False)
     return Figure("search", title, words, ("trial", "site", "clip ratio", "objective"), rows, svg)
 
 
@@ -222,7 +225,7 @@ def clips(inspection: Inspection) -> Figure:
         return Figure(
             "clips", title, "", missing="nothing is rounded at run time: inputs, keys and values have 16 bits"
         )
-    svg = dots(series, title, x_name="layer", y_name="clip ratio", joined=True)
+    svg = dots(series, title, x_name="layer", y_name="clip ratio", zero=False, joined=True)
     return Figure("clips", title, "Of inputs, keys and values.", ("kind", "tensor", "clip ratio"), tuple(rows), svg)
 
 
@@ -268,7 +271,7 @@ def outliers(measured: Measured | None) -> Figure:
     }
     rows = tuple((name, f"{a:.4g}", f"{b:.4g}") for name, (a, b) in measured.peaks.items())
     words = "Largest value of a token's input over its root mean square, mean over tokens. Gaussian values have 3 to 4."
-    svg = dots(series, title, x_name="layer", y_name="largest / root mean square", log=True)
+    svg = dots(series, title, x_name="layer", y_name="largest / root mean square", log=True, apart=True)
     return Figure("outliers", title, words, ("layer's input", "original", "here"), rows, svg)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,9 @@ from paley.plan import VERSION, Plan
 from paley.recipe import under_budget
 from paley.report import figures
 from paley.report.figures import Figure
+from paley.report.making import Making, making
 from paley.report.measured import Measured
+from paley.report.speed import SpeedFile, speeds
 from paley.sensitivity import Sensitivity
 
 if TYPE_CHECKING:
@@ -29,28 +30,34 @@ _BUDGETS = (2.25, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0)
 
 @dataclass(frozen=True)
 class Report:
-    """facts: (what, value) rows; not_scored: what to run if there are no scores; recipe: as JSON."""
+    """facts: (what, value) rows; not_scored: what to run if there are no scores; made: how the folder was made."""
 
     name: str
     facts: tuple[tuple[str, str], ...]
     not_scored: str
     figures: tuple[Figure, ...]
     measured: Measured | None
-    recipe: str
-    speed_missing: str
+    made: Making
+
+    def figure(self, name: str) -> Figure:
+        """The one with this id."""
+        return next(figure for figure in self.figures if figure.id == name)
 
 
 def gather(
     folder: str | Path, against: str | Path | Original | None = None, *, sensitivity: str | Path | None = None,
-    data: str | None = None, monitor: Monitor | None = None,
+    speed: str | Path | None = None, data: str | None = None, monitor: Monitor | None = None,
 ) -> Report:  # fmt: skip
     """The report of a quantized folder; against: its original, for what is measured token by token; an
     `Original` is measured once for several folders.
 
-    sensitivity: a file that `paley.measure_sensitivity` gave. data: the text, as of `paley.score`.
+    sensitivity: a file that `paley.measure_sensitivity` gave. speed: one that `paley bench OUT --json` printed into.
+    data: the text, as of `paley.score`.
     """
     monitor, folder = monitor or Monitor(), Path(folder)
+    name = folder.resolve().name
     inspection, plan = inspect(folder), _plan(folder / "plan.json")
+    measured_speed = None if speed is None else SpeedFile.load(Path(speed), name)
     slopes = None if sensitivity is None else Sensitivity.load(Path(sensitivity))
     if slopes is not None and plan is not None:
         slopes.check_fingerprint(plan.fingerprint)
@@ -65,8 +72,8 @@ def gather(
         figures.sizes(inspection), figures.bits_map(inspection), figures.errors(inspection),
         figures.positions(measured), figures.losses(measured), figures.outliers(measured),
         figures.search_trace(plan), figures.clips(inspection), *figures.slopes(inspection, slopes, curve),
+        speeds(measured_speed, name),
     ]  # fmt: skip
-    name = folder.resolve().name
     return Report(
         name=name,
         facts=tuple(_facts(inspection, plan)),
@@ -74,8 +81,7 @@ def gather(
         f"This model was never scored; `paley eval {name} --against ORIGINAL` does it.",
         figures=tuple(drawn),
         measured=measured,
-        recipe="" if plan is None else json.dumps(plan.recipe.model_dump(mode="json", exclude_none=True), indent=2),
-        speed_missing=f"`paley bench {name}` measures tokens a second; folders do not keep them",
+        made=making(inspection, plan),
     )  # fmt: skip
 
 
@@ -126,4 +132,5 @@ def as_data(report: Report) -> dict[str, Any]:
         "figures": {
             f.id: {"missing": f.missing} if f.missing else {"header": f.header, "rows": f.rows} for f in report.figures
         },
+        "made": {"command": report.made.command, "versions": report.made.versions},
     }  # fmt: skip
