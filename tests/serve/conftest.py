@@ -1,4 +1,4 @@
-"""Applications on a scripted model, served from a thread."""
+"""Applications, most of them on a scripted model, served from a thread."""
 
 from __future__ import annotations
 
@@ -33,6 +33,12 @@ def served(app, *, host: str = "127.0.0.1") -> Iterator[str]:
             server.should_exit = True
             thread.join(20)
             assert not thread.is_alive()
+
+
+@pytest.fixture
+def serve_app() -> Callable[..., contextlib.AbstractContextManager[str]]:
+    """`served`, for applications of a test's own."""
+    return served
 
 
 @pytest.fixture
