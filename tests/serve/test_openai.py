@@ -7,6 +7,8 @@ import asyncio
 import openai
 import pytest
 
+from paley.serve import Limits
+
 HI = [{"role": "user", "content": "hi"}]
 
 
@@ -157,6 +159,21 @@ def test_what_is_not_understood_is_refused(serve, request_, error, words):
     ):
         c.chat.completions.create(**{"model": "scripted", "messages": HI} | request_)
     assert caught.value.body["type"] == "invalid_request_error"
+
+
+def test_a_context_may_be_shorter_than_the_models(serve):
+    """`Limits.context`, `--max-context` of the verb: prompt and answer together."""
+    url = serve(lambda ids: 70, limit=100, limits=Limits(context=30)).url
+    with client(url) as c:
+        assert c.models.retrieve("scripted").model_extra["context_length"] == 30
+        made = c.chat.completions.create(model="scripted", messages=HI)
+        assert (made.usage.total_tokens, made.choices[0].finish_reason) == (30, "length")
+        with pytest.raises(openai.BadRequestError, match=r"has 10 tokens and 21 for the answer.*holds 30; set max_tok"):
+            c.chat.completions.create(model="scripted", messages=HI, max_tokens=21)
+        assert c.completions.create(model="scripted", prompt="x" * 29, max_tokens=1).usage.total_tokens == 30
+        with pytest.raises(openai.BadRequestError, match=r"has 30 tokens.*holds 30; shorten the prompt") as caught:
+            c.completions.create(model="scripted", prompt="x" * 30, max_tokens=1)
+    assert caught.value.code == "context_length_exceeded"
 
 
 def test_a_wrong_key_is_refused(serve):
