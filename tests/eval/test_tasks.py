@@ -92,6 +92,19 @@ def test_a_cache_of_two_bits_changes_the_score(model, two_bits, folder):
     assert "acc_norm" in shown
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_the_files_of_every_task_are_read(model, shared_dir):
+    """Those in the shared folder, as they are published; `DOCUMENTS` above are made up in their form."""
+    data = shared_dir / "data" / "tasks"
+    if not data.is_dir():
+        pytest.skip(f"needs the files of tasks: {data} is not here")
+    pytest.importorskip("lm_eval", reason="needs lm-eval, of paley[tasks]")
+    found = json.loads(
+        paley_("eval", model, "--tasks", ",".join(TASKS), "--task-data", data, "--limit", 1, "--json").out
+    )
+    assert {score["task"]: score["documents"] for score in found["tasks"]} == dict.fromkeys(TASKS, 1)
+
+
 def test_differences_are_paired():
     ours, theirs = {"t": {"acc": [1.0, 0.0, 1.0, 1.0]}}, {"t": {"acc": [1.0, 1.0, 0.0, 1.0]}}
     (score,) = compare_tasks(ours, theirs)
