@@ -84,7 +84,7 @@ def entry(name: str, value: Any) -> str:
         has = fill(f"Has {', '.join(f'`{field}`' for field in fields(value))}.", 120)
         lines = [f"### `{name}`", "", text(value), "", has]
     else:
-        lines = [f"### `{name}`", "", f"```python\n{called(name, value)}\n```", "", text(value)]
+        lines = [f"### `{name}`", "", f"```\n{called(name, value)}\n```", "", text(value)]
     if inspect.isclass(value) and (members := list(listed(value))):
         lines += ["", *members]
     return "\n".join(lines)
