@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
 
 from browser import chromium
@@ -14,12 +11,6 @@ from browser import chromium
 def page():
     with chromium() as page:
         yield page
-
-
-def keep_picture(page, name: str) -> None:
-    """A picture for the documentation, if a folder for it is named."""
-    if folder := os.environ.get("PALEY_PICTURES"):
-        page.screenshot(path=Path(folder) / f"{name}.png")
 
 
 def say(page, text: str) -> None:
@@ -40,7 +31,6 @@ def test_a_conversation(page, serve):
     page.locator(".assistant span", has_text="世界").nth(1).wait_for()
     page.get_by_text("prompt tokens were cached").wait_for()
     assert page.locator(".message").count() == 4
-    keep_picture(page, "chat")
     page.get_by_role("button", name="New chat").click()
     assert page.locator(".message").count() == 0
 
@@ -101,8 +91,12 @@ def test_without_the_key_nothing_is_told(serve):
 def test_a_narrow_dark_screen_has_room_for_all(serve):
     with chromium(width=400, height=700, dark=True) as page:
         page.goto(serve("yes").url)
-        say(page, "a long word: " + "x" * 200)
+        say(page, "a long word: " + "x" * 600)
         page.locator(".assistant span", has_text="yes").wait_for()
         assert page.evaluate("document.documentElement.scrollWidth") <= 400
+        page.get_by_text("tokens, the first after").wait_for()
+        page.locator("#send:enabled").wait_for()
+        bottoms = "['.assistant', '#log'].map((name) => document.querySelector(name).getBoundingClientRect().bottom)"
+        answer, log = page.evaluate(bottoms)
+        assert answer <= log + 1  # the status has two lines now, and does not hide it
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(21, 24, 28)"
-        keep_picture(page, "chat-400")
