@@ -83,7 +83,7 @@ def test_eight_clients_get_what_the_engine_alone_says(model, serve_app):
         if answer != wanted[text] and not (way == "cut off" and wanted[text].startswith(answer)):
             problems.append((text, answer))
 
-    app = create_app({"m": model}, limits=Limits(slots=6, queue=4))
+    app = create_app({"m": model}, limits=Limits(slots=6, queue=10))
     with serve_app(app) as url:
         threads = [threading.Thread(target=client, args=(seed, url)) for seed in range(CLIENTS)]
         for thread in threads:
