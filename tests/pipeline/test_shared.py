@@ -34,7 +34,8 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module", params=["processes", "ray"])
 def pool(request) -> Iterator:
     if request.param == "processes":
-        yield Processes(2)
+        with Processes(2) as pool:
+            yield pool
         return
     pytest.importorskip("ray")
     with pytest.MonkeyPatch.context() as patch:

@@ -91,6 +91,9 @@ class Ray:
             if token is not None:
                 token.unlink(missing_ok=True)
 
+    def rest(self) -> None:
+        """As of Pool; Ray's workers are its own."""
+
     def _check_node(self, address: str, runs: str, unseen: str, output: Path | None) -> None:
         if runs != fingerprint():
             raise PaleyError(

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol, Self, TypeVar
 
 import torch
 
@@ -45,6 +46,10 @@ class Pool(Protocol):
         """
         ...
 
+    def rest(self) -> None:
+        """Gives back what idle workers hold, if they are this run's own; more work begins them anew."""
+        ...
+
 
 @dataclass(frozen=True)
 class Here:
@@ -59,37 +64,58 @@ class Here:
     def check(self, *folders: Path, output: Path | None = None, memory: int = 0) -> None:
         """It sees what it sees, and takes what there is."""
 
+    def rest(self) -> None:
+        """It goes on working."""
 
-@dataclass(frozen=True)
+
+@dataclass
 class Processes:
-    """Processes of this machine. resumes: whether a run that ends can go on, which errors advise."""
+    """Processes of this machine, begun with the first work and ended with the `with` that they are used in.
+
+    resumes: whether a run that ends can go on, which errors advise.
+    """
 
     workers: int
     resumes: bool = True
+    _begun: ProcessPoolExecutor | None = field(default=None, init=False, repr=False)
+    _others: Collection[BaseProcess] = field(default=(), init=False, repr=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.rest()
 
     def run(self, task: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
         if len(items) <= 1:
             yield from Here().run(task, items)
             return
-        # Spawned, as torch's threads do not survive a fork.
-        context = multiprocessing.get_context("spawn")
-        pool, others = ProcessPoolExecutor(self.workers, mp_context=context, initializer=begin), active_children()
+        if self._begun is None:
+            self._others = active_children()
+            # Spawned, as torch's threads do not survive a fork.
+            context = multiprocessing.get_context("spawn")
+            self._begun = ProcessPoolExecutor(self.workers, mp_context=context, initializer=begin)
         try:
             with _no_interrupt():
-                begun = [pool.submit(task, item) for item in items]
-            for done in as_completed(begun):
+                asked = [self._begun.submit(task, item) for item in items]
+            for done in as_completed(asked):
                 yield done.result()
         except BrokenProcessPool:
+            self.rest()
             raise PaleyError(
                 f"one of the {self.workers} processes was ended from outside, as a system does that runs out of memory",
                 remedy=(*again(self.resumes), " and" if self.resumes else " with", " fewer ", Setting("workers")),
             ) from None
         except BaseException:
-            for process in set(active_children()) - set(others):  # at once: they may still import for seconds
+            for process in set(active_children()) - set(self._others):  # at once: they may still import for seconds
                 process.terminate()
+            self.rest()
             raise
-        finally:
-            pool.shutdown(cancel_futures=True)
+
+    def rest(self) -> None:
+        if self._begun is not None:
+            self._begun.shutdown(cancel_futures=True)
+            self._begun = None
 
     def check(self, *folders: Path, output: Path | None = None, memory: int = 0) -> None:
         """They are on this machine."""
@@ -125,7 +151,7 @@ def pool_of(workers: int, ray: str | None = None, *, resumes: bool = True) -> Ab
         from paley.pipeline.cluster import cluster
 
         return cluster(ray, workers, resumes=resumes)
-    return nullcontext(Here() if workers <= 1 else Processes(workers, resumes))
+    return nullcontext(Here()) if workers <= 1 else Processes(workers, resumes)
 
 
 def again(resumes: bool) -> tuple[str | Setting, ...]:
