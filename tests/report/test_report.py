@@ -145,7 +145,7 @@ def test_the_speed_is_what_bench_measured(made):
         (who, f"{at['prefill']:.1f}", f"{at['decode']:.1f}")
         for who, at in (("this model", data["speed"]), ("bf16", data["rivals"]["bf16"]))
     )
-    assert "on the native engine with 1 threads" in shown.words
+    assert "on the native engine with one thread" in shown.words
     assert "no such file of speeds" in paley_("report", made.out, "--speed", "nowhere.json", code=2).err
 
 

@@ -42,9 +42,10 @@ def test_the_page_in_a_browser_draws_each_figures_data(made, page_file):
         layers = sum("layers" in row[0] for row in made.report.figure("error").rows)
         assert marks == {
             "size": 0, "bits": 0, "error": layers + own, "positions": rows["positions"], "losses": rows["losses"],
-            "outliers": 2 * rows["outliers"], "search": 2 * rows["search"], "clips": rows["clips"],
+            "outliers": 2 * rows["outliers"], "search": rows["search"], "clips": rows["clips"],
             "sensitivity": rows["sensitivity"], "budget": rows["budget"], "speed": 0,
         }  # fmt: skip
+        assert page.locator("#search-0 .line").count() == 1
         assert page.locator("#size-0 rect").count() == rows["size"] + 2
         assert page.locator("#bits-0 rect").count() == sum("layers" in r[0] for r in made.report.figure("bits").rows)
         assert page.locator("#speed-0 rect").count() == 2 * rows["speed"] == 4
@@ -108,6 +109,7 @@ def test_the_page_is_readable_at_400_pixels_in_the_dark_and_by_keyboard(page_fil
     with chromium(width=400, dark=True) as page:
         page.goto(page_file.as_uri())
         assert page.evaluate("document.documentElement.scrollWidth") <= 400
+        assert page.locator("#bits-0 text").first.bounding_box()["height"] >= 12
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(21, 24, 28)"
         assert page.evaluate("getComputedStyle(document.querySelector('svg text')).fill") == "rgb(230, 232, 234)"
         page.keyboard.press("Tab")

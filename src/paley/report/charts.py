@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -100,10 +100,10 @@ def heat_map(columns: Sequence[str], rows: Mapping[str, Sequence[float | None]],
 
 def dots(
     series: Mapping[str, Sequence[Point]], title: str, *, x_name: str, y_name: str, log: bool = False,
-    zero: bool = True, joined: bool = False, apart: bool = False,
+    zero: bool = True, joined: bool = False, lines: Container[str] = (), apart: bool = False,
 ) -> str:  # fmt: skip
     """Points of several series; log: the y axis, which leaves out what it cannot show; zero: any other begins at 0;
-    joined: with lines; apart: the series side by side, for many points at one x.
+    joined: with lines; lines: series that are a line without marks; apart: the series side by side, at whole x.
     """
     left, height, top = 70, 310, 24
     seen = {
@@ -137,12 +137,12 @@ def dots(
         for x in _ticks(low_x, high_x, 1.0 if whole else 0.0)
     ]
     parts += [_text(right, bottom + 32, x_name, "end", "quiet"), _text(4, 12, y_name, "start", "quiet")]
-    for index, points in enumerate(seen.values()):
+    for index, (name, points) in enumerate(seen.items()):
         places = [(x_of(x, index - (len(seen) - 1) / 2), y_of(y), told) for x, y, told in points]
-        if joined and len(points) > 1:
+        if (joined or name in lines) and len(points) > 1:
             path = "L".join(f"{x:.1f} {y:.1f}" for x, y, _ in places)
             parts.append(f'<path class="line c{index % 8}" d="M{path}"/>')
-        parts += [_mark(x, y, index, told) for x, y, told in places]
+        parts += [] if name in lines else [_mark(x, y, index, told) for x, y, told in places]
     if len(seen) == 1:
         return _svg(height, parts, title)
     legend, rows = _legend(list(seen), left, height + 4)

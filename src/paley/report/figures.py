@@ -173,7 +173,7 @@ def slopes(
     first = Figure(
         "sensitivity", titles[0], "The loss that a layer's relative squared error of 1 would add, by the slope at 0.",
         ("tensor", "slope", "bits"), tuple(rows),
-        dots(series, titles[0], x_name="bits", y_name="slope", log=True, apart=True),
+        dots(series, titles[0], x_name="bits", y_name="slope", log=True),
     )  # fmt: skip
     if not curve:
         return [
@@ -206,7 +206,7 @@ def search_trace(plan: Plan | None) -> Figure:
     }
     rows = tuple((i, t.slot, f"{t.clip_ratio:.4f}", f"{t.objective:.5g}") for i, t in enumerate(plan.trace))
     words = f"{len(plan.trace)} trials; the objective ({plan.recipe.search.objective}) fell to {best[-1]:.5g}."
-    svg = dots(series, title, x_name="trial", y_name="objective", zero=False)
+    svg = dots(series, title, x_name="trial", y_name="objective", zero=False, lines=("best so far",))
     return Figure("search", title, words, ("trial", "site", "clip ratio", "objective"), rows, svg)
 
 

@@ -65,7 +65,8 @@ def speeds(found: SpeedFile | None, name: str) -> Figure:
     svg = _chart(f"Reading a prompt of {found.prompt_tokens} tokens", {who: each.prefill for who, each in rows.items()})
     svg += _chart(f"Writing {found.new_tokens} tokens", {who: each.decode for who, each in rows.items()})
     how = "the native engine" if found.engine == "native" else found.engine
-    words = f"Tokens a second on {how} with {found.threads} threads, medians of one run."
+    threads = "one thread" if found.threads == 1 else f"{found.threads} threads"
+    words = f"Tokens a second on {how} with {threads}, medians of one run."
     if found.share is not None:
         words += f" To write, this model reads {found.share:.0%} of the bytes a second that memory gives."
     table = tuple((who, f"{each.prefill:.1f}", f"{each.decode:.1f}") for who, each in rows.items())
