@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from paley.arch import Site
-from paley.core import grids, packing, tables
+from paley.core import grids, packing, tables, trellis
 from paley.core.grids import MAX_DIM, AnyGrid
 from paley.core.rounding import codes_per_row
 from paley.core.schemes import ActivationScheme, LinearScheme, WeightScheme
@@ -95,6 +95,9 @@ def weight_candidates(problem: Problem, scheme: WeightScheme) -> list[AnyGrid | 
     if scheme.grid.sequential:  # between and above their rates there are tables
         most = 2 if scheme.method == "gptq" else MAX_DIM
         return [*family, *(grid for grid in map(grids.load, tables.names()) if grid.p <= most), None]
+    linears = problem.schemes.linears.values()
+    if scheme.method == "nearest" and any(s.weight is not None and s.weight.grid.sequential for s in linears):
+        family = [*family, *map(grids.load, trellis.names())]  # embedding and head beside linears that have them
     packaged = set(tables.names())
     if scheme.method == "nearest" and any(grid.name in packaged for grid in family):
         # Gaussian grids of all dimensions: each meets rates that the others have not, and p = 1 alone has 8 bits.

@@ -13,10 +13,11 @@ from paley.model.budget import check_budget
 from paley.model.loading import check_seq_len, open_source
 from paley.model.problem import Problem
 from paley.pipeline.accounting import quantized_bits
-from paley.pipeline.decide import Decision, balanced, decide_under_budget, measure_errors_for
+from paley.pipeline.decide import Decision, as_quantized, decide_under_budget, measure_errors_for
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.resolve import resolve
 from paley.pipeline.sensitivities import measure_for
+from paley.pipeline.texts import gather
 from paley.recipe import Recipe
 from paley.sensitivity import Sensitivity
 
@@ -57,7 +58,9 @@ def accuracy_size_curve(
         sensitivity = measure_for(problem, None, monitor, device)
     sensitivity.check_fingerprint(source.fingerprint)
     errors = measure_errors_for(problem, sensitivity, monitor, device) if problems else None
-    sensitivity = balanced(problem, sensitivity, monitor, device) if problems else sensitivity
+    if problems:
+        calibration = gather(recipe, source, device, monitor).calibration
+        sensitivity = as_quantized(problem, sensitivity, calibration, monitor, device)
     for note in problem.notes:
         monitor.note(note)
     points, notes = [], _Notes()

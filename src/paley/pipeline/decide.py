@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from paley.core.schemes import LinearScheme, Schemes
@@ -11,6 +12,7 @@ from paley.model.activation_errors import MeasuredErrors, measure_errors
 from paley.model.adapter import Adapter
 from paley.model.balance_gains import balance_gains
 from paley.model.budget import activation_options, check_budget, decide_grids, range_note
+from paley.model.feedback_gains import feedback_gains
 from paley.model.problem import Problem
 from paley.model.replay import runner_of
 from paley.model.search import ClipSearch, quicken_
@@ -23,7 +25,7 @@ from paley.pipeline.texts import Texts
 from paley.plan import Trial
 from paley.sensitivity import Sensitivity
 
-__all__ = ["Decision", "balanced", "decide", "decide_under_budget", "measure_errors_for"]
+__all__ = ["Decision", "as_quantized", "decide", "decide_under_budget", "measure_errors_for"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def decide(
     if problem.budget is not None:
         sensitivity = sensitivity or measure_for(problem, run, monitor, device, pool)
         errors = measure_errors_for(problem, sensitivity, monitor, device)
-        sensitivity = balanced(problem, sensitivity, monitor, device)
+        sensitivity = as_quantized(problem, sensitivity, texts.calibration, monitor, device)
         decision = decide_under_budget(problem, sensitivity, errors, monitor)
     if problem.search.method == "none":
         return decision
@@ -92,16 +94,29 @@ def measure_errors_for(
     return found
 
 
-def balanced(problem: Problem, sensitivity: Sensitivity, monitor: Monitor, device: str) -> Sensitivity:
-    """The slopes as they are behind the diagonals that the problem asks for; they were measured without."""
-    if not any(scheme.diagonal for scheme in problem.schemes.linears.values()):
-        return sensitivity
-    monitor.stage("measuring what diagonals gain", 1)
-    blocks = some_blocks(problem, sensitivity, monitor, device)
-    adapter = Adapter(problem.source.load(device=device))
-    gains = balance_gains(adapter, blocks.ids.to(device), problem.schemes.linears)
-    slots = {name: slot.scaled(gains.get(name, 1.0)) for name, slot in sensitivity.slots.items()}
-    monitor.step()
+def as_quantized(
+    problem: Problem, sensitivity: Sensitivity, calibration: TokenBlocks | None, monitor: Monitor, device: str
+) -> Sensitivity:
+    """The slopes as they are behind the problem's diagonals and GPTQ's feedback; they were measured without.
+
+    calibration: what GPTQ sees.
+    """
+    linears = problem.schemes.linears
+    gains: list[dict[str, float]] = []
+    if any(scheme.diagonal for scheme in linears.values()):
+        monitor.stage("measuring what diagonals gain", 1)
+        blocks = some_blocks(problem, sensitivity, monitor, device)
+        adapter = Adapter(problem.source.load(device=device))
+        gains.append(balance_gains(adapter, blocks.ids.to(device), linears))
+        monitor.step()
+    if calibration is not None and any(s.weight is not None and s.weight.method == "gptq" for s in linears.values()):
+        monitor.stage("measuring what feedback gains", 1)
+        adapter = Adapter(problem.source.load(device=device))
+        gains.append(feedback_gains(adapter, calibration.ids.to(device), linears))
+        monitor.step()
+    slots = {
+        name: slot.scaled(math.prod(of.get(name, 1.0) for of in gains)) for name, slot in sensitivity.slots.items()
+    }
     return sensitivity.model_copy(update={"slots": slots})
 
 
