@@ -21,15 +21,15 @@ def rows(width: str, expansions: list[str]) -> dict[str, tuple[Recipe, str]]:
     """name -> recipe and the command that gives it."""
     found = {name: preset(f"{name}-{width}") for name in ("rtn", "quarot", "quarot-clipped")}
     labelled = {name: (recipe, f"--preset {name}-{width}") for name, recipe in found.items()}
-    labelled["default"] = (preset(width + BLOCKS_ALONE), f"--preset {width + BLOCKS_ALONE}")
+    labelled["paley"] = (preset(width + BLOCKS_ALONE), f"--preset {width + BLOCKS_ALONE}")
     searched = apply_settings(preset(width + BLOCKS_ALONE), ["search.method=gbs"])
-    labelled["default, searched"] = (searched, f"--preset {width + BLOCKS_ALONE} --set search.method=gbs")
-    ours = f"gbs-{width}{BLOCKS_ALONE}"
+    labelled["paley, searched"] = (searched, f"--preset {width + BLOCKS_ALONE} --set search.method=gbs")
+    searching = f"gbs-{width}{BLOCKS_ALONE}"
     for expand in expansions:
         flags = ["search.method=none", f"expand={expand}"]
-        name = "paley without search" + (f" + {expand} columns" if expand != "0" else "")
-        labelled[name] = (apply_settings(preset(ours), flags), f"--preset {ours} --set {' '.join(flags)}")
-    labelled["paley"] = (preset(ours), f"--preset {ours}")
+        name = "gbs without search" + (f" + {expand} columns" if expand != "0" else "")
+        labelled[name] = (apply_settings(preset(searching), flags), f"--preset {searching} --set {' '.join(flags)}")
+    labelled["gbs"] = (preset(searching), f"--preset {searching}")
     return labelled
 
 

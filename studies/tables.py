@@ -23,8 +23,8 @@ how often the most likely token is the same; *bits*: of the quantized linears fo
 and expansion included. Where losses are compared, embedding and head keep 16 bits unless the table says otherwise. ± is
 one standard error over sequences; seconds are of a busy machine, one thread, and compare only roughly. Methods: `rtn`
 rounds to nearest without rotation; `quarot` is QuaRot with clips of 1.0; `quarot-clipped` with 0.9 for inputs and
-asymmetric keys and values at 0.95; `default` is a preset without a method, as it is; `paley` is `gbs-…`, with rotations
-folded into the weights and a search, as presets without a method had it before 2026-11-30.
+asymmetric keys and values at 0.95; `paley` is a preset without a method, as it is; `gbs` has rotations folded into the
+weights and searches clip ratios, as presets without a method did before 2026-11-30.
 """
 
 

@@ -13,7 +13,7 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN, END = "<!-- made by studies/tables.py -->", "<!-- end -->"
 NAMES = {"smollm2-135m": "SmolLM2-135M", "qwen2.5-coder-0.5b": "Qwen2.5-Coder-0.5B", "gemma-3-270m": "Gemma-3-270m"}
 SIZES = ("trellis3, GPTQ, e4", "trellis4, GPTQ, e5", "trellis5, GPTQ, e6")
-METHODS = {"quarot": "QuaRot", "paley": "GBS, folded rotations", "default": "Paley"}
+METHODS = {"quarot": "QuaRot", "gbs": "GBS, folded rotations", "paley": "Paley"}
 WEIGHTS = """\
 **Weights alone, at equal bytes.** KL to the original (± one standard error) on 8 × 512 tokens of WikiText-2, all
 tensors counted; llama.cpp has the importance matrix of the text that ours calibrates on, 16 × 512 tokens. The models
