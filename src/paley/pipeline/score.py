@@ -57,8 +57,7 @@ def score(
     monitor = monitor or Monitor()
     check_device(device)
     check_shared(workers, ray, device)
-    with renaming(_ARGUMENTS):
-        blocks = scored_text(model, data, sequences, seq_len, monitor)
+    blocks = scored_text(model, data, sequences, seq_len, monitor)
     if workers > 1 or ray is not None:
         return _shared(model, against, blocks, workers, ray, monitor)
     reference = None
@@ -141,10 +140,11 @@ def check_origin(model: str | Path, against: str | Path, fingerprint: str) -> No
         )
 
 
+@renaming(_ARGUMENTS)
 def scored_text(
     model: str | Path, data: str | None, sequences: int | None, seq_len: int | None, monitor: Monitor
 ) -> TokenBlocks:
-    """The text that `score` scores on."""
+    """The text that `score` scores on; errors name its arguments."""
     path = resolve(str(model))
     plan = _plan(path / "plan.json", data)
     text = Setting("test.source", data)
