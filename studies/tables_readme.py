@@ -31,7 +31,7 @@ def _kl(row: dict) -> str:
 
 def _cell(name: str | None, theirs: dict[str, dict]) -> str:
     if name is None:
-        return "none"
+        return "none that was measured"
     return f"{name.removeprefix('llama.cpp ')}: {theirs[name]['bits']:.2f} bits, {_kl(theirs[name])}"
 
 
