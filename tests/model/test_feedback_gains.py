@@ -77,3 +77,9 @@ def test_experts_get_what_is_usual(ids):
     gains = feedback_gains(adapter, ids[:4], dict.fromkeys(names, LinearScheme(BY_GPTQ)))
     assert gains.keys() == set(names)
     assert all(0 < gain <= 1 for gain in gains.values())
+
+
+def test_an_input_that_is_always_zero_gains_nothing(ids):
+    model = LlamaForCausalLM(LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **SIZES)).eval()
+    model.get_submodule("model.layers.0.mlp.up_proj").weight.data.zero_()
+    assert feedback_gains(Adapter(model), ids[:4], {DOWN: LinearScheme(BY_GPTQ)}) == {DOWN: 1.0}

@@ -64,6 +64,8 @@ def _gain(adapter: Adapter, sums: InputStatistics, names: list[str], linears: Ma
         gram = gram / d / d[:, None]
     if (transform := linears[names[0]].transform) is not None:
         gram = transform.apply(transform.apply(gram).T)
+    if not gram.any():  # no text reaches it
+        return 1.0
     metric = Metric(gram, sums.damping * float(gram.diagonal().mean()))
     return float(metric.spread.diagonal().double().pow(-2).mean() / metric.diagonal.mean())
 
