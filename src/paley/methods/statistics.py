@@ -16,9 +16,9 @@ from paley.core import products
 from paley.core.errors import PaleyError, Setting
 from paley.kernels import products as native
 
-__all__ = ["InputStatistics", "Metric"]
+__all__ = ["InputStatistics", "Metric", "damping_for"]
 
-LEAST, PER_TOKEN, MOST = 0.01, 1.0, 1.0  # of `InputStatistics.damping`
+LEAST, PER_TOKEN, MOST = 0.01, 1.0, 1.0  # of `damping_for`
 _WHOLE = 192  # columns of a triangular matrix that is inverted in one go
 RAISED = (0.01, 0.1, 1.0)  # of a diagonal's mean, added to it until the matrix is positive definite
 
@@ -51,9 +51,9 @@ class InputStatistics:
 
     @property
     def damping(self) -> float:
-        """How much of its mean to add to gram's diagonal: the fewer tokens a column has, the less they are trusted."""
+        """How much of its mean to add to gram's diagonal."""
         assert self._gram is not None
-        return min(MOST, max(LEAST, PER_TOKEN * len(self._gram) / self.tokens))
+        return damping_for(len(self._gram), self.tokens)
 
     @property
     def gram(self) -> Tensor:
@@ -90,6 +90,11 @@ class InputStatistics:
             raise PaleyError(f"gptq: the outputs are of a weight {list(aim.shape)}, not {list(weight.shape)}")
         spread = self.metric(damp).spread
         return weight + linear(linear(missing, spread), spread.T)  # the damping of both sides cancels
+
+
+def damping_for(columns: int, tokens: int) -> float:
+    """A share of a Gram matrix' mean diagonal: the fewer tokens a column has, the less they are trusted."""
+    return min(MOST, max(LEAST, PER_TOKEN * columns / tokens))
 
 
 class Metric:

@@ -21,7 +21,7 @@ from paley.model.problem import Problem
 from paley.recipe.models import Budget
 from paley.sensitivity import Sensitivity
 
-__all__ = ["activation_options", "check_budget", "decide_grids", "range_note"]
+__all__ = ["activation_options", "check_budget", "decide_grids", "decides_weights", "range_note"]
 
 _FEW_BITS = 3  # below, losses were measured to grow faster than the slopes say (docs/methods.md)
 
@@ -122,10 +122,14 @@ def activation_options(problem: Problem) -> dict[Place, tuple[ActivationScheme, 
     return {item.places[0]: item.options for item in _budgeted(problem, _unmeasured) if item.options}
 
 
+def decides_weights(budget: Budget) -> bool:
+    return any("weight" in resource.kinds for resource in _limits(budget))
+
+
 def range_note(problem: Problem) -> str:
     """Why the loss may exceed what was predicted for weights decided so; empty if nothing speaks against it."""
     assert problem.budget is not None
-    if not any("weight" in resource.kinds for resource in _limits(problem.budget)):
+    if not decides_weights(problem.budget):
         return ""
     bits = values = beyond = 0
     for site, scheme in problem.weights():

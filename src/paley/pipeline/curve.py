@@ -10,14 +10,14 @@ from pathlib import Path
 
 from paley.core.errors import PaleyError, Setting
 from paley.model.budget import check_budget
-from paley.model.loading import check_seq_len, open_source
+from paley.model.loading import open_source
 from paley.model.problem import Problem
 from paley.pipeline.accounting import quantized_bits
-from paley.pipeline.decide import Decision, as_quantized, decide_under_budget, measure_errors_for
+from paley.pipeline.decide import Decision, as_quantized, decide_under_budget, fed_back, measure_errors_for
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.resolve import resolve
 from paley.pipeline.sensitivities import measure_for
-from paley.pipeline.texts import gather
+from paley.pipeline.texts import fit_lengths, gather
 from paley.recipe import Recipe
 from paley.sensitivity import Sensitivity
 
@@ -49,17 +49,19 @@ def accuracy_size_curve(
     if odd := [bits for bits in budgets if not math.isfinite(bits)]:
         raise PaleyError(Setting("budget.weights"), ": must be a finite number", got=odd[0])
     monitor, source = monitor or Monitor(), open_source(model)
+    if recipe.test is not None and recipe.test.source is None:  # one of its own decides what is left to calibrate on
+        recipe = recipe.model_copy(update={"test": None})
+    recipe = fit_lengths(recipe, source, monitor, measures=sensitivity is None)
     problem = resolve(source, recipe)
     problems = {bits: _under(problem, bits) for bits in budgets}
     for each in problems.values():
         check_budget(each)
     if sensitivity is None:
-        check_seq_len(source.config, {"budget.seq_len": recipe.budget.seq_len})
         sensitivity = measure_for(problem, None, monitor, device)
     sensitivity.check_fingerprint(source.fingerprint)
     errors = measure_errors_for(problem, sensitivity, monitor, device) if problems else None
     if problems:
-        calibration = gather(recipe, source, device, monitor).calibration
+        calibration = gather(recipe, source, device, monitor).calibration if fed_back(problem) else None
         sensitivity = as_quantized(problem, sensitivity, calibration, monitor, device)
     for note in problem.notes:
         monitor.note(note)

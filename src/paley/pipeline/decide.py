@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 from paley.core.schemes import LinearScheme, Schemes
 from paley.data import TokenBlocks
 from paley.methods.gbs import Outcome
 from paley.model.activation_errors import MeasuredErrors, measure_errors
-from paley.model.adapter import Adapter
-from paley.model.balance_gains import balance_gains
-from paley.model.budget import activation_options, check_budget, decide_grids, range_note
-from paley.model.feedback_gains import feedback_gains
+from paley.model.adapter import Adapter, Block
+from paley.model.budget import activation_options, check_budget, decide_grids, decides_weights, range_note
 from paley.model.problem import Problem
 from paley.model.replay import runner_of
 from paley.model.search import ClipSearch, quicken_
-from paley.pipeline.execute import prepare_, quantize_steps
+from paley.model.slope_gains import slope_gains
+from paley.pipeline.execute import opened_by_block, prepare_, quantize_steps
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.pool import Pool
 from paley.pipeline.run_directory import RunDirectory
@@ -25,7 +23,7 @@ from paley.pipeline.texts import Texts
 from paley.plan import Trial
 from paley.sensitivity import Sensitivity
 
-__all__ = ["Decision", "as_quantized", "decide", "decide_under_budget", "measure_errors_for"]
+__all__ = ["Decision", "as_quantized", "decide", "decide_under_budget", "fed_back", "measure_errors_for"]
 
 
 @dataclass(frozen=True)
@@ -99,25 +97,37 @@ def as_quantized(
 ) -> Sensitivity:
     """The slopes as they are behind the problem's diagonals and GPTQ's feedback; they were measured without.
 
-    calibration: what GPTQ sees.
+    calibration: what GPTQ sees; for diagonals alone a few sequences of the slopes' own text do.
     """
-    linears = problem.schemes.linears
-    gains: list[dict[str, float]] = []
-    if any(scheme.diagonal for scheme in linears.values()):
-        monitor.stage("measuring what diagonals gain", 1)
-        blocks = some_blocks(problem, sensitivity, monitor, device)
-        adapter = Adapter(problem.source.load(device=device))
-        gains.append(balance_gains(adapter, blocks.ids.to(device), linears))
+    linears, feedback = problem.schemes.linears, fed_back(problem)
+    if not feedback and not any(scheme.diagonal for scheme in linears.values()):
+        return sensitivity
+    monitor.stage("measuring what diagonals and feedback gain", problem.sites.blocks)
+    blocks = calibration if feedback else some_blocks(problem, sensitivity, monitor, device)
+    assert blocks is not None  # who wants feedback calibrates
+    paged = device == "cpu" and problem.source.has_pages
+    adapter, bring, drop = opened_by_block(problem, device, paged=paged)
+
+    def begin(block: Block) -> None:
+        bring(block)
+        block.module.float()
+
+    def end(block: Block) -> None:
+        drop(block)
         monitor.step()
-    if calibration is not None and any(s.weight is not None and s.weight.method == "gptq" for s in linears.values()):
-        monitor.stage("measuring what feedback gains", 1)
-        adapter = Adapter(problem.source.load(device=device))
-        gains.append(feedback_gains(adapter, calibration.ids.to(device), linears))
-        monitor.step()
-    slots = {
-        name: slot.scaled(math.prod(of.get(name, 1.0) for of in gains)) for name, slot in sensitivity.slots.items()
-    }
+
+    ids = blocks.ids.to(adapter.device)
+    gains = slope_gains(runner_of(adapter), ids, linears, feedback, begin=begin, end=end)
+    slots = {name: slot.scaled(gains.get(name, 1.0)) for name, slot in sensitivity.slots.items()}
     return sensitivity.model_copy(update={"slots": slots})
+
+
+def fed_back(problem: Problem) -> frozenset[str]:
+    """The weights by GPTQ, if the budget decides any weights: its prediction needs the text that GPTQ sees."""
+    if problem.budget is None or not decides_weights(problem.budget):
+        return frozenset()
+    schemes = problem.schemes.linears.items()
+    return frozenset(name for name, s in schemes if s.weight is not None and s.weight.method == "gptq")
 
 
 def _search(

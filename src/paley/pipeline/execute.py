@@ -63,29 +63,44 @@ def execute(
     """
     source = problem.source
     paged = run is not None and device == "cpu" and source.has_pages and not whole
-    adapter = Adapter(source.load(dtype=problem.waiting_dtype, device=device, blocks=not paged))
-    pages = source.pages(adapter) if paged else None
-    fold_part_(adapter, problem.rotation, None)
+    adapter, bring, end = opened_by_block(problem, device, paged=paged)
     _prepare_outer_(problem, adapter)
 
     def begin(block: Block | None) -> None:
         if block is None:
             _prepare_head_(problem, adapter)
             return
-        if pages is not None:
-            pages.bring_(block.index)
-        fold_part_(adapter, problem.rotation, block.index)
+        bring(block)
         _prepare_block_(problem, adapter, block)
-
-    def end(block: Block) -> None:
-        if pages is not None:
-            pages.drop_(block.index)
 
     states = States(run.path / "states") if run is not None and device == "cpu" and not whole else None
     reports, logits = quantize_steps(
         runner_of(adapter), problem, calibration, run, "final", monitor, begin, end, states, kept
     )
-    return Executed(adapter.model, pages is None, reports, logits)
+    return Executed(adapter.model, not paged, reports, logits)
+
+
+def opened_by_block(
+    problem: Problem, device: str, *, paged: bool
+) -> tuple[Adapter, Callable[[Block], None], Callable[[Block], None]]:
+    """The unquantized model, what to call when the turn of a block begins, and what when it is over.
+
+    A block is folded when its turn begins. paged: it is read then, too, and let go of afterwards.
+    """
+    adapter = Adapter(problem.source.load(dtype=problem.waiting_dtype, device=device, blocks=not paged))
+    pages = problem.source.pages(adapter) if paged else None
+    fold_part_(adapter, problem.rotation, None)
+
+    def begin(block: Block) -> None:
+        if pages is not None:
+            pages.bring_(block.index)
+        fold_part_(adapter, problem.rotation, block.index)
+
+    def end(block: Block) -> None:
+        if pages is not None:
+            pages.drop_(block.index)
+
+    return adapter, begin, end
 
 
 def prepare_(problem: Problem, adapter: Adapter) -> None:
