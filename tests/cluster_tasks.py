@@ -19,3 +19,8 @@ def slow_square(item: tuple[int, str]) -> tuple[int, int]:
 
 def refuse(number: int) -> int:
     raise PaleyError(f"layer {number}: no", remedy="leave it")
+
+
+def process_of(seconds: float) -> int:
+    time.sleep(seconds)
+    return os.getpid()

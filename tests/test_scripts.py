@@ -15,8 +15,13 @@ from tiny_models import save_tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("bench", "studies", "tools")
-SHARED = ("record", "experiment", "llama_cpp", "quantizers", "tables_")
-SCRIPTS = [f"{d}.{f.stem}" for d in FOLDERS for f in sorted((ROOT / d).glob("*.py")) if not f.stem.startswith(SHARED)]
+SHARED = {"record", "experiment", "llama_cpp", "quantizers"}  # and tables_…
+SCRIPTS = [
+    f"{d}.{f.stem}"
+    for d in FOLDERS
+    for f in sorted((ROOT / d).glob("*.py"))
+    if f.stem not in SHARED and not f.stem.startswith("tables_")
+]
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from paley.format import spec
 from paley.methods.nearest import gaussian_error
 from paley.methods.sensitivity import MAX_T
 from paley.model.budget import activation_options, check_budget, decide_grids, range_note
-from paley.model.choices import weight_candidates
+from paley.model.choices import KEEP, gaussian_errors, items, weight_candidates
 from paley.model.loading import Source, open_source
 from paley.model.problem import Problem
 from paley.model.sensitivity import KINDS, noise_kind, noise_sites
@@ -316,6 +316,17 @@ def test_tables_are_candidates_beside_trellis_codes(source):
     calibrated = replace(scheme, method="gptq", scale_search="rms")
     few = [grid for grid in map(grids.load, tables.names()) if grid.p <= 2]
     assert weight_candidates(start, calibrated) == [*codes, *few, None]
+    embedding = WeightScheme("p1n64", None, "nearest", "rms")
+    assert [*weight_candidates(start, embedding)][: len(codes)] == codes
+
+
+def test_no_column_of_a_trellis_is_an_outlier(source):
+    """An integer head with outliers, beside linears on a trellis, stays on integers."""
+    start = problem(source, "budget={weights: 4}", "weights.grid=trellis4")
+    head = LinearScheme(WeightScheme("int8", None, "nearest", "absmax"), outliers=2)
+    schemes = replace(start.schemes, linears=start.schemes.linears | {"lm_head": head})
+    (item,) = (i for i in items(start.with_schemes(schemes), gaussian_errors, {"weight"}) if i.name == "lm_head")
+    assert item.schemes.keys() == {KEEP, *(grid.name for grid in grids.family(grids.load("int8")))}
 
 
 def test_eight_bits_have_a_grid(source):

@@ -127,7 +127,10 @@ def test_bad_input(made, tmp_path):
             lambda data: data.pop("speed"),
             "speed: is required and missing; `paley bench out --json > speed.json` writes it",
         ),
-        (lambda data: data["speed"].update(decode=0), "speed.decode: should be greater than 0"),
+        (lambda data: data["speed"].update(decode=0), "speed.decode: should be greater than or equal to 0.001"),
+        (lambda data: data.update(threads=-3), "threads: should be greater than or equal to 1"),
+        (lambda data: data.update(share=-7.0), "share: should be greater than 0"),
+        (lambda data: data["rivals"].update({"this model": data["speed"]}), "rivals: none is called 'this model'"),
         (lambda data: data["rivals"].update(bf16={}), "rivals.bf16.prefill: is required and missing"),
         (lambda data: data.update(folder="/x/other"), "has the speed of other, this folder is out; `paley bench out"),
     ],
@@ -137,6 +140,15 @@ def test_a_file_that_holds_no_speed_of_this_folder_is_refused(made, tmp_path, ch
     change(data)
     (tmp_path / "speed.json").write_text(json.dumps(data))
     assert complaint in paley_("report", made.out, "--speed", tmp_path / "speed.json", code=2).err
+
+
+def test_a_link_to_a_folder_has_two_names(made, tmp_path):
+    (tmp_path / "latest").symlink_to(made.out)
+    data = json.loads(made.speed.read_text())
+    for name in ("latest", "out"):
+        (tmp_path / "speed.json").write_text(json.dumps(data | {"folder": name}))
+        found = gather(tmp_path / "latest", speed=tmp_path / "speed.json").figure("speed")
+        assert not found.missing
 
 
 def test_the_speed_is_what_bench_measured(made):

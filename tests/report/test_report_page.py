@@ -148,8 +148,7 @@ def test_no_label_leaves_its_picture_or_touches_another(page_file):
 
 def test_text_of_a_model_is_no_markup(made, page_file):
     text = page_file.read_text()
-    assert "<number>" not in text
-    assert "&lt;number&gt;" in text or "\\u003cnumber" in text or "&lt;" in text
+    assert "<number" not in text
     assert text.count("</script>") == 1
     hostile = Report("<!--<script>", (), "", (), None, Making())
     embedded = render([hostile]).split('id="data">')[1].split("</script>")[0]

@@ -117,7 +117,10 @@ def _weight_item(problem: Problem, site: Site) -> Item:
     schemes: dict[str, WeightScheme | ActivationScheme | None] = {}
     errors, bits = {}, {}
     settled = (site.name, "weight") in problem.settled
-    for grid in [scheme.weight.grid] if settled else weight_candidates(problem, scheme.weight):
+    candidates = [scheme.weight.grid] if settled else weight_candidates(problem, scheme.weight)
+    if scheme.outliers:  # no column of a trellis can be one
+        candidates = [grid for grid in candidates if grid is None or not grid.sequential]
+    for grid in candidates:
         if grid is None:
             name, chosen = KEEP, kept(scheme)
             errors[name] = 0.0

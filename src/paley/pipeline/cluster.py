@@ -91,8 +91,8 @@ class Ray:
             if token is not None:
                 token.unlink(missing_ok=True)
 
-    def rest(self) -> None:
-        """As of Pool; Ray's workers are its own."""
+    def release(self) -> None:
+        """Ray ends its workers by itself."""
 
     def _check_node(self, address: str, runs: str, unseen: str, output: Path | None) -> None:
         if runs != fingerprint():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -46,8 +46,8 @@ class Pool(Protocol):
         """
         ...
 
-    def rest(self) -> None:
-        """Gives back what idle workers hold, if they are this run's own; more work begins them anew."""
+    def release(self) -> None:
+        """Ends idle workers, which may hold models; more work begins others."""
         ...
 
 
@@ -64,8 +64,8 @@ class Here:
     def check(self, *folders: Path, output: Path | None = None, memory: int = 0) -> None:
         """It sees what it sees, and takes what there is."""
 
-    def rest(self) -> None:
-        """It goes on working."""
+    def release(self) -> None:
+        """There are none."""
 
 
 @dataclass
@@ -78,44 +78,46 @@ class Processes:
     workers: int
     resumes: bool = True
     _begun: ProcessPoolExecutor | None = field(default=None, init=False, repr=False)
-    _others: Collection[BaseProcess] = field(default=(), init=False, repr=False)
+    _processes: set[BaseProcess] = field(default_factory=set, init=False, repr=False)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.rest()
+        self.release()
 
     def run(self, task: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
-        if len(items) <= 1:
-            yield from Here().run(task, items)
-            return
         if self._begun is None:
-            self._others = active_children()
+            if len(items) <= 1:
+                yield from Here().run(task, items)
+                return
             # Spawned, as torch's threads do not survive a fork.
             context = multiprocessing.get_context("spawn")
             self._begun = ProcessPoolExecutor(self.workers, mp_context=context, initializer=begin)
         try:
+            others = set(active_children())
             with _no_interrupt():
                 asked = [self._begun.submit(task, item) for item in items]
+            self._processes |= set(active_children()) - others  # which begin as there is work for them
             for done in as_completed(asked):
                 yield done.result()
         except BrokenProcessPool:
-            self.rest()
+            self.release()
             raise PaleyError(
                 f"one of the {self.workers} processes was ended from outside, as a system does that runs out of memory",
                 remedy=(*again(self.resumes), " and" if self.resumes else " with", " fewer ", Setting("workers")),
             ) from None
         except BaseException:
-            for process in set(active_children()) - set(self._others):  # at once: they may still import for seconds
+            for process in self._processes:  # at once: they may still import for seconds
                 process.terminate()
-            self.rest()
+            self.release()
             raise
 
-    def rest(self) -> None:
+    def release(self) -> None:
         if self._begun is not None:
             self._begun.shutdown(cancel_futures=True)
             self._begun = None
+            self._processes.clear()
 
     def check(self, *folders: Path, output: Path | None = None, memory: int = 0) -> None:
         """They are on this machine."""

@@ -103,4 +103,4 @@ def trials(
         yield lambda wanted: pool.run(make_trial, [(job, trial) for trial in wanted])
     finally:
         _HELD.clear()  # a pool makes a single trial here
-        pool.rest()
+        pool.release()

@@ -133,7 +133,7 @@ def _run(jobs: list[TensorJob], pool: Pool) -> Iterator[LayerReport]:
         else:
             waiting.append(job)
     yield from pool.run(quantize_tensor, waiting)
-    pool.rest()
+    pool.release()
 
 
 def _take_over(kept: Kept, jobs: list[TensorJob]) -> None:

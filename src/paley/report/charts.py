@@ -79,7 +79,7 @@ def heat_map(columns: Sequence[str], rows: Mapping[str, Sequence[float | None]],
             if value is None:
                 continue
             x = left + column * cell
-            strength = (_READABLE if told else 1) * max(0.08, min(1.0, math.log2(16 / value) / 3))
+            strength = (_READABLE if told else 1) * max(0.08, min(1.0, math.log2(16 / max(value, 0.1)) / 3))
             parts.append(
                 f'<rect x="{x:.1f}" y="{y}" width="{cell - 1:.1f}" height="{_ROW - 1}" class="c0" '
                 f'fill-opacity="{strength:.2f}"><title>{escape(label)}, layer {escape(columns[column])}: {value:.3g} '

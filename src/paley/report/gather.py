@@ -57,7 +57,7 @@ def gather(
     monitor, folder = monitor or Monitor(), Path(folder)
     name = folder.resolve().name
     inspection, plan = inspect(folder), _plan(folder / "plan.json")
-    measured_speed = None if speed is None else SpeedFile.load(Path(speed), name)
+    measured_speed = None if speed is None else SpeedFile.load(Path(speed), folder)
     slopes = None if sensitivity is None else Sensitivity.load(Path(sensitivity))
     if slopes is not None and plan is not None:
         slopes.check_fingerprint(plan.fingerprint)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator
 
 from paley.core.errors import PaleyError
 from paley.core.reading import read_json
@@ -16,7 +16,8 @@ from paley.report.figures import Figure
 __all__ = ["SpeedFile", "speeds"]
 
 _THIS = "this model"
-Positive = Annotated[FiniteFloat, Field(gt=0)]
+Rate = Annotated[FiniteFloat, Field(ge=1e-3, le=1e9)]
+Count = Annotated[int, Field(ge=1)]
 
 
 class _Speed(BaseModel):
@@ -24,8 +25,8 @@ class _Speed(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    prefill: Positive
-    decode: Positive
+    prefill: Rate
+    decode: Rate
 
 
 class SpeedFile(BaseModel):
@@ -35,23 +36,31 @@ class SpeedFile(BaseModel):
 
     folder: str
     engine: str
-    threads: int
-    prompt_tokens: int
-    new_tokens: int
+    threads: Count
+    prompt_tokens: Count
+    new_tokens: Count
     speed: _Speed
     rivals: dict[str, _Speed]
-    share: FiniteFloat | None = None
+    share: Annotated[FiniteFloat, Field(gt=0)] | None = None
+
+    @field_validator("rivals")
+    @classmethod
+    def _has_other_names(cls, rivals: dict[str, _Speed]) -> dict[str, _Speed]:
+        if _THIS in rivals:
+            raise ValueError(f"none is called {_THIS!r}")
+        return rivals
 
     @classmethod
-    def load(cls, file: Path, of: str) -> SpeedFile:
-        """The file's content; PaleyError if it is something else, or about a folder that is not called `of`."""
+    def load(cls, file: Path, folder: Path) -> SpeedFile:
+        """The file's content; PaleyError if it is something else, or about a folder of another name."""
+        of = folder.resolve().name
         again = f"`paley bench {of} --json > {file.name}` writes it"
         try:
             found = validate(cls, read_json(file, "file of speeds"), str(file))
         except PaleyError as error:
             raise PaleyError(str(error), remedy=again) from None
-        # "." and ".." have no name to compare.
-        if (name := Path(found.folder).name) not in ("", "..", of):
+        # "." and ".." have no name to compare; a link has its own and the folder's.
+        if (name := Path(found.folder).name) not in ("", "..", of, folder.name):
             raise PaleyError(f"{file}: has the speed of {name}, this folder is {of}", remedy=again)
         return found
 
