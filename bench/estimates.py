@@ -12,10 +12,9 @@ import resource
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-from bench.record import RESULTS, provenance, save
+from bench.record import RESULTS, Clock, provenance, save
 
 import paley
 from paley.recipe import apply_settings, preset
@@ -24,28 +23,13 @@ PRESETS = ("w4a16", "w4a4kv4", "higgs-4")
 SIZES = ["calibration.seq_len=512", "test.sequences=4", "test.seq_len=512"]
 
 
-class Clock(paley.Monitor):
-    """Seconds of each stage."""
-
-    def __init__(self):
-        self.stages: dict[str, float] = {}
-        self.stage("", 0)
-
-    def stage(self, name: str, total: int) -> None:
-        now = time.perf_counter()
-        if self.stages:
-            self.stages[self.name] += now - self.start
-        self.name, self.start = name, now
-        self.stages.setdefault(name, 0.0)
-
-
 def measure(model: str, name: str, settings: list[str]) -> dict:
     """Runs in a process of its own, so that peak memory is this run's."""
     recipe = apply_settings(preset(name), [*SIZES, *settings])
     expected, clock = paley.estimate(model, recipe), Clock()
     with tempfile.TemporaryDirectory() as folder:
         results = paley.quantize(model, recipe, output=Path(folder) / "out", monitor=clock).results
-    clock.stage("", 0)
+    clock.end()
     score = results.evaluation
     assert score is not None
     stages = {stage: (seconds, clock.stages[stage]) for stage, seconds in expected.stages.items()}

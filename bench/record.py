@@ -6,11 +6,14 @@ import json
 import os
 import platform
 import subprocess
+import time
 from pathlib import Path
 
 import torch
 
-__all__ = ["DEMO", "RESULTS", "provenance", "save"]
+from paley.pipeline.monitor import Monitor
+
+__all__ = ["DEMO", "RESULTS", "Clock", "provenance", "save"]
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "assets" / "demo-model"
@@ -33,3 +36,20 @@ def provenance() -> dict:
 def save(result: dict, file: Path) -> None:
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(result, indent=1) + "\n")
+
+
+class Clock(Monitor):
+    """Seconds of each stage of a run, from here on to `end`; what comes before the first stage is `start`."""
+
+    def __init__(self) -> None:
+        self.stages: dict[str, float] = {}
+        self._name, self._began = "start", time.monotonic()
+
+    def stage(self, name: str, total: int) -> None:
+        self.end()
+        self._name = name
+
+    def end(self) -> None:
+        now = time.monotonic()
+        self.stages[self._name] = self.stages.get(self._name, 0.0) + now - self._began
+        self._began = now

@@ -1,4 +1,4 @@
-"""docs/results.md: beside other quantizers at equal bytes, transforms before rounding, and tuning after it."""
+"""docs/results.md: beside other quantizers at equal bytes, and what each part of a preset is worth."""
 
 from __future__ import annotations
 
@@ -17,6 +17,13 @@ llm-compressor, and llama.cpp's importance matrix have seen the calibration text
 alone. AutoRound, llm-compressor, hqq and nf4 leave the embedding in 16 bits. By itself llama.cpp keeps a tied embedding
 at 8 bits; rows with a type of the embedding ask for less.
 `python -m studies.peers OFFGRID --text FILE --test-text FILE --seq-len 512 --gguf FILE`
+"""
+ABLATION = """\
+## What each part is worth
+
+Presets with one part changed; embedding and head in 16 bits. *Bits*: of the quantized linears, for each weight. Seconds
+and peak memory are those of the whole run, the scores included, on a machine with other work.
+`python -m studies.ablation MODEL --text FILE --test-text FILE --seq-len 512`
 """
 TRANSFORMS = """\
 ## What comes before rounding
@@ -83,6 +90,20 @@ def peers() -> list[str]:
     return lines
 
 
+def ablation() -> list[str]:
+    lines = [ABLATION]
+    for r in measured("ablation").values():
+        lines += [_text(r), "", "| | KL | top-1 | bits | seconds | GB |", "|---|---|---|---|---|---|"]
+        for name, row in r["rows"].items():
+            bits = "" if row["bits"] is None else f"{row['bits']:.2f}"
+            lines.append(
+                f"| {name} | {_kl(row)} | {row['top1_agreement']:.1%} | {bits} | {sum(row['seconds'].values()):.0f} "
+                f"| {row['peak_bytes'] / 1e9:.2f} |"
+            )
+        lines.append("")
+    return lines if len(lines) > 1 else []
+
+
 def transforms() -> list[str]:
     lines = [TRANSFORMS]
     for r in measured("transforms").values():
@@ -105,4 +126,4 @@ def tuning() -> list[str]:
 
 
 def all_lines() -> list[str]:
-    return peers() + transforms() + tuning()
+    return peers() + ablation() + transforms() + tuning()

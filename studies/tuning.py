@@ -11,11 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import time
 from pathlib import Path
 
 import torch
-from bench.record import provenance, save
+from bench.record import Clock, provenance, save
 from torch import Tensor
 
 from paley.data import blocks_from_ids, token_blocks
@@ -25,7 +24,6 @@ from paley.format.checkpoint import Checkpoint
 from paley.model.loading import open_source
 from paley.model.reading import prepare_
 from paley.ops.matmul import EXACT
-from paley.pipeline.monitor import Monitor
 from paley.pipeline.resolve import under_plan
 from paley.pipeline.saving import load_stored
 from paley.pipeline.tune import tune_
@@ -33,22 +31,6 @@ from paley.plan import Plan
 from paley.recipe import Tune
 
 RESULTS = Path(__file__).parent / "results"
-
-
-class Clock(Monitor):
-    """Seconds of each stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._name, self._began = "", time.monotonic()
-
-    def stage(self, name: str, total: int) -> None:
-        self.end()
-        self._name, self._began = name, time.monotonic()
-
-    def end(self) -> None:
-        if self._name:
-            self.seconds[self._name] = round(time.monotonic() - self._began, 1)
 
 
 def mean(values: Tensor) -> tuple[float, float]:
@@ -97,10 +79,11 @@ def main() -> None:
         name = f"{arguments.folder.name} {tune.sequences} x {length}, rate {tune.rate:g}, {tune.epochs} epochs"
         result["rows"][name] = {
             "kl_before": mean(before)[0], "kl_before_stderr": mean(before)[1], "kl": kl, "kl_stderr": kl_error,
-            "gain": gain, "gain_stderr": gain_error, "seconds": clock.seconds, "test": arguments.test,
+            "gain": gain, "gain_stderr": gain_error, "test": arguments.test,
+            "seconds": {stage: round(seconds, 1) for stage, seconds in clock.stages.items()},
             "bytes": Checkpoint.open(arguments.folder).nbytes, **provenance(),
         }  # fmt: skip
-        print(f"{name}: KL {kl:.4f} ± {kl_error:.4f}, gain {gain:.4f} ± {gain_error:.4f}, {clock.seconds}", flush=True)
+        print(f"{name}: KL {kl:.4f} ± {kl_error:.4f}, gain {gain:.4f} ± {gain_error:.4f}", flush=True)
         save(result, file)
 
 
