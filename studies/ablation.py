@@ -75,6 +75,7 @@ GROUPS: dict[str, tuple[str, dict[str, str | tuple[str, ...]]]] = {
             "rotations folded": ("rotate=folded",),
             "rotations folded, 64 dimensions more": ("rotate=folded", "expand=64"),
             "pairs": ("weights.grid=p2n256",),
+            "inputs in groups of 64": ("inputs.group_size=64",),
             "aims at outputs for its own inputs": ("compensate=plain",),
             "tuned": ("tune={sequences: 32}",),
             "4.5 bits of inputs on average": "w4a4.5kv4",
