@@ -15,7 +15,7 @@ from studies.quantizers import QUANTIZERS
 FIGURE = RESULTS.parents[1] / "docs" / "figures" / "peers.png"
 PREFIX = "llama.cpp "
 LEAST = 5  # rows of llama.cpp, for a picture to say something
-BITS, LOSSES = (2, 7.9), (0.012, 2)  # of the axes
+BITS, LOSSES = (2, 7.9), (0.004, 2)  # of the axes
 # What a row's name looks like -> label, style, whether a line goes through them and names stand left of it.
 GROUPS: dict[str, tuple[str, dict[str, Any], bool]] = {
     r"^trellis.*GPTQ, e\d": ("Paley: w2a16 to w5a16", {"color": "C0", "marker": "o"}, True),

@@ -66,6 +66,19 @@ def test_bytes_and_stages_are_those_of_the_run(kind, name, settings, tmp_path, t
     assert seen.notes[0].startswith("estimate: ")
 
 
+@pytest.mark.parametrize(
+    ("name", "limits"),
+    [("w4a16", "weights: 4"), ("w4a4kv4", "weights: 4, kv: 4, inputs: 4.5"), ("balanced-4", "weights: 4")],
+)
+def test_stages_of_a_budget_are_those_of_the_run(name, limits, tmp_path, tiny_tokenizer):
+    folder = save_tiny(tmp_path / "model", tiny_tokenizer, gains=True)
+    recipe = apply_settings(preset(name), [*SIZES, f"budget={{{limits}, sequences: 4, seq_len: 32}}"])
+    expected, seen = paley.estimate(folder, recipe), Seen()
+    paley.quantize(folder, recipe, output=tmp_path / "out", monitor=seen)
+    assert list(expected.stages) == seen.stages[1:]
+    assert all(seconds > 0 for seconds in expected.stages.values())
+
+
 def test_a_plan_is_not_searched_again(model, tmp_path):
     recipe = apply_settings(preset("gbs-w4a4kv4"), SIZES)
     plan = paley.make_plan(model, recipe)

@@ -126,6 +126,14 @@ def decides_weights(budget: Budget) -> bool:
     return any("weight" in resource.kinds for resource in _limits(budget))
 
 
+def fed_back(problem: Problem) -> frozenset[str]:
+    """The weights by GPTQ, if the budget decides any weights: its prediction needs the text that GPTQ sees."""
+    if problem.budget is None or not decides_weights(problem.budget):
+        return frozenset()
+    schemes = problem.schemes.linears.items()
+    return frozenset(name for name, s in schemes if s.weight is not None and s.weight.method == "gptq")
+
+
 def range_note(problem: Problem) -> str:
     """Why the loss may exceed what was predicted for weights decided so; empty if nothing speaks against it."""
     assert problem.budget is not None

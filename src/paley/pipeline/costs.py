@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ["COSTS", "FLOAT", "Costs", "Text", "Tuned", "count_tokens"]
+__all__ = ["COSTS", "FLOAT", "Amount", "Costs", "Text", "count_tokens"]
 
 FLOAT = 4  # bytes of a float32
 
@@ -21,8 +21,8 @@ class Text(Protocol):
 
 
 @dataclass(frozen=True)
-class Tuned:
-    """The text to tune on, all epochs of it."""
+class Amount:
+    """So much text."""
 
     sequences: int
     seq_len: int

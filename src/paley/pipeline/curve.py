@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from paley.core.errors import PaleyError, Setting
-from paley.model.budget import check_budget
+from paley.model.budget import check_budget, fed_back
 from paley.model.loading import open_source
 from paley.model.problem import Problem
 from paley.pipeline.accounting import quantized_bits
-from paley.pipeline.decide import Decision, as_quantized, decide_under_budget, fed_back, measure_errors_for
+from paley.pipeline.decide import Decision, as_quantized, decide_under_budget, measure_errors_for
 from paley.pipeline.monitor import Monitor
 from paley.pipeline.resolve import resolve
 from paley.pipeline.sensitivities import measure_for

@@ -9,7 +9,7 @@ from paley.data import TokenBlocks
 from paley.methods.gbs import Outcome
 from paley.model.activation_errors import MeasuredErrors, measure_errors
 from paley.model.adapter import Adapter, Block
-from paley.model.budget import activation_options, check_budget, decide_grids, decides_weights, range_note
+from paley.model.budget import activation_options, check_budget, decide_grids, fed_back, range_note
 from paley.model.problem import Problem
 from paley.model.replay import runner_of
 from paley.model.search import ClipSearch, quicken_
@@ -120,14 +120,6 @@ def as_quantized(
     gains = slope_gains(runner_of(adapter), ids, linears, feedback, begin=begin, end=end)
     slots = {name: slot.scaled(gains.get(name, 1.0)) for name, slot in sensitivity.slots.items()}
     return sensitivity.model_copy(update={"slots": slots})
-
-
-def fed_back(problem: Problem) -> frozenset[str]:
-    """The weights by GPTQ, if the budget decides any weights: its prediction needs the text that GPTQ sees."""
-    if problem.budget is None or not decides_weights(problem.budget):
-        return frozenset()
-    schemes = problem.schemes.linears.items()
-    return frozenset(name for name, s in schemes if s.weight is not None and s.weight.method == "gptq")
 
 
 def _search(

@@ -7,7 +7,7 @@ as many as products do in its time, by COSTS; `bench/estimates.py` shows how far
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,19 +16,23 @@ from paley import kernels
 from paley.arch import Site
 from paley.core.defaults import SELF
 from paley.core.errors import PaleyError, Setting
+from paley.core.schemes import ActivationScheme
 from paley.core.trellis import TrellisGrid
 from paley.eval.scoring import CHUNK
 from paley.kernels.floats import are_quicker
 from paley.methods.sensitivity import method_for
 from paley.methods.trellis import AHEAD, KEEP
+from paley.model.activation_errors import Place
+from paley.model.budget import activation_options, fed_back
 from paley.model.problem import Problem
 from paley.model.steps import KEPT
 from paley.model.tuning import ACTIVATIONS, activation_bytes
 from paley.pipeline import peak
-from paley.pipeline.costs import COSTS, Text, Tuned, count_tokens
+from paley.pipeline.costs import COSTS, Amount, Text, count_tokens
 from paley.pipeline.machine import free_memory, multiplications
 from paley.pipeline.monitor import duration
 from paley.pipeline.resolve import resolve
+from paley.pipeline.sensitivities import SOME
 from paley.recipe import Recipe, apply_settings, preset
 
 __all__ = ["Estimate", "check_memory", "estimate_run", "faster"]
@@ -155,6 +159,12 @@ class _Work:
             yield "measuring the original", self.read + self._scored(test, 1, rounded=False)
         if problem.budget is not None and not decided and not measured:
             yield "measuring sensitivities", self.read + self._slopes()
+        if problem.budget is not None and not decided:
+            if options := activation_options(problem):
+                yield "measuring what rounding loses of keys, values and inputs", self.read + self._tried(options)
+            feedback = fed_back(problem)
+            if feedback or any(scheme.diagonal for scheme in problem.schemes.linears.values()):
+                yield "measuring what diagonals and feedback gain", self.read + self._gains(feedback)
         if problem.search.method != "none" and not decided:
             yield "quantizing weights for the search", self.read + self._calibrated()
             yield "searching clip ratios", self._searched()
@@ -257,10 +267,10 @@ class _Work:
     def _outer(self) -> float:
         return sum(self._nearest(site) for site in self.sites.of("embedding", "head") if site.stored_as == site.name)
 
-    def _tuned(self, epochs: int) -> Tuned:
+    def _tuned(self, epochs: int) -> Amount:
         tune = self.recipe.tune
         assert tune is not None
-        return Tuned(tune.sequences * epochs, self.recipe.calibration.seq_len)
+        return Amount(tune.sequences * epochs, self.recipe.calibration.seq_len)
 
     def _tuning(self) -> float:
         """Forward, back, and the logits of both models; where blocks run twice, one forward more."""
@@ -292,6 +302,28 @@ class _Work:
         if (budget.method or method_for(budget.metric)) == "gradients":
             return 3 * self._scored(budget, 1, rounded=False)
         return len(self.sites.weights) * budget.levels * (0.5 * self._scored(budget, 1, rounded=False))
+
+    def _tried(self, options: Mapping[Place, tuple[ActivationScheme, ...]]) -> float:
+        """A few sequences through the model, their keys, values and inputs rounded in all ways that may be chosen."""
+        some = self._some()
+        widths = {(site.module, site.kind): site.numel for site in self.sites.of("keys", "values")}
+        widths |= {(site.name, "input"): site.shape[1] for site in self.linears}
+        rounded = COSTS.rounded * sum(len(schemes) * widths[place] for place, schemes in options.items())
+        return count_tokens(some) * rounded + self._forward(count_tokens(some), some.seq_len, rounded=False)
+
+    def _gains(self, feedback: Collection[str]) -> float:
+        """A forward pass; of inputs of the weights with feedback the Gram matrix and its factor, of others squares."""
+        text = self.recipe.calibration if feedback else self._some()
+        total = self._forward(count_tokens(text), text.seq_len, rounded=False)
+        for site in self.sites.of("input"):
+            if any(name in feedback for name in site.readers):
+                total += count_tokens(text) * site.numel**2 + COSTS.factor * site.numel**3
+        return total
+
+    def _some(self) -> Amount:
+        budget = self.problem.budget
+        assert budget is not None
+        return Amount(min(SOME, budget.sequences), budget.seq_len)
 
 
 def _bytes(problem: Problem) -> int:

@@ -51,7 +51,7 @@ _PARTS = ("source", "sequences", "seq_len")
 _ARGUMENTS = {f"calibration.{part}": part for part in _PARTS}
 _OF_BUDGET = {f"{where}{part}": f"budget.{part}" for where in ("calibration.", "") for part in (*_PARTS, "method")}
 _SEQ_LEN = 512
-_SOME = 4  # sequences that show what activations look like
+SOME = 4  # sequences that show what activations look like
 
 
 def measure_sensitivity(
@@ -303,7 +303,7 @@ def some_blocks(problem: Problem, sensitivity: Sensitivity, monitor: Monitor, de
     assert budget is not None
     limit = context_of(source.config) or budget.seq_len
     seq_len = max(2, min(budget.seq_len, limit, text.tokens))
-    sequences = max(1, min(_SOME, text.tokens // seq_len))
+    sequences = max(1, min(SOME, text.tokens // seq_len))
     try:
         return _blocks(source, text.source, sequences, seq_len, problem.seed, device)
     except PaleyError as error:
