@@ -52,7 +52,6 @@ GROUPS: dict[str, tuple[str, dict[str, str | tuple[str, ...]]]] = {
     "inputs": (
         "w16a4kv16",
         {
-            "with a diagonal": ("diagonal=true",),
             "rotations folded": ("rotate=folded",),
             "groups of 64": ("inputs.group_size=64",),
             "even steps": ("inputs.grid=int4", "inputs.scale=absmax", "inputs.clip_ratio=0.9"),

@@ -190,10 +190,10 @@ class Recipe(_Frozen):
     the inputs of o and down at run time; `online` rotates the input of every quantized linear at run time, which needs
     no data and no other tensor of the model (HIGGS, arXiv:2411.17525); `auto` is `folded` if an expansion asks for it,
     else `online`. Both rotate keys and values of the cache.
-    diagonal: divide inputs that rotate at run time by sqrt(x / w) first, and multiply the weight's columns by it, so
-    that both have less error (docs/methods.md); x^(1/4) / w^(3/4) where only weights by GPTQ lose. It is measured on
-    the calibration text. `auto`: under `online`, where weights are calibrated by GPTQ anyway, or inputs have so few
-    bits that they lose about as much as weights.
+    diagonal: divide inputs that rotate at run time by sqrt(x / w) first, and multiply the columns of the quantized
+    weight by it, so that both have less error (docs/methods.md); x^(1/4) / w^(3/4) where only weights by GPTQ lose. It
+    is measured on the calibration text. `auto`: under `online`, where weights are calibrated by GPTQ anyway, or inputs
+    have so few bits that they lose about as much as weights.
     hadamard: the largest block that `online` rotates, also the largest for rows of a tied pair; the weights of a block
     share a scale. compensate: GPTQ aims at the outputs for its own inputs (plain), at the original outputs given
     quantized inputs (quantized_inputs: GPTAQ, arXiv:2504.02692), or at the original residual stream (residual_stream).
