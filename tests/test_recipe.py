@@ -206,8 +206,25 @@ def test_the_default_is_gbs_without_a_search_on_trellis_codes_and_inputs_rotated
     default, gbs = preset("vectors-W3A4KV2"), preset("gbs-w3a4kv2")
     assert preset("w3a4kv2") == preset("paley-w3a4kv2")
     assert (default.rotate, default.diagonal, default.search.method) == ("auto", "auto", "none")
-    changes = {"rotate": gbs.rotate, "diagonal": gbs.diagonal, "search": gbs.search}
+    changes = {key: getattr(gbs, key) for key in ("rotate", "diagonal", "search", "compensate")}
     assert default.model_copy(update=changes) == gbs
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "aim"),
+    [
+        ("w4a4kv4", [], "plain"),
+        ("w3a7", [], "plain"),
+        ("w4a4.5kv4", [], "plain"),
+        ("w4a8kv4", [], "residual_stream"),
+        ("w4a16", [], "residual_stream"),
+        ("vectors-w4a4", [], "plain"),
+        ("w4a4kv4", ["compensate=quantized_inputs"], "quantized_inputs"),
+        ("w4a4kv4", ["inputs=null"], "residual_stream"),
+    ],
+)
+def test_gptq_aims_at_the_originals_stream_where_inputs_are_fine(name, settings, aim):
+    assert apply_settings(preset(name), settings).aim == aim
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def resolve(source: Source, recipe: Recipe) -> Problem:
         rotation=turning.rotation,
         dtype=storage_dtype(recipe, source),
         seed=recipe.seed,
-        compensate=recipe.compensate,
+        compensate=recipe.aim,
         search=recipe.search,
         budget=recipe.budget,
         wanted=frozenset(name for name, scheme in schemes.linears.items() if scheme.weight is not None),
@@ -107,7 +107,7 @@ def under_plan(source: Source, plan: Plan) -> Problem:
         rotation=plan.rotation,
         dtype=storage_dtype(plan.recipe, source),
         seed=plan.recipe.seed,
-        compensate=plan.recipe.compensate,
+        compensate=plan.recipe.aim,
         search=plan.recipe.search,
         wanted=frozenset(
             site.name

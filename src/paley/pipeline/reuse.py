@@ -232,7 +232,7 @@ class Base:
         linears, sites = problem.schemes.linears, problem.sites
         free = {name for name in same if not linears[name].needs_data}
         dtype = str(self.stored.config.get("dtype"))
-        settings = (problem.compensate, _name(problem.dtype)) == (self.plan.recipe.compensate, dtype)
+        settings = (problem.compensate, _name(problem.dtype)) == (self.plan.recipe.aim, dtype)
         inherited = self.results.kept is not None and self.results.kept.fitted > 0  # of which nothing tells the names
         if inherited or not settings or not self._same_text(texts):
             return free
