@@ -24,6 +24,7 @@ from paley.model.loading import open_source
 from paley.pipeline.accounting import parameter_count
 from paley.recipe import Recipe, apply_settings, preset
 
+STREAM = ("compensate=residual_stream",)
 # Group -> its preset, and what a row's name changes: settings, or another preset.
 GROUPS: dict[str, tuple[str, dict[str, str | tuple[str, ...]]]] = {
     "weights": (
@@ -72,13 +73,15 @@ GROUPS: dict[str, tuple[str, dict[str, str | tuple[str, ...]]]] = {
         {
             "without a diagonal": ("diagonal=false",),
             "rotations folded": ("rotate=folded",),
-            "rotations folded, 64 dimensions more": ("rotate=folded", "expand=64"),
-            "pairs": ("weights.grid=p2n256",),
-            "inputs in groups of 64": ("inputs.group_size=64",),
-            "aims at outputs for its own inputs": ("compensate=plain",),
             "tuned": ("tune={sequences: 32}",),
             "4.5 bits of inputs on average": "w4a4.5kv4",
             "with inputs of 8 bits": "w4a8kv4",
+            "aims at the residual stream": STREAM,
+            "so, without a diagonal": (*STREAM, "diagonal=false"),
+            "so, rotations folded": (*STREAM, "rotate=folded"),
+            "so, rotations folded, 64 dimensions more": (*STREAM, "rotate=folded", "expand=64"),
+            "so, pairs": (*STREAM, "weights.grid=p2n256"),
+            "so, inputs in groups of 64": (*STREAM, "inputs.group_size=64"),
         },
     ),
     "without data": ("balanced-4", {"without a diagonal": "higgs-4"}),

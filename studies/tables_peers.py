@@ -21,8 +21,9 @@ at 8 bits; rows with a type of the embedding ask for less.
 ABLATION = """\
 ## What each part is worth
 
-Presets with one part changed; embedding and head in 16 bits. *Bits*: of the quantized linears, for each weight. Seconds
-and peak memory are those of the whole run, the scores included, on a machine with other work.
+Presets with one part changed; embedding and head in 16 bits. *So*: the same, aiming at the residual stream. *Bits*: of
+the quantized linears, for each weight. Seconds and peak memory are those of the whole run, the scores included, on a
+machine with other work.
 `python -m studies.ablation MODEL --text FILE --test-text FILE --seq-len 512`
 """
 TRANSFORMS = """\
