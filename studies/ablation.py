@@ -149,14 +149,14 @@ def main() -> None:
         command = [sys.executable, "-m", "studies.ablation", *sys.argv[1:], "--one", name]
         made = subprocess.run(command, capture_output=True, text=True)
         if made.returncode:
-            print(f"{name}: {made.stderr.strip().splitlines()[-1]}", flush=True)
+            print(f"{name}: {(made.stderr.strip().splitlines() or [f'exit {made.returncode}'])[-1]}", flush=True)
             continue
         row = json.loads(made.stdout.splitlines()[-1]) | {"commit": provenance()["commit"]}
         found = kept["rows"] | {name: row}
         kept["rows"] = {known: found[known] for known in rows() if known in found}
         print(f"{name:60s} KL {row['kl']:.4f} ± {row['kl_stderr']:.4f}  {sum(row['seconds'].values()):.0f} s  "
               f"{row['peak_bytes'] / 1e9:.2f} GB", flush=True)  # fmt: skip
-        save(what | provenance() | kept, file)
+        save(what | provenance() | {"rows": kept["rows"]}, file)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from paley.model.problem import Problem
 from paley.recipe.models import Budget
 from paley.sensitivity import Sensitivity
 
-__all__ = ["activation_options", "check_budget", "decide_grids", "decides_weights", "range_note"]
+__all__ = ["activation_options", "check_budget", "decide_grids", "decides_weights", "fed_back", "range_note"]
 
 _FEW_BITS = 3  # below, losses were measured to grow faster than the slopes say (docs/methods.md)
 

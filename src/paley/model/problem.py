@@ -21,7 +21,21 @@ from paley.format.header import TensorInfo
 from paley.model.loading import Source
 from paley.recipe.models import Budget, Search
 
-__all__ = ["Problem"]
+__all__ = ["Problem", "aim_of"]
+
+_FINE_INPUTS = 8  # bits at which both aims lose the same: SmolLM2-135M W4A8KV4 KL .065 and .066
+
+
+def aim_of(compensate: str, linears: Mapping[str, LinearScheme]) -> str:
+    """`compensate` of a recipe for these linears -> plain, quantized_inputs or residual_stream.
+
+    `auto` is plain if the inputs of calibrated linears have fewer than 8 bits on average.
+    """
+    if compensate != "auto":
+        return compensate
+    schemes = [scheme for scheme in linears.values() if scheme.calibrated]
+    bits = sum(16.0 if scheme.input is None else scheme.input.grid.bits for scheme in schemes)
+    return "plain" if bits < _FINE_INPUTS * len(schemes) else "residual_stream"
 
 
 @dataclass(frozen=True)
@@ -51,6 +65,11 @@ class Problem:
     @property
     def sites(self) -> Sites:
         return self.source.sites
+
+    @property
+    def aim(self) -> str:
+        """What GPTQ aims at, as the schemes are now: plain, quantized_inputs or residual_stream."""
+        return aim_of(self.compensate, self.schemes.linears)
 
     @property
     def folded(self) -> bool:

@@ -22,7 +22,7 @@ class Text(Protocol):
 
 @dataclass(frozen=True)
 class Amount:
-    """So much text."""
+    """An amount of text: sequences of seq_len tokens."""
 
     sequences: int
     seq_len: int

@@ -23,7 +23,7 @@ from paley.pipeline.texts import Texts
 from paley.plan import Trial
 from paley.sensitivity import Sensitivity
 
-__all__ = ["Decision", "as_quantized", "decide", "decide_under_budget", "fed_back", "measure_errors_for"]
+__all__ = ["Decision", "as_quantized", "decide", "decide_under_budget", "measure_errors_for"]
 
 
 @dataclass(frozen=True)

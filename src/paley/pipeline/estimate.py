@@ -238,7 +238,8 @@ class _Work:
             if readers:
                 width = schemes.linears[readers[0].name].stored_width(site.shape[0])
                 alone = len(readers) == 1 and readers[0].adds_to_stream
-                sums = 2 * tokens * width * (0.5 * width + (readers[0].shape[0] if alone else width))
+                aimed = 0 if self.problem.aim == "plain" else readers[0].shape[0] if alone else width
+                sums = 2 * tokens * width * (0.5 * width + aimed)
                 total += self.calibrating * sums + COSTS.factor * width**3
         return total + sum(self._gptq(site) for site in self.linears)
 
@@ -316,7 +317,7 @@ class _Work:
         text = self.recipe.calibration if feedback else self._some()
         total = self._forward(count_tokens(text), text.seq_len, rounded=False)
         for site in self.sites.of("input"):
-            if any(name in feedback for name in site.readers):
+            if any(name in feedback and not self.sites[name].experts for name in site.readers):
                 total += count_tokens(text) * site.numel**2 + COSTS.factor * site.numel**3
         return total
 

@@ -57,7 +57,7 @@ def resolve(source: Source, recipe: Recipe) -> Problem:
         rotation=turning.rotation,
         dtype=storage_dtype(recipe, source),
         seed=recipe.seed,
-        compensate=recipe.aim,
+        compensate=recipe.compensate,
         search=recipe.search,
         budget=recipe.budget,
         wanted=frozenset(name for name, scheme in schemes.linears.items() if scheme.weight is not None),
@@ -107,7 +107,7 @@ def under_plan(source: Source, plan: Plan) -> Problem:
         rotation=plan.rotation,
         dtype=storage_dtype(plan.recipe, source),
         seed=plan.recipe.seed,
-        compensate=plan.recipe.aim,
+        compensate=plan.recipe.compensate,
         search=plan.recipe.search,
         wanted=frozenset(
             site.name

@@ -256,8 +256,8 @@ def _make(
         monitor.step()
     if lost := [r.name for r in reports if not r.rel_error <= 1]:
         monitor.note(
-            f"changed by more than all they were: {summed_up(lost)}; results.json has the errors. GPTQ makes up there "
-            "for what other layers lose; compensate=quantized_inputs does not"
+            f"changed by more than all they were: {summed_up(lost)}; results.json has the errors. GPTQ may make up "
+            "there for what other layers lose; with compensate=plain it does not"
         )
     measured = None
     give_back()

@@ -34,7 +34,6 @@ Positive = Annotated[int, Field(ge=1)]
 SeqLen = Annotated[int, Field(ge=2)]
 Bits = Annotated[FiniteFloat, Field(gt=0)]
 Expansion = Annotated[int, Field(ge=0)] | Literal["auto"]
-_FINE_INPUTS = 8  # bits from which on rounded inputs lose little
 _PLACES = ("weight", "input", "outliers", "keys", "values")
 S = TypeVar("S", LinearScheme, AttentionScheme)
 Grouped = TypeVar("Grouped", WeightScheme, ActivationScheme)
@@ -198,7 +197,7 @@ class Recipe(_Frozen):
     hadamard: the largest block that `online` rotates, also the largest for rows of a tied pair; the weights of a block
     share a scale. compensate: GPTQ aims at the outputs for its own inputs (plain), at the original outputs given
     quantized inputs (quantized_inputs: GPTAQ, arXiv:2504.02692), or at the original residual stream (residual_stream);
-    `auto`: plain where inputs are rounded to fewer than 8 bits, else the residual stream.
+    `auto`: plain where inputs of linears have fewer than 8 bits on average, else the residual stream.
     rotate_output: also rotate the input of o_proj, over all heads, at run time. center_keys,
     balance_keys: see AttentionScheme; the latter does nothing without `center_keys: mean`.
     fit_groups: if the group_size of weights or inputs does not divide a layer's stored width, the layer gets the
@@ -255,14 +254,6 @@ class Recipe(_Frozen):
         if self.rotate != "auto":
             return self.rotate
         return "folded" if self.widens else "online"
-
-    @property
-    def aim(self) -> str:
-        """`compensate`, decided: errors of coarse inputs cannot be told from what outputs should make up for."""
-        if self.compensate != "auto":
-            return self.compensate
-        coarse = self.inputs is not None and self.inputs.grid.bits < _FINE_INPUTS
-        return "plain" if coarse else "residual_stream"
 
     def wants_diagonal(self, scheme: LinearScheme) -> bool:
         """Whether a linear of this scheme is to have a diagonal if its input turns at run time."""
