@@ -31,7 +31,18 @@ from paley.pipeline.texts import Texts
 from paley.recipe import Recipe
 from paley.sensitivity import Sensitivity
 
-__all__ = ["BLOCKS_ALONE", "RESULTS", "Experiment", "Quantization", "Subject", "measured", "provenance", "read", "save"]
+__all__ = [
+    "BLOCKS_ALONE",
+    "RESULTS",
+    "Experiment",
+    "Quantization",
+    "Subject",
+    "measured",
+    "named",
+    "provenance",
+    "read",
+    "save",
+]
 
 RESULTS = Path(__file__).parent / "results"
 # Suffix of presets in studies that compare methods at equal bits of the blocks: embedding and head keep 16 bits.
@@ -122,7 +133,7 @@ class Experiment:
         self.result = {
             "model": subject.name,
             "parameters": parameter_count(self.source),
-            "text": {"test": _name(blocks.test.source), "calibration": _name(subject.text)},
+            "text": {"test": named(blocks.test.source), "calibration": named(subject.text)},
             "sequences": counts,
             "seq_len": subject.seq_len,
             **provenance(),
@@ -172,13 +183,13 @@ class Experiment:
             return
         if row is None:
             return
-        named = {"source": _name(row["source"])} if "source" in row else {}
-        self.result["rows"][name] = row | named | {"commit": self.result["commit"]}
+        source = {"source": named(row["source"])} if "source" in row else {}
+        self.result["rows"][name] = row | source | {"commit": self.result["commit"]}
         print(f"{name:40s} {row['bits']:.3f} bits  gap {row['gap']:.4f} ± {row['gap_stderr']:.4f}  KL {row['kl']:.4f} "
               f"± {row['kl_stderr']:.4f}  {row['seconds']} s", flush=True)  # fmt: skip
         save(self.result, self.file)
 
 
-def _name(source: str) -> str:
+def named(source: str) -> str:
     """A file by its name alone: rows say nothing of the machine's folders."""
     return Path(source).name if Path(source).exists() else source

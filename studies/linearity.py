@@ -23,7 +23,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from scipy.stats import pearsonr, spearmanr
-from studies.experiment import BLOCKS_ALONE, RESULTS, Subject, provenance, read
+from studies.experiment import BLOCKS_ALONE, RESULTS, Subject, named, provenance, read
 
 from paley.core import grids, tables
 from paley.core.packing import stored_bits
@@ -77,7 +77,7 @@ def slopes(name: str, subject: Subject, scale_search: str) -> dict:
         text = blocks_from_ids(random_ids(tokenizer, source, sequences, seq_len, 0), "calibration", "random")
     found = measure_on(source, text, metric=SLOPES[name])
     values = {n: [s.alpha, s.stderr, *(["clamped"] if s.clamped else [])] for n, s in found.slots.items()}
-    return {"source": text.source, "tokens": text.ids.numel(), "baseline": found.baseline, "slopes": values}
+    return {"source": named(text.source), "tokens": text.ids.numel(), "baseline": found.baseline, "slopes": values}
 
 
 def error(grid: str, stretched: bool) -> float:
@@ -220,8 +220,8 @@ def main() -> None:
     sizes = {site.name: site.numel for site in linears}
     rows, wanted = allocations(sizes), [name for name in SLOPES if SLOPES[name] == "kl" or not arguments.kl]
     result: dict = {
-        "model": subject.name, "command": " ".join(["python -m studies.linearity", *sys.argv[1:]]),
-        **provenance(), "test": blocks.test.source, "sequences": len(blocks.test.ids),
+        "model": subject.name, "command": " ".join(["python -m studies.linearity", *map(named, sys.argv[1:])]),
+        **provenance(), "test": named(blocks.test.source), "sequences": len(blocks.test.ids),
         "original_perplexity": float(reference.nll.double().mean().exp()),
         "linears": sizes, "in_features": {site.name: site.shape[1] for site in linears},
         "t2": {n: error(n, arguments.stretched) for n in tables.names() if n.startswith("p2")},
