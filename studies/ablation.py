@@ -151,7 +151,10 @@ def main() -> None:
         if made.returncode:
             print(f"{name}: {(made.stderr.strip().splitlines() or [f'exit {made.returncode}'])[-1]}", flush=True)
             continue
-        row = json.loads(made.stdout.splitlines()[-1]) | {"commit": provenance()["commit"]}
+        preset_name, settings = rows()[name]
+        row = json.loads(made.stdout.splitlines()[-1]) | {
+            "preset": preset_name, "settings": settings, "commit": provenance()["commit"],
+        }  # fmt: skip
         found = kept["rows"] | {name: row}
         kept["rows"] = {known: found[known] for known in rows() if known in found}
         print(f"{name:60s} KL {row['kl']:.4f} ± {row['kl_stderr']:.4f}  {sum(row['seconds'].values()):.0f} s  "
