@@ -110,8 +110,9 @@ void attention(const Case& c, int level, const char* name) {
         top = std::max(top, score);
       }
       for (const auto& [t, score] : scores) {
-        all += std::exp(score - top);
-        for (int i = 0; i < c.width; ++i) wanted[i] += std::exp(score - top) * values.plain[head][t * c.width + i];
+        const double share = std::exp(score - top);
+        all += share;
+        for (int i = 0; i < c.width; ++i) wanted[i] += share * values.plain[head][t * c.width + i];
       }
       bool fine = scores.empty() ? most[r] == -INFINITY : total[r] > 0;
       for (int i = 0; i < c.width && !scores.empty(); ++i) {

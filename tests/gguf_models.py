@@ -127,7 +127,7 @@ def save(folder: Path, tokenizer: PreTrainedTokenizerFast, family: str, **change
     return folder
 
 
-def quantized(folder: Path, out: Path, *settings: str, name: str = "gguf-q4_0") -> Path:
+def quantized(folder: Path, out: Path, *settings: str, name: str = "gguf-q8_0") -> Path:
     recipe = apply_settings(preset(name), ["test=null", "weights.method=nearest", *settings])
     return paley.quantize(folder, recipe, output=out).output
 

@@ -252,7 +252,7 @@ def test_a_damaged_folder_is_refused(tokenizer, tmp_path):
 
 
 def test_the_command_line_and_overwriting(tokenizer, tmp_path):
-    out = quantized(save(tmp_path / "model", tokenizer, "llama"), tmp_path / "out")
+    out = quantized(save(tmp_path / "model", tokenizer, "llama"), tmp_path / "out", name="gguf-q4_0")
     args = ["export", out, "--to", "gguf", "--output", tmp_path / "gguf"]
     shown = paley_(*args).out
     assert "tensors: Q4_0 × 21, F32 × 7, Q8_0 × 2" in shown

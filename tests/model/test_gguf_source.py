@@ -95,7 +95,7 @@ def test_quantize_eval_and_generate_take_a_file(llama, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"{n} stories of {n * n} words, told {n % 7} times." for n in range(400)))
     sizes = ["test.sequences=2", "test.seq_len=32", "weights.method=nearest"]
-    again = ["--preset", "gguf-q4_0", "--test", text, "--output", tmp_path / "again"]
+    again = ["--preset", "gguf-q8_0", "--test", text, "--output", tmp_path / "again"]
     paley_("quantize", file, *again, "--set", *sizes)
     first, second = (json.loads((f / "plan.json").read_text()) for f in (out, tmp_path / "again"))
     assert first["linears"] == second["linears"]
