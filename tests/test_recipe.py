@@ -11,7 +11,6 @@ from pydantic import ValidationError
 from paley.core.errors import PaleyError
 from paley.core.schemes import ActivationScheme, AttentionScheme, LinearScheme, WeightScheme
 from paley.core.transforms import Transform
-from paley.model.problem import aim_of
 from paley.recipe import (
     Budget,
     Calibration,
@@ -207,29 +206,8 @@ def test_the_default_is_gbs_without_a_search_on_trellis_codes_and_inputs_rotated
     default, gbs = preset("vectors-W3A4KV2"), preset("gbs-w3a4kv2")
     assert preset("w3a4kv2") == preset("paley-w3a4kv2")
     assert (default.rotate, default.diagonal, default.search.method) == ("auto", "auto", "none")
-    changes = {key: getattr(gbs, key) for key in ("rotate", "diagonal", "search", "compensate")}
+    changes = {key: getattr(gbs, key) for key in ("rotate", "diagonal", "search")}
     assert default.model_copy(update=changes) == gbs
-
-
-@pytest.mark.parametrize(
-    ("name", "settings", "aim"),
-    [
-        ("w4a4kv4", [], "plain"),
-        ("w3a7", [], "plain"),
-        ("w4a8kv4", [], "residual_stream"),
-        ("w4a16", [], "residual_stream"),
-        ("vectors-w4a4", [], "plain"),
-        ("w4a4kv4", ["compensate=quantized_inputs"], "quantized_inputs"),
-        ("w4a4kv4", ["inputs=null"], "residual_stream"),
-        ("w4a8kv4", ["overrides=[{pattern: '*', input: {grid: gauss4, scale: rms}}]"], "plain"),
-        ("w4a4kv4", ["overrides=[{pattern: a, input: {grid: gauss8, scale: rms}}]"], "plain"),
-        ("w4a16", ["weights=null"], "residual_stream"),
-    ],
-)
-def test_gptq_aims_at_the_originals_stream_where_inputs_are_fine(name, settings, aim):
-    recipe = apply_settings(preset(name), settings)
-    linears = {linear: recipe.linear_scheme(linear, "linear") for linear in "abc"}
-    assert aim_of(recipe.compensate, linears) == aim
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def test_the_native_loops_are_taken(monkeypatch):
 def test_descent_never_raises_the_objective():
     weight, statistics = problem(seed=3)
     scheme = WeightScheme("p4n256", method="gptq", scale_search="rms")
-    metric, target = statistics.metric(0.01), statistics.target(weight, 0.01, True)
+    metric, target = statistics.metric(0.01), statistics.target(weight, 0.01)
     gram, book = metric.gram, gptq._codebook(target, scheme, torch.arange(280), 0, None, "weight")
     codes = gptq._feedback(target, metric.spread, book)
 
@@ -119,7 +119,7 @@ def test_descent_never_raises_the_objective():
 
 def test_the_reference_and_the_kernels_move_alike(monkeypatch):
     weight, statistics = problem()
-    gram, target = statistics.metric(0.01).gram, statistics.target(weight, 0.01, True)
+    gram, target = statistics.metric(0.01).gram, statistics.target(weight, 0.01)
     book = gptq._codebook(
         target, WeightScheme("p3n64", method="gptq", scale_search="rms"), torch.arange(280), 0, None, "w"
     )

@@ -29,7 +29,7 @@ def loss(weight, q, inputs):
 
 
 def gptq(weight, s, scheme, **options):
-    return quantize_gptq(weight, s, scheme, compensate=False, damp=1e-4, **options)
+    return quantize_gptq(weight, s, scheme, share=0, damp=1e-4, **options)
 
 
 @pytest.mark.parametrize("grid", FREE)
@@ -93,7 +93,7 @@ def test_points_are_fitted_to_the_compensated_weights_by_the_importance_of_the_d
     }[search]
     scheme = WeightScheme("free2", 16, scale_search=search, sweeps=0)  # sweeps would refit the points
     columns = torch.tensor(outliers, dtype=torch.int32) if outliers else None
-    q = quantize_gptq(weight, s, scheme, outlier_columns=columns, compensate=False, damp=0.2)
+    q = quantize_gptq(weight, s, scheme, outlier_columns=columns, share=0, damp=0.2)
     expected = fitted_group_by_group(weight, q, gram, importance, outliers)
     torch.testing.assert_close(q.scales.float(), expected, rtol=1e-3, atol=1e-4)
 

@@ -69,9 +69,18 @@ def test_each_sweep_lowers_the_error(grid):
 def test_compensation_aims_at_the_original_outputs():
     weight, inputs, reference = problem(noise=0.5)
     s, scheme = statistics(inputs, reference), WeightScheme("int4")
-    plain = loss(weight, quantize_gptq(weight, s, scheme, compensate=False), inputs, reference)
+    plain = loss(weight, quantize_gptq(weight, s, scheme, share=0), inputs, reference)
     aware = loss(weight, quantize_gptq(weight, s, scheme), inputs, reference)
     assert aware < 0.9 * plain
+
+
+def test_a_share_goes_that_far_to_the_target():
+    weight, inputs, reference = problem(noise=0.5)
+    s = statistics(inputs, reference)
+    whole = s.target(weight, 0.01) - weight
+    assert float(whole.norm()) > 0.1 * float(weight.norm())
+    for share in (0.0, 0.25, 1.0):
+        torch.testing.assert_close(s.target(weight, 0.01, share), weight + share * whole)
 
 
 def test_lag_is_made_up_for():

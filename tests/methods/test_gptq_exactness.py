@@ -26,7 +26,7 @@ def problem(seed, rows, n, directions):
 
 
 def gptq(weight, statistics, scheme):
-    return quantize_gptq(weight, statistics, scheme, compensate=False, damp=DAMP)
+    return quantize_gptq(weight, statistics, scheme, share=0, damp=DAMP)
 
 
 def distances_by_definition(weight, q, gram):

@@ -94,7 +94,7 @@ def test_statistics_are_those_of_whole_forwards(of, compensate, kept, monkeypatc
         for (alike, found), (gram, target) in zip(sums.items(), wanted, strict=True):
             torch.testing.assert_close(found.gram.double(), gram, rtol=1e-3, atol=3e-4 * float(gram.abs().max()))
             weight = self._reference.get_submodule(self._block.local(alike[0].module)).dequantize()
-            torch.testing.assert_close(found.target(weight, 0.01, True).double(), target, rtol=0, atol=2e-3)
+            torch.testing.assert_close(found.target(weight, 0.01).double(), target, rtol=0, atol=2e-3)
             checked.append(alike[0].name)
         return sums
 
@@ -196,7 +196,7 @@ def test_the_target_of_exact_inputs_is_the_weight_itself():
     x = torch.randn(40, 300, generator=g) @ torch.randn(300, 300, generator=g)  # fewer tokens than columns
     weight, statistics = torch.randn(20, 300, generator=g), InputStatistics()
     statistics.add(x, x)
-    assert float((statistics.target(weight, 0.01, True) - weight).abs().max()) < 1e-4
+    assert float((statistics.target(weight, 0.01) - weight).abs().max()) < 1e-4
 
 
 def test_spread_is_the_cholesky_factor_of_the_inverse():

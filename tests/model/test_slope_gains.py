@@ -136,7 +136,7 @@ def test_gains_are_those_of_rounding(deep, diagonal):
         turned = transform.apply(weight * d)
         by_gptq = method == "gptq"
         made = (
-            quantize_gptq(turned, sums, BY_GPTQ, compensate=False, damp=sums.damping)
+            quantize_gptq(turned, sums, BY_GPTQ, share=0, damp=sums.damping)
             if by_gptq else quantize_nearest(turned, TO_NEAREST)
         )  # fmt: skip
         error, metric = made.dequantize() - turned, sums.metric(sums.damping)

@@ -39,18 +39,18 @@ def quantize_gptq(
     scheme: WeightScheme,
     *,
     outlier_columns: Tensor | None = None,
-    compensate: bool = True,
+    share: float = 1.0,
     damp: float = 0.01,
     where: str = "weight",
 ) -> Quantized:
     """weight [out, in] -> codes for which the sum over tokens of |y - Ŵ x|^2 is small, y the outputs wanted.
 
-    outlier_columns: ascending int32 [k]; they get codes of OUTLIER_GRID, after all others. compensate: aim at the
-    outputs that the statistics name; else at W x. damp: added to gram's diagonal, as a share of its mean. A scheme of
-    method "nearest" uses the statistics only for its scales.
+    outlier_columns: ascending int32 [k]; they get codes of OUTLIER_GRID, after all others. share: how far to go from
+    W x to the outputs that the statistics name, 0 to 1. damp: added to gram's diagonal, as a share of its mean. A
+    scheme of method "nearest" uses the statistics only for its scales.
     """
     metric = statistics.metric(damp)
-    compensate = compensate and scheme.method == "gptq"
+    share = share if scheme.method == "gptq" else 0.0
     order = torch.arange(weight.shape[1], device=weight.device)
     if scheme.method == "gptq" or scheme.scale_search == "em_inverse":
         _check_damping(metric, damp, where)
@@ -63,7 +63,7 @@ def quantize_gptq(
     few, parts = max(1, VALUES // weight.shape[1]), []
     for start in range(0, len(weight), few):
         rows = slice(start, start + few)
-        target = statistics.target(weight[rows], damp, compensate, rows)
+        target = statistics.target(weight[rows], damp, share, rows)
         target = target if outlier_columns is None else target[:, order]
         parts.append(_round_rows(target, metric, scheme, order, importance, outlier_columns, where))
     return joined(parts)

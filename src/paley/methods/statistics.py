@@ -72,14 +72,14 @@ class InputStatistics:
             self._metrics[damp] = Metric(self.gram, damp * max(mean, 1e-12))
         return self._metrics[damp]
 
-    def target(self, weight: Tensor, damp: float, compensate: bool, rows: slice = slice(None)) -> Tensor:
+    def target(self, weight: Tensor, damp: float, share: float = 1.0, rows: slice = slice(None)) -> Tensor:
         """-> the weight [out, in] that comes nearest to the wanted outputs, before it is rounded; damped towards W.
 
-        Of cross, this is GPTAQ's target. Without compensate it is the weight itself. rows: those of aim, if `weight`
-        has some alone.
+        Of cross, this is GPTAQ's target. share: of the way there from the weight itself; 0: stays there. rows: those
+        of aim, if `weight` has some alone.
         """
         weight = weight.float()
-        if not compensate or (self.cross is None and self.aim is None):
+        if not share or (self.cross is None and self.aim is None):
             return weight
         if self.aim is None:
             assert self.cross is not None
@@ -89,7 +89,7 @@ class InputStatistics:
         else:
             raise PaleyError(f"gptq: the outputs are of a weight {list(aim.shape)}, not {list(weight.shape)}")
         spread = self.metric(damp).spread
-        return weight + linear(linear(missing, spread), spread.T)  # the damping of both sides cancels
+        return weight + share * linear(linear(missing, spread), spread.T)  # the damping of both sides cancels
 
 
 def damping_for(columns: int, tokens: int) -> float:

@@ -67,21 +67,22 @@ class LayerReport:
 class ModelQuantizer:
     """Walks a wrapped model: `embedding`, each `block` in order, `head`; or takes their codes, if they exist already.
 
-    ids [sequences, seq_len]: the calibration tokens; None if no weight needs any. compensate: as in Recipe.
-    keys: what measures keys, and balances them, before a block's weights are quantized.
+    ids [sequences, seq_len]: the calibration tokens; None if no weight needs any. compensate: as in Recipe,
+    share: its `compensate_share`. keys: what measures keys, and balances them, before a block's weights are quantized.
     begin: called before the turn of each block, and with None before the head's, if they are wrapped only then.
     place(name, hidden states) -> where those behind the block are written: that very tensor, unless the run keeps both.
     release: called when hidden states are not read for a while.
     """
 
     def __init__(
-        self, runner: BlockRunner, ids: Tensor | None, schemes: Schemes, *, compensate: str,
+        self, runner: BlockRunner, ids: Tensor | None, schemes: Schemes, *, compensate: str, share: float = 1.0,
         keys: KeySettler | None = None, begin: Callable[[Block | None], None] = lambda _: None,
         place: Place = lambda _, hidden: hidden, release: Callable[[], None] = lambda: None,
     ):  # fmt: skip
         self.runner, self.adapter, self.ids, self.keys, self.begin = runner, runner.adapter, ids, keys, begin
         self.place, self.release = place, release
-        self.linears, self.attentions, self.compensate = schemes.linears, schemes.attentions, compensate
+        self.linears, self.attentions = schemes.linears, schemes.attentions
+        self.compensate, self.share = compensate, share if compensate != "plain" else 0.0
         self.hidden: Tensor | None = None
         self.original: Tensor | None = None
         self.unreached: dict[str, list[int]] = {}  # experts that no token of the text reached
@@ -346,7 +347,7 @@ class ModelQuantizer:
             )
         return quantize_gptq(
             weight, statistics, scheme.weight, outlier_columns=linear.outlier_columns,
-            compensate=self.compensate != "plain", damp=statistics.damping, where=site.name,
+            share=self.share, damp=statistics.damping, where=site.name,
         )  # fmt: skip
 
     def _expert_codes(self, block: Block, site: Site) -> Quantized:
@@ -368,7 +369,7 @@ class ModelQuantizer:
             check_range(weight, scheme.grid, where)
             if expert in seen:
                 found = seen[expert]
-                parts.append(quantize_gptq(weight, found, scheme, compensate=False, damp=found.damping, where=where))
+                parts.append(quantize_gptq(weight, found, scheme, share=0.0, damp=found.damping, where=where))
             else:
                 self.unreached.setdefault(site.name, []).append(expert)
                 alone = replace(scheme, method="nearest", scale_search="em" if scheme.by_em else scheme.scale_search)

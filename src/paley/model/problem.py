@@ -21,21 +21,7 @@ from paley.format.header import TensorInfo
 from paley.model.loading import Source
 from paley.recipe.models import Budget, Search
 
-__all__ = ["Problem", "aim_of"]
-
-_FINE_INPUTS = 8  # bits at which both aims lose the same: SmolLM2-135M W4A8KV4 KL .065 and .066
-
-
-def aim_of(compensate: str, linears: Mapping[str, LinearScheme]) -> str:
-    """`compensate` of a recipe for these linears -> plain, quantized_inputs or residual_stream.
-
-    `auto` is plain if the inputs of calibrated linears have fewer than 8 bits on average.
-    """
-    if compensate != "auto":
-        return compensate
-    schemes = [scheme for scheme in linears.values() if scheme.calibrated]
-    bits = sum(16.0 if scheme.input is None else scheme.input.grid.bits for scheme in schemes)
-    return "plain" if bits < _FINE_INPUTS * len(schemes) else "residual_stream"
+__all__ = ["Problem"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +30,8 @@ class Problem:
 
     dtype: of tensors that stay unquantized. wanted: the weights that the recipe quantizes, whatever a budget decides.
     settled: (module, field) pairs that an override of the recipe set, which no budget changes.
-    carried: tensors that no module of the model reads, and that are stored unchanged. compensate: as in Recipe.
+    carried: tensors that no module of the model reads, and that are stored unchanged. compensate, share: as
+    `compensate` and `compensate_share` of Recipe.
     fit_remedy: how a group size that fits no layer is put right, for errors.
     """
 
@@ -54,6 +41,7 @@ class Problem:
     dtype: torch.dtype
     seed: int
     compensate: str
+    share: float
     search: Search
     budget: Budget | None = None
     wanted: frozenset[str] = frozenset()
@@ -65,11 +53,6 @@ class Problem:
     @property
     def sites(self) -> Sites:
         return self.source.sites
-
-    @property
-    def aim(self) -> str:
-        """What GPTQ aims at, as the schemes are now: plain, quantized_inputs or residual_stream."""
-        return aim_of(self.compensate, self.schemes.linears)
 
     @property
     def folded(self) -> bool:

@@ -238,7 +238,7 @@ class _Work:
             if readers:
                 width = schemes.linears[readers[0].name].stored_width(site.shape[0])
                 alone = len(readers) == 1 and readers[0].adds_to_stream
-                aimed = 0 if self.problem.aim == "plain" else readers[0].shape[0] if alone else width
+                aimed = 0 if self.problem.compensate == "plain" else readers[0].shape[0] if alone else width
                 sums = 2 * tokens * width * (0.5 * width + aimed)
                 total += self.calibrating * sums + COSTS.factor * width**3
         return total + sum(self._gptq(site) for site in self.linears)

@@ -182,7 +182,16 @@ def quantize_steps(
     if not any(scheme.needs_data for scheme in problem.schemes.linears.values()):
         ids = None  # for keys alone
     where = {} if states is None else {"place": states.place, "release": states.release}
-    quantizer = ModelQuantizer(runner, ids, problem.schemes, compensate=problem.aim, keys=keys, begin=begin, **where)
+    quantizer = ModelQuantizer(
+        runner,
+        ids,
+        problem.schemes,
+        compensate=problem.compensate,
+        share=problem.share,
+        keys=keys,
+        begin=begin,
+        **where,
+    )
     count = sum(scheme.weight is not None for _, scheme in problem.weights())
     monitor.stage("quantizing weights" if stage == "final" else "quantizing weights for the search", count)
     reports: list[LayerReport] = []

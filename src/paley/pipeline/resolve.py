@@ -58,6 +58,7 @@ def resolve(source: Source, recipe: Recipe) -> Problem:
         dtype=storage_dtype(recipe, source),
         seed=recipe.seed,
         compensate=recipe.compensate,
+        share=recipe.compensate_share,
         search=recipe.search,
         budget=recipe.budget,
         wanted=frozenset(name for name, scheme in schemes.linears.items() if scheme.weight is not None),
@@ -108,6 +109,7 @@ def under_plan(source: Source, plan: Plan) -> Problem:
         dtype=storage_dtype(plan.recipe, source),
         seed=plan.recipe.seed,
         compensate=plan.recipe.compensate,
+        share=plan.recipe.compensate_share,
         search=plan.recipe.search,
         wanted=frozenset(
             site.name

@@ -23,7 +23,7 @@ from paley.format.checkpoint import Checkpoint
 from paley.format.config import FORMAT_VERSION
 from paley.methods.diagonal import strength_for
 from paley.model.placing import summed_up
-from paley.model.problem import Problem, aim_of
+from paley.model.problem import Problem
 from paley.pipeline.verify import verify
 from paley.plan import Plan
 from paley.results import Results
@@ -232,8 +232,8 @@ class Base:
         linears, sites = problem.schemes.linears, problem.sites
         free = {name for name in same if not linears[name].needs_data}
         dtype = str(self.stored.config.get("dtype"))
-        aim = aim_of(self.plan.recipe.compensate, self.plan.linears)
-        settings = (problem.aim, _name(problem.dtype)) == (aim, dtype)
+        aim = (self.plan.recipe.compensate, self.plan.recipe.compensate_share)
+        settings = (problem.compensate, problem.share, _name(problem.dtype)) == (*aim, dtype)
         inherited = self.results.kept is not None and self.results.kept.fitted > 0  # of which nothing tells the names
         if inherited or not settings or not self._same_text(texts):
             return free
