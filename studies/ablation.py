@@ -24,7 +24,7 @@ from paley.model.loading import open_source
 from paley.pipeline.accounting import parameter_count
 from paley.recipe import Recipe, apply_settings, preset
 
-STREAM = ("compensate=residual_stream",)
+STREAM = ("compensate_share=1",)
 # Group -> its preset, and what a row's name changes: settings, or another preset.
 GROUPS: dict[str, tuple[str, dict[str, str | tuple[str, ...]]]] = {
     "weights": (
@@ -76,6 +76,7 @@ GROUPS: dict[str, tuple[str, dict[str, str | tuple[str, ...]]]] = {
             "tuned": ("tune={sequences: 32}",),
             "4.5 bits of inputs on average": "w4a4.5kv4",
             "with inputs of 8 bits": "w4a8kv4",
+            "aims at outputs for its own inputs": ("compensate=plain",),
             "aims at the residual stream": STREAM,
             "so, without a diagonal": (*STREAM, "diagonal=false"),
             "so, rotations folded": (*STREAM, "rotate=folded"),

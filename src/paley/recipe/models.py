@@ -197,8 +197,8 @@ class Recipe(_Frozen):
     hadamard: the largest block that `online` rotates, also the largest for rows of a tied pair; the weights of a block
     share a scale. compensate: GPTQ aims at the outputs for its own inputs (plain), at the original outputs given
     quantized inputs (quantized_inputs: GPTAQ, arXiv:2504.02692), or at the original residual stream (residual_stream);
-    compensate_share: how far it goes there from its own outputs, above 0 to 1. As published it is 1, which is nearest to
-    the aim in each layer, and loses more in the whole model (docs/methods.md).
+    compensate_share: how far it goes there from its own outputs, above 0 to 1. As published it is 1, which is nearest
+    to the aim in each layer, and loses more in the whole model (docs/methods.md).
     rotate_output: also rotate the input of o_proj, over all heads, at run time. center_keys,
     balance_keys: see AttentionScheme; the latter does nothing without `center_keys: mean`.
     fit_groups: if the group_size of weights or inputs does not divide a layer's stored width, the layer gets the
