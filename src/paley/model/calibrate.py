@@ -80,8 +80,7 @@ class ModelQuantizer:
         place: Place = lambda _, hidden: hidden, release: Callable[[], None] = lambda: None,
     ):  # fmt: skip
         self.runner, self.adapter, self.ids, self.keys, self.begin = runner, runner.adapter, ids, keys, begin
-        self.place, self.release = place, release
-        self.linears, self.attentions = schemes.linears, schemes.attentions
+        self.linears, self.attentions, self.place, self.release = schemes.linears, schemes.attentions, place, release
         self.compensate, self.share = compensate, share if compensate != "plain" else 0.0
         self.hidden: Tensor | None = None
         self.original: Tensor | None = None

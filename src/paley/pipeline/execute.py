@@ -183,15 +183,9 @@ def quantize_steps(
         ids = None  # for keys alone
     where = {} if states is None else {"place": states.place, "release": states.release}
     quantizer = ModelQuantizer(
-        runner,
-        ids,
-        problem.schemes,
-        compensate=problem.compensate,
-        share=problem.share,
-        keys=keys,
-        begin=begin,
+        runner, ids, problem.schemes, compensate=problem.compensate, share=problem.share, keys=keys, begin=begin,
         **where,
-    )
+    )  # fmt: skip
     count = sum(scheme.weight is not None for _, scheme in problem.weights())
     monitor.stage("quantizing weights" if stage == "final" else "quantizing weights for the search", count)
     reports: list[LayerReport] = []
