@@ -18,6 +18,7 @@ PALEY_TARGET_BEGIN("avx2,fma")
 namespace paley::avx2 {
 #include "lanes_avx2.h"
 
+#include "mean.h"
 #include "rounding_turn.h"
 #include "rounding_token.h"
 }  // namespace paley::avx2

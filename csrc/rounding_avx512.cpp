@@ -18,6 +18,7 @@ PALEY_TARGET_BEGIN("avx2,fma,avx512f")
 namespace paley::avx512 {
 #include "lanes_avx512.h"
 
+#include "mean.h"
 #include "rounding_turn.h"
 #include "rounding_token.h"
 }  // namespace paley::avx512

@@ -14,6 +14,7 @@
 namespace paley::portable {
 #include "lanes_portable.h"
 
+#include "mean.h"
 #include "rounding_turn.h"
 #include "rounding_token.h"
 }  // namespace paley::portable

@@ -1,5 +1,5 @@
 // Rounds the values of a token, a group after the other, once for each instruction set: included inside a namespace
-// after its lanes and rounding_turn.h.
+// after its lanes, mean.h and rounding_turn.h.
 //
 // Each float32 operation is rounded by itself, in the order of the torch code (src/paley/core/rounding.py): the results
 // are the same to the bit on every level.
@@ -15,16 +15,6 @@ PALEY_INLINE float to_half(float x) {
   float rounder;
   std::memcpy(&rounder, &rounder_bits, sizeof rounder);
   return x == x ? (x + rounder) - rounder : x;
-}
-
-// The mean of x [size], summed by halves in place.
-inline float mean_of(float* x, int size) {
-  for (int n = size; n > 1; n -= n / 2) {
-    const int half = n / 2;
-    const float* upper = x + (n - half);
-    for (int i = 0; i < half; ++i) x[i] += upper[i];
-  }
-  return x[0] / static_cast<float>(size);
 }
 
 // Least and greatest of x [size], and whether one is NaN.

@@ -211,3 +211,16 @@ def test_damping_by_tokens_loses_less_on_other_text(tokens):
         for name, damp in (("by tokens", s.damping), ("always", 0.01)):
             lost[name] += loss(weight, quantize_gptq(weight, s, scheme_of("p2n64"), damp=damp), other, other)
     assert lost["by tokens"] < 0.96 * lost["always"]
+
+
+@pytest.mark.parametrize(("grid", "rule"), [("uint3", "mse"), ("uint4", "signed"), ("int3", "mse")])
+@pytest.mark.parametrize("method", ["nearest", "gptq"])
+def test_scales_for_the_inputs_lose_less_where_some_are_loud(grid, rule, method):
+    weight, inputs, _ = problem()
+    inputs = inputs * torch.tensor([8.0, 1, 1, 1]).repeat(8)
+    s = statistics(inputs, inputs)
+    lost = {
+        search: loss(weight, quantize_gptq(weight, s, WeightScheme(grid, 16, method, search, sweeps=0)), inputs, inputs)
+        for search in (rule, f"{rule}_diagonal")
+    }
+    assert lost[f"{rule}_diagonal"] < 0.9 * lost[rule]

@@ -7,7 +7,7 @@ they are read from a file (a plan, a recipe, a checkpoint's configuration).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from paley.core import grids
 from paley.core.errors import PaleyError
@@ -19,6 +19,7 @@ __all__ = ["ActivationScheme", "AttentionScheme", "LinearScheme", "Rotation", "S
 
 _STRICT = {"extra": "forbid"}
 _BY_EM = ("em", "em_diagonal", "em_inverse")
+_OF_FIXED = ("absmax", "mse", "mse_diagonal", "signed", "signed_diagonal", "rms", "unbiased")
 
 
 def _check_group_size(where: str, group_size: int | None) -> None:
@@ -29,7 +30,7 @@ def _check_group_size(where: str, group_size: int | None) -> None:
 def _check_scale(where: str, key: str, grid: FixedGrid, scale: str) -> None:
     name = grid.name
     by_rms = scale in ("rms", "unbiased")
-    if scale == "signed" and not grid.affine:
+    if scale.startswith("signed") and not grid.affine:
         raise PaleyError(f"{where}: grid {name!r} has no zero point, which {key} 'signed' chooses; set 'mse'")
     if grid.affine and by_rms:
         raise PaleyError(f"{where}: grid {name!r} has a zero point and needs {key} 'absmax'")
@@ -49,8 +50,9 @@ class WeightScheme:
     finds the codes like "rms" and then stretches each group to the length of its weight (gptq refits its own scales).
     "signed" is "mse" on a grid with a zero point that is one of the two codes in the middle, so that a scale with a
     sign can stand for the two: d · (c - 8) of 4-bit codes, with d < 0 where 7 is the zero (ggml's Q4_0, Q5_0).
+    "mse_diagonal" and "signed_diagonal" weigh the squared errors by the diagonal of the Hessian H = X^T X.
     The points of free grids come from expectation maximization (arXiv:2504.05352): "em" weighs all errors alike,
-    "em_diagonal" by the diagonal of the Hessian H = X^T X, "em_inverse" by 1 / [H^-1]_ii^2.
+    "em_diagonal" by that diagonal, "em_inverse" by 1 / [H^-1]_ii^2.
     sweeps: rounds of scale refit and coordinate descent after GPTQ; on a sequential grid any number is one refit.
     """
 
@@ -59,13 +61,16 @@ class WeightScheme:
     grid: AnyGridField
     group_size: int | None = None
     method: Literal["nearest", "gptq"] = "gptq"
-    scale_search: Literal["absmax", "mse", "signed", "rms", "unbiased", "em", "em_diagonal", "em_inverse"] = "mse"
+    scale_search: Literal[
+        "absmax", "mse", "mse_diagonal", "signed", "signed_diagonal", "rms", "unbiased",
+        "em", "em_diagonal", "em_inverse",
+    ] = "mse"  # fmt: skip
     sweeps: int = 4
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", grid := grids.as_grid(self.grid))
         if grid.free != self.by_em:
-            need = " or ".join(map(repr, _BY_EM if grid.free else ("absmax", "mse", "signed", "rms", "unbiased")))
+            need = " or ".join(map(repr, _BY_EM if grid.free else _OF_FIXED))
             raise PaleyError(f"weight scheme: grid {grid.name!r} needs scale_search {need}, got {self.scale_search!r}")
         if not self.by_em:
             _check_scale("weight scheme", "scale_search", grids.as_fixed(grid), self.scale_search)
@@ -81,7 +86,23 @@ class WeightScheme:
     @property
     def needs_data(self) -> bool:
         """Whether codes depend on the layer's inputs."""
-        return self.method == "gptq" or self.scale_search in ("em_diagonal", "em_inverse")
+        return self.method == "gptq" or self.scale_search.endswith(("_diagonal", "_inverse"))
+
+    @property
+    def without_data(self) -> WeightScheme:
+        """The same for weights whose inputs nobody saw: rounded to nearest, all errors weighed alike."""
+        alike: Any = self.scale_search.removesuffix("_diagonal").removesuffix("_inverse")
+        return replace(self, method="nearest", scale_search=alike)
+
+    @property
+    def tries_scales(self) -> bool:
+        """Whether scales are tried for each group."""
+        return self.signed or self.scale_search.startswith("mse")
+
+    @property
+    def signed(self) -> bool:
+        """Whether a zero point is one of the two codes in the middle."""
+        return self.scale_search.startswith("signed")
 
     def on_grid(self, grid: AnyGrid | str) -> WeightScheme:
         """The same on another grid; scales by rms if it has vectors, or was made for values of unit rms."""
@@ -93,8 +114,8 @@ class WeightScheme:
             scale_search = "rms"
         elif by_rms and grid.affine:
             scale_search = "absmax"
-        elif scale_search == "signed" and not grid.affine:
-            scale_search = "mse"
+        elif self.signed and not grid.affine:
+            scale_search = self.scale_search.replace("signed", "mse")
         return replace(self, grid=grid, scale_search=scale_search)
 
 

@@ -34,7 +34,7 @@ __all__ = [
     "why_missing",
 ]
 
-ABI_VERSION = 12  # PALEY_ABI_VERSION in csrc/paley.h
+ABI_VERSION = 13  # PALEY_ABI_VERSION in csrc/paley.h
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")  # paley_level there
 PATHS = ("auto", "popcount", "dots", "tables")  # paley_path there
 _STATUS = ("ok", "bad argument", "out of memory", "internal error")
@@ -55,6 +55,10 @@ _SIGNATURES: dict[str, list[Any]] = {
     ],
     "paley_cells": [
         ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p,
+    ],
+    "paley_search_scales": [
+        ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64,
+        ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p,
     ],
     "paley_feedback": [
         ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p,

@@ -121,9 +121,9 @@ def _codebook(
     if scheme.by_em:
         book = Free(len(target), scheme.grid, groups, importance, where)
     elif not outliers:
-        book = Scaled(*weight_scales(target, scheme, where), as_fixed(scheme.grid), groups)
+        book = Scaled(*weight_scales(target, scheme, where, importance), as_fixed(scheme.grid), groups)
     else:
-        book = Scaled(*_scales_of(target, groups, scheme, where), as_fixed(scheme.grid), groups)
+        book = Scaled(*_scales_of(target, groups, scheme, importance, where), as_fixed(scheme.grid), groups)
     if not outliers:
         return book
     last = slice(count, columns)
@@ -133,18 +133,22 @@ def _codebook(
 
 
 def _scales_of(
-    target: Tensor, groups: Sequence[slice], scheme: WeightScheme, where: str
+    target: Tensor, groups: Sequence[slice], scheme: WeightScheme, importance: Tensor | None, where: str
 ) -> tuple[Tensor, Tensor | None]:
     """As `weight_scales`, for groups that may be ragged, or empty if all their columns are outliers."""
     alone = replace(scheme, group_size=None)
-    filled = [target[:, cols] if cols.stop > cols.start else target.new_zeros(len(target), 1) for cols in groups]
-    scales, zeros = zip(*(weight_scales(part, alone, where) for part in filled), strict=True)
+    found = []
+    for cols in groups:
+        empty = cols.stop == cols.start
+        part = target.new_zeros(len(target), 1) if empty else target[:, cols]
+        found.append(weight_scales(part, alone, where, None if empty or importance is None else importance[cols]))
+    scales, zeros = zip(*found, strict=True)
     return torch.cat(scales, 1), None if zeros[0] is None else torch.cat(zeros, 1)
 
 
 def _importance(metric: Metric, scale_search: str) -> Tensor | None:
-    """Weights [in] of the squared errors for fitting the points of free grids."""
-    if scale_search == "em_diagonal":
+    """Weights [in] of the squared errors in the search of scales, or of the points of free grids."""
+    if scale_search.endswith("_diagonal"):
         return metric.diagonal
     if scale_search == "em_inverse":
         return metric.inverse_diagonal.square().reciprocal()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -371,8 +371,7 @@ class ModelQuantizer:
                 parts.append(quantize_gptq(weight, found, scheme, share=0.0, damp=found.damping, where=where))
             else:
                 self.unreached.setdefault(site.name, []).append(expert)
-                alone = replace(scheme, method="nearest", scale_search="em" if scheme.by_em else scheme.scale_search)
-                parts.append(quantize_nearest(weight, alone, where=where))
+                parts.append(quantize_nearest(weight, scheme.without_data, where=where))
         return joined(parts)
 
     def _replace_linear(self, site: Site, q: Quantized) -> LayerReport:

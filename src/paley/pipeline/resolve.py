@@ -225,18 +225,13 @@ def _linear_scheme(
     if in_blocks and transform is not None and scheme.weight is not None and scheme.weight.group_size is None:
         scheme = replace(scheme, weight=replace(scheme.weight, group_size=transform.order))
     if site.kind == "embedding" and scheme.weight is not None:
-        scheme = replace(scheme, weight=_by_itself(scheme.weight))
+        scheme = replace(scheme, weight=scheme.weight.without_data)  # rows that are looked up have no inputs
     return scheme
 
 
 def _of_experts(scheme: LinearScheme, site: Site) -> LinearScheme:
     """A stack of experts has no outliers: each expert would have others."""
     return replace(scheme, outliers=0) if site.experts else scheme
-
-
-def _by_itself(weight: WeightScheme) -> WeightScheme:
-    """Rows that are looked up have no inputs to be calibrated on: they are rounded to nearest."""
-    return replace(weight, method="nearest", scale_search="em" if weight.by_em else weight.scale_search)
 
 
 def _check_pair(sites: Sites, recipe: Recipe) -> None:

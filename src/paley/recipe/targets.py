@@ -27,17 +27,17 @@ def _ggml(grid: str, scale_search: str) -> dict[str, Any]:
 def _mlx(bits: int) -> dict[str, Any]:
     """Groups of 64 with an offset each. Embedding and head as well, of six bits at least."""
     outer = _weights(f"uint{max(6, bits)}", 64, "mse") | {"method": "nearest"}
-    return {"weights": _weights(f"uint{bits}", 64, "mse"), "embedding": outer, "head": outer}
+    return {"weights": _weights(f"uint{bits}", 64, "mse_diagonal"), "embedding": outer, "head": outer}
 
 
 TARGETS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> what it is for, the recipe's own keys
-    "gguf-q4_0": ("llama.cpp, 4.5 bits", _ggml("uint4", "signed")),
-    "gguf-q4_1": ("llama.cpp, 5 bits: with offsets", _ggml("uint4", "mse")),
-    "gguf-q5_0": ("llama.cpp, 5.5 bits", _ggml("uint5", "signed")),
-    "gguf-q5_1": ("llama.cpp, 6 bits: with offsets", _ggml("uint5", "mse")),
+    "gguf-q4_0": ("llama.cpp, 4.5 bits", _ggml("uint4", "signed_diagonal")),
+    "gguf-q4_1": ("llama.cpp, 5 bits: with offsets", _ggml("uint4", "mse_diagonal")),
+    "gguf-q5_0": ("llama.cpp, 5.5 bits", _ggml("uint5", "signed_diagonal")),
+    "gguf-q5_1": ("llama.cpp, 6 bits: with offsets", _ggml("uint5", "mse_diagonal")),
     "gguf-q8_0": ("llama.cpp, 8.5 bits", _ggml("int8", "absmax")),
-    "ct-w4g128": ("compressed-tensors, vLLM, 4.13 bits", {"weights": _weights("int4", 128, "mse")}),
-    "ct-w8g128": ("compressed-tensors, vLLM, 8.13 bits", {"weights": _weights("int8", 128, "mse")}),
+    "ct-w4g128": ("compressed-tensors, vLLM, 4.13 bits", {"weights": _weights("int4", 128, "mse_diagonal")}),
+    "ct-w8g128": ("compressed-tensors, vLLM, 8.13 bits", {"weights": _weights("int8", 128, "mse_diagonal")}),
     **{f"mlx-{bits}": (f"MLX, {bits + 0.5:g} bits", _mlx(bits)) for bits in (3, 4, 5, 6, 8)},
 }
 
