@@ -3,7 +3,7 @@
 python -m studies.peers MODEL --text FILE --test-text FILE [--gguf FILE] [--only RE]
 MODEL should be what `studies.off_grid` makes of a published model. FILE is any GGUF file of the same model, whose keys
 are used. llama.cpp gets the importance matrix of the very text that our recipes calibrate on. --auto-round,
---llm-compressor, --data-free (hqq and bitsandbytes): interpreters that have them (`quantizers.py`).
+--llm-compressor, --gptq-model, --data-free (hqq and bitsandbytes): interpreters that have them (`quantizers.py`).
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Quantizers of others, each in an interpreter of its own: weights of the linears to 4 bits in groups.
 
 python3 -m venv PEER; PEER/bin/pip install torch==2.13.0 auto-round==0.16.1 transformers==5.24.0, in another one
-llmcompressor==0.14.0.1, and in a third hqq==0.2.8.post1 bitsandbytes==0.50.2. The first two get the tokens that our
-recipes calibrate on, the others look at weights alone; all give the weights back as floats. Groups are of 128 columns
-in AutoRound and of 64 in the others: llm-compressor refuses widths like 576 that a group does not divide.
+llmcompressor==0.14.0.1, in a third gptqmodel==7.0.0 transformers==5.4.0 requests (--no-build-isolation), and in a
+fourth hqq==0.2.8.post1 bitsandbytes==0.50.2. The first three get the tokens that our recipes calibrate on, the others
+look at weights alone; all give the weights back as floats. Groups are of 128 columns in AutoRound and of 64 in the
+others: llm-compressor refuses widths like 576 that a group does not divide.
 """
 
 from __future__ import annotations
@@ -59,6 +60,21 @@ oneshot(
     num_calibration_samples=len(ids), max_seq_length=ids.shape[1], shuffle_calibration_samples=False,
 )
 """
+# Importing it needs torchvision, whose wheels on PyPI are for CUDA's torch; text models do not use it.
+_GPTQ_MODEL = """
+package = "gptqmodel"
+import types
+for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.functional"):
+    sys.modules[name] = types.ModuleType(name)
+sys.modules["torchvision"].transforms = sys.modules["torchvision.transforms"]
+sys.modules["torchvision.transforms.functional"].InterpolationMode = None
+from gptqmodel import GPTQModel, QuantizeConfig
+data = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids.tolist()]
+made = GPTQModel.load(path, QuantizeConfig(bits=4, group_size=64, offload_to_disk=False), device="cpu")
+made.quantize(data, batch_size=1, calibration_sort=None)
+for name in names:
+    model.get_submodule(name).weight.data = made.model.get_submodule(name).dequantize_weight().T
+"""
 # hqq_base_quant_config(BITS): zeros are whole numbers at 4 bits, and stay as wide as scales.
 _HQQ = """
 package = "hqq"
@@ -85,6 +101,7 @@ for name in names:
 QUANTIZERS = {
     "AutoRound W4 g128, 200 steps": ("auto_round", _AUTO_ROUND, 4 + 16 / 128),
     "llm-compressor GPTQ W4 g64": ("llm_compressor", _LLM_COMPRESSOR, 4 + 16 / 64),
+    "GPTQModel W4 g64": ("gptq_model", _GPTQ_MODEL, 4 + (16 + 4) / 64),
     "hqq W4 g64": ("data_free", _HQQ.replace("BITS", "4"), 4 + 32 / 64),
     "hqq W3 g64": ("data_free", _HQQ.replace("BITS", "3"), 3 + 32 / 64),
     "bitsandbytes nf4 g64, scales in 8 bits": ("data_free", _NF4, 4 + (8 + 32 / 256) / 64),
@@ -97,9 +114,7 @@ def run(python: Path, code: str, model: Path, tokens: Tensor, folder: Path) -> t
     output = folder / "weights.safetensors"
     command = [python, "-c", _BEFORE + code + _AFTER, model, folder / "tokens.safetensors", output]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
-    made = subprocess.run(
-        command, env=environment | {"HF_HUB_OFFLINE": "1"}, cwd=folder, capture_output=True, text=True
-    )
+    made = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
     if made.returncode:
         raise SystemExit(f"{python}: {made.stderr[-2000:]}")
     return load_file(output), json.loads(made.stdout.splitlines()[-1])

@@ -12,10 +12,10 @@ PEERS = """\
 Off-grid equals of published models (`studies.off_grid`), so that no tool profits from the file that a model came in.
 *Bits*: of all tensors, embedding and head included; of names that end in e16 those of the blocks alone. *At no more
 bits*: the best row of others that is no larger, and how much less ours loses than it. *For no more loss*: the smallest
-row of others that loses no more, and how many times as large it is. Rows called GPTQ, diagonal or budget, AutoRound,
-llm-compressor, and llama.cpp's importance matrix have seen the calibration text; higgs-4, hqq and nf4 look at weights
-alone. AutoRound, llm-compressor, hqq and nf4 leave the embedding in 16 bits. By itself llama.cpp keeps a tied embedding
-at 8 bits; rows with a type of the embedding ask for less.
+row of others that loses no more, and how many times as large it is. Rows called GPTQ, diagonal, budget or gguf,
+AutoRound, llm-compressor, GPTQModel, and llama.cpp's importance matrix have seen the calibration text; higgs-4, hqq and
+nf4 look at weights alone, and leave the embedding in 16 bits, as AutoRound, llm-compressor and GPTQModel do. By itself
+llama.cpp keeps a tied embedding at 8 bits; rows with a type of the embedding ask for less.
 `python -m studies.peers OFFGRID --text FILE --test-text FILE --seq-len 512 --gguf FILE`
 """
 ABLATION = """\
@@ -40,7 +40,7 @@ Scales, gains and biases on the KL to the original, over text that the calibrati
 pairs: the same test tokens before and after. `python -m studies.tuning MODEL FOLDER --text FILE --test-text FILE`
 """
 _COLUMNS = "| | bits | KL | top-1 | at no more bits | for no more loss |"
-OTHERS = ("llama.cpp", "AutoRound", "llm-compressor", "hqq", "bitsandbytes")
+OTHERS = ("llama.cpp", "AutoRound", "llm-compressor", "GPTQModel", "hqq", "bitsandbytes")
 
 
 def _kl(row: dict) -> str:

@@ -20,7 +20,8 @@ pytestmark = pytest.mark.skipif(not available(), reason="the native kernels were
 # grid, group size, scale rule, outlier columns
 CASES = [
     ("int4", None, "mse", 0), ("int2", 8, "absmax", 0), ("uint3", 8, "mse", 0), ("odd3", None, "mse", 0),
-    ("uint4", 20, "mse_diagonal", 3), ("uint4", 20, "signed_diagonal", 0), ("gauss3", None, "rms", 0), ("gauss4", 10, "rms", 3), ("nf4", 20, "absmax", 0), ("int8", None, "mse", 0),
+    ("uint4", 20, "mse_diagonal", 3), ("uint4", 20, "signed_diagonal", 0),
+    ("gauss3", None, "rms", 0), ("gauss4", 10, "rms", 3), ("nf4", 20, "absmax", 0), ("int8", None, "mse", 0),
     ("p2n16", None, "rms", 0), ("p2n256", 20, "rms", 0), ("p3n64", None, "rms", 0), ("p3n64", 8, "rms", 0),
     ("p4n256", 40, "rms", 0), ("free2", 20, "em", 0), ("mirror2", 20, "em_diagonal", 4), ("free3", None, "em", 0),
     ("e8q14k4", None, "rms", 0),
