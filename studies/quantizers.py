@@ -60,7 +60,8 @@ oneshot(
     num_calibration_samples=len(ids), max_seq_length=ids.shape[1], shuffle_calibration_samples=False,
 )
 """
-# Importing it needs torchvision, whose wheels on PyPI are for CUDA's torch; text models do not use it.
+# Importing it needs torchvision, whose wheels on PyPI are for CUDA's torch; text models do not use it. Zeros are one
+# less in memory than dequantize_weight expects, until the model is saved and loaded.
 _GPTQ_MODEL = """
 package = "gptqmodel"
 import types
@@ -72,6 +73,8 @@ from gptqmodel import GPTQModel, QuantizeConfig
 data = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids.tolist()]
 made = GPTQModel.load(path, QuantizeConfig(bits=4, group_size=64, offload_to_disk=False), device="cpu")
 made.quantize(data, batch_size=1, calibration_sort=None)
+made.save("saved")
+made = GPTQModel.load("saved", device="cpu", backend="torch")
 for name in names:
     model.get_submodule(name).weight.data = made.model.get_submodule(name).dequantize_weight().T
 """
