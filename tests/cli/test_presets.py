@@ -28,7 +28,7 @@ def test_json_has_figures_and_recipes():
     assert [entry["name"] for entry in found["presets"]] == list(LISTED)
     shown = found["presets"][list(LISTED).index("w4a16")]
     assert shown["bits_per_weight"] == measured()["presets"]["w4a16"]["bits_per_weight"]
-    assert found["targets"]["gguf-q4_0"]["weights"]["scale_search"] == "signed"
+    assert found["targets"]["gguf-q4_0"]["weights"]["scale_search"] == "signed_diagonal"
     assert found["methods"]["quarot-w4a4kv4"]["weights"]["method"] == "gptq"
 
 
