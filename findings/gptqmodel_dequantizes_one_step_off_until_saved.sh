@@ -6,8 +6,8 @@
 # One would expect the weights that the model computes with, before as after. The linears are packed in the layout of
 # files of format "gptq", whose stored zero is one less than the true one; only loading turns zeros into the layout that
 # dequantize_weight() reads. Whoever measures the error of a model in memory measures a third of each weight's size.
-# Seen: relative error of a Gaussian weight of 4 bits in groups of 32 .35 in memory, .09 after save() and load(); the
-# difference is the group's scale everywhere.
+# Seen: relative error of a Gaussian weight of 4 bits in groups of 32 .34 in memory, .12 after save() and load(); the
+# difference is the group's scale everywhere, but for rounding to bfloat16.
 #
 # Exits 0 if it is still so, 1 if it has changed.
 set -euo pipefail
@@ -59,8 +59,11 @@ errors = [float((found - weight).norm() / weight.norm()) for found in (before, a
 steps = (before - after) / scales.repeat_interleave(32, dim=1)
 print(f"relative error in memory {errors[0]:.3f}, saved and loaded {errors[1]:.3f}; "
       f"their difference in steps: {float(steps.min()):.3f} to {float(steps.max()):.3f}")
-off = bool((steps.abs() > 0.98).all() and (steps.abs() < 1.02).all())
+off = bool((steps > 0.9).all() and (steps < 1.1).all())
 sys.exit(0 if off and errors[0] > 2.5 * errors[1] else 1)
 PY
-CUDA_VISIBLE_DEVICES='' HF_HUB_OFFLINE=1 "$folder/venv/bin/python" "$folder/check.py" "$folder" 2>"$folder/log" ||
-    { tail -5 "$folder/log"; exit 1; }
+status=0
+CUDA_VISIBLE_DEVICES='' HF_HUB_OFFLINE=1 "$folder/venv/bin/python" "$folder/check.py" "$folder" >"$folder/log" 2>&1 ||
+    status=$?
+grep '^relative error' "$folder/log" || tail -5 "$folder/log"
+exit $status
