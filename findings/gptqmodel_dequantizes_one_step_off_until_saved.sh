@@ -63,6 +63,7 @@ off = bool((steps > 0.9).all() and (steps < 1.1).all())
 sys.exit(0 if off and errors[0] > 2.5 * errors[1] else 1)
 PY
 status=0
+cd "$folder" # a log is left where it runs
 CUDA_VISIBLE_DEVICES='' HF_HUB_OFFLINE=1 "$folder/venv/bin/python" "$folder/check.py" "$folder" >"$folder/log" 2>&1 ||
     status=$?
 grep '^relative error' "$folder/log" || tail -5 "$folder/log"
