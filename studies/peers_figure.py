@@ -31,9 +31,8 @@ GROUPS: dict[str, tuple[str, dict[str, Any], bool]] = {
 
 
 def _named(name: str) -> str:
-    return (
-        name.removeprefix(PREFIX).replace(", GPTQ", "").replace(", embedding", " +").replace(", scales in 8 bits", "")
-    )
+    """Without what the legend or the page says."""
+    return re.sub(", GPTQ|, scales in 8 bits|, 200 steps", "", name.removeprefix(PREFIX)).replace(", embedding", " +")
 
 
 def _write(axis: Any, placed: list[Any], name: str, point: tuple[float, float], color: str, left: bool) -> None:
@@ -87,7 +86,8 @@ def draw() -> None:
         placed: list[Any] = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in corners]
         for name, point, color, ours in named:
             _write(axis, placed, name, point, color, ours)
-    axes[0][-1].legend(loc="upper right", frameon=False)
+    shown = max((axis.get_legend_handles_labels() for axis in axes[0]), key=lambda found: len(found[1]))
+    figure.legend(*shown, loc="outside lower center", ncols=len(shown[1]), frameon=False)
     FIGURE.parent.mkdir(exist_ok=True)
     figure.savefig(FIGURE, dpi=110)
 
