@@ -83,9 +83,10 @@ struct paley_table {
 PALEY_EXPORT int32_t paley_cells(const paley_table* table, int64_t capacity, double* bias, int32_t* starts,
                                  uint16_t* members, int64_t* count);
 
-// Which of a group's scales rounds it best: x [groups, size]; importance [period, size] of the squared errors, of
-// group g in row g % period, or null; the tried scales, and zeros unless null, [groups, tries] -> best [groups], the
-// first try of least error. The table has p = 1 and no rows of its own. Results depend on neither level nor threads.
+// Which of a group's scales rounds it best: x [groups, size]; importance [period, size], or null: weights of the
+// squared errors, group g has row g % period; the tried scales, and zeros unless null, [groups, tries] -> best
+// [groups], the first try of least error. The table has p = 1 and no rows of its own. Results depend on neither level
+// nor threads.
 PALEY_EXPORT int32_t paley_search_scales(const paley_table* table, const float* x, int64_t groups, int32_t size,
                                          const float* importance, int64_t period, const float* scales,
                                          const float* zeros, int32_t tries, int32_t level, int32_t threads,

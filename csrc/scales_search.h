@@ -70,12 +70,12 @@ class ScaleSearch {
 };
 
 void search_scales(const ScalesTask& task) {
-  constexpr int64_t PIECE = 64;  // groups
+  const int64_t piece = std::max<int64_t>(1, 4096 / task.size);  // groups
   std::atomic<int64_t> next{0};
   run_workers(task.threads, [&] {
     const ScaleSearch search(task);
-    for (int64_t begin; (begin = next.fetch_add(PIECE)) < task.groups;) {
-      for (int64_t g = begin; g < std::min(begin + PIECE, task.groups); ++g) task.best[g] = search.best(g);
+    for (int64_t begin; (begin = next.fetch_add(piece)) < task.groups;) {
+      for (int64_t g = begin; g < std::min(begin + piece, task.groups); ++g) task.best[g] = search.best(g);
     }
   });
 }

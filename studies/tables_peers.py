@@ -13,8 +13,8 @@ Off-grid equals of published models (`studies.off_grid`), so that no tool profit
 *Bits*: of all tensors, embedding and head included; of names that end in e16 those of the blocks alone. *At no more
 bits*: the best row of others that is no larger, and how much less ours loses than it. *For no more loss*: the smallest
 row of others that loses no more, and how many times as large it is. Rows called GPTQ, diagonal, budget or gguf,
-AutoRound, llm-compressor, GPTQModel, and llama.cpp's importance matrix have seen the calibration text; higgs-4, hqq and
-nf4 look at weights alone, and leave the embedding in 16 bits, as AutoRound, llm-compressor and GPTQModel do. By itself
+AutoRound, llm-compressor, GPTQModel, and llama.cpp's importance matrix have seen the calibration text; p2n256, hqq and
+nf4 look at weights alone. AutoRound, llm-compressor, GPTQModel, hqq and nf4 leave the embedding in 16 bits. By itself
 llama.cpp keeps a tied embedding at 8 bits; rows with a type of the embedding ask for less.
 `python -m studies.peers OFFGRID --text FILE --test-text FILE --seq-len 512 --gguf FILE`
 """

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not available(), reason="the native kernels were
 # grid, group size, scale rule
 CASES = [
     ("uint4", 32, "signed"), ("uint5", 4, "signed"), ("uint4", 20, "mse"), ("int4", None, "mse"), ("odd3", None, "mse"),
-    ("nf4", 20, "mse"), ("int8", None, "mse"),
+    ("nf4", 20, "mse"), ("gauss5", 20, "mse"), ("int8", None, "mse"),
 ]  # fmt: skip
 
 

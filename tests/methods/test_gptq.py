@@ -214,13 +214,24 @@ def test_damping_by_tokens_loses_less_on_other_text(tokens):
 
 
 @pytest.mark.parametrize(("grid", "rule"), [("uint3", "mse"), ("uint4", "signed"), ("int3", "mse")])
-@pytest.mark.parametrize("method", ["nearest", "gptq"])
-def test_scales_for_the_inputs_lose_less_where_some_are_loud(grid, rule, method):
+def test_scales_for_the_inputs_lose_less_where_some_are_loud(grid, rule):
     weight, inputs, _ = problem()
     inputs = inputs * torch.tensor([8.0, 1, 1, 1]).repeat(8)
     s = statistics(inputs, inputs)
     lost = {
-        search: loss(weight, quantize_gptq(weight, s, WeightScheme(grid, 16, method, search, sweeps=0)), inputs, inputs)
+        search: loss(weight, quantize_gptq(weight, s, WeightScheme(grid, 16, "gptq", search, sweeps=0)), inputs, inputs)
         for search in (rule, f"{rule}_diagonal")
     }
     assert lost[f"{rule}_diagonal"] < 0.9 * lost[rule]
+    assert not WeightScheme(grid, 16, "nearest", f"{rule}_diagonal").needs_data
+
+
+def test_scales_are_of_finite_weights_and_inputs():
+    weight, inputs, _ = problem()
+    scheme, damaged = WeightScheme("uint4", 16, "gptq", "mse_diagonal"), weight.clone()
+    damaged[2, 5] = torch.nan
+    with pytest.raises(PaleyError, match="layer 3: 1 of 768 values are NaN or infinite; repair the checkpoint"):
+        quantize_nearest(damaged, scheme, "layer 3")
+    inputs[3, 4] = torch.nan
+    with pytest.raises(PaleyError, match="layer 3"):
+        quantize_gptq(weight, statistics(inputs, inputs), scheme, where="layer 3")

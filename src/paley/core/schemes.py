@@ -31,7 +31,7 @@ def _check_scale(where: str, key: str, grid: FixedGrid, scale: str) -> None:
     name = grid.name
     by_rms = scale in ("rms", "unbiased")
     if scale.startswith("signed") and not grid.affine:
-        raise PaleyError(f"{where}: grid {name!r} has no zero point, which {key} 'signed' chooses; set 'mse'")
+        raise PaleyError(f"{where}: grid {name!r} has no zero point, which {key} {scale!r} chooses; set 'mse'")
     if grid.affine and by_rms:
         raise PaleyError(f"{where}: grid {name!r} has a zero point and needs {key} 'absmax'")
     if (grid.p > 1 or grid.sequential) and not by_rms:
@@ -50,7 +50,7 @@ class WeightScheme:
     finds the codes like "rms" and then stretches each group to the length of its weight (gptq refits its own scales).
     "signed" is "mse" on a grid with a zero point that is one of the two codes in the middle, so that a scale with a
     sign can stand for the two: d · (c - 8) of 4-bit codes, with d < 0 where 7 is the zero (ggml's Q4_0, Q5_0).
-    "mse_diagonal" and "signed_diagonal" weigh the squared errors by the diagonal of the Hessian H = X^T X.
+    With gptq "mse_diagonal" and "signed_diagonal" weigh the squared errors by the diagonal of the damped Hessian X^T X.
     The points of free grids come from expectation maximization (arXiv:2504.05352): "em" weighs all errors alike,
     "em_diagonal" by that diagonal, "em_inverse" by 1 / [H^-1]_ii^2.
     sweeps: rounds of scale refit and coordinate descent after GPTQ; on a sequential grid any number is one refit.
@@ -86,11 +86,11 @@ class WeightScheme:
     @property
     def needs_data(self) -> bool:
         """Whether codes depend on the layer's inputs."""
-        return self.method == "gptq" or self.scale_search.endswith(("_diagonal", "_inverse"))
+        return self.method == "gptq" or self.scale_search in ("em_diagonal", "em_inverse")
 
     @property
     def without_data(self) -> WeightScheme:
-        """The same for weights whose inputs nobody saw: rounded to nearest, all errors weighed alike."""
+        """The same for weights without calibration inputs: rounded to nearest, all errors weighed alike."""
         alike: Any = self.scale_search.removesuffix("_diagonal").removesuffix("_inverse")
         return replace(self, method="nearest", scale_search=alike)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from paley.core.errors import PaleyError
 
-__all__ = ["fit_centroids"]
+__all__ = ["check_finite", "fit_centroids"]
 
 _MIN_SIZE, _MAX_SIZE = 2, 16
 _BLOCK = 2**18  # values at a time: about ten float64 copies of them exist, and should fit the cache
@@ -182,8 +182,7 @@ def _check(values: Tensor, importance: Tensor | None, size: int, mirrored: bool,
         raise PaleyError(f"{where}: needs at least one round of EM, got {rounds}; 20 is usual")
     if values.ndim != 3 or not values.shape[-1]:
         raise PaleyError(f"{where}: values must be [rows, groups, k >= 1], got {list(values.shape)}; split into groups")
-    if bad := int((~values.isfinite()).sum()):
-        raise PaleyError(f"{where}: {bad} of {values.numel()} values are NaN or infinite; repair the checkpoint")
+    check_finite(values, importance, where)
     if importance is None:
         return
     fits = importance.ndim <= 3 and all(
@@ -194,7 +193,13 @@ def _check(values: Tensor, importance: Tensor | None, size: int, mirrored: bool,
             f"{where}: importance {list(importance.shape)} does not fit values {list(values.shape)}; give one for each"
             " column of each group"
         )
-    if bad := int((~(importance.isfinite() & (importance >= 0))).sum()):
+
+
+def check_finite(values: Tensor, importance: Tensor | None, where: str) -> None:
+    """Raises PaleyError for values [...] or importances [...], weights of squared errors, that scales cannot be of."""
+    if bad := int((~values.isfinite()).sum()):
+        raise PaleyError(f"{where}: {bad} of {values.numel()} values are NaN or infinite; repair the checkpoint")
+    if importance is not None and (bad := int((~(importance.isfinite() & (importance >= 0))).sum())):
         raise PaleyError(
             f"{where}: {bad} of {importance.numel()} importances are NaN, infinite or negative; damp the Hessian"
         )

@@ -25,7 +25,7 @@ from paley.core.rounding import (
 from paley.core.schemes import WeightScheme
 from paley.core.transforms import Transform
 from paley.kernels import scales as kernel
-from paley.methods.binary import fit_centroids
+from paley.methods.binary import check_finite, fit_centroids
 
 __all__ = [
     "Error", "gaussian_error", "gaussian_spread", "quantize_nearest", "quantize_turned", "turned_error",
@@ -33,7 +33,8 @@ __all__ = [
 ]  # fmt: skip
 
 _SHRINK_STEPS = 80  # clip ratios 1.00, 0.99, ... 0.21, as in GPTQ's reference runs
-_SEARCHED = 2**18  # values whose scales are searched together: the tried scales take up to 40 bytes a value
+_SEARCHED = 2**18  # values whose scales are searched together on a CPU: in groups of 32 the tries take 80 bytes a value
+_SEARCHED_AWAY = 2**22  # likewise on other devices
 _SAMPLES = 2**17
 _CHUNK = 2**20  # values rounded together: a CPU cache holds them, which halves the time
 _VECTORS = 2**16
@@ -59,7 +60,8 @@ def weight_scales(
     starts = _either_sign if scheme.signed else _absmax
     if importance is not None:
         importance = split_groups(importance.float(), scheme.group_size, where)
-    few = max(1, _SEARCHED // weight.shape[1])
+    check_finite(groups, importance, where)
+    few = max(1, (_SEARCHED if weight.device.type == "cpu" else _SEARCHED_AWAY) // weight.shape[1])
     scales, zeros = zip(*(_least_error(some, grid, starts, importance) for some in groups.split(few)), strict=True)
     return torch.cat(scales), torch.cat(zeros) if grid.affine else None
 
