@@ -54,7 +54,7 @@ def quantize_gptq(
     order = torch.arange(weight.shape[1], device=weight.device)
     if scheme.method == "gptq" or scheme.scale_search == "em_inverse":
         _check_damping(metric, damp, where)
-    importance = _importance(metric, scheme.scale_search)
+    importance = _importance(metric, scheme.scale_search) if scheme.needs_data else None
     if outlier_columns is not None:
         chosen = torch.zeros_like(order, dtype=torch.bool).index_fill(0, outlier_columns.long(), True)
         order = torch.cat([order[~chosen], order[chosen]])
