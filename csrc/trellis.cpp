@@ -16,8 +16,8 @@ bool known(const paley_trellis& grid) {
 
 bool valid(const paley::TrellisTask& t) {
   const paley_trellis& grid = t.trellis;
-  if (!t.x || !t.scales || !t.states || !t.codes || !known(grid) || !grid.whole) return false;
-  if (!(grid.unit > 0)) return false;
+  if (!t.x || !t.scales || !t.states || !t.codes || !known(grid) || !grid.costs) return false;
+  if (!(grid.unit > 0) || grid.levels < 1 || grid.levels % 2 == 0 || grid.levels > 1 << 16) return false;
   if (t.rows < 0 || t.columns < 0 || t.wide < t.columns || t.wide > 1 << 30) return false;
   if (t.keep < 1 || t.ahead < 0 || t.threads < 1) return false;
   // An end can be reached from any state in as many steps as make a state.
@@ -82,7 +82,8 @@ extern "C" int32_t paley_trellis_codes(const paley_trellis* trellis, int32_t row
   try {
 #if PALEY_X86
     const bool words = __builtin_cpu_supports("avx512bw");
-    if (level == PALEY_AVX512 && words) return paley::avx512::trellis(task), PALEY_OK;
+    const bool wide = 1 << (trellis->state_bits - trellis->bits) >= 64;  // as many as its bytes
+    if (level == PALEY_AVX512 && words && wide) return paley::avx512::trellis(task), PALEY_OK;
     if (level >= PALEY_AVX2) return paley::avx2::trellis(task), PALEY_OK;
 #endif
     return paley::portable::trellis(task), PALEY_OK;

@@ -1,64 +1,60 @@
 // Viterbi's search for the codes of least squared error, once for each instruction set: included inside a namespace,
-// after its lanes of W words. src/paley/core/trellis.py has its meaning: integers, and float32 operations rounded one
+// after its lanes of W bytes. src/paley/core/trellis.py has its meaning: integers, and float32 operations rounded one
 // by one, in its order.
 
-constexpr uint16_t NEVER = 65535;
-constexpr uint16_t HIGH = 4096;  // from here on the least cost is taken off all
+constexpr uint8_t NEVER = 255;
 
 // The rows of one thread, one after the other. P: values of a step; K: codes of a step.
 template <int P, int K>
 struct Search {
   static constexpr int size = 1 << TRELLIS_STATE_BITS, overlaps = size / K;
   const TrellisTask& task;
-  const int bits = task.trellis.bits;
+  const int bits = task.trellis.bits, levels = task.trellis.levels;
   const int steps = (task.columns + P - 1) / P, all_steps = (task.wide + P - 1) / P;
   const int most = std::min(task.keep + task.ahead, all_steps);
-  std::vector<uint16_t> cost = std::vector<uint16_t>((most + size_t{1}) * overlaps);
-  std::vector<int16_t> y = std::vector<int16_t>(size_t{1} * most * P);
+  std::vector<uint8_t> cost = std::vector<uint8_t>((most + size_t{1}) * overlaps);
+  std::vector<int32_t> y = std::vector<int32_t>(size_t{1} * most * P);  // levels
   std::vector<float> work = std::vector<float>(size_t{1} * all_steps * P);
   std::vector<int32_t> found = std::vector<int32_t>(most);
 
-  std::vector<int16_t> by_overlap = std::vector<int16_t>(size_t{P} * size);  // states with the same low bits
+  explicit Search(const TrellisTask& task) : task(task) {}
 
-  explicit Search(const TrellisTask& task) : task(task) {
-    for (int s = 0; s < P * size; ++s) {
-      by_overlap[s / size * size + s % overlaps * K + s % size / overlaps] = task.trellis.whole[s];
-    }
+  // The costs of all states: of the i-th of their values, at its level.
+  const uint8_t* costs_at(const int32_t* at, int i) const {
+    return task.trellis.costs + (size_t{1} * i * levels + at[i]) * size;
   }
 
   // before, after [overlaps]: the least cost of each way to share low bits with the next state. State s comes from
   // overlap s / K, and its low bits are s % overlaps.
-  PALEY_INLINE void step(const int16_t* values, const uint16_t* before, uint16_t* after) const {
-    Words wanted[P], least = all(NEVER);
-    for (int i = 0; i < P; ++i) wanted[i] = all(static_cast<uint16_t>(values[i]));
-    const int16_t* whole = task.trellis.whole;
-    for (size_t t = 0; t < overlaps; t += W, whole += W) {
-      Words best = all(NEVER);
-      const uint16_t* from = before + t / K;
+  PALEY_INLINE void step(const int32_t* at, const uint8_t* before, uint8_t* after) const {
+    const uint8_t* costs[P];
+    for (int i = 0; i < P; ++i) costs[i] = costs_at(at, i);
+    Bytes least = all(NEVER);
+    for (size_t t = 0; t < overlaps; t += W) {
+      Bytes best = all(NEVER);
       PALEY_UNROLL_16 for (size_t j = 0; j < K; ++j) {
-        Words sum = spread_over<K>(from + j * overlaps / K);
-        for (size_t i = 0; i < P; ++i) sum = plus(sum, square(less(wanted[i], load(whole + i * size + j * overlaps))));
+        Bytes sum = spread_over<K>(before + t / K + j * overlaps / K);
+        for (int i = 0; i < P; ++i) sum = plus(sum, load(costs[i] + t + j * overlaps));
         best = min(sum, best);
       }
       store(after + t, best);
       least = min(best, least);
     }
-    const uint16_t low = least_of(least);
-    if (low < HIGH) return;
+    const uint8_t low = least_of(least);
+    if (low == 0) return;
     for (int t = 0; t < overlaps; t += W) store(after + t, minus(load(after + t), all(low)));
   }
 
   // -> which of the states with these low bits had the least cost, the first of equal ones. Those of `known` bits must
   // be those of `start`.
-  int chosen(const int16_t* values, const uint16_t* before, int overlap, int known, int start) const {
+  int chosen(const int32_t* at, const uint8_t* before, int overlap, int known, int start) const {
     uint32_t keys[K], best = ~uint32_t{0};
-    for (int j = 0; j < K; ++j) keys[j] = before[(j * overlaps + overlap) / K];
-    for (int i = 0; i < P; ++i) {
-      const int16_t* whole = by_overlap.data() + i * size + overlap * K;
-      for (int j = 0; j < K; ++j) {
-        const int32_t off = std::clamp(values[i] - whole[j], -32768, 32767);
-        keys[j] = std::min<uint32_t>(keys[j] + static_cast<uint32_t>((off * off + 16384) >> 15), NEVER);
-      }
+    const uint8_t* costs[P];
+    for (int i = 0; i < P; ++i) costs[i] = costs_at(at, i) + overlap;
+    for (int j = 0; j < K; ++j) {
+      uint32_t sum = before[(j * overlaps + overlap) / K];
+      for (int i = 0; i < P; ++i) sum += costs[i][j * overlaps];
+      keys[j] = std::min<uint32_t>(sum, NEVER);
     }
     for (int j = 0; j < K && known; ++j) {
       if (((j * overlaps + overlap) ^ start) & known) keys[j] = NEVER + 1;
@@ -83,11 +79,13 @@ struct Search {
     }
   }
 
-  // To the nearest whole number, of two the even one.
-  static int16_t whole(float x) {
-    x = x > -32767.0f ? x : -32767.0f;
-    x = x < 32767.0f ? x : 32767.0f;
-    return static_cast<int16_t>((x + 0x1.8p23f) - 0x1.8p23f);
+  // The nearest level, of two the even one.
+  int32_t level(float x) const {
+    const int32_t reach = levels / 2;
+    const float far = static_cast<float>(reach);
+    x = x > -far ? x : -far;
+    x = x < far ? x : far;
+    return static_cast<int32_t>((x + 0x1.8p23f) - 0x1.8p23f) + reach;
   }
 
   void row(int r) {
@@ -100,7 +98,7 @@ struct Search {
       const int stop = std::min(start + task.keep, steps), end = std::min(stop + task.ahead, all_steps);
       for (int i = start * P; i < end * P; ++i) {
         const float value = i < task.wide ? work[i] / scales[i * task.scale_column] : 0.0f;
-        y[i - start * P] = whole(value * task.trellis.unit);
+        y[i - start * P] = level(value * task.trellis.unit);
       }
       run(end - start, state, task.ends && end == all_steps ? task.ends[r] & (overlaps - 1) : -1);
       for (int i = start; i < stop; ++i) task.codes[int64_t{r} * steps + i] = found[i - start] & (K - 1);

@@ -19,7 +19,7 @@ LEVELS = native.LEVELS[: native.LEVELS.index(native.best_level()) + 1] if native
 
 
 def tables(grid: trellis.TrellisGrid) -> tuple[torch.Tensor, torch.Tensor, float]:
-    return grid.table, grid.whole, grid.search_scale
+    return grid.table, grid.costs, grid.search_scale
 
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -43,21 +43,20 @@ def test_it_is_better_than_any_table_of_vectors(bits):
 
 def test_the_path_is_the_best_of_all():
     """Against every row of codes, on a small trellis: 4 state bits, codes of one bit."""
-    table, y = ((800 * x).int() for x in (gaussian(1, 16, seed=1), gaussian(3, 6, 1, seed=2)))
+    table, y = ((8 * x).long() + 40 for x in (gaussian(1, 16, seed=1), gaussian(3, 6, 1, seed=2)))
+    costs = ((torch.arange(80)[:, None] - table[:, None]).square() // 4).clamp(max=254).to(torch.uint8)
     states = torch.tensor([0, 5, -1], dtype=torch.int32)
-    path = trellis._viterbi(y, table, 1, states, None)
+    path = trellis._viterbi(y, costs, 1, states, None)
     for row, start, found in zip(y[:, :, 0], states.tolist(), path, strict=True):
-        costs = {}
+        sums = {}
         for begin in range(16) if start < 0 else [start]:
             for codes in itertools.product(range(2), repeat=6):
                 state, walked = begin, []
                 for code in codes:
                     state = (2 * state + code) % 16
                     walked.append(state)
-                costs[tuple(walked)] = float((row - table[0, walked]).square().sum())
-        best = min(costs.values())
-        assert float((row - table[0, found]).square().sum()) == pytest.approx(best, rel=1e-5)
-        assert tuple(found.tolist()) in costs
+                sums[tuple(walked)] = int(costs[0, row, walked].sum())
+        assert sums[tuple(found.tolist())] == min(sums.values())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -79,7 +78,7 @@ def test_a_row_is_a_ring(name):
 def test_short_rows_have_no_seam_that_costs():
     grid, x = grids.load("trellis2"), gaussian(64, 48)
     error = float((grid.look_up(grid.search(x)) - x).square().mean() / x.square().mean())
-    assert error < 1.1 * grid.mse
+    assert error < 1.12 * grid.mse
 
 
 @pytest.mark.parametrize("name", NAMES)

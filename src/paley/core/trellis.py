@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import re
 from dataclasses import dataclass, field
 from importlib import resources
@@ -39,12 +38,11 @@ __all__ = [
 STATE_BITS = 12
 HALF_BITS = 6
 KEEP = 480  # codes decided at a time, of a search without feedback
-COST = 64  # of an error as large as is usual, if the finest integers allow it
-MOST_FINE = 250
-HIGH = 4096  # from here on the least cost of a path is taken off all
+REACH = 132  # greatest level in the codebook's integers, a little beyond the greatest value
+MOST_COST = 254  # of a code: the best path never costs as much as one that does not exist
 _BYTES = 2**26  # of the PyTorch code's memory, about
 _TILE = 2**20  # codes decoded at a time
-_NEVER = 2**16 - 1
+_NEVER = 2**8 - 1
 
 
 @dataclass(frozen=True)
@@ -128,20 +126,27 @@ class TrellisGrid(Fixed):
         return self.codebook.values.float() * self.step_size
 
     @property
+    def usual_error(self) -> float:
+        """About the root mean square, in the codebook's integers."""
+        return 1.1 * 2**-self.bits / self.step_size
+
+    @property
     def fineness(self) -> int:
-        """What integers are multiplied by for the search."""
-        rms = 1.1 * 2**-self.bits / self.step_size  # of errors
-        return min(MOST_FINE, round(math.sqrt(COST * 2**15) / rms))
+        """Levels of an integer: what is searched for is rounded to them."""
+        return 2 if self.usual_error < 4 else 1
 
     @property
     def search_scale(self) -> float:
-        """As `fineness`, of values."""
+        """Levels of the value 1."""
         return torch.tensor(self.fineness / self.step_size, dtype=torch.float32).item()
 
     @functools.cached_property
-    def whole(self) -> Tensor:
-        """int16 [p, 2^STATE_BITS]: the table times `search_scale`."""
-        return (self.codebook.values * self.fineness).short()
+    def costs(self) -> Tensor:
+        """uint8 [p, levels, 2^STATE_BITS]: squared errors of each state's values; a usual one is 2."""
+        levels = torch.arange(-REACH * self.fineness, REACH * self.fineness + 1)
+        off = levels[:, None] - self.codebook.values[:, None] * self.fineness
+        of_one = max(1, round((self.fineness * self.usual_error) ** 2 / 2))
+        return ((2 * off * off + of_one) // (2 * of_one)).clamp(max=MOST_COST // self.p).to(torch.uint8)
 
     def check_width(self, width: int, where: str) -> None:
         """Raises for rows too short to close the ring."""
@@ -191,7 +196,7 @@ class TrellisGrid(Fixed):
             columns,
             scales,
             self.table.to(x.device),
-            self.whole.to(x.device),
+            self.costs.to(x.device),
             self.search_scale,
             self.bits_per_code,
             states,
@@ -247,7 +252,7 @@ def _neighbours(name: str) -> str:
 
 
 def reference(
-    x: Tensor, columns: int, scales: Tensor, table: Tensor, whole: Tensor, unit: float, bits: int,
+    x: Tensor, columns: int, scales: Tensor, table: Tensor, costs: Tensor, unit: float, bits: int,
     states: Tensor, ends: Tensor | None, spread: Tensor | None, keep: int, ahead: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`TrellisGrid.codes` in plain torch. Each float32 operation is rounded by itself, in one order."""
@@ -255,7 +260,7 @@ def reference(
     few = max(1, _BYTES // ((keep + ahead) * (size >> bits) + 8 * size))
     parts = [
         _some_rows(
-            x[rows], columns, scales[rows], table, whole, unit, bits, states[rows],
+            x[rows], columns, scales[rows], table, costs, unit, bits, states[rows],
             None if ends is None else ends[rows], spread, keep, ahead,
         )
         for rows in (slice(start, start + few) for start in range(0, max(len(x), 1), few))
@@ -280,9 +285,10 @@ def reference_values(codes: Tensor, table: Tensor, bits: int) -> Tensor:
 
 
 def _some_rows(
-    x: Tensor, columns: int, scales: Tensor, table: Tensor, whole: Tensor, unit: float, bits: int,
+    x: Tensor, columns: int, scales: Tensor, table: Tensor, costs: Tensor, unit: float, bits: int,
     states: Tensor, ends: Tensor | None, spread: Tensor | None, keep: int, ahead: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    reach = costs.shape[1] // 2
     p, wide = len(table), x.shape[1]
     steps, all_steps = -(-columns // p), -(-wide // p)
     work, errors, codes = x.clone(), x.new_zeros(len(x), columns if spread is not None else 0), []
@@ -291,9 +297,9 @@ def _some_rows(
         end = min(stop + ahead, all_steps)
         here = slice(start * p, min(end * p, wide))
         y = torch.nn.functional.pad(work[:, here] / scales[:, here], (0, end * p - here.stop)).unflatten(1, (-1, p))
-        y = (y * unit).clamp(-32767, 32767).round().int()
+        y = (y * unit).clamp(-reach, reach).round().long() + reach
         last = ends if end == all_steps else None
-        path = _viterbi(y, whole.int(), bits, states, last)[:, : stop - start]
+        path = _viterbi(y, costs, bits, states, last)[:, : stop - start]
         codes.append(path & (2**bits - 1))
         states = path[:, -1]
         if spread is not None:
@@ -309,13 +315,12 @@ def _some_rows(
     return torch.cat(codes, 1).int(), states.int(), errors
 
 
-def _viterbi(y: Tensor, table: Tensor, bits: int, states: Tensor, ends: Tensor | None) -> Tensor:
-    """y, table int32 -> states int64 [rows, steps] of the path of least cost; of equal ones the first.
+def _viterbi(y: Tensor, costs: Tensor, bits: int, states: Tensor, ends: Tensor | None) -> Tensor:
+    """Levels y int64 [rows, steps, p], costs [p, levels, size] -> states int64 [rows, steps] of the path of least cost.
 
-    All is in integers of 16 bits: squares of differences are divided by 2^15 and rounded, and what does not fit becomes
-    the largest that does.
+    Of equal ones it is the first. Sums that do not fit into 8 bits become 255; after each step the least is taken off.
     """
-    p, size = table.shape
+    p, _, size = costs.shape
     overlaps = size >> bits
     cost = torch.full((len(y), overlaps), _NEVER, dtype=torch.int32, device=y.device)
     cost[states < 0] = 0
@@ -324,15 +329,13 @@ def _viterbi(y: Tensor, table: Tensor, bits: int, states: Tensor, ends: Tensor |
     for step, values in enumerate(y.unbind(1)):
         of_each = cost.repeat_interleave(2**bits, 1)
         for i in range(p):
-            off = (values[:, i, None] - table[i]).clamp(-(2**15), 2**15 - 1)
-            of_each = (of_each + (off * off + 2**14 >> 15)).clamp(max=_NEVER)
+            of_each = (of_each + costs[i, values[:, i]]).clamp(max=_NEVER)
         cost = of_each.unflatten(1, (2**bits, overlaps)).amin(1)
         if (moved := (step + 1) * bits) < size.bit_length() - 1:  # a state that holds other bits of the first is none
             other = (number >> moved) != (states[:, None].long() << moved) % size >> moved
             of_each = of_each.masked_fill(other & (states >= 0)[:, None], _NEVER + 1)
         chosen.append(of_each.unflatten(1, (2**bits, overlaps)).argmin(1).to(torch.uint8))
-        least = cost.amin(1, keepdim=True)
-        cost = torch.where(least < HIGH, cost, cost - least)
+        cost = cost - cost.amin(1, keepdim=True)
     overlap = cost.argmin(1) if ends is None else ends.long() % overlaps
     path = []
     for at in reversed(chosen):
@@ -344,7 +347,7 @@ def _viterbi(y: Tensor, table: Tensor, bits: int, states: Tensor, ends: Tensor |
 
 _LIBRARY = torch.library.Library("paley", "FRAGMENT")
 _LIBRARY.define(
-    "trellis_codes(Tensor x, int columns, Tensor scales, Tensor table, Tensor whole, float unit, "
+    "trellis_codes(Tensor x, int columns, Tensor scales, Tensor table, Tensor costs, float unit, "
     "int bits, Tensor states, Tensor? ends, Tensor? spread, int keep, int ahead) -> (Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define("trellis_values(Tensor codes, Tensor table, int bits) -> Tensor")
