@@ -27,8 +27,8 @@ def rate(grid: trellis.TrellisGrid, x: torch.Tensor, keep: int, ahead: int) -> f
     for _ in range(RUNS):
         start = time.thread_time()
         trellis_codes.codes(
-            x, x.shape[1], ones, grid.table, grid.costs, grid.search_scale, grid.bits_per_code, free, None, None, keep,
-            ahead, threads=1,
+            x, x.shape[1], ones, grid.table, grid.levels, grid.costs, grid.search_scale, grid.bits_per_code, free,
+            None, None, keep, ahead, threads=1,
         )  # fmt: skip
         best = max(best, x.numel() / (time.thread_time() - start))
     return best

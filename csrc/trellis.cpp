@@ -16,8 +16,10 @@ bool known(const paley_trellis& grid) {
 
 bool valid(const paley::TrellisTask& t) {
   const paley_trellis& grid = t.trellis;
-  if (!t.x || !t.scales || !t.states || !t.codes || !known(grid) || !grid.costs) return false;
-  if (!(grid.unit > 0) || grid.levels < 1 || grid.levels % 2 == 0 || grid.levels > 1 << 16) return false;
+  if (!t.x || !t.scales || !t.states || !t.codes || !known(grid) || !grid.costs || !grid.whole) return false;
+  if (!(grid.unit > 0) || grid.levels < 1 || grid.levels > 2 * paley::FARTHEST + 1 || grid.levels % 2 == 0) {
+    return false;
+  }
   if (t.rows < 0 || t.columns < 0 || t.wide < t.columns || t.wide > 1 << 30) return false;
   if (t.keep < 1 || t.ahead < 0 || t.threads < 1) return false;
   // An end can be reached from any state in as many steps as make a state.

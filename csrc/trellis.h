@@ -3,11 +3,32 @@
 
 #include <stdint.h>
 
+#include <cstring>
+
 #include "paley.h"
 
 namespace paley {
 
-constexpr int TRELLIS_STATE_BITS = 12;
+constexpr int TRELLIS_STATE_BITS = 12, STATES = 1 << TRELLIS_STATE_BITS;
+constexpr int FARTHEST = 3840;  // greatest level
+
+template <class T>
+T read(const void* p) {
+  T a;
+  std::memcpy(&a, p, sizeof a);
+  return a;
+}
+
+// Lane i of W has i / K.
+template <int W, int K>
+struct Repeats {
+  alignas(W) uint8_t lanes[W] = {};
+  constexpr Repeats() {
+    for (int i = 0; i < W; ++i) lanes[i] = i / K;
+  }
+};
+template <int W, int K>
+constexpr Repeats<W, K> REPEATS;
 
 struct TrellisTask {
   const paley_trellis& trellis;

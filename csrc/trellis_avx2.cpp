@@ -5,7 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <vector>
 
@@ -30,30 +30,23 @@ PALEY_INLINE uint8_t least_of(Bytes a) {
   return static_cast<uint8_t>(_mm_extract_epi16(_mm_minpos_epu16(_mm_and_si128(b, _mm_set1_epi16(255))), 0));
 }
 
+// The N bytes at p, again and again.
+template <int N>
+PALEY_INLINE Bytes again(const uint8_t* p) {
+  if constexpr (N == 1) return all(*p);
+  if constexpr (N == 2) return _mm256_set1_epi16(read<int16_t>(p));
+  if constexpr (N == 4) return _mm256_set1_epi32(read<int32_t>(p));
+  if constexpr (N == 8) return _mm256_set1_epi64x(read<int64_t>(p));
+}
+
 // Bytes p[0], p[0], .., p[1], ..: K of each.
 template <int K>
-PALEY_INLINE Bytes spread_over(const uint8_t* p) {
-  if constexpr (K >= W) {
-    return all(*p);
-  } else if constexpr (K == 16) {
-    int16_t two;
-    std::memcpy(&two, p, sizeof two);
-    const Bytes lanes = _mm256_set_epi64x(0x0101010101010101, 0x0101010101010101, 0, 0);
-    return _mm256_shuffle_epi8(_mm256_set1_epi16(two), lanes);
-  } else if constexpr (K == 8) {
-    int32_t four;
-    std::memcpy(&four, p, sizeof four);
-    const Bytes lanes = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);
-    return _mm256_shuffle_epi8(_mm256_set1_epi32(four), lanes);
-  } else if constexpr (K == 4) {
-    int64_t eight;
-    std::memcpy(&eight, p, sizeof eight);
-    const Bytes lanes =
-        _mm256_set_epi64x(0x0707070706060606, 0x0505050504040404, 0x0303030302020202, 0x0101010100000000);
-    return _mm256_shuffle_epi8(_mm256_set1_epi64x(eight), lanes);
-  } else {
-    const Bytes wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    return _mm256_or_si256(wide, _mm256_slli_epi16(wide, 8));
+PALEY_INLINE Bytes repeated(const uint8_t* p) {
+  if constexpr (K >= W) return again<1>(p);
+  if constexpr (K > 2 && K < W) return _mm256_shuffle_epi8(again<W / K>(p), load(REPEATS<W, K>.lanes));
+  if constexpr (K == 2) {
+    const Bytes words = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_or_si256(words, _mm256_slli_epi16(words, 8));
   }
 }
 

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <vector>
 
@@ -45,7 +45,7 @@ PALEY_INLINE uint8_t least_of(const Bytes& a) { return *std::min_element(a.lanes
 
 // Bytes p[0], p[0], .., p[1], ..: K of each.
 template <int K>
-PALEY_INLINE Bytes spread_over(const uint8_t* p) {
+PALEY_INLINE Bytes repeated(const uint8_t* p) {
   return each([=](int i) { return p[i / K]; });
 }
 

@@ -1,91 +1,130 @@
 // Viterbi's search for the codes of least squared error, once for each instruction set: included inside a namespace,
 // after its lanes of W bytes. src/paley/core/trellis.py has its meaning: integers, and float32 operations rounded one
-// by one, in its order.
+// by one, in its order. A step has the sums of all paths by overlap, the low bits of a state that the next one has as
+// its high bits: state s comes from overlap s / K and leads to overlap s % overlaps. `step` makes those after it, less
+// the least of them; `sum` is that of one state.
 
-constexpr uint8_t NEVER = 255;
-
-// The rows of one thread, one after the other. P: values of a step; K: codes of a step.
+// Costs of a step's states in 8 bits, from the table's list for each of its levels. Sums that do not fit become MOST.
 template <int P, int K>
-struct Search {
-  static constexpr int size = 1 << TRELLIS_STATE_BITS, overlaps = size / K;
-  const TrellisTask& task;
-  const int bits = task.trellis.bits, levels = task.trellis.levels;
-  const int steps = (task.columns + P - 1) / P, all_steps = (task.wide + P - 1) / P;
-  const int most = std::min(task.keep + task.ahead, all_steps);
-  std::vector<uint8_t> cost = std::vector<uint8_t>((most + size_t{1}) * overlaps);
-  std::vector<int32_t> y = std::vector<int32_t>(size_t{1} * most * P);  // levels
-  std::vector<float> work = std::vector<float>(size_t{1} * all_steps * P);
-  std::vector<int32_t> found = std::vector<int32_t>(most);
+struct Listed {
+  using Sum = uint8_t;
+  using Key = uint32_t;  // of a sum and one of K states
+  static constexpr Sum MOST = 255;
+  const uint8_t* costs[P];
 
-  explicit Search(const TrellisTask& task) : task(task) {}
-
-  // The costs of all states: of the i-th of their values, at its level.
-  const uint8_t* costs_at(const int32_t* at, int i) const {
-    return task.trellis.costs + (size_t{1} * i * levels + at[i]) * size;
+  Listed(const paley_trellis& grid, const int32_t* levels) {
+    for (int i = 0; i < P; ++i) {
+      const int32_t place = levels[i] + grid.levels / 2;
+      costs[i] = grid.costs + (size_t{1} * i * grid.levels + place) * STATES;
+    }
   }
 
-  // before, after [overlaps]: the least cost of each way to share low bits with the next state. State s comes from
-  // overlap s / K, and its low bits are s % overlaps.
-  PALEY_INLINE void step(const int32_t* at, const uint8_t* before, uint8_t* after) const {
-    const uint8_t* costs[P];
-    for (int i = 0; i < P; ++i) costs[i] = costs_at(at, i);
-    Bytes least = all(NEVER);
+  Sum sum(Sum before, size_t state) const {
+    int of_state = before;
+    for (int i = 0; i < P; ++i) of_state += costs[i][state];
+    return static_cast<Sum>(std::min<int>(of_state, MOST));
+  }
+
+  void step(const Sum* before, Sum* after) const {
+    constexpr size_t overlaps = STATES / K;
+    Bytes least = all(MOST);
     for (size_t t = 0; t < overlaps; t += W) {
-      Bytes best = all(NEVER);
+      Bytes best = all(MOST);
       PALEY_UNROLL_16 for (size_t j = 0; j < K; ++j) {
-        Bytes sum = spread_over<K>(before + t / K + j * overlaps / K);
-        for (int i = 0; i < P; ++i) sum = plus(sum, load(costs[i] + t + j * overlaps));
-        best = min(sum, best);
+        Bytes of_states = repeated<K>(before + t / K + j * overlaps / K);
+        for (int i = 0; i < P; ++i) of_states = plus(of_states, load(costs[i] + t + j * overlaps));
+        best = min(of_states, best);
       }
       store(after + t, best);
       least = min(best, least);
     }
     const uint8_t low = least_of(least);
     if (low == 0) return;
-    for (int t = 0; t < overlaps; t += W) store(after + t, minus(load(after + t), all(low)));
+    for (size_t t = 0; t < overlaps; t += W) store(after + t, minus(load(after + t), all(low)));
+  }
+};
+
+// Squared distances of levels.
+template <int P, int K>
+struct Squared {
+  using Sum = int32_t;
+  using Key = uint64_t;
+  static constexpr Sum MOST = 1 << 30;
+  const int32_t* values[P];
+  int32_t levels[P];
+
+  Squared(const paley_trellis& grid, const int32_t* at) {
+    for (int i = 0; i < P; ++i) levels[i] = at[i], values[i] = grid.whole + size_t{1} * i * STATES;
   }
 
-  // -> which of the states with these low bits had the least cost, the first of equal ones. Those of `known` bits must
-  // be those of `start`.
-  int chosen(const int32_t* at, const uint8_t* before, int overlap, int known, int start) const {
-    uint32_t keys[K], best = ~uint32_t{0};
-    const uint8_t* costs[P];
-    for (int i = 0; i < P; ++i) costs[i] = costs_at(at, i) + overlap;
-    for (int j = 0; j < K; ++j) {
-      uint32_t sum = before[(j * overlaps + overlap) / K];
-      for (int i = 0; i < P; ++i) sum += costs[i][j * overlaps];
-      keys[j] = std::min<uint32_t>(sum, NEVER);
-    }
-    for (int j = 0; j < K && known; ++j) {
-      if (((j * overlaps + overlap) ^ start) & known) keys[j] = NEVER + 1;
-    }
-    for (int j = 0; j < K; ++j) best = std::min(best, keys[j] << 8 | static_cast<uint32_t>(j));
-    return static_cast<int>(best & 255) * overlaps + overlap;
+  PALEY_INLINE Sum sum(Sum before, size_t state) const {
+    for (int i = 0; i < P; ++i) before += (levels[i] - values[i][state]) * (levels[i] - values[i][state]);
+    return std::min(before, MOST);
   }
 
-  // y [count, P] -> found [count]: the states of the best path from `state` on, and to the overlap `last` if it is one.
-  void run(int count, int32_t state, int32_t last) {
-    std::fill(cost.begin(), cost.begin() + overlaps, state < 0 ? 0 : NEVER);
-    if (state >= 0) cost[state & (overlaps - 1)] = 0;
-    const auto costs = [this](int i) { return cost.data() + size_t{1} * i * overlaps; };
-    for (int i = 0; i < count; ++i) step(y.data() + i * P, costs(i), costs(i + 1));
-    int at = last >= 0 ? last
-                       : static_cast<int>(std::min_element(costs(count), costs(count) + overlaps) - costs(count));
+  void step(const Sum* before, Sum* after) const {
+    constexpr size_t overlaps = STATES / K;
+    Sum sums[STATES], least[overlaps], low = MOST;
+    for (size_t i = 0; i < overlaps; ++i) std::fill(sums + i * K, sums + (i + 1) * K, before[i]);
+    for (size_t i = 0; i < STATES; ++i) sums[i] = sum(sums[i], i);
+    std::copy(sums, sums + overlaps, least);
+    for (size_t j = overlaps; j < STATES; j += overlaps) {
+      for (size_t t = 0; t < overlaps; ++t) least[t] = std::min(least[t], sums[j + t]);
+    }
+    for (const Sum sum : least) low = std::min(low, sum);
+    for (size_t t = 0; t < overlaps; ++t) after[t] = least[t] - low;
+  }
+};
+
+// The rows of one thread, one after the other. P: values of a step; K: codes of a step.
+template <int P, int K>
+struct Search {
+  static constexpr int overlaps = STATES / K;
+  const TrellisTask& task;
+  const int steps = (task.columns + P - 1) / P, all_steps = (task.wide + P - 1) / P;
+  const int most = std::min(task.keep + task.ahead, all_steps);
+  std::vector<uint8_t> listed = std::vector<uint8_t>((most + size_t{1}) * overlaps);
+  std::vector<int32_t> squared;  // made if a row needs it
+  std::vector<int32_t> y = std::vector<int32_t>(size_t{1} * most * P);  // levels
+  std::vector<float> work = std::vector<float>(size_t{1} * all_steps * P);
+  std::vector<int32_t> found = std::vector<int32_t>(most);
+
+  explicit Search(const TrellisTask& task) : task(task) {}
+
+  // Levels y [count, P] -> found [count]: the states of the path of least cost from `state` on, -1: any, to the overlap
+  // `last`, -1: any; of equal ones the first. false: it has a sum of MOST.
+  template <class Costs>
+  bool path(int count, int32_t state, int32_t last, std::vector<typename Costs::Sum>& sums) {
+    using Sum = typename Costs::Sum;
+    const auto costs = [this](int i) { return Costs(task.trellis, y.data() + i * P); };
+    const auto before = [&sums](int i) { return sums.data() + size_t{1} * i * overlaps; };
+    std::fill(before(0), before(1), state < 0 ? Sum{0} : Costs::MOST);
+    if (state >= 0) sums[state % overlaps] = 0;
+    for (int i = 0; i < count; ++i) costs(i).step(before(i), before(i + 1));
+    const Sum* ends = before(count);
+    int at = last >= 0 ? last : static_cast<int>(std::min_element(ends, ends + overlaps) - ends);
+    bool sure = true;
     for (int i = count - 1; i >= 0; --i) {
-      // The first states hold bits of that before.
-      const int moved = (i + 1) * bits, known = state < 0 || moved >= TRELLIS_STATE_BITS ? 0 : size - (1 << moved);
-      found[i] = chosen(y.data() + i * P, costs(i), at, known, known ? state << moved : 0);
+      const Costs of_step = costs(i);
+      typename Costs::Key keys[K], best = ~typename Costs::Key{0};
+      for (uint32_t j = 0; j < K; ++j) {
+        const uint32_t state = j * overlaps + at;
+        keys[j] = static_cast<typename Costs::Key>(of_step.sum(before(i)[state / K], state)) << 8 | j;
+      }
+      for (const auto key : keys) best = std::min(best, key);
+      sure = sure && best >> 8 < Costs::MOST;
+      found[i] = static_cast<int32_t>(best & 255) * overlaps + at;
       at = found[i] / K;
     }
+    return sure;
   }
 
-  // The nearest level, of two the even one.
-  int32_t level(float x) const {
-    const int32_t reach = levels / 2;
-    const float far = static_cast<float>(reach);
-    x = x > -far ? x : -far;
-    x = x < far ? x : far;
-    return static_cast<int32_t>((x + 0x1.8p23f) - 0x1.8p23f) + reach;
+  // The nearest level, of two the even one; of NaN the lowest.
+  static int32_t level(float x) {
+    constexpr float farthest = FARTHEST;
+    x = x > -farthest ? x : -farthest;
+    x = x < farthest ? x : farthest;
+    return static_cast<int32_t>((x + 0x1.8p23f) - 0x1.8p23f);
   }
 
   void row(int r) {
@@ -96,12 +135,19 @@ struct Search {
     int32_t state = task.states[r];
     for (int start = 0; start < steps; start += task.keep) {
       const int stop = std::min(start + task.keep, steps), end = std::min(stop + task.ahead, all_steps);
+      const int32_t reach = task.trellis.levels / 2;
+      bool listed_all = true;
       for (int i = start * P; i < end * P; ++i) {
         const float value = i < task.wide ? work[i] / scales[i * task.scale_column] : 0.0f;
         y[i - start * P] = level(value * task.trellis.unit);
+        listed_all = listed_all && std::abs(y[i - start * P]) <= reach;
       }
-      run(end - start, state, task.ends && end == all_steps ? task.ends[r] & (overlaps - 1) : -1);
-      for (int i = start; i < stop; ++i) task.codes[int64_t{r} * steps + i] = found[i - start] & (K - 1);
+      const int32_t last = task.ends && end == all_steps ? task.ends[r] % overlaps : -1;
+      if (!listed_all || !path<Listed<P, K>>(end - start, state, last, listed)) {
+        squared.resize((most + size_t{1}) * overlaps);
+        path<Squared<P, K>>(end - start, state, last, squared);
+      }
+      for (int i = start; i < stop; ++i) task.codes[int64_t{r} * steps + i] = found[i - start] % K;
       state = found[stop - 1 - start];
       if (task.matrix) spread(r, start * P, std::min(stop * P, task.columns), scales);
     }
@@ -113,7 +159,7 @@ struct Search {
     float* errors = task.errors + int64_t{r} * task.columns;
     for (int i = first; i < last; ++i) {
       const int32_t s = found[(i - first) / P];
-      const float point = task.trellis.points[size_t{1} * ((i - first) % P) * size + s];
+      const float point = task.trellis.points[size_t{1} * ((i - first) % P) * STATES + s];
       float e = work[i] - point * scales[i * task.scale_column];
       for (int k = first; k < i; ++k) e -= errors[k] * task.matrix[int64_t{k} * task.wide + i];
       errors[i] = e / task.matrix[int64_t{i} * task.wide + i];

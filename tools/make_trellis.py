@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from paley import kernels
-from paley.core.trellis import HALF_BITS, Codebook, TrellisGrid
+from paley.core.trellis import HALF_BITS, Codebook, TrellisGrid, load
 
 OUT = Path(__file__).parents[1] / "src/paley/core/tables/trellis.json"
 SCRIPT = "tools/make_trellis.py"
@@ -74,14 +74,29 @@ def lloyd(grid: TrellisGrid, low: Tensor, high: Tensor, x: Tensor) -> Tensor:
     return ((total - total.flip(0)) / (count + count.flip(0)).clamp(min=1)).sort().values
 
 
+def measured(grid: TrellisGrid, x: Tensor) -> dict[str, float]:
+    """t2 of rows x and its standard error."""
+    of_rows = errors(grid, x)
+    t2, stderr = float(of_rows.mean()), float(of_rows.std()) / len(x) ** 0.5
+    print(f"{grid.name}: t2 {t2:.5f} ± {stderr:.5f}, {10 * math.log10(t2 / 4.0**-grid.bits):.2f} dB", flush=True)
+    return {"t2": t2, "stderr": stderr}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=ROWS, help=f"measured rows of {WIDTH} values, {ROWS} by default")
+    parser.add_argument("--measure", action="store_true", help="make no new lists, only measure those of the file")
     arguments = parser.parse_args()
     kernels.register()  # the native search, if it was built
     generator = torch.Generator().manual_seed(SEED)
     test, x = (torch.randn(rows, WIDTH, generator=generator) for rows in (arguments.rows, 2 * arguments.rows))
     data: dict = {"script": SCRIPT, "seed": SEED, "grids": {}}
+    if arguments.measure:
+        data = json.loads(OUT.read_text(encoding="utf-8"))
+        for name in RATES:
+            data["grids"][name] |= measured(load(name), test)
+        OUT.write_text(json.dumps(data) + "\n", encoding="utf-8")
+        return
     for name, (bits, factors) in RATES.items():
         best = (math.inf, *lists(bits, factors, generator), torch.empty(0))
         for _ in range(TRIED):
@@ -97,15 +112,11 @@ def main() -> None:
             found = min(found, (float(errors(grid, x).mean()), points), key=lambda one: one[0])
             points = lloyd(grid, low, high, x)
         grid = grid_of(name, bits, low, high, found[1])
-        t2 = errors(grid, test)
         data["grids"][name] = {
-            "bits": bits, "p": grid.p, "step": grid.step_size, "t2": float(t2.mean()),
-            "stderr": float(t2.std()) / arguments.rows**0.5, **vars(grid.codebook),
+            "bits": bits, "p": grid.p, "step": grid.step_size, **measured(grid, test), **vars(grid.codebook)
         }  # fmt: skip
         data["grids"][name].pop("values", None)
-        bound = 10 * math.log10(float(t2.mean()) / 4.0 ** (-bits / grid.p))
-        print(f"{name}: t2 {float(t2.mean()):.5f} ± {float(t2.std()) / arguments.rows**0.5:.5f}, {bound:.2f} dB; "
-              f"quantiles {best[0]:.5f}, means {found[0]:.5f}", flush=True)  # fmt: skip
+        print(f"{name}: quantiles {best[0]:.5f}, means {found[0]:.5f}", flush=True)
     OUT.write_text(json.dumps(data) + "\n", encoding="utf-8")
 
 

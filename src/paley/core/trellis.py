@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import ClassVar
@@ -38,11 +39,13 @@ __all__ = [
 STATE_BITS = 12
 HALF_BITS = 6
 KEEP = 480  # codes decided at a time, of a search without feedback
-REACH = 132  # greatest level in the codebook's integers, a little beyond the greatest value
-MOST_COST = 254  # of a code: the best path never costs as much as one that does not exist
+REACH = 4.5  # greatest value that the table of costs has a level for; one of 150,000 Gaussian values is beyond
+FARTHEST = 3840  # greatest level
+USUAL_COST = 2  # of an error of usual size
+MOST_COST = 2**8 - 1  # of the table, which stands for more, too
+MOST_SQUARE = 2**30  # sum of squared distances of levels, which none of a path from where the row starts comes near
 _BYTES = 2**26  # of the PyTorch code's memory, about
 _TILE = 2**20  # codes decoded at a time
-_NEVER = 2**8 - 1
 
 
 @dataclass(frozen=True)
@@ -141,12 +144,17 @@ class TrellisGrid(Fixed):
         return torch.tensor(self.fineness / self.step_size, dtype=torch.float32).item()
 
     @functools.cached_property
+    def levels(self) -> Tensor:
+        """int32 [p, 2^STATE_BITS]: the values of each state in levels."""
+        return (self.codebook.values * self.fineness).int()
+
+    @functools.cached_property
     def costs(self) -> Tensor:
-        """uint8 [p, levels, 2^STATE_BITS]: squared errors of each state's values; a usual one is 2."""
-        levels = torch.arange(-REACH * self.fineness, REACH * self.fineness + 1)
-        off = levels[:, None] - self.codebook.values[:, None] * self.fineness
-        of_one = max(1, round((self.fineness * self.usual_error) ** 2 / 2))
-        return ((2 * off * off + of_one) // (2 * of_one)).clamp(max=MOST_COST // self.p).to(torch.uint8)
+        """uint8 [p, levels, 2^STATE_BITS]: squared errors of each state's values, a usual one as USUAL_COST."""
+        reach = round(REACH * self.search_scale)
+        off = torch.arange(-reach, reach + 1, dtype=torch.int32)[:, None] - self.levels[:, None]
+        of_one = max(1, round((self.fineness * self.usual_error) ** 2 / USUAL_COST))
+        return off.square_().mul_(2).add_(of_one).div_(2 * of_one, rounding_mode="floor").clamp_(max=MOST_COST).byte()
 
     def check_width(self, width: int, where: str) -> None:
         """Raises for rows too short to close the ring."""
@@ -196,6 +204,7 @@ class TrellisGrid(Fixed):
             columns,
             scales,
             self.table.to(x.device),
+            self.levels.to(x.device),
             self.costs.to(x.device),
             self.search_scale,
             self.bits_per_code,
@@ -252,15 +261,15 @@ def _neighbours(name: str) -> str:
 
 
 def reference(
-    x: Tensor, columns: int, scales: Tensor, table: Tensor, costs: Tensor, unit: float, bits: int,
-    states: Tensor, ends: Tensor | None, spread: Tensor | None, keep: int, ahead: int,
+    x: Tensor, columns: int, scales: Tensor, table: Tensor, levels: Tensor, costs: Tensor, unit: float,
+    bits: int, states: Tensor, ends: Tensor | None, spread: Tensor | None, keep: int, ahead: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`TrellisGrid.codes` in plain torch. Each float32 operation is rounded by itself, in one order."""
     size = table.shape[1]
-    few = max(1, _BYTES // ((keep + ahead) * (size >> bits) + 8 * size))
+    few = max(1, _BYTES // (2 * (keep + ahead) * (size >> bits) + 16 * size))
     parts = [
         _some_rows(
-            x[rows], columns, scales[rows], table, costs, unit, bits, states[rows],
+            x[rows], columns, scales[rows], table, levels, costs, unit, bits, states[rows],
             None if ends is None else ends[rows], spread, keep, ahead,
         )
         for rows in (slice(start, start + few) for start in range(0, max(len(x), 1), few))
@@ -285,10 +294,9 @@ def reference_values(codes: Tensor, table: Tensor, bits: int) -> Tensor:
 
 
 def _some_rows(
-    x: Tensor, columns: int, scales: Tensor, table: Tensor, costs: Tensor, unit: float, bits: int,
-    states: Tensor, ends: Tensor | None, spread: Tensor | None, keep: int, ahead: int,
+    x: Tensor, columns: int, scales: Tensor, table: Tensor, levels: Tensor, costs: Tensor, unit: float,
+    bits: int, states: Tensor, ends: Tensor | None, spread: Tensor | None, keep: int, ahead: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    reach = costs.shape[1] // 2
     p, wide = len(table), x.shape[1]
     steps, all_steps = -(-columns // p), -(-wide // p)
     work, errors, codes = x.clone(), x.new_zeros(len(x), columns if spread is not None else 0), []
@@ -297,9 +305,9 @@ def _some_rows(
         end = min(stop + ahead, all_steps)
         here = slice(start * p, min(end * p, wide))
         y = torch.nn.functional.pad(work[:, here] / scales[:, here], (0, end * p - here.stop)).unflatten(1, (-1, p))
-        y = (y * unit).clamp(-reach, reach).round().long() + reach
+        y = (y * unit).nan_to_num(nan=-FARTHEST).clamp(-FARTHEST, FARTHEST).round().int()
         last = ends if end == all_steps else None
-        path = _viterbi(y, costs, bits, states, last)[:, : stop - start]
+        path = _viterbi(y, levels, costs, bits, states, last)[:, : stop - start]
         codes.append(path & (2**bits - 1))
         states = path[:, -1]
         if spread is not None:
@@ -315,39 +323,58 @@ def _some_rows(
     return torch.cat(codes, 1).int(), states.int(), errors
 
 
-def _viterbi(y: Tensor, costs: Tensor, bits: int, states: Tensor, ends: Tensor | None) -> Tensor:
-    """Levels y int64 [rows, steps, p], costs [p, levels, size] -> states int64 [rows, steps] of the path of least cost.
+def _viterbi(
+    y: Tensor, levels: Tensor, costs: Tensor, bits: int, states: Tensor, ends: Tensor | None
+) -> Tensor:  # fmt: skip
+    """Levels y int32 [rows, steps, p] -> states int64 [rows, steps] of the path of least cost, of equal ones the first.
 
-    Of equal ones it is the first. Sums that do not fit into 8 bits become 255; after each step the least is taken off.
+    Costs are those of the table. Sums of MOST_COST and more are not told apart: a row whose path has one, or a level
+    that the table lacks, is searched again for the path of least squared distance. Any other path costs no less than
+    its sums say, so that one without such a sum is the best.
     """
-    p, _, size = costs.shape
-    overlaps = size >> bits
-    cost = torch.full((len(y), overlaps), _NEVER, dtype=torch.int32, device=y.device)
-    cost[states < 0] = 0
-    cost.scatter_(1, (states.long() % overlaps)[:, None], 0)
-    chosen, number = [], torch.arange(size, device=y.device)
-    for step, values in enumerate(y.unbind(1)):
-        of_each = cost.repeat_interleave(2**bits, 1)
-        for i in range(p):
-            of_each = (of_each + costs[i, values[:, i]]).clamp(max=_NEVER)
-        cost = of_each.unflatten(1, (2**bits, overlaps)).amin(1)
-        if (moved := (step + 1) * bits) < size.bit_length() - 1:  # a state that holds other bits of the first is none
-            other = (number >> moved) != (states[:, None].long() << moved) % size >> moved
-            of_each = of_each.masked_fill(other & (states >= 0)[:, None], _NEVER + 1)
-        chosen.append(of_each.unflatten(1, (2**bits, overlaps)).argmin(1).to(torch.uint8))
-        cost = cost - cost.amin(1, keepdim=True)
-    overlap = cost.argmin(1) if ends is None else ends.long() % overlaps
-    path = []
-    for at in reversed(chosen):
+    reach, overlaps = costs.shape[1] // 2, costs.shape[2] >> bits
+    places = (y + reach).clamp(0, 2 * reach)
+    listed = ([of[place[:, i]] for i, of in enumerate(costs)] for place in places.unbind(1))
+    path, unsure = _path(listed, MOST_COST, overlaps, states, ends)
+    if len(rows := (unsure | (y.abs() > reach).any(2).any(1)).nonzero()[:, 0]):
+        exact = ([(at[:, i, None] - of).square() for i, of in enumerate(levels)] for at in y[rows].unbind(1))
+        path[rows] = _path(exact, MOST_SQUARE, overlaps, states[rows], None if ends is None else ends[rows])[0]
+    return path
+
+
+def _path(
+    costs: Iterable[list[Tensor]], most: int, overlaps: int, states: Tensor, ends: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Costs of each step's values [rows, size] -> states int64 [rows, steps]; bool [rows]: has a sum of `most`.
+
+    Greater sums become `most`. After each step the least is taken off all.
+    """
+    sums = torch.full((len(states), overlaps), most, dtype=torch.int32, device=states.device)
+    sums[states < 0] = 0
+    sums.scatter_(1, (states.long() % overlaps)[:, None], 0)
+    full, chosen, size = [], [], overlaps
+    for of_values in costs:
+        size = of_values[0].shape[1]
+        of_each = sums.repeat_interleave(size // overlaps, 1)
+        for cost in of_values:
+            of_each = (of_each + cost).clamp(max=most)
+        sums, at = of_each.unflatten(1, (-1, overlaps)).min(1)
+        full.append(sums >= most)
+        chosen.append(at.to(torch.uint8))
+        sums = sums - sums.amin(1, keepdim=True)
+    overlap = sums.argmin(1) if ends is None else ends.long() % overlaps
+    path, unsure = [], torch.zeros_like(states, dtype=torch.bool)
+    for of_step, at in zip(reversed(full), reversed(chosen), strict=True):
+        unsure |= of_step.gather(1, overlap[:, None])[:, 0]
         state = at.gather(1, overlap[:, None])[:, 0].long() * overlaps + overlap
         path.append(state)
-        overlap = state >> bits
-    return torch.stack(path[::-1], 1)
+        overlap = state // (size // overlaps)
+    return torch.stack(path[::-1], 1), unsure
 
 
 _LIBRARY = torch.library.Library("paley", "FRAGMENT")
 _LIBRARY.define(
-    "trellis_codes(Tensor x, int columns, Tensor scales, Tensor table, Tensor costs, float unit, "
+    "trellis_codes(Tensor x, int columns, Tensor scales, Tensor table, Tensor levels, Tensor costs, float unit, "
     "int bits, Tensor states, Tensor? ends, Tensor? spread, int keep, int ahead) -> (Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define("trellis_values(Tensor codes, Tensor table, int bits) -> Tensor")

@@ -100,11 +100,11 @@ def _nearest_points(x: Tensor, points: Tensor) -> Tensor:
 
 
 def _trellis_codes(
-    x: Tensor, columns: int, scales: Tensor, table: Tensor, whole: Tensor, unit: float, bits: int,
-    states: Tensor, ends: Tensor | None, spread: Tensor | None, keep: int, ahead: int,
+    x: Tensor, columns: int, scales: Tensor, table: Tensor, levels: Tensor, costs: Tensor, unit: float,
+    bits: int, states: Tensor, ends: Tensor | None, spread: Tensor | None, keep: int, ahead: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     how = trellis_codes.codes if backend() == "native" else trellis.reference
-    return how(x, columns, scales, table, whole, unit, bits, states, ends, spread, keep, ahead)
+    return how(x, columns, scales, table, levels, costs, unit, bits, states, ends, spread, keep, ahead)
 
 
 def _trellis_values(codes: Tensor, table: Tensor, bits: int) -> Tensor:

@@ -20,14 +20,15 @@ class _Trellis(ctypes.Structure):
     """paley_trellis of csrc/paley.h."""
 
     _fields_ = [
-        ("points", ctypes.c_void_p), ("costs", ctypes.c_void_p), ("levels", ctypes.c_int32),
-        ("state_bits", ctypes.c_int32), ("bits", ctypes.c_int32), ("p", ctypes.c_int32), ("unit", ctypes.c_float),
+        ("points", ctypes.c_void_p), ("whole", ctypes.c_void_p), ("costs", ctypes.c_void_p),
+        ("levels", ctypes.c_int32), ("state_bits", ctypes.c_int32), ("bits", ctypes.c_int32), ("p", ctypes.c_int32),
+        ("unit", ctypes.c_float),
     ]  # fmt: skip
 
 
 def codes(
-    x: Tensor, columns: int, scales: Tensor, table: Tensor, costs: Tensor, unit: float, bits: int,
-    states: Tensor, ends: Tensor | None, spread: Tensor | None, keep: int, ahead: int, *,
+    x: Tensor, columns: int, scales: Tensor, table: Tensor, levels: Tensor, costs: Tensor, unit: float,
+    bits: int, states: Tensor, ends: Tensor | None, spread: Tensor | None, keep: int, ahead: int, *,
     level: str | None = None, threads: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As `core.trellis.reference`, for float32 tensors on the CPU; the same codes and bits."""
@@ -44,15 +45,21 @@ def codes(
     for tensor in (states, ends):
         if tensor is not None and (tensor.dtype, tuple(tensor.shape)) != (torch.int32, (rows,)):
             raise PaleyError(f"trellis: states are int32 [{rows}], got {tensor.dtype} {list(tensor.shape)}")
-    x, table = x if x.stride(1) == 1 else x.contiguous(), table.contiguous()
-    if costs.dtype != torch.uint8 or costs.shape != (p, costs.shape[1], size):
-        raise PaleyError(f"trellis: costs are uint8 [{p}, levels, {size}], got {costs.dtype} {list(costs.shape)}")
-    costs = costs.contiguous()
+    for what, tensor, dtype, wanted in (
+        ("levels", levels, torch.int32, (p, size)),
+        ("costs", costs, torch.uint8, (p, costs.numel() // (p * size) // 2 * 2 + 1, size)),
+    ):
+        if (tensor.dtype, tuple(tensor.shape)) != (dtype, wanted):
+            raise PaleyError(f"trellis: {what} are {dtype} {list(wanted)}, got {tensor.dtype} {list(tensor.shape)}")
+    x = x if x.stride(1) == 1 else x.contiguous()
+    table, levels, costs = (tensor.contiguous() for tensor in (table, levels, costs))
     spread, ends = (None if tensor is None else tensor.contiguous() for tensor in (spread, ends))
     states = states.clone()
     found = torch.empty(rows, -(-columns // p), dtype=torch.int32)
     errors = torch.empty(rows, columns if spread is not None else 0)
-    trellis = _Trellis(table.data_ptr(), costs.data_ptr(), costs.shape[1], size.bit_length() - 1, bits, p, unit)
+    trellis = _Trellis(
+        table.data_ptr(), levels.data_ptr(), costs.data_ptr(), costs.shape[1], size.bit_length() - 1, bits, p, unit
+    )
     if threads is None:
         threads = max(1, min(torch.get_num_threads(), rows * columns // _SHARE))
     native.call(
@@ -69,7 +76,7 @@ def values(codes: Tensor, table: Tensor, bits: int, *, threads: int | None = Non
     (rows, steps), (p, size) = codes.shape, table.shape
     codes, table = codes.to(torch.uint8).contiguous(), table.contiguous()
     found = torch.empty(rows, steps, p)
-    trellis = _Trellis(table.data_ptr(), None, 0, size.bit_length() - 1, bits, p, 0.0)
+    trellis = _Trellis(table.data_ptr(), None, None, 0, size.bit_length() - 1, bits, p, 0.0)
     if threads is None:
         threads = max(1, min(torch.get_num_threads(), rows * steps // _DECODED_SHARE))
     native.call(
