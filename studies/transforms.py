@@ -154,11 +154,12 @@ def _freed(x: Tensor, bits: Tensor) -> Tensor:
     """x [n, group], bits [16, 5]"""
     low, high = x.aminmax(dim=-1, keepdim=True)
     codes = ((x - low) / (high - low).clamp(min=1e-12) * 15).round().long()
-    scales = x.new_zeros(len(x), 5)
+    squares = (bits[:, :, None] * bits[:, None]).flatten(1)
+    scales, none = x.new_zeros(len(x), 5), x.new_zeros(len(x), 16)
     for _ in range(ROUNDS):
-        set_ = bits[codes]
-        normal = set_.mT @ set_ + 1e-4 * torch.eye(5)
-        scales = torch.linalg.solve(normal, (set_.mT @ x[..., None]))[..., 0]
+        counts, sums = none.scatter_add(1, codes, torch.ones_like(x)), none.scatter_add(1, codes, x)
+        normal = (counts @ squares).unflatten(-1, (5, 5)) + 1e-4 * torch.eye(5)
+        scales = torch.linalg.solve(normal, sums @ bits)
         points, at = (scales @ bits.T).sort(-1)
         middles = (points[:, 1:] + points[:, :-1]) / 2
         codes = at.gather(-1, torch.searchsorted(middles, x))
