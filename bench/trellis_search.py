@@ -1,8 +1,9 @@
 """How fast are trellis codes found? python -m bench.trellis_search: writes bench/results/trellis-search.json.
 
 Weights a second of one core's processor time, so that other jobs matter little; the best of some runs. `nearest`: a row
-at once. `feedback`: a few codes at a time with a look ahead, as GPTQ has them, without the feedback's own sums. Beside
-it t2, and how long a billion weights take on two cores.
+at once. `feedback`: a few codes at a time with a look ahead, as GPTQ has them, without the feedback's own sums.
+`exact`: as `nearest`, if every window is searched with squared distances. Beside it t2, and how long a billion weights
+take on two cores.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from paley.methods.trellis import AHEAD, KEEP
 ROWS, WIDTH, RUNS = 32, 1024, 5
 
 
-def rate(grid: trellis.TrellisGrid, x: torch.Tensor, keep: int, ahead: int) -> float:
+def rate(grid: trellis.TrellisGrid, x: torch.Tensor, costs: torch.Tensor, keep: int, ahead: int) -> float:
     """Weights a second."""
     free, ones = torch.full((len(x),), -1, dtype=torch.int32), torch.ones(1, 1).expand_as(x)
     best = 0.0
     for _ in range(RUNS):
         start = time.thread_time()
         trellis_codes.codes(
-            x, x.shape[1], ones, grid.table, grid.levels, grid.costs, grid.search_scale, grid.bits_per_code, free,
+            x, x.shape[1], ones, grid.table, grid.levels, costs, grid.search_scale, grid.bits_per_code, free,
             None, None, keep, ahead, threads=1,
         )  # fmt: skip
         best = max(best, x.numel() / (time.thread_time() - start))
@@ -40,7 +41,11 @@ def main() -> None:
     x, rows = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(0)), {}
     for name in trellis.names():
         grid = trellis.load(name)
-        depths = {"nearest": (trellis.KEEP, grid.ahead), "feedback": (KEEP, AHEAD * grid.memory)}
+        depths = {
+            "nearest": (grid.costs, trellis.KEEP, grid.ahead),
+            "feedback": (grid.costs, KEEP, AHEAD * grid.memory),
+            "exact": (grid.costs[:, :1], trellis.KEEP, grid.ahead),  # a table without the levels of any value
+        }
         rates = {how: rate(grid, x, *depth) for how, depth in depths.items()}
         billion = {how: 1e9 / 2 / found for how, found in rates.items()}
         rows[name] = {"t2": grid.mse, "weights_per_second": rates, "seconds_a_billion_on_two_cores": billion}

@@ -115,14 +115,15 @@ PALEY_EXPORT int32_t paley_follow(int32_t rows, int32_t columns, int32_t width, 
                                   int32_t level, int32_t threads, float* pull);
 
 // A trellis-coded grid: a code of `bits` bits and those before it make a state of state_bits bits, which has p values.
-// The search rounds values times `unit` to whole numbers, levels, and `costs` has a list for each from -(levels / 2) to
-// levels / 2. Sums of costs that do not fit become 255; after each step the least is taken off all. If the best path
-// has such a sum, or a value a level beyond those, the search is done once more, with squared distances of levels.
+// The search rounds values times `unit` to whole numbers, levels, within 3840; NaN has the lowest. `costs` has a list
+// for each level from -(level_count / 2) to level_count / 2. Sums of costs above 255 become 255; after each step the
+// least is taken off all. If the best path of a window has a sum of 255, or if a level is beyond these, the window is
+// searched with squared distances of levels.
 struct paley_trellis {
-  const float* points;   // [p, 2^state_bits]
-  const int32_t* whole;  // [p, 2^state_bits]: the points in levels, within 512
-  const uint8_t* costs;  // [p, levels, 2^state_bits]: of each state's value at each level
-  int32_t levels;        // odd
+  const float* points;    // [p, 2^state_bits]
+  const int32_t* levels;  // [p, 2^state_bits]: the points in levels, within 512
+  const uint8_t* costs;   // [p, level_count, 2^state_bits]: of each state's value at each level
+  int32_t level_count;    // odd, at most 7681
   int32_t state_bits, bits, p;
   float unit;
 };

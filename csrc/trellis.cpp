@@ -16,11 +16,13 @@ bool known(const paley_trellis& grid) {
 
 bool valid(const paley::TrellisTask& t) {
   const paley_trellis& grid = t.trellis;
-  if (!t.x || !t.scales || !t.states || !t.codes || !known(grid) || !grid.costs || !grid.whole) return false;
-  if (!(grid.unit > 0) || grid.levels < 1 || grid.levels > 2 * paley::FARTHEST + 1 || grid.levels % 2 == 0) {
-    return false;
+  if (!t.x || !t.scales || !t.states || !t.codes || !known(grid) || !grid.costs || !grid.levels) return false;
+  const int32_t count = grid.level_count;
+  if (!(grid.unit > 0) || count < 1 || count > 2 * paley::FARTHEST + 1 || count % 2 == 0) return false;
+  for (int i = 0; i < grid.p << grid.state_bits; ++i) {
+    if (grid.levels[i] < -paley::GREATEST || grid.levels[i] > paley::GREATEST) return false;
   }
-  if (t.rows < 0 || t.columns < 0 || t.wide < t.columns || t.wide > 1 << 30) return false;
+  if (t.wide < t.columns || t.wide > 1 << 30) return false;
   if (t.keep < 1 || t.ahead < 0 || t.threads < 1) return false;
   // An end can be reached from any state in as many steps as make a state.
   if (t.ends && t.ahead < (grid.state_bits + grid.bits - 1) / grid.bits) return false;
@@ -71,7 +73,8 @@ extern "C" int32_t paley_trellis_codes(const paley_trellis* trellis, int32_t row
                                        int64_t scale_row, int64_t scale_column, int32_t keep, int32_t ahead,
                                        int32_t level, int32_t threads, const int32_t* ends, int32_t* states,
                                        int32_t* codes, float* errors) {
-  if (!trellis) return PALEY_BAD_ARGUMENT;
+  if (!trellis || rows < 0 || columns < 0) return PALEY_BAD_ARGUMENT;
+  if (rows == 0 || columns == 0) return PALEY_OK;
   const paley::TrellisTask task{*trellis,     rows, columns, wide,    x,    x_row,  spread, scales, scale_row,
                                 scale_column, keep, ahead,   threads, ends, states, codes,  errors};
   if (!valid(task) || level < PALEY_PORTABLE || level > paley_best_level()) return PALEY_BAD_ARGUMENT;
@@ -80,7 +83,6 @@ extern "C" int32_t paley_trellis_codes(const paley_trellis* trellis, int32_t row
     if (states[row] < -1 || states[row] >= 1 << trellis->state_bits) return PALEY_BAD_ARGUMENT;
     if (end < 0 || end >= 1 << trellis->state_bits) return PALEY_BAD_ARGUMENT;
   }
-  if (rows == 0 || columns == 0) return PALEY_OK;
   try {
 #if PALEY_X86
     const bool words = __builtin_cpu_supports("avx512bw");

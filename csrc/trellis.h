@@ -10,7 +10,7 @@
 namespace paley {
 
 constexpr int TRELLIS_STATE_BITS = 12, STATES = 1 << TRELLIS_STATE_BITS;
-constexpr int FARTHEST = 3840;  // greatest level
+constexpr int FARTHEST = 3840, GREATEST = 512;  // levels of what is rounded, and of a state's value, at most
 
 template <class T>
 T read(const void* p) {

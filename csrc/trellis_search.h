@@ -1,5 +1,5 @@
 // Viterbi's search for the codes of least squared error, once for each instruction set: included inside a namespace,
-// after its lanes of W bytes. src/paley/core/trellis.py has its meaning: integers, and float32 operations rounded one
+// after its lanes of W bytes. src/paley/core/viterbi.py has its meaning: integers, and float32 operations rounded one
 // by one, in its order. A step has the sums of all paths by overlap, the low bits of a state that the next one has as
 // its high bits: state s comes from overlap s / K and leads to overlap s % overlaps. `step` makes those after it, less
 // the least of them; `sum` is that of one state.
@@ -14,8 +14,8 @@ struct Listed {
 
   Listed(const paley_trellis& grid, const int32_t* levels) {
     for (int i = 0; i < P; ++i) {
-      const int32_t place = levels[i] + grid.levels / 2;
-      costs[i] = grid.costs + (size_t{1} * i * grid.levels + place) * STATES;
+      const int32_t place = levels[i] + grid.level_count / 2;
+      costs[i] = grid.costs + (size_t{1} * i * grid.level_count + place) * STATES;
     }
   }
 
@@ -54,7 +54,7 @@ struct Squared {
   int32_t levels[P];
 
   Squared(const paley_trellis& grid, const int32_t* at) {
-    for (int i = 0; i < P; ++i) levels[i] = at[i], values[i] = grid.whole + size_t{1} * i * STATES;
+    for (int i = 0; i < P; ++i) levels[i] = at[i], values[i] = grid.levels + size_t{1} * i * STATES;
   }
 
   PALEY_INLINE Sum sum(Sum before, size_t state) const {
@@ -108,8 +108,8 @@ struct Search {
       const Costs of_step = costs(i);
       typename Costs::Key keys[K], best = ~typename Costs::Key{0};
       for (uint32_t j = 0; j < K; ++j) {
-        const uint32_t state = j * overlaps + at;
-        keys[j] = static_cast<typename Costs::Key>(of_step.sum(before(i)[state / K], state)) << 8 | j;
+        const uint32_t s = j * overlaps + at;
+        keys[j] = static_cast<typename Costs::Key>(of_step.sum(before(i)[s / K], s)) << 8 | j;
       }
       for (const auto key : keys) best = std::min(best, key);
       sure = sure && best >> 8 < Costs::MOST;
@@ -135,7 +135,7 @@ struct Search {
     int32_t state = task.states[r];
     for (int start = 0; start < steps; start += task.keep) {
       const int stop = std::min(start + task.keep, steps), end = std::min(stop + task.ahead, all_steps);
-      const int32_t reach = task.trellis.levels / 2;
+      const int32_t reach = task.trellis.level_count / 2;
       bool listed_all = true;
       for (int i = start * P; i < end * P; ++i) {
         const float value = i < task.wide ? work[i] / scales[i * task.scale_column] : 0.0f;

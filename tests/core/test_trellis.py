@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from paley.core import grids, trellis
+from paley.core import grids, trellis, viterbi
 from paley.core.errors import PaleyError
 from paley.core.rounding import Quantized
 from paley.core.schemes import ActivationScheme, LinearScheme, WeightScheme
@@ -42,14 +42,19 @@ def test_it_is_better_than_any_table_of_vectors(bits):
     assert grids.load(f"trellis{bits}").mse < 0.8 * min(others)
 
 
-@pytest.mark.parametrize("reach", [0, 30], ids=["by squared distances", "by the table"])
-def test_the_path_is_the_best_of_all(reach):
+@pytest.mark.parametrize("ends", [None, [3, 0, 6]], ids=["any end", "given ends"])
+@pytest.mark.parametrize(
+    ("reach", "size"), [(0, 8), (30, 8), (30, 4000)], ids=["by squared distances", "by the table", "greatest levels"]
+)
+def test_the_path_is_the_best_of_all(reach, size, ends):
     """Against every row of codes, on a small trellis: 4 state bits, codes of one bit."""
-    levels, y = ((8 * x).round().int() for x in (gaussian(1, 16, seed=1), gaussian(3, 6, 1, seed=2)))
+    levels = (size * gaussian(1, 16, seed=1)).round().clamp(-viterbi.GREATEST, viterbi.GREATEST).int()
+    y = (size * gaussian(3, 6, 1, seed=2)).round().clamp(-viterbi.FARTHEST, viterbi.FARTHEST).int()
     costs = (torch.arange(-reach, reach + 1)[:, None] - levels[:, None]).square().clamp(max=255).to(torch.uint8)
     states = torch.tensor([0, 5, -1], dtype=torch.int32)
-    path = trellis._viterbi(y, levels, costs, 1, states, None)
-    for row, start, found in zip(y[:, :, 0], states.tolist(), path, strict=True):
+    wanted = None if ends is None else torch.tensor(ends, dtype=torch.int32)
+    path = viterbi._viterbi(y, levels, costs, 1, states, wanted)
+    for row, start, end, found in zip(y[:, :, 0], states.tolist(), ends or [None] * 3, path, strict=True):
         sums = {}
         for begin in range(16) if start < 0 else [start]:
             for codes in itertools.product(range(2), repeat=6):
@@ -57,7 +62,8 @@ def test_the_path_is_the_best_of_all(reach):
                 for code in codes:
                     state = (2 * state + code) % 16
                     walked.append(state)
-                sums[tuple(walked)] = int((row - levels[0, walked]).square().sum())
+                if end is None or walked[-1] % 8 == end:
+                    sums[tuple(walked)] = int((row - levels[0, walked]).square().sum())
         assert sums[tuple(found.tolist())] == min(sums.values())
 
 
@@ -116,7 +122,7 @@ def test_native_codes_are_those_of_pytorch(name, width):
     x[5, ::9], x[6, 3], x[6, 20], x[7, 30] = 6.0, math.inf, -math.inf, math.nan
     ends, ones = grid.ring_ends(x), torch.ones(1, 1).expand_as(x)
     how = (x, width, ones, *tables(grid), grid.bits_per_code, ends, ends, None, trellis.KEEP, grid.ahead)
-    wanted = trellis.reference(*how)
+    wanted = viterbi.reference(*how)
     assert torch.equal(grid.search(x).int(), wanted[0])
     for level, threads in itertools.product(LEVELS, (1, 3)):
         for found, expected in zip(trellis_codes.codes(*how, level=level, threads=threads), wanted, strict=True):
@@ -129,7 +135,7 @@ def test_native_values_are_those_of_pytorch(name, rows, steps):
     """Rows shorter than a state's memory, too: a ring goes around them more than once."""
     grid = grids.load(name)
     codes = torch.randint(grid.size, (rows, steps), generator=torch.Generator().manual_seed(steps)).to(torch.uint8)
-    wanted = trellis.reference_values(codes, grid.table, grid.bits_per_code)
+    wanted = viterbi.reference_values(codes, grid.table, grid.bits_per_code)
     assert wanted.shape == (rows, steps, grid.p)
     assert torch.equal(grid.decode(codes), wanted)
     for threads in (1, 3):
@@ -137,15 +143,16 @@ def test_native_values_are_those_of_pytorch(name, rows, steps):
 
 
 @pytest.mark.parametrize("name", ["trellis1", "trellis2.5", "trellis4"])
-@pytest.mark.parametrize(("columns", "wide", "keep"), [(64, 100, 8), (33, 33, 3), (1, 1, 8), (20, 48, 50)])
-def test_native_feedback_is_that_of_pytorch(name, columns, wide, keep):
+@pytest.mark.parametrize(("columns", "wide", "keep"), [(64, 100, 8), (33, 33, 3), (1, 24, 8), (20, 48, 50)])
+@pytest.mark.parametrize("spread_of_scales", [0, 1], ids=["one scale", "many scales"])
+def test_native_feedback_is_that_of_pytorch(name, columns, wide, keep, spread_of_scales):
     grid, x = grids.load(name), gaussian(5, wide)
     spread = gaussian(columns, wide, seed=1).triu() * 0.1 + torch.eye(columns, wide)
-    scales = gaussian(5, wide, seed=2).exp()
+    scales = (spread_of_scales * gaussian(5, wide, seed=2)).exp()
     states = torch.tensor([-1, 0, 7, 4095, 100], dtype=torch.int32)
     ends = torch.arange(5, dtype=torch.int32)
     how = (x, columns, scales, *tables(grid), grid.bits_per_code, states, ends, spread, keep, grid.ahead)
-    wanted = trellis.reference(*how)
+    wanted = viterbi.reference(*how)
     for level, threads in itertools.product(LEVELS, (1, 2)):
         for found, expected in zip(trellis_codes.codes(*how, level=level, threads=threads), wanted, strict=True):
             assert torch.equal(found, expected)
@@ -203,8 +210,39 @@ def test_bad_input():
         ActivationScheme("trellis4", scale="rms")
     with pytest.raises(PaleyError, match="set outliers=0"):
         LinearScheme(WeightScheme("trellis4", scale_search="rms"), outliers=2)
+
+
+@pytest.mark.parametrize("search", [viterbi.reference, trellis_codes.codes], ids=["torch", "native"])
+def test_what_cannot_be_searched_is_refused(search):
     grid, x = grids.load("trellis4"), gaussian(2, 30)
-    with pytest.raises(PaleyError, match="bad argument"):
-        grid.codes(
-            x, 30, torch.ones(1, 1).expand_as(x), torch.tensor([0, 4096], dtype=torch.int32), None, keep=8, ahead=9
-        )
+    states = torch.tensor([0, 7], dtype=torch.int32)
+    given = {
+        "x": x, "columns": 30, "scales": torch.ones_like(x), "table": grid.table, "levels": grid.levels,
+        "costs": grid.costs, "unit": grid.search_scale, "bits": 4, "states": states, "ends": None, "spread": None,
+        "keep": 8, "ahead": 9,
+    }  # fmt: skip
+    for changes, message in (
+        ({"states": states + 4095}, r"states are from -1 to 4095, got \[4095, 4102\]"),
+        ({"ends": states - 1}, r"ends are from 0 to 4095, got \[-1, 6\]"),
+        ({"ends": states, "ahead": 2}, "ends need a look ahead of 3 codes, got ahead=2"),
+        ({"x": x[:, :1], "scales": x[:, :1].exp(), "columns": 1, "ends": states + 100}, r"1 codes do not lead from"),
+        ({"costs": grid.costs[:, 1:]}, "an odd number of levels, at most 7681, got 650"),
+        ({"levels": grid.levels * 3}, "levels are within 512, got"),
+        ({"costs": grid.costs[0]}, r"costs is torch.uint8 \[1, -1, 4096\] on cpu, got torch.uint8 \[651, 4096\]"),
+        ({"levels": grid.levels.to("meta")}, "levels is torch.int32 .* on cpu, got .* on meta"),
+        ({"keep": 0}, "keep=0"),
+        ({"columns": 31}, "columns=31"),
+    ):
+        with pytest.raises(PaleyError, match=message):
+            search(**given | changes)
+
+
+@pytest.mark.parametrize("search", [viterbi.reference, trellis_codes.codes], ids=["torch", "native"])
+@pytest.mark.parametrize(("rows", "columns"), [(0, 30), (3, 0)])
+def test_of_nothing_there_are_no_codes(search, rows, columns):
+    grid, x, states = grids.load("trellis2.5"), gaussian(rows, 30), torch.arange(rows, dtype=torch.int32)
+    ones = torch.ones(1, 1).expand_as(x)
+    codes, after, errors = search(x, columns, ones, *tables(grid), 5, states, states, None, 8, 9)
+    assert codes.shape == (rows, columns // 2)
+    assert errors.shape == (rows, 0)
+    assert torch.equal(after, states)

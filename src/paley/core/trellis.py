@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import ClassVar
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from paley.core.errors import PaleyError, nearest_name
 from paley.core.fixed import Fixed
+from paley.core.viterbi import MOST_COST
 
 __all__ = [
     "HALF_BITS",
@@ -32,20 +32,13 @@ __all__ = [
     "TrellisGrid",
     "load",
     "names",
-    "reference",
-    "reference_values",
 ]
 
 STATE_BITS = 12
 HALF_BITS = 6
 KEEP = 480  # codes decided at a time, of a search without feedback
 REACH = 4.5  # greatest value that the table of costs has a level for; one of 150,000 Gaussian values is beyond
-FARTHEST = 3840  # greatest level
 USUAL_COST = 2  # of an error of usual size
-MOST_COST = 2**8 - 1  # of the table, which stands for more, too
-MOST_SQUARE = 2**30  # sum of squared distances of levels, which none of a path from where the row starts comes near
-_BYTES = 2**26  # of the PyTorch code's memory, about
-_TILE = 2**20  # codes decoded at a time
 
 
 @dataclass(frozen=True)
@@ -258,125 +251,3 @@ def _neighbours(name: str) -> str:
     if not load(below).bits < bits < load(above).bits:
         return f"; the nearest is {above}"
     return f"; {bits:g} bits lie between {below} and {above}, which a budget of {bits:g} bits a weight mixes"
-
-
-def reference(
-    x: Tensor, columns: int, scales: Tensor, table: Tensor, levels: Tensor, costs: Tensor, unit: float,
-    bits: int, states: Tensor, ends: Tensor | None, spread: Tensor | None, keep: int, ahead: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`TrellisGrid.codes` in plain torch. Each float32 operation is rounded by itself, in one order."""
-    size = table.shape[1]
-    few = max(1, _BYTES // (2 * (keep + ahead) * (size >> bits) + 16 * size))
-    parts = [
-        _some_rows(
-            x[rows], columns, scales[rows], table, levels, costs, unit, bits, states[rows],
-            None if ends is None else ends[rows], spread, keep, ahead,
-        )
-        for rows in (slice(start, start + few) for start in range(0, max(len(x), 1), few))
-    ]  # fmt: skip
-    codes, after, errors = (torch.cat(part) for part in zip(*parts, strict=True))
-    return codes, after, errors
-
-
-def reference_values(codes: Tensor, table: Tensor, bits: int) -> Tensor:
-    """`TrellisGrid.decode` of codes [rows, c], in plain torch -> float32 [rows, c, p]."""
-    p, size = table.shape
-    values = torch.empty(*codes.shape, p, device=codes.device)
-    few = max(1, _TILE // max(1, codes.shape[1]))
-    for some, out in zip(codes.split(few), values.split(few), strict=True):
-        latest, state = some.int(), torch.zeros_like(some, dtype=torch.int32)
-        for back in range(-(-(size.bit_length() - 1) // bits)):
-            state |= latest.roll(back, -1) << (back * bits)
-        state &= size - 1
-        for i, of_states in enumerate(table):
-            out[..., i] = of_states[state]
-    return values
-
-
-def _some_rows(
-    x: Tensor, columns: int, scales: Tensor, table: Tensor, levels: Tensor, costs: Tensor, unit: float,
-    bits: int, states: Tensor, ends: Tensor | None, spread: Tensor | None, keep: int, ahead: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    p, wide = len(table), x.shape[1]
-    steps, all_steps = -(-columns // p), -(-wide // p)
-    work, errors, codes = x.clone(), x.new_zeros(len(x), columns if spread is not None else 0), []
-    for start in range(0, steps, keep):
-        stop = min(start + keep, steps)
-        end = min(stop + ahead, all_steps)
-        here = slice(start * p, min(end * p, wide))
-        y = torch.nn.functional.pad(work[:, here] / scales[:, here], (0, end * p - here.stop)).unflatten(1, (-1, p))
-        y = (y * unit).nan_to_num(nan=-FARTHEST).clamp(-FARTHEST, FARTHEST).round().int()
-        last = ends if end == all_steps else None
-        path = _viterbi(y, levels, costs, bits, states, last)[:, : stop - start]
-        codes.append(path & (2**bits - 1))
-        states = path[:, -1]
-        if spread is not None:
-            first, last = start * p, min(stop * p, columns)
-            values = table[:, path].permute(1, 2, 0).flatten(1)[:, : last - first] * scales[:, first:last]
-            for i in range(first, last):
-                e = work[:, i] - values[:, i - first]
-                for k in range(first, i):
-                    e = e - errors[:, k] * spread[k, i]
-                errors[:, i] = e / spread[i, i]
-            for i in range(first, last):
-                work[:, last:] -= errors[:, i, None] * spread[i, last:]
-    return torch.cat(codes, 1).int(), states.int(), errors
-
-
-def _viterbi(
-    y: Tensor, levels: Tensor, costs: Tensor, bits: int, states: Tensor, ends: Tensor | None
-) -> Tensor:  # fmt: skip
-    """Levels y int32 [rows, steps, p] -> states int64 [rows, steps] of the path of least cost, of equal ones the first.
-
-    Costs are those of the table. Sums of MOST_COST and more are not told apart: a row whose path has one, or a level
-    that the table lacks, is searched again for the path of least squared distance. Any other path costs no less than
-    its sums say, so that one without such a sum is the best.
-    """
-    reach, overlaps = costs.shape[1] // 2, costs.shape[2] >> bits
-    places = (y + reach).clamp(0, 2 * reach)
-    listed = ([of[place[:, i]] for i, of in enumerate(costs)] for place in places.unbind(1))
-    path, unsure = _path(listed, MOST_COST, overlaps, states, ends)
-    if len(rows := (unsure | (y.abs() > reach).any(2).any(1)).nonzero()[:, 0]):
-        exact = ([(at[:, i, None] - of).square() for i, of in enumerate(levels)] for at in y[rows].unbind(1))
-        path[rows] = _path(exact, MOST_SQUARE, overlaps, states[rows], None if ends is None else ends[rows])[0]
-    return path
-
-
-def _path(
-    costs: Iterable[list[Tensor]], most: int, overlaps: int, states: Tensor, ends: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Costs of each step's values [rows, size] -> states int64 [rows, steps]; bool [rows]: has a sum of `most`.
-
-    Greater sums become `most`. After each step the least is taken off all.
-    """
-    sums = torch.full((len(states), overlaps), most, dtype=torch.int32, device=states.device)
-    sums[states < 0] = 0
-    sums.scatter_(1, (states.long() % overlaps)[:, None], 0)
-    full, chosen, size = [], [], overlaps
-    for of_values in costs:
-        size = of_values[0].shape[1]
-        of_each = sums.repeat_interleave(size // overlaps, 1)
-        for cost in of_values:
-            of_each = (of_each + cost).clamp(max=most)
-        sums, at = of_each.unflatten(1, (-1, overlaps)).min(1)
-        full.append(sums >= most)
-        chosen.append(at.to(torch.uint8))
-        sums = sums - sums.amin(1, keepdim=True)
-    overlap = sums.argmin(1) if ends is None else ends.long() % overlaps
-    path, unsure = [], torch.zeros_like(states, dtype=torch.bool)
-    for of_step, at in zip(reversed(full), reversed(chosen), strict=True):
-        unsure |= of_step.gather(1, overlap[:, None])[:, 0]
-        state = at.gather(1, overlap[:, None])[:, 0].long() * overlaps + overlap
-        path.append(state)
-        overlap = state // (size // overlaps)
-    return torch.stack(path[::-1], 1), unsure
-
-
-_LIBRARY = torch.library.Library("paley", "FRAGMENT")
-_LIBRARY.define(
-    "trellis_codes(Tensor x, int columns, Tensor scales, Tensor table, Tensor levels, Tensor costs, float unit, "
-    "int bits, Tensor states, Tensor? ends, Tensor? spread, int keep, int ahead) -> (Tensor, Tensor, Tensor)"
-)
-_LIBRARY.define("trellis_values(Tensor codes, Tensor table, int bits) -> Tensor")
-_LIBRARY.impl("trellis_codes", reference, "CompositeExplicitAutograd")
-_LIBRARY.impl("trellis_values", reference_values, "CompositeExplicitAutograd")

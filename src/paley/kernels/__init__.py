@@ -12,7 +12,7 @@ import os
 import torch
 from torch import Tensor
 
-from paley.core import nearest, planes, trellis
+from paley.core import nearest, planes, viterbi
 from paley.core.errors import PaleyError, nearest_name
 from paley.kernels import native, products, trellis_codes
 
@@ -103,12 +103,12 @@ def _trellis_codes(
     x: Tensor, columns: int, scales: Tensor, table: Tensor, levels: Tensor, costs: Tensor, unit: float,
     bits: int, states: Tensor, ends: Tensor | None, spread: Tensor | None, keep: int, ahead: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    how = trellis_codes.codes if backend() == "native" else trellis.reference
+    how = trellis_codes.codes if backend() == "native" else viterbi.reference
     return how(x, columns, scales, table, levels, costs, unit, bits, states, ends, spread, keep, ahead)
 
 
 def _trellis_values(codes: Tensor, table: Tensor, bits: int) -> Tensor:
-    return (trellis_codes.values if backend() == "native" else trellis.reference_values)(codes, table, bits)
+    return (trellis_codes.values if backend() == "native" else viterbi.reference_values)(codes, table, bits)
 
 
 def _planes_pack(codes: Tensor, centroids: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The native search for codes of a trellis-coded grid. `paley.core.trellis` has its meaning."""
+"""The native search for codes of a trellis-coded grid. `paley.core.viterbi` has its meaning."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from paley.core.errors import PaleyError
+from paley.core.viterbi import check
 from paley.kernels import native
 
 __all__ = ["codes", "values"]
@@ -20,9 +21,9 @@ class _Trellis(ctypes.Structure):
     """paley_trellis of csrc/paley.h."""
 
     _fields_ = [
-        ("points", ctypes.c_void_p), ("whole", ctypes.c_void_p), ("costs", ctypes.c_void_p),
-        ("levels", ctypes.c_int32), ("state_bits", ctypes.c_int32), ("bits", ctypes.c_int32), ("p", ctypes.c_int32),
-        ("unit", ctypes.c_float),
+        ("points", ctypes.c_void_p), ("levels", ctypes.c_void_p), ("costs", ctypes.c_void_p),
+        ("level_count", ctypes.c_int32), ("state_bits", ctypes.c_int32), ("bits", ctypes.c_int32),
+        ("p", ctypes.c_int32), ("unit", ctypes.c_float),
     ]  # fmt: skip
 
 
@@ -31,26 +32,11 @@ def codes(
     bits: int, states: Tensor, ends: Tensor | None, spread: Tensor | None, keep: int, ahead: int, *,
     level: str | None = None, threads: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """As `core.trellis.reference`, for float32 tensors on the CPU; the same codes and bits."""
+    """As `core.viterbi.reference`, for float32 tensors on the CPU; the same codes and bits."""
+    check(x, columns, scales, table, levels, costs, bits, states, ends, spread, keep, ahead)
+    if x.device.type != "cpu":
+        raise PaleyError(f"trellis: native kernels read tensors on the CPU, got {x.device}; convert them")
     (rows, wide), (p, size) = x.shape, table.shape
-    shapes = [(x, (rows, wide)), (scales, (rows, wide)), (table, (p, size)), (spread, (columns, wide))]
-    for tensor, shape in shapes:
-        if tensor is not None and (tensor.dtype, tuple(tensor.shape), tensor.device.type) != (
-            torch.float32,
-            shape,
-            "cpu",
-        ):
-            raise PaleyError(f"trellis: native kernels read float32 {list(shape)} on the CPU, got {tensor.dtype} "
-                             f"{list(tensor.shape)} on {tensor.device}; convert it")  # fmt: skip
-    for tensor in (states, ends):
-        if tensor is not None and (tensor.dtype, tuple(tensor.shape)) != (torch.int32, (rows,)):
-            raise PaleyError(f"trellis: states are int32 [{rows}], got {tensor.dtype} {list(tensor.shape)}")
-    for what, tensor, dtype, wanted in (
-        ("levels", levels, torch.int32, (p, size)),
-        ("costs", costs, torch.uint8, (p, costs.numel() // (p * size) // 2 * 2 + 1, size)),
-    ):
-        if (tensor.dtype, tuple(tensor.shape)) != (dtype, wanted):
-            raise PaleyError(f"trellis: {what} are {dtype} {list(wanted)}, got {tensor.dtype} {list(tensor.shape)}")
     x = x if x.stride(1) == 1 else x.contiguous()
     table, levels, costs = (tensor.contiguous() for tensor in (table, levels, costs))
     spread, ends = (None if tensor is None else tensor.contiguous() for tensor in (spread, ends))
@@ -72,7 +58,7 @@ def codes(
 
 
 def values(codes: Tensor, table: Tensor, bits: int, *, threads: int | None = None) -> Tensor:
-    """As `core.trellis.reference_values`, on the CPU; the same bits."""
+    """As `core.viterbi.reference_values`, on the CPU; the same bits."""
     (rows, steps), (p, size) = codes.shape, table.shape
     codes, table = codes.to(torch.uint8).contiguous(), table.contiguous()
     found = torch.empty(rows, steps, p)
