@@ -48,6 +48,7 @@ void matmul(const MatmulTask& task) {
     case PALEY_TRELLIS3_5: return product<PALEY_TRELLIS3_5, false, false>(task);
     case PALEY_TRELLIS4: return product<PALEY_TRELLIS4, false, false>(task);
     case PALEY_TRELLIS5: return product_of_both<PALEY_TRELLIS5>(task);
+    case PALEY_TRELLIS6: return product_of_both<PALEY_TRELLIS6>(task);
     case PALEY_KINDS: break;
   }
 }

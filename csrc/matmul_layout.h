@@ -28,7 +28,7 @@ constexpr uint32_t MATRIX_MAGIC = 0x31585450;  // "PTX1"
 
 constexpr bool is_look(Kind kind) { return kind >= PALEY_LOOK8 && kind <= PALEY_LOOK12; }
 constexpr bool is_plain(Kind kind) { return kind == PALEY_BYTES || kind == PALEY_WORDS; }
-constexpr bool is_trellis(Kind kind) { return kind >= PALEY_TRELLIS1 && kind <= PALEY_TRELLIS5; }
+constexpr bool is_trellis(Kind kind) { return kind >= PALEY_TRELLIS1 && kind <= PALEY_TRELLIS6; }
 // Bits of a trellis code, and the values that it stands for.
 constexpr int trellis_bits(Kind kind) {
   switch (kind) {
@@ -37,6 +37,7 @@ constexpr int trellis_bits(Kind kind) {
     case PALEY_TRELLIS1_5:
     case PALEY_TRELLIS3: return 3;
     case PALEY_TRELLIS4: return 4;
+    case PALEY_TRELLIS6: return 6;
     case PALEY_TRELLIS3_5: return 7;
     default: return 5;
   }

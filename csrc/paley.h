@@ -7,7 +7,7 @@
 
 #include <stdint.h>
 
-#define PALEY_ABI_VERSION 15
+#define PALEY_ABI_VERSION 16
 
 #if defined(_WIN32)
 #define PALEY_EXPORT __declspec(dllexport)
@@ -225,8 +225,9 @@ enum paley_matrix_kind {
   PALEY_TRELLIS3_5 = 18,
   PALEY_TRELLIS4 = 19,
   PALEY_TRELLIS5 = 20,
-  PALEY_TABLE6 = 21,  // as TABLE4, of 64 points
-  PALEY_KINDS = 22,
+  PALEY_TRELLIS6 = 21,
+  PALEY_TABLE6 = 22,  // as TABLE4, of 64 points
+  PALEY_KINDS = 23,
 };
 
 // What paley_pack_matrix makes a blob of. A value is table_scale * scale * (point - zero).

@@ -21,7 +21,7 @@ void check(bool fine, const char* what, int a, int b, int c) {
 }
 
 void product(int kind, bool fine, int p, int points, bool affine, int tokens) {
-  const bool trellis = kind >= PALEY_TRELLIS1 && kind <= PALEY_TRELLIS5;
+  const bool trellis = kind >= PALEY_TRELLIS1 && kind <= PALEY_TRELLIS6;
   const int out = 37, group = 96, columns = 2 * group, groups = 2;
   std::vector<int16_t> table(trellis ? 384 : points * p);
   for (size_t i = 0; i < table.size(); ++i) {
@@ -60,7 +60,7 @@ void product(int kind, bool fine, int p, int points, bool affine, int tokens) {
 
 int main() {
   const bool neon = paley_matmul_levels() >> PALEY_NEON & 1;
-  const int points[] = {4, 8, 16, 4, 16, 64, 256, 256, 512, 1024, 4096, 255, 255, 2, 8, 4, 32, 8, 128, 16, 32, 64};
+  const int points[] = {4, 8, 16, 4, 16, 64, 256, 256, 512, 1024, 4096, 255, 255, 2, 8, 4, 32, 8, 128, 16, 32, 64, 64};
   for (int tokens : {1, 5}) {
     for (int kind = 0; neon && kind < PALEY_KINDS; ++kind) {
       const bool pairs = kind >= PALEY_PAIRS4 && kind <= PALEY_PAIRS8;
@@ -69,7 +69,7 @@ int main() {
       const int p = pairs || two ? 2 : look ? 4 : 1;
       if (kind != PALEY_WORDS) product(kind, false, p, points[kind], false, tokens);
       if (kind <= PALEY_TABLE4) product(kind, false, p, points[kind], true, tokens);
-      if (look || kind == PALEY_WORDS || kind == PALEY_BYTES || kind == PALEY_TRELLIS5) {
+      if (look || kind == PALEY_WORDS || kind == PALEY_BYTES || kind == PALEY_TRELLIS5 || kind == PALEY_TRELLIS6) {
         product(kind, true, look ? 2 : 1, points[kind], false, tokens);
       }
     }

@@ -139,7 +139,7 @@ def test_every_method_loads_at_every_width(method, bits):
         assert scheme.grid.bits == bits
 
 
-@pytest.mark.parametrize(("bits", "best"), [(2, "trellis2"), (5, "trellis5"), (6, "p2n4096"), (8, "p1n256")])
+@pytest.mark.parametrize(("bits", "best"), [(2, "trellis2"), (5, "trellis5"), (6, "trellis6"), (8, "p1n256")])
 def test_weights_are_on_trellis_codes_where_there_are_some(bits, best):
     assert preset(f"w{bits}a8kv4").weights == WeightScheme(best, scale_search="rms")
 
@@ -161,7 +161,7 @@ def test_higgs_for_weights_alone(name, grid):
 
 
 def test_balanced_is_higgs_with_a_diagonal_on_text_of_its_own():
-    balanced, higgs = preset("balanced-6e5"), preset("higgs-6e5")
+    balanced, higgs = preset("balanced-5.5e5"), preset("higgs-5.5e5")
     text = {"calibration": Calibration(source="self", sequences=16, seq_len=128), "test": Test(source="pydoc")}
     assert balanced == higgs.model_copy(update={"diagonal": True, **text})
 

@@ -42,6 +42,7 @@ GRIDS += [
     "trellis2.5",
     "trellis4",
     "trellis5",
+    "trellis6",
 ]
 GRIDS += ["free1", "free2", "free3", "mirror1", "mirror2", "mirror4"]
 GRIDS = [*map(grids.load, GRIDS), grids.custom(torch.arange(21).reshape(7, 3) / 10)]

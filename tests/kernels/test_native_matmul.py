@@ -24,7 +24,7 @@ GRIDS = [
     "int2", "int3", "int4", "int6", "int8", "uint2", "uint3", "uint4", "uint7", "uint8", "odd3", "gauss2", "gauss3",
     "gauss4", "gauss6", "gauss8", "nf4", "p2n16", "p2n64", "p2n88", "p2n256", "p2n1024", "p2n4096", "p3n512",
     "p4n256", "p4n4096", "e8q14k4", "free1", "free2", "mirror2", "free3", "trellis1", "trellis1.5",
-    "trellis2", "trellis2.5", "trellis3", "trellis3.5", "trellis4", "trellis5",
+    "trellis2", "trellis2.5", "trellis3", "trellis3.5", "trellis4", "trellis5", "trellis6",
 ]  # fmt: skip
 
 

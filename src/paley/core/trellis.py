@@ -129,7 +129,7 @@ class TrellisGrid(Fixed):
     @property
     def fineness(self) -> int:
         """Levels of an integer: what is searched for is rounded to them."""
-        return 2 if self.usual_error < 4 else 1
+        return 1 if self.usual_error >= 4 else 2 if self.usual_error >= 1 else 4
 
     @property
     def search_scale(self) -> float:

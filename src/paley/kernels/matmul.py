@@ -34,7 +34,7 @@ __all__ = [
 LEVELS = ("portable", "avx2", "avx512", "", "", "avx2_vnni", "amx", "neon")  # paley_level of csrc/paley.h
 KINDS = (
     "table2", "table3", "table4", "own2", "pairs4", "pairs6", "pairs8", "look8", "look9", "look10", "look12",
-    "bytes", "words", *(f"trellis{rate}" for rate in ("1", "1.5", "2", "2.5", "3", "3.5", "4", "5")), "table6",
+    "bytes", "words", *(f"trellis{rate}" for rate in ("1", "1.5", "2", "2.5", "3", "3.5", "4", "5", "6")), "table6",
 )  # fmt: skip
 _SEGMENT = 64  # columns of inputs that share a scale, if the scheme does not say
 _TURNED = 256  # likewise, at most, of inputs that a Hadamard transform makes nearly Gaussian: none sticks out
@@ -180,7 +180,7 @@ def _kind(grid: AnyGrid, fine: bool, group: int) -> str:
     if isinstance(grid, FreeGrid):
         return "own2" if grid.bits <= 2 else "bytes"
     if isinstance(grid, TrellisGrid):
-        return grid.name if not fine or grid.name == "trellis5" else "bytes"
+        return grid.name if not fine or grid.bits >= 5 else "bytes"
     if not isinstance(grid, Grid) or group % grid.p:
         return "words" if fine else "bytes"
     look = next((bits for bits in (8, 9, 10, 12) if grid.size <= 2**bits), None)

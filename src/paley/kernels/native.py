@@ -34,7 +34,7 @@ __all__ = [
     "why_missing",
 ]
 
-ABI_VERSION = 15  # PALEY_ABI_VERSION in csrc/paley.h
+ABI_VERSION = 16  # PALEY_ABI_VERSION in csrc/paley.h
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")  # paley_level there
 PATHS = ("auto", "popcount", "dots", "tables")  # paley_path there
 _STATUS = ("ok", "bad argument", "out of memory", "internal error")
