@@ -3,8 +3,8 @@
 The codes that can follow a state lead to values that are spread evenly over 256 quantiles, and what came before moves
 all of them by a part of their distance: evenly spread amounts, in a random order, the best of a few. Of two values to
 a code, the codes make a lattice. The 256 values then become means of what is rounded to them (Lloyd), and integers of 8
-bits. t2 is measured on other rows of 1024 values of N(0, 1). Codes in checkpoints mean what the lists say, so lists that
-are in the file stay; it makes those that are not.
+bits. t2 is measured on other rows of 1024 values of N(0, 1). Codes in checkpoints mean what the lists say, so lists in
+the file stay, and only those that it lacks are made.
 """
 
 import argparse
