@@ -28,7 +28,8 @@ from paley.kernels import matmul
 GRIDS = {
     2: ["gauss2", "p2n16", "p4n256", "free2", "trellis2"], 2.5: ["trellis2.5"],
     3: ["gauss3", "p2n64", "p3n512", "p4n4096", "trellis3"], 3.5: ["trellis3.5"],
-    4: ["gauss4", "uint4", "p2n256", "trellis4"], 5: ["trellis5"], 6: ["p2n4096", "int6", "p1n64", "trellis6"], 8: ["int8", "gauss8"],
+    4: ["gauss4", "uint4", "p2n256", "trellis4"], 5: ["trellis5"], 6: ["p2n4096", "int6", "p1n64", "trellis6"],
+    8: ["int8", "gauss8"],
 }  # fmt: skip
 OUT, WIDTH, GROUP = 2048, 2048, 1024  # as in models of a billion parameters
 

@@ -102,10 +102,30 @@ def test_more_text_takes_longer_and_more_memory(model, steady):
         found = estimate_run(*problem_of(model, "w4a4kv4", *settings))
         return found.stages["quantizing weights"], found.memory
 
-    few, some, many = (seconds_and_memory(f"calibration.sequences={n}") for n in (100, 200, 300))
+    few, some, many = (seconds_and_memory(f"calibration.sequences={n}") for n in (200, 300, 400))
     assert many[0] - some[0] == pytest.approx(some[0] - few[0])
     assert few[0] < some[0]
     assert few[1] < some[1] < many[1]
+
+
+def test_text_beyond_what_diagonals_read_changes_nothing(model, steady, tmp_path):
+    enough = ["calibration.source=pydoc", "calibration.sequences=64", "test=null"]  # 1,024 tokens
+    more = [*enough, "calibration.sequences=100"]
+    for name, read in (("balanced-4", 64), ("w4a16", 100), ("w16a16kv4", 0)):
+        assert problem_of(model, name, *more)[0].sequences_read(100, 16) == read
+    few, many = (problem_of(model, "balanced-4", *settings) for settings in (enough, more))
+    assert estimate_run(*few).stages == estimate_run(*many).stages
+    made = [paley.quantize(model, recipe, output=tmp_path / str(i)) for i, (_, recipe) in enumerate((few, many))]
+    codes = [sorted(path.read_bytes() for path in tmp_path.glob(f"{i}/*.safetensors")) for i in range(len(made))]
+    assert codes[0]
+    assert codes[0] == codes[1]
+
+
+def test_text_that_the_model_writes_for_a_budget_takes_time(model, steady):
+    budget = "budget={weights: 4, sequences: 4, seq_len: 32, source: %s}"
+    both = [problem_of(model, "higgs-4", "test=null", budget % source) for source in ("self", "pydoc")]
+    own, given = (estimate_run(*each) for each in both)
+    assert own.stages["measuring sensitivities"] > given.stages["measuring sensitivities"]
 
 
 def test_a_run_that_needs_more_memory_than_is_free_is_refused_with_what_fits(model):

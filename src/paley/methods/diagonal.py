@@ -17,10 +17,11 @@ from torch import Tensor
 
 from paley.core.schemes import LinearScheme
 
-__all__ = ["CALIBRATED", "EVEN", "balance", "strength_for"]
+__all__ = ["CALIBRATED", "EVEN", "TOKENS", "balance", "strength_for"]
 
 EVEN = 0.5  # a, for weights rounded to nearest and for inputs
 CALIBRATED = 0.25  # for weights by GPTQ alone
+TOKENS = 1024  # that the size of a channel is measured on
 
 _RANGE = 2.0**10  # of d around its geometric mean: a dead channel must not decide the scale of all others
 

@@ -22,7 +22,7 @@ from paley.core.metrics import rel_error, rel_error_of
 from paley.core.rounding import Quantized, check_range, joined
 from paley.core.schemes import LinearScheme, Schemes
 from paley.format.spec import DIAGONAL, check_outliers
-from paley.methods.diagonal import balance, strength_for
+from paley.methods.diagonal import TOKENS, balance, strength_for
 from paley.methods.gptq import quantize_gptq
 from paley.methods.nearest import quantize_nearest, quantize_turned, turned_error
 from paley.methods.statistics import InputStatistics
@@ -47,7 +47,6 @@ Place = Callable[[str, Tensor], Tensor]
 _NOTHING: Mapping[str, Tensor] = {}
 _VALUES = 2**22  # of a weight that are decoded at a time
 _OUTLIER_SEQUENCES = 32  # that outliers are chosen by
-_ENERGY_TOKENS = 1024  # that the size of a channel is measured on, for its diagonal
 
 
 @dataclass(frozen=True)
@@ -227,7 +226,7 @@ class ModelQuantizer:
             if self.original is None:
                 raise PaleyError(f"{missing[0]}: a diagonal needs calibration text; set diagonal=false")
             linears = {name: self.adapter.module(name) for name in missing}
-            sequences = -(-_ENERGY_TOKENS // self.original.shape[1])
+            sequences = -(-TOKENS // self.original.shape[1])
             energies = self._energies(block.module, block.index, linears, sequences)
         for names, diagonal in zip(groups, settled, strict=True):
             alike = [self.adapter.module(name) for name in names]

@@ -20,9 +20,9 @@ from paley.model.capture import BlockRunner
 from paley.model.fold import scale_keys_
 from paley.model.keys import MEAN_KEYS, KeyBase
 
-__all__ = ["BALANCE", "KeySettler"]
+__all__ = ["BALANCE", "TOKENS", "KeySettler"]
 
-_TOKENS = 2048  # a mean needs few
+TOKENS = 2048  # a mean needs few
 _LIMIT = 6  # octaves
 BALANCE = ".key_balance"  # of a file in the run directory alone
 
@@ -82,7 +82,7 @@ class KeySettler:
         self.settled: dict[str, Tensor] = {}
         self.hidden: list[Tensor] = []
         if ids is not None and any(scheme.needs_data for scheme in schemes.values()):
-            some, others = ids.tensor_split([-(-_TOKENS // ids.shape[1])])
+            some, others = ids.tensor_split([-(-TOKENS // ids.shape[1])])
             self.hidden = [runner.embed(part) for part in (some, others[:, :1]) if len(part)]
 
     @torch.no_grad()

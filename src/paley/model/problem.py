@@ -18,6 +18,7 @@ from paley.core.schemes import LinearScheme, Rotation, Schemes
 from paley.core.transforms import Transform
 from paley.format import spec
 from paley.format.header import TensorInfo
+from paley.methods.diagonal import TOKENS
 from paley.model.loading import Source
 from paley.recipe.models import Budget, Search
 
@@ -74,6 +75,13 @@ class Problem:
     def needs_calibration(self) -> bool:
         schemes = (*self.schemes.attentions.values(), *self.schemes.linears.values())
         return any(scheme.needs_data for scheme in schemes)
+
+    def sequences_read(self, count: int, seq_len: int) -> int:
+        """How many of a calibration text's sequences pass through the blocks for weights: for diagonals alone a few."""
+        linears = self.schemes.linears.values()
+        if any(scheme.calibrated for scheme in linears):
+            return count
+        return min(count, -(-TOKENS // seq_len)) if any(scheme.diagonal for scheme in linears) else 0
 
     @property
     def quantizes(self) -> bool:

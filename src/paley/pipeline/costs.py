@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ["COSTS", "FLOAT", "Amount", "Costs", "Text", "count_tokens"]
+from paley.model.problem import Problem
+
+__all__ = ["COSTS", "FLOAT", "Amount", "Costs", "Text", "count_tokens", "read_of"]
 
 FLOAT = 4  # bytes of a float32
 
@@ -71,6 +73,11 @@ class Costs:
 
 
 COSTS = Costs()
+
+
+def read_of(text: Text, problem: Problem) -> Amount:
+    """What of a calibration text passes through the blocks for weights."""
+    return Amount(problem.sequences_read(text.sequences, text.seq_len), text.seq_len)
 
 
 def count_tokens(text: Text) -> int:

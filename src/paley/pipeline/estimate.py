@@ -20,20 +20,22 @@ from paley.core.schemes import ActivationScheme
 from paley.core.trellis import TrellisGrid
 from paley.eval.scoring import CHUNK
 from paley.kernels.floats import are_quicker
+from paley.methods import diagonal
 from paley.methods.sensitivity import method_for
 from paley.methods.trellis import AHEAD, KEEP
+from paley.model import key_statistics
 from paley.model.activation_errors import Place
 from paley.model.budget import activation_options, fed_back
 from paley.model.problem import Problem
 from paley.model.steps import KEPT
 from paley.model.tuning import ACTIVATIONS, activation_bytes
 from paley.pipeline import peak
-from paley.pipeline.costs import COSTS, Amount, Text, count_tokens
+from paley.pipeline.costs import COSTS, Amount, Text, count_tokens, read_of
 from paley.pipeline.machine import free_memory, multiplications
 from paley.pipeline.monitor import duration
 from paley.pipeline.resolve import resolve
 from paley.pipeline.sensitivities import SOME
-from paley.recipe import Recipe, apply_settings, preset
+from paley.recipe import Budget, Recipe, apply_settings, preset
 
 __all__ = ["Estimate", "check_memory", "estimate_run", "faster"]
 
@@ -153,8 +155,12 @@ class _Work:
         """(name, operations) in the order in which a run has them."""
         recipe, problem, test = self.recipe, self.problem, self.recipe.test
         calibrates = not problem.is_data_free or recipe.tune is not None
-        if calibrates and recipe.calibration.source == SELF:
-            yield "sampling the calibration text", self.read + COSTS.sampled * self._written(recipe.calibration)
+        if calibrates and (written := self._written(recipe.calibration.source, recipe.calibration)):
+            yield "sampling the calibration text", written
+        if recipe.search.method != "none":
+            source = recipe.search.source or recipe.calibration.source
+            if written := self._written(source, recipe.search):
+                yield "sampling the search text", written
         if test is not None:
             yield "measuring the original", self.read + self._scored(test, 1, rounded=False)
         if problem.budget is not None and not decided and not measured:
@@ -184,9 +190,12 @@ class _Work:
         if test is not None:
             yield "evaluating through the quantized cache", self._reread(test) + self._scored(test, 2, rounded=True)
 
-    def _written(self, text: Text) -> float:
+    def _written(self, source: str, text: Text) -> float:
+        """A text that the model writes, if the source is that."""
+        if source != SELF:
+            return 0.0
         head = 2 * count_tokens(text) * self.sites.head.numel
-        return head + self._forward(count_tokens(text), text.seq_len, rounded=False)
+        return self.read + COSTS.sampled * (head + self._forward(count_tokens(text), text.seq_len, rounded=False))
 
     def _forward(self, tokens: float, seq_len: int, *, rounded: bool, product: float = 1.0) -> float:
         """All blocks once; product: of a linear, times that of float32."""
@@ -222,16 +231,17 @@ class _Work:
 
     def _calibrated(self) -> float:
         """Every block: two forwards, sums, and what GPTQ does to each weight."""
-        text, schemes = self.recipe.calibration, self.problem.schemes
+        given, schemes = self.recipe.calibration, self.problem.schemes
+        text = read_of(given, self.problem)
         tokens = count_tokens(text)
         # What is not held begins anew for each input.
-        anew = COSTS.anew * max(0.0, 1 - KEPT / (tokens * peak.held_by_a_token(self.problem)))
+        anew = COSTS.anew * max(0.0, 1 - KEPT / max(1, tokens * peak.held_by_a_token(self.problem)))
         forward = self._forward(tokens, text.seq_len, rounded=True, product=self.calibrating)
         total = 2 * (1 + anew) * forward + tokens * self._turned(2.0)
-        centered = any(s.center_keys and s.keys is not None for s in schemes.attentions.values())
-        if centered or any(s.diagonal for s in schemes.linears.values()):
-            some = min(tokens, 32 * text.seq_len)
-            total += self._forward(some, text.seq_len, rounded=False, product=self.calibrating)
+        some = min(tokens, diagonal.TOKENS) if any(s.diagonal for s in schemes.linears.values()) else 0
+        if any(s.needs_data for s in schemes.attentions.values()):
+            some += min(count_tokens(given), key_statistics.TOKENS) + given.sequences  # and first tokens
+        total += self._forward(some, given.seq_len, rounded=False, product=self.calibrating)
         for site in self.sites.of("input"):
             readers = [self.sites[name] for name in site.readers if self.sites[name].kind == "linear"]
             readers = [reader for reader in readers if schemes.linears[reader.name].calibrated]
@@ -298,11 +308,11 @@ class _Work:
 
     def _slopes(self) -> float:
         """There and back once; of noise, each weight at each level through half of the model on average. And logits."""
-        budget = self.problem.budget
-        assert budget is not None
+        budget = self._budget
+        written = self._written(budget.source, budget)
         if (budget.method or method_for(budget.metric)) == "gradients":
-            return 3 * self._scored(budget, 1, rounded=False)
-        return len(self.sites.weights) * budget.levels * (0.5 * self._scored(budget, 1, rounded=False))
+            return written + 3 * self._scored(budget, 1, rounded=False)
+        return written + len(self.sites.weights) * budget.levels * (0.5 * self._scored(budget, 1, rounded=False))
 
     def _tried(self, options: Mapping[Place, tuple[ActivationScheme, ...]]) -> float:
         """A few sequences through the model, their keys, values and inputs rounded in all ways that may be chosen."""
@@ -310,21 +320,26 @@ class _Work:
         widths = {(site.module, site.kind): site.numel for site in self.sites.of("keys", "values")}
         widths |= {(site.name, "input"): site.shape[1] for site in self.linears}
         rounded = COSTS.rounded * sum(len(schemes) * widths[place] for place, schemes in options.items())
-        return count_tokens(some) * rounded + self._forward(count_tokens(some), some.seq_len, rounded=False)
+        forward = self._forward(count_tokens(some), some.seq_len, rounded=False)
+        return self._written(self._budget.source, some) + count_tokens(some) * rounded + forward
 
     def _gains(self, feedback: Collection[str]) -> float:
         """A forward pass; of inputs of the weights with feedback the Gram matrix and its factor, of others squares."""
         text = self.recipe.calibration if feedback else self._some()
-        total = self._forward(count_tokens(text), text.seq_len, rounded=False)
+        total = 0.0 if feedback else self._written(self._budget.source, text)
+        total += self._forward(count_tokens(text), text.seq_len, rounded=False)
         for site in self.sites.of("input"):
             if any(name in feedback and not self.sites[name].experts for name in site.readers):
                 total += count_tokens(text) * site.numel**2 + COSTS.factor * site.numel**3
         return total
 
+    @property
+    def _budget(self) -> Budget:
+        assert self.problem.budget is not None
+        return self.problem.budget
+
     def _some(self) -> Amount:
-        budget = self.problem.budget
-        assert budget is not None
-        return Amount(min(SOME, budget.sequences), budget.seq_len)
+        return Amount(min(SOME, self._budget.sequences), self._budget.seq_len)
 
 
 def _bytes(problem: Problem) -> int:

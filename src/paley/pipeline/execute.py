@@ -179,8 +179,8 @@ def quantize_steps(
     keys = None
     if not problem.sites.architecture.walked:  # whose keys are not centred
         keys = KeySettler(runner, ids, problem.schemes.attentions, partial(_cast_block_, problem))
-    if not any(scheme.needs_data for scheme in problem.schemes.linears.values()):
-        ids = None  # for keys alone
+    if ids is not None:  # keys read some by themselves
+        ids = ids[:read] if (read := problem.sequences_read(*ids.shape)) else None
     where = {} if states is None else {"place": states.place, "release": states.release}
     quantizer = ModelQuantizer(
         runner, ids, problem.schemes, compensate=problem.compensate, share=problem.share, keys=keys, begin=begin,

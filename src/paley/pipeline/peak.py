@@ -14,7 +14,7 @@ from paley.methods.tuning import PIECE
 from paley.model import steps
 from paley.model.problem import Problem
 from paley.model.tuning import ACTIVATIONS, activation_bytes
-from paley.pipeline.costs import COSTS, FLOAT, Text, count_tokens
+from paley.pipeline.costs import COSTS, FLOAT, Text, count_tokens, read_of
 from paley.pipeline.worker_memory import of_gradients
 from paley.recipe import Recipe
 
@@ -79,7 +79,7 @@ def states(problem: Problem, recipe: Recipe) -> int:
     """
     if problem.is_data_free or recipe.tune is not None:
         return 0
-    return 4 * FLOAT * count_tokens(recipe.calibration) * problem.sites.head.shape[1]
+    return 4 * FLOAT * count_tokens(read_of(recipe.calibration, problem)) * problem.sites.head.shape[1]
 
 
 def memory(
@@ -107,12 +107,13 @@ def memory(
         largest = COSTS.tensor * FLOAT * max(site.numel for site in sites.weights)
         found.append(largest if recipe.tune is None else unpaged)
     else:
-        hidden = FLOAT * count_tokens(recipe.calibration) * sites.head.shape[1]
+        tokens = count_tokens(read_of(recipe.calibration, problem))
+        hidden = FLOAT * tokens * sites.head.shape[1]
         one = max((FLOAT * math.prod(problem.shape(site)[1:]) ** 2 for site in sites.of("linear")), default=0)
         held = problem.waiting_dtype.itemsize / FLOAT * outer + COSTS.block * block + COSTS.squares * one
         if not problem.source.has_pages or recipe.tune is not None:
             held = max(held, unpaged)
-        found.append(held + 2 * hidden + _standing(problem, count_tokens(recipe.calibration)))
+        found.append(held + 2 * hidden + _standing(problem, tokens))
     if recipe.tune is not None:
         found.append(_tuning_memory(problem, recipe, whole))
     runs = recipe.test is not None or not problem.is_data_free
