@@ -144,6 +144,18 @@ def test_weights_are_on_trellis_codes_where_there_are_some(bits, best):
     assert preset(f"w{bits}a8kv4").weights == WeightScheme(best, scale_search="rms")
 
 
+@pytest.mark.parametrize(
+    ("name", "grid"),
+    [("w4a16", "p1n64"), ("w4a16e5h5", "trellis5"), ("w2a16e3h3", "trellis3"), ("w5a16", "trellis6"),
+     ("w5a16e8h8", "p1n256"), ("balanced-6", "trellis6"), ("vectors-w6a16", "p1n64"), ("higgs-4e4h4", "p2n256")],
+)  # fmt: skip
+def test_embedding_and_head_are_on_trellis_codes_where_single_values_would_lose_much(name, grid):
+    recipe = preset(name)
+    assert recipe.embedding is not None
+    assert recipe.embedding.grid.name == grid
+    assert recipe.embedding == recipe.head
+
+
 def test_vectors_differ_from_the_default_by_their_grid_alone():
     default, vectors = preset("w3a4kv4"), preset("vectors-w3a4kv4")
     assert vectors.weights == WeightScheme("p4n4096", scale_search="rms")
@@ -161,7 +173,7 @@ def test_higgs_for_weights_alone(name, grid):
 
 
 def test_balanced_is_higgs_with_a_diagonal_on_text_of_its_own():
-    balanced, higgs = preset("balanced-5.5e5"), preset("higgs-5.5e5")
+    balanced, higgs = preset("balanced-5.5e8h8"), preset("higgs-5.5e8h8")
     text = {"calibration": Calibration(source="self", sequences=16, seq_len=128), "test": Test(source="pydoc")}
     assert balanced == higgs.model_copy(update={"diagonal": True, **text})
 
