@@ -50,7 +50,7 @@ OURS = {  # name -> preset, settings
     "trellis4, GPTQ, e6": ("w4a16", ()),
     "trellis4, GPTQ, e16": ("w4a16e16h16", ()),
     "trellis5, GPTQ, e6": ("w5a16", ()),
-    **{f"trellis{w}, GPTQ, e6 on a trellis": (f"w{w}a16", _on(f"trellis{w}", "trellis6")) for w in (4, 5, 6)},
+    "trellis4, GPTQ, e6 on a trellis": ("w4a16", _on("trellis4", "trellis6")),
     "trellis6, GPTQ, e6": ("w6a16", ()),
     "trellis6, GPTQ, e8": ("w6a16e8h8", ()),
     "p2n4096, GPTQ, e8": ("vectors-w6a16e8h8", ()),
