@@ -146,20 +146,22 @@ def test_weights_are_on_trellis_codes_where_there_are_some(bits, best):
 
 @pytest.mark.parametrize(
     ("name", "grid"),
-    [("w4a16", "p1n64"), ("w4a16e5h5", "trellis5"), ("w2a16e3h3", "trellis3"), ("w5a16", "trellis6"),
+    [("w4a16", "trellis6"), ("w7a16", "p1n128"), ("w4a16e5h5", "trellis5"), ("w2a16e3h3", "trellis3"),
      ("w5a16e8h8", "p1n256"), ("balanced-6", "trellis6"), ("vectors-w6a16", "p1n64"), ("higgs-4e4h4", "p2n256")],
 )  # fmt: skip
-def test_embedding_and_head_are_on_trellis_codes_where_single_values_would_lose_much(name, grid):
+def test_embedding_and_head_are_on_trellis_codes_if_the_weights_are(name, grid):
     recipe = preset(name)
     assert recipe.embedding is not None
     assert recipe.embedding.grid.name == grid
     assert recipe.embedding == recipe.head
 
 
-def test_vectors_differ_from_the_default_by_their_grid_alone():
+def test_vectors_differ_from_the_default_by_grids_alone():
     default, vectors = preset("w3a4kv4"), preset("vectors-w3a4kv4")
     assert vectors.weights == WeightScheme("p4n4096", scale_search="rms")
-    assert vectors == default.model_copy(update={"weights": vectors.weights})
+    assert vectors == default.model_copy(
+        update={key: getattr(vectors, key) for key in ("weights", "embedding", "head")}
+    )
 
 
 @pytest.mark.parametrize(

@@ -387,7 +387,7 @@ OUTER = {
     ),
     "two grids for a tied pair": (
         ("--preset", "w4a16e5h6"),
-        r"lm_head: .*one grid serves both, but head has 'p1n64' and embedding 'p1n32'; set both to one of them",
+        r"lm_head: .*one grid serves both, but head has 'trellis6' and embedding 'trellis5'; set both to one of them",
     ),
     "an unknown letter": (("--preset", "w4x16"), r"preset 'w4x16': .*did you mean 'w4a16'"),
 }

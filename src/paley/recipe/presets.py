@@ -167,9 +167,8 @@ def _fill(data: dict[str, Any], bits: dict[str, int], group: str | None, name: s
             pairs, vectors = _best_vectors(bits[part], 2), _best_vectors(bits[part], 4)
             best = f"trellis{bits[part]}" if f"trellis{bits[part]}" in trellis.names() else vectors
             # The head is the largest matrix that a token reads, and a table of more than 2^8 pairs is slow to look up.
-            outer = pairs if bits[part] <= 4 else f"p1n{2 ** bits[part]}"
-            if on_trellis and (bits[part] < _OUTER_BITS or bits["w"] > 4):  # else single values lose little beside them
-                outer = best
+            quick = pairs if bits[part] <= 4 else f"p1n{2 ** bits[part]}"
+            outer = best if on_trellis and best != vectors else quick
             by_rate = {"pairs": pairs, "vectors": vectors, "best": best, "outer": outer}
             data[key]["grid"] = data[key]["grid"].format(**bits, **by_rate)
     if group is not None:
