@@ -50,7 +50,7 @@ OURS = {  # name -> preset, settings
     "trellis4, GPTQ, e6": ("w4a16", ()),
     "trellis4, GPTQ, e16": ("w4a16e16h16", ()),
     "trellis5, GPTQ, e6": ("w5a16", ()),
-    "trellis4, GPTQ, e6 on a trellis": ("w4a16", _on("trellis4", "trellis6")),
+    "trellis4, GPTQ, e6 of single values": ("w4a16", _on("trellis4", "p1n64")),
     "trellis6, GPTQ, e6": ("w6a16", ()),
     "trellis6, GPTQ, e8": ("w6a16e8h8", ()),
     "p2n4096, GPTQ, e8": ("vectors-w6a16e8h8", ()),
