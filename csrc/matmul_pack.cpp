@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <iterator>
 #include <vector>
 
 #include "matmul.h"
@@ -93,7 +94,8 @@ void put_table(const MatrixSource& s, uint8_t* table) {
 
 bool good_values(const MatrixSource& s) {
   static constexpr int32_t most[] = {4, 8, 16, 4, 16, 64, 256, 256, 512, 1024, 4096, 1 << 20, 1 << 20,
-                                     2, 8, 4, 32, 8, 128, 16, 32, 64};
+                                     2, 8, 4, 32, 8, 128, 16, 32, 64, 64};
+  static_assert(std::size(most) == PALEY_KINDS);
   if (s.points < 1 || s.points > most[static_cast<int>(s.kind)]) return false;
   if (is_trellis(kind_of(s))) {
     const auto inside = [](int16_t low, int16_t high) { return [=](int16_t x) { return x >= low && x <= high; }; };

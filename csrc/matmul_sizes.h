@@ -13,7 +13,8 @@ constexpr int32_t MOST_FINE = 128;         // columns of a segment, likewise
 inline bool good_kind(int32_t number, bool fine, int32_t per, bool affine) {
   if (number < 0 || number >= PALEY_KINDS) return false;
   const auto kind = static_cast<Kind>(number);
-  if (fine) return per == 2 && (is_look(kind) || (is_trellis(kind) && kind >= PALEY_TRELLIS5) ? !affine : is_plain(kind));
+  const bool may_be_fine = is_look(kind) || kind == PALEY_TRELLIS5 || kind == PALEY_TRELLIS6;
+  if (fine) return per == 2 && (may_be_fine ? !affine : is_plain(kind));
   if (kind == PALEY_WORDS || (is_look(kind) ? per != 3 && per != 4 : per != 4)) return false;
   return !affine || kind <= PALEY_TABLE4;
 }

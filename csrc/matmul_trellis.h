@@ -3,7 +3,7 @@
 // The codes of a row are a stream of bits, the highest bit of the first code first. 32 bits of it are a dword of its
 // row, the first one on top. A block has the stream of 32 columns, or of 16 if inputs are fine: dwords of 16 rows, then
 // the next, and last, if 16 bits are left over, words of 16 rows. The state of a code is the 12 bits of the stream that
-// end with it. So the states of four columns lie within some 15 to 27 bits, their window, and some of these may be of
+// end with it. So the states of four columns lie within some 15 to 30 bits, their window, and some of these may be of
 // the block before.
 #pragma once
 

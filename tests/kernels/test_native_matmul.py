@@ -190,6 +190,14 @@ def test_trellis_codes_stay_codes(grid: str, tokens: int) -> None:
     check(scheme_of(grid), 5, 72, tokens)
 
 
+def test_single_values_of_six_bits() -> None:
+    scheme = scheme_of("int6", None, ActivationScheme("int8"))
+    made = matmul.plan(scheme, 192)
+    assert made is not None
+    assert made.kind == "table6"
+    check(scheme, 20, 192, 3)
+
+
 def test_trellis_codes_with_rounded_inputs() -> None:
     check(scheme_of("trellis4", 64, ActivationScheme("gauss4", group_size=32)), 20, 192, 5)
     check(scheme_of("trellis5", None, ActivationScheme("int8")), 20, 192, 3)

@@ -7,7 +7,7 @@ import pytest
 import paley
 from paley.core.errors import PaleyError
 from paley.model.loading import open_source
-from paley.pipeline import estimate
+from paley.pipeline import estimate, execute
 from paley.pipeline.estimate import Estimate, check_memory, estimate_run, faster
 from paley.pipeline.monitor import Pace, duration
 from paley.pipeline.resolve import resolve
@@ -44,6 +44,9 @@ RECIPES = [
     ("llama", "higgs-4", ["test=null"]),
     ("llama", "w4a16e16h16", ["calibration.source=self", "test.source=pydoc"]),
     ("llama", "gbs-w4a4kv4", ["expand=16", "hadamard=1024"]),
+    ("llama", "gbs-w4a4kv4", ["search.source=self"]),
+    ("llama", "higgs-w4a4kv4", ["search.method=gbs", "calibration.source=self", "test.source=pydoc"]),
+    ("llama", "higgs-4", ["tune={sequences: 2}", "calibration.source=self", "test.source=pydoc"]),
     ("llama", "w1a4", ["weights.group_size=16", "inputs.group_size=16", "fit_groups=true"]),
     ("qwen", "w4a4kv4", []),
     ("qwen", "higgs-4", []),
@@ -108,17 +111,32 @@ def test_more_text_takes_longer_and_more_memory(model, steady):
     assert few[1] < some[1] < many[1]
 
 
-def test_text_beyond_what_diagonals_read_changes_nothing(model, steady, tmp_path):
+def test_diagonals_read_a_few_sequences_of_a_text(model, steady, tmp_path, monkeypatch):
     enough = ["calibration.source=pydoc", "calibration.sequences=64", "test=null"]  # 1,024 tokens
     more = [*enough, "calibration.sequences=100"]
     for name, read in (("balanced-4", 64), ("w4a16", 100), ("w16a16kv4", 0)):
         assert problem_of(model, name, *more)[0].sequences_read(100, 16) == read
     few, many = (problem_of(model, "balanced-4", *settings) for settings in (enough, more))
     assert estimate_run(*few).stages == estimate_run(*many).stages
+    seen = []
+
+    class Seeing(execute.ModelQuantizer):
+        def __init__(self, runner, ids, *others, **named):
+            seen.append(len(ids))
+            super().__init__(runner, ids, *others, **named)
+
+    monkeypatch.setattr(execute, "ModelQuantizer", Seeing)
     made = [paley.quantize(model, recipe, output=tmp_path / str(i)) for i, (_, recipe) in enumerate((few, many))]
+    assert seen == [64, 64]
     codes = [sorted(path.read_bytes() for path in tmp_path.glob(f"{i}/*.safetensors")) for i in range(len(made))]
     assert codes[0]
     assert codes[0] == codes[1]
+
+
+def test_text_that_the_model_writes_to_tune_on_takes_time(model, steady):
+    given = ["calibration.source=self", "test=null"]
+    few, many = (estimate_run(*problem_of(model, "w4a16", *given, f"tune={{sequences: {n}}}")).stages for n in (2, 20))
+    assert many["sampling the calibration text"] > few["sampling the calibration text"]
 
 
 def test_text_that_the_model_writes_for_a_budget_takes_time(model, steady):

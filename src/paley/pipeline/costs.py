@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from paley.model.key_statistics import TOKENS
 from paley.model.problem import Problem
 
-__all__ = ["COSTS", "FLOAT", "Amount", "Costs", "Text", "count_tokens", "read_of"]
+__all__ = ["COSTS", "FLOAT", "Amount", "Costs", "Text", "count_tokens", "read_by_keys", "read_of"]
 
 FLOAT = 4  # bytes of a float32
 
@@ -78,6 +79,14 @@ COSTS = Costs()
 def read_of(text: Text, problem: Problem) -> Amount:
     """What of a calibration text passes through the blocks for weights."""
     return Amount(problem.sequences_read(text.sequences, text.seq_len), text.seq_len)
+
+
+def read_by_keys(text: Text, problem: Problem) -> int:
+    """Tokens of a calibration text that keys are measured on: some sequences, and the first tokens of all."""
+    if not any(scheme.needs_data for scheme in problem.schemes.attentions.values()):
+        return 0
+    some = min(text.sequences, -(-TOKENS // text.seq_len))
+    return some * text.seq_len + text.sequences - some
 
 
 def count_tokens(text: Text) -> int:

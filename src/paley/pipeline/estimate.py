@@ -23,14 +23,13 @@ from paley.kernels.floats import are_quicker
 from paley.methods import diagonal
 from paley.methods.sensitivity import method_for
 from paley.methods.trellis import AHEAD, KEEP
-from paley.model import key_statistics
 from paley.model.activation_errors import Place
 from paley.model.budget import activation_options, fed_back
 from paley.model.problem import Problem
 from paley.model.steps import KEPT
 from paley.model.tuning import ACTIVATIONS, activation_bytes
-from paley.pipeline import peak
-from paley.pipeline.costs import COSTS, Amount, Text, count_tokens, read_of
+from paley.pipeline import peak, texts
+from paley.pipeline.costs import COSTS, Amount, Text, count_tokens, read_by_keys, read_of
 from paley.pipeline.machine import free_memory, multiplications
 from paley.pipeline.monitor import duration
 from paley.pipeline.resolve import resolve
@@ -155,7 +154,7 @@ class _Work:
         """(name, operations) in the order in which a run has them."""
         recipe, problem, test = self.recipe, self.problem, self.recipe.test
         calibrates = not problem.is_data_free or recipe.tune is not None
-        if calibrates and (written := self._written(recipe.calibration.source, recipe.calibration)):
+        if written := self._written(recipe.calibration.source, self._calibration_text()):
             yield "sampling the calibration text", written
         if recipe.search.method != "none":
             source = recipe.search.source or recipe.calibration.source
@@ -192,10 +191,16 @@ class _Work:
 
     def _written(self, source: str, text: Text) -> float:
         """A text that the model writes, if the source is that."""
-        if source != SELF:
+        if source != SELF or not text.sequences:
             return 0.0
         head = 2 * count_tokens(text) * self.sites.head.numel
         return self.read + COSTS.sampled * (head + self._forward(count_tokens(text), text.seq_len, rounded=False))
+
+    def _calibration_text(self) -> Amount:
+        """With what is tuned on, as both are cut from one text."""
+        text, tune = self.recipe.calibration, self.recipe.tune
+        calibration = text.sequences if texts.calibrates(self.recipe) else 0
+        return Amount(calibration + (0 if tune is None else tune.sequences), text.seq_len)
 
     def _forward(self, tokens: float, seq_len: int, *, rounded: bool, product: float = 1.0) -> float:
         """All blocks once; product: of a linear, times that of float32."""
@@ -239,8 +244,7 @@ class _Work:
         forward = self._forward(tokens, text.seq_len, rounded=True, product=self.calibrating)
         total = 2 * (1 + anew) * forward + tokens * self._turned(2.0)
         some = min(tokens, diagonal.TOKENS) if any(s.diagonal for s in schemes.linears.values()) else 0
-        if any(s.needs_data for s in schemes.attentions.values()):
-            some += min(count_tokens(given), key_statistics.TOKENS) + given.sequences  # and first tokens
+        some += read_by_keys(given, self.problem)
         total += self._forward(some, given.seq_len, rounded=False, product=self.calibrating)
         for site in self.sites.of("input"):
             readers = [self.sites[name] for name in site.readers if self.sites[name].kind == "linear"]

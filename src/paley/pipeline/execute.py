@@ -179,7 +179,7 @@ def quantize_steps(
     keys = None
     if not problem.sites.architecture.walked:  # whose keys are not centred
         keys = KeySettler(runner, ids, problem.schemes.attentions, partial(_cast_block_, problem))
-    if ids is not None:  # keys read some by themselves
+    if ids is not None:  # what `keys` reads is its own
         ids = ids[:read] if (read := problem.sequences_read(*ids.shape)) else None
     where = {} if states is None else {"place": states.place, "release": states.release}
     quantizer = ModelQuantizer(

@@ -14,7 +14,7 @@ from paley.methods.tuning import PIECE
 from paley.model import steps
 from paley.model.problem import Problem
 from paley.model.tuning import ACTIVATIONS, activation_bytes
-from paley.pipeline.costs import COSTS, FLOAT, Text, count_tokens, read_of
+from paley.pipeline.costs import COSTS, FLOAT, Text, count_tokens, read_by_keys, read_of
 from paley.pipeline.worker_memory import of_gradients
 from paley.recipe import Recipe
 
@@ -73,13 +73,16 @@ def cached(problem: Problem, text: Text) -> int:
 
 
 def states(problem: Problem, recipe: Recipe) -> int:
-    """Bytes on disk of the hidden states of a calibration: of two blocks, in the quantized model and the original.
+    """Bytes on disk of the hidden states of a calibration: of two blocks, in the quantized model and the original,
+    and those that keys are measured on.
 
     A model that is tuned stays in memory, and they with it.
     """
     if problem.is_data_free or recipe.tune is not None:
         return 0
-    return 4 * FLOAT * count_tokens(read_of(recipe.calibration, problem)) * problem.sites.head.shape[1]
+    text = recipe.calibration
+    tokens = 4 * count_tokens(read_of(text, problem)) + 2 * read_by_keys(text, problem)
+    return FLOAT * tokens * problem.sites.head.shape[1]
 
 
 def memory(
@@ -109,11 +112,12 @@ def memory(
     else:
         tokens = count_tokens(read_of(recipe.calibration, problem))
         hidden = FLOAT * tokens * sites.head.shape[1]
+        keys = FLOAT * read_by_keys(recipe.calibration, problem) * sites.head.shape[1]
         one = max((FLOAT * math.prod(problem.shape(site)[1:]) ** 2 for site in sites.of("linear")), default=0)
         held = problem.waiting_dtype.itemsize / FLOAT * outer + COSTS.block * block + COSTS.squares * one
         if not problem.source.has_pages or recipe.tune is not None:
             held = max(held, unpaged)
-        found.append(held + 2 * hidden + _standing(problem, tokens))
+        found.append(held + 2 * hidden + keys + _standing(problem, tokens))
     if recipe.tune is not None:
         found.append(_tuning_memory(problem, recipe, whole))
     runs = recipe.test is not None or not problem.is_data_free

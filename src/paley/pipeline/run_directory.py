@@ -17,7 +17,7 @@ from paley.plan import Trial
 
 __all__ = ["LAYOUT", "RunDirectory"]
 
-LAYOUT = 3  # of the files of the stages; a run goes on only with files of its own layout
+LAYOUT = 4  # of the files of the stages; a run goes on only with files of its own layout
 
 
 class RunDirectory(Work):

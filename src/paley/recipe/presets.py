@@ -43,7 +43,7 @@ LETTERS = ("w", "g", "a", "kv", "k", "v", "e", "h")
 DEFAULT_METHOD, BINARY_METHOD = "paley", "bwa"
 AS_PUBLISHED = ("quarot", "quarot-clipped", "rtn")  # methods that leave embedding and head unquantized unless asked
 UNQUANTIZED = 16
-# If weights have more bits, so have embedding and head.
+# Bits of embedding and head; as many as the weights if those have more.
 _OUTER_BITS = 6
 FILES = (".yaml", ".yml", ".json")
 # What people type, the most careful first; MEASURED tells what each costs on the model in assets/.
@@ -159,7 +159,6 @@ def preset(name: str) -> Recipe:
 def _fill(data: dict[str, Any], bits: dict[str, int], group: str | None, name: str) -> dict[str, Any]:
     """A method's data with its bits filled in, and null for tensors that stay unquantized."""
     places = {"weights": "w", "embedding": "e", "head": "h", "inputs": "a", "keys": "k", "values": "v"}
-    on_trellis = data["weights"]["grid"] == "{best}" and bits["w"] != UNQUANTIZED
     for key, part in places.items():
         if bits[part] == UNQUANTIZED:
             data[key] = None
@@ -167,8 +166,9 @@ def _fill(data: dict[str, Any], bits: dict[str, int], group: str | None, name: s
             pairs, vectors = _best_vectors(bits[part], 2), _best_vectors(bits[part], 4)
             best = f"trellis{bits[part]}" if f"trellis{bits[part]}" in trellis.names() else vectors
             # The head is the largest matrix that a token reads, and a table of more than 2^8 pairs is slow to look up.
-            quick = pairs if bits[part] <= 4 else f"p1n{2 ** bits[part]}"
-            outer = best if on_trellis and best != vectors else quick
+            outer = pairs if bits[part] <= 4 else f"p1n{2 ** bits[part]}"
+            if data["weights"] is not None and data["weights"]["grid"].startswith("trellis"):  # the first to be filled
+                outer = best
             by_rate = {"pairs": pairs, "vectors": vectors, "best": best, "outer": outer}
             data[key]["grid"] = data[key]["grid"].format(**bits, **by_rate)
     if group is not None:
