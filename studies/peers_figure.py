@@ -15,10 +15,10 @@ from studies.quantizers import QUANTIZERS
 FIGURE = RESULTS.parents[1] / "docs" / "figures" / "peers.png"
 PREFIX = "llama.cpp "
 LEAST = 5  # rows of llama.cpp, for a picture to say something
-BITS, LOSSES = (2, 7.9), (0.004, 2)  # of the axes
+BITS, LOSSES = (2, 7.9), (0.001, 2)  # of the axes
 # What a row's name looks like -> label, style, whether a line goes through them and names stand left of it.
 GROUPS: dict[str, tuple[str, dict[str, Any], bool]] = {
-    r"^trellis.*GPTQ, e\d": ("Paley: w2a16 to w5a16", {"color": "C0", "marker": "o"}, True),
+    r"^trellis.*GPTQ, e[\d.]+$": ("Paley: w2a16 to w6a16", {"color": "C0", "marker": "o"}, True),
     r"^trellis.*diagonal$": ("Paley: balanced-2 to -5", {"color": "C9", "marker": "o"}, True),
     r"^llama.cpp [^,]*$": ("llama.cpp, importance matrix", {"color": "0.35", "marker": "s"}, False),
     r"^llama.cpp .*,": (
