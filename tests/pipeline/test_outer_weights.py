@@ -247,11 +247,11 @@ def test_killed_between_two_steps_it_ends_in_the_same_bytes(model, after, folder
         (
             "qwen2 tied", ("embedding=null",),
             r"lm_head: shares the weight of model\.embed_tokens \(tie_word_embeddings\), which this recipe keeps, so "
-            r"it cannot have grid 'p1n64' of its own; set embedding to the same scheme, or head=null",
+            r"it cannot have grid 'trellis6' of its own; set embedding to the same scheme, or head=null",
         ),
         (
             "gemma3 tied", ("overrides=[{pattern: lm_head, weight: {grid: int4}}]",),
-            r"lm_head: shares .* has 'int4' and embedding 'p1n64'; set both to one of them",
+            r"lm_head: shares .* has 'int4' and embedding 'trellis6'; set both to one of them",
         ),
         (
             "gemma3 tied", ("rotate=folded",),
